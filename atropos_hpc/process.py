@@ -1,0 +1,125 @@
+"""Child processes that never outlive their parent.
+
+Each child leads a process group of its own, so that what it starts can be ended with it. Each child also asks the kernel for a
+signal when its parent dies (`die_with_parent`), so that a killed parent leaves nothing behind; and a parent that `adopt_orphans`
+is handed the grandchildren whose parent was killed, and ends them (`end_orphans`).
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send this process `number` when its parent ends. A no-op unless `start` started us."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != int(parent):  # it died before we asked
+        os.kill(os.getpid(), number)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@dataclass
+class Child:
+    """One running child and the group it leads."""
+
+    name: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    started: float
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that ended it), or None while it runs."""
+        return self.process.poll()
+
+    def signal(self, number: int) -> None:
+        """To the whole group; nothing happens when all of it has ended."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Child:
+    """Start `command` with its output appended to `log`, in a group of its own, bound to this process's life."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {}), PARENT: str(os.getpid())},
+            cwd=cwd,
+            start_new_session=True,
+        )
+    return Child(name, process, log, time.monotonic())
+
+
+def end(children: Iterable[Child], grace_s: float) -> None:
+    """TERM to every child's group, KILL to what is left after `grace_s`; returns when all have been reaped."""
+    children = list(children)
+    for child in children:
+        if child.poll() is None:
+            child.signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_s
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for child in children:
+        child.signal(signal.SIGKILL)  # also what a child that ended by itself has left in its group
+        child.process.wait()
+
+
+def end_orphans(known: Iterable[Child]) -> list[int]:
+    """Kill and reap adopted processes: children of this one that `start` did not start. Returns their pids."""
+    ours = {child.pid for child in known}
+    orphans = []
+    for pid in children_of(os.getpid()):
+        if pid in ours:
+            continue
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            orphans.append(pid)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+    return orphans
+
+
+def children_of(pid: int) -> list[int]:
+    """The pids of `pid`'s direct children, by Linux's /proc."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found += map(int, (task / "children").read_text().split())
+        except FileNotFoundError:  # a thread that ended meanwhile
+            pass
+    return found
+
+
+def tail(path: Path, lines: int = 12) -> str:
+    """The last lines of a log, for a message to a person."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 64_000))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        return "(no log)"
