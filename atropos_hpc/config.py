@@ -7,7 +7,6 @@ unknown key or a wrong type is refused while composing. What a type cannot say, 
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from hydra.core.config_store import ConfigStore
@@ -163,3 +162,154 @@ class Config:
     cluster: ClusterConf = field(default_factory=ClusterConf)
     launch: LaunchConf = field(default_factory=LaunchConf)
     roles: RolesConf = field(default_factory=RolesConf)
+
+
+def register() -> None:
+    """Let Hydra know the classes; configs/config.yaml names them as `base`."""
+    ConfigStore.instance().store(name="base", node=Config)
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with the config: the key to change, and what is wrong with its value."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.attention": ("sdpa", "flash_attention_2", "eager"),
+    "algorithm.advantage": ("grpo",),
+    "algorithm.loss": ("vanilla", "gspo", "cispo"),
+    "algorithm.aggregation": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3", "abs"),
+    "algorithm.old_log_probs": ("behaviour", "recompute"),
+    "trainer.backend": ("verl",),
+    "trainer.schedule": ("constant", "cosine"),
+    "policy.update_mode": ("keep", "wait", "abort"),
+    "trajectories.server": ("durable", "atropos"),
+    "wandb.mode": ("disabled", "offline", "online"),
+    "launch.allocation": ("local",),
+}
+
+AT_LEAST = {
+    "model.max_length": 2,
+    "environment.group_size": 1,
+    "environment.workers": 1,
+    "environment.concurrency": 1,
+    "algorithm.batch_size": 1,
+    "algorithm.kl_coef": 0,
+    "algorithm.entropy_coef": 0,
+    "algorithm.clip_low": 0,
+    "algorithm.clip_high": 0,
+    "algorithm.clip_dual": 1,
+    "trainer.steps": 1,
+    "trainer.learning_rate": 0,
+    "trainer.warmup_steps": 0,
+    "trainer.weight_decay": 0,
+    "trainer.tokens_per_micro_batch": 1,
+    "trainer.checkpoint_every": 1,
+    "trainer.keep_checkpoints": 1,
+    "rollout.servers": 1,
+    "rollout.tensor_parallel": 1,
+    "rollout.max_sequences": 1,
+    "staleness.max": 0,
+    "policy.keep": 1,
+    "trajectories.max_body_bytes": 1 << 16,
+    "evaluation.every": 0,
+    "launch.restarts": 0,
+    "roles.trainer.nodes": 1,
+    "roles.trainer.ranks_per_node": 1,
+    "roles.rollout.nodes": 1,
+}
+
+ABOVE_ZERO = (
+    "trainer.grad_clip",
+    "rollout.memory_utilization",
+    "environment.request_timeout_s",
+    "policy.poll_s",
+    "evaluation.timeout_s",
+    "launch.backoff_s",
+    "launch.start_timeout_s",
+    "launch.step_timeout_s",
+    "launch.save_timeout_s",
+    "launch.grace_s",
+)
+
+
+def problems(config: Config) -> list[Problem]:
+    """Everything wrong that the config alone shows, each with its key. Looks at no file and starts nothing."""
+    return [*_single_values(config), *_combinations(config)]
+
+
+def _single_values(config: Config) -> Iterator[Problem]:
+    for key, choices in CHOICES.items():
+        if (value := lookup(config, key)) not in choices:
+            yield Problem(key, f"{value!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+    for key, least in AT_LEAST.items():
+        if not (value := lookup(config, key)) >= least:
+            yield Problem(key, f"{value} is less than {least}")
+    for key in ABOVE_ZERO:
+        if not (value := lookup(config, key)) > 0:
+            yield Problem(key, f"{value} is not above 0")
+
+
+def _combinations(config: Config) -> Iterator[Problem]:
+    environment, algorithm, trainer = config.environment, config.algorithm, config.trainer
+    if environment.group_size == 1 and algorithm.advantage == "grpo":
+        yield Problem("environment.group_size", "1 leaves algorithm.advantage=grpo nothing to compare a sequence with; at least 2")
+    if environment.group_size > 0 and algorithm.batch_size % environment.group_size:
+        yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not whole groups of {environment.group_size} (environment.group_size)")
+    if trainer.tokens_per_micro_batch < config.model.max_length:
+        yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold one sequence of model.max_length={config.model.max_length} tokens")
+    if config.model.path is None and config.model.make is None:
+        yield Problem("model.path", "is needed: a model's directory, or its name on the hub")
+    if not environment.target.rpartition(":")[0]:
+        yield Problem("environment.target", f"{environment.target!r} is not of the form package.module:Class")
+    if config.rollout.memory_utilization > 1:
+        yield Problem("rollout.memory_utilization", f"{config.rollout.memory_utilization} is more than the whole memory")
+    ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
+    if config.trajectories.server == "atropos" and ranks > 1:
+        yield Problem("trajectories.server", f"atropos serves one trainer rank, roles.trainer has {ranks}; use durable")
+    for key in ("group_size", "max_token_length", "tokenizer_name"):
+        if key in environment.config:
+            where = {"group_size": "environment.group_size", "max_token_length": "model.max_length", "tokenizer_name": "model.path"}[key]
+            yield Problem(f"environment.config.{key}", f"is set by the run; change {where} instead")
+
+
+def lookup(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
+
+
+def keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the config, groups included."""
+    for name, declared in config.__dataclass_fields__.items():
+        yield f"{prefix}{name}"
+        if hasattr(declared.type, "__dataclass_fields__"):
+            yield from keys(declared.type, f"{prefix}{name}.")
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" for the nearest known word, or nothing when none is near."""
+    near = difflib.get_close_matches(wrong, list(known), 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def from_dict(section: type, values: dict[str, Any]) -> Any:
+    """A section's dataclass from what run.json holds."""
+    made = {}
+    for name, declared in section.__dataclass_fields__.items():
+        if name in values:
+            nested = hasattr(declared.type, "__dataclass_fields__")
+            made[name] = from_dict(declared.type, values[name]) if nested else values[name]
+    return section(**made)

@@ -123,3 +123,11 @@ def tail(path: Path, lines: int = 12) -> str:
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:
         return "(no log)"
+
+
+def kill(pid: int) -> None:
+    """KILL one process; nothing happens when it has ended already."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,81 @@
+"""The command: compose the config, check it, and hand it to launch/.
+
+    python -m atropos_hpc.train                          a run on this machine
+    python -m atropos_hpc.train experiment=NAME key=...  another one
+    python -m atropos_hpc.train run_dir=DIR              resumes the run in DIR, if there is one
+
+Exit codes: 0 the run is complete; 1 it failed; 2 the config was refused, and nothing was started; 75 it was asked to stop and can
+be resumed. This module imports no torch, ray, verl or vllm: it runs on login nodes.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then lets errors through to `main`, which words them for people
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atropos_hpc import config as schema
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+REFUSED = 2
+
+schema.register()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+def app(cfg: DictConfig) -> None:
+    """One run: of a single start, or one point of a multirun."""
+    from atropos_hpc.launch import local
+
+    run_dir = Path(HydraConfig.get().runtime.output_dir).absolute()
+    cfg.run_dir = str(run_dir)
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, schema.Config)
+    code = local.launch(config, run_dir)
+    if code:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # Hydra made it; gone again if nothing has come into it
+        sys.exit(code)
+
+
+def main() -> None:
+    """Run the app; word what Hydra and OmegaConf refuse as one message with the key."""
+    try:
+        app()
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse([explain(error)])
+
+
+def refuse(messages: list[str]) -> NoReturn:
+    """Print why the config cannot be used, one line each, and exit with 2."""
+    print("The config was refused; nothing was started.", file=sys.stderr)
+    for message in messages:
+        print(f"  {message}", file=sys.stderr)
+    sys.exit(REFUSED)
+
+
+def explain(error: Exception) -> str:
+    """One line for a person: the key, what is wrong, and the nearest valid key of a misspelt one."""
+    innermost: BaseException = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    first = str(innermost).splitlines()[0]
+    key = getattr(innermost, "full_key", None)
+    if key and "is not in struct" in first or key and re.match(r"Key '.*' not in", first):
+        return f"{key}: there is no such key{schema.did_you_mean(key, schema.keys())}"
+    if key:
+        return f"{key}: {first}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    main()
