@@ -1,0 +1,274 @@
+"""The append-only journal on disk: what is in it survives whatever is killed.
+
+Order of writes, for each commit:
+  1. records that arrive while the last commit is under way wait in memory; one thread writes all of them with one pwritev
+  2. fdatasync
+  3. only then do their senders hear of them, in the order of the file: state in memory is always what a replay would give
+When a segment is full, the next one is begun:
+  1. the file is created, and its name made durable
+  2. its first record is a snapshot of all state, in the same commit as the records that come after
+  3. only when that commit is durable may older segments be retired (unlinked), in any order
+
+So a crash leaves a whole journal and perhaps a torn end, which replay cuts off: nobody had been told of it. A record that is not
+intact although it had been durable is damage, and replay refuses it. A full disk leaves nothing half-written either: the file is
+cut back to its last durable end, the senders are told, and the next append tries again.
+"""
+
+import asyncio
+import concurrent.futures
+import fcntl
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from atropos_hpc.run_dir import sync_directory
+from atropos_hpc.trajectories.record import MAGIC, Header, Record, header_at, scan
+
+log = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 256 << 20
+LOCK_WAIT_S = 20.0  # for the server that was here before to be gone
+SNAPSHOT_WAIT_S = 120.0
+MAX_BUFFERS = 512  # per pwritev; the kernel takes 1024
+
+
+class Place(NamedTuple):
+    segment: int
+    offset: int
+    size: int
+
+
+class Damaged(Exception):
+    """The journal cannot be trusted; the message says where, and what to do."""
+
+
+class NotWritten(Exception):
+    """The journal could not be written (a full disk, a quota). Nothing was kept; a later append may succeed."""
+
+
+Then = Callable[[Place], None]
+_Waiting = tuple[Record, Then, "asyncio.Future[None]"]
+
+
+class Journal:
+    """The files of one directory. `replay` once, then `start` inside the event loop, then `append` and `read`."""
+
+    def __init__(self, directory: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self.directory, self.segment_bytes = directory, segment_bytes
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(directory / "lock")
+        self._files: dict[int, int] = {}  # segment -> fd
+        self._tail = (0, 0)  # segment that is written to, and its durable end
+        self._dirty = False  # something may lie beyond the durable end
+        self._pending: list[_Waiting] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def replay(self) -> Iterator[tuple[Place, Header, memoryview]]:
+        """Every record in order, as (place, header, bytes of the record). Cuts off a torn end; raises Damaged.
+
+        The memoryview is valid until the next one is asked for.
+        """
+        segments = sorted(int(path.stem) for path in self.directory.glob("*.journal"))
+        for segment in segments:
+            path = self._path(segment)
+            fd = self._files[segment] = os.open(path, os.O_RDWR)
+            size, end = os.fstat(fd).st_size, 0
+            if size:
+                with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as buffer:
+                    mapped.madvise(mmap.MADV_SEQUENTIAL)
+                    for start, end, header in scan(buffer):
+                        with buffer[start:end] as record:
+                            yield Place(segment, start, end - start), header, record
+                    if end < size:
+                        self._refuse_damage(path, mapped, buffer, end, last=segment == segments[-1])
+            if end < size:
+                log.warning("%s: cut off %d bytes of an unfinished write at byte %d", path, size - end, end)
+                os.ftruncate(fd, end)
+            if segment == segments[-1]:
+                os.fsync(fd)  # a killed server may have written this without having made it durable
+            self._tail = (segment, end)
+
+    @staticmethod
+    def _refuse_damage(path: Path, mapped: mmap.mmap, buffer: memoryview, bad: int, last: bool) -> None:
+        """A power cut may keep later records of a commit and lose earlier ones; what was durable before is not lost that way."""
+        where = f"{path} is damaged at byte {bad}"
+        advice = "restore it from a copy; or, to give up the groups that wait in it, move the directory away and resume from the checkpoint"
+        if not last:
+            raise Damaged(f"{where}: more segments follow; {advice}")
+        at = mapped.find(MAGIC, bad + 1)
+        while at >= 0:
+            header = header_at(buffer, at)
+            if header is not None and header.durable > bad:
+                raise Damaged(f"{where}: an intact record follows at byte {at}; {advice}")
+            at = mapped.find(MAGIC, at + 1)
+
+    def start(self, snapshot: Callable[[], Record]) -> None:
+        """Begin to write. `snapshot` gives the state of all that was appended so far; it is called in the event loop."""
+        self._snapshot, self._loop = snapshot, asyncio.get_running_loop()
+        if not self._files:
+            self._begin(0)
+        self._thread = threading.Thread(target=self._write_until_closed, name="journal", daemon=True)
+        self._thread.start()
+
+    async def append(self, record: Record, then: Then) -> None:
+        """Return once `record` is durable. `then` is called before, in the event loop, in the order of the file.
+
+        Raises NotWritten, and then nothing was kept.
+        """
+        done = self._loop.create_future()
+        with self._wake:
+            if self._closed:
+                raise NotWritten("the journal is being closed")
+            self._pending.append((record, then, done))
+            self._wake.notify()
+        await done
+
+    def read(self, place: Place) -> bytes:
+        """The record at `place`, as it lies in the file. Raises KeyError if its segment has been retired."""
+        data = os.pread(self._files[place.segment], place.size, place.offset)
+        if len(data) != place.size:
+            raise Damaged(f"{self._path(place.segment)}: {len(data)} of {place.size} bytes at {place.offset}; was the file changed?")
+        return data
+
+    def retire(self, live: Callable[[int], bool]) -> None:
+        """Unlink the segments of which `live` says that nothing in them is needed any more."""
+        current, end = self._tail
+        if end == 0:  # its snapshot, which would stand for the older ones, is not durable yet
+            return
+        for segment in [s for s in self._files if s != current and not live(s)]:
+            self._path(segment).unlink(missing_ok=True)
+            os.close(self._files.pop(segment))
+
+    def close(self) -> None:
+        """Write what is pending and stop. Blocks, while the event loop must go on: call it in another thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread:
+            self._thread.join()
+        for fd in (*self._files.values(), self._lock):
+            os.close(fd)
+        self._files.clear()
+
+    # --- the writing thread
+
+    def _write_until_closed(self) -> None:
+        while True:
+            with self._wake:
+                while not self._pending and not self._closed:
+                    self._wake.wait()
+                if not self._pending:
+                    return
+                batch, self._pending = self._pending, []
+            error: NotWritten | None = None
+            places: list[Place] = []
+            try:
+                places = self._commit([record for record, _, _ in batch])
+            except Exception as failure:  # whatever it was, the senders must hear of it
+                log.error("cannot write the journal in %s: %s", self.directory, failure)
+                error = NotWritten(f"the journal in {self.directory} cannot be written: {failure}; nothing was kept, send it again later")
+            self._loop.call_soon_threadsafe(_tell, batch, places, error)
+
+    def _commit(self, records: list[Record]) -> list[Place]:
+        if self._dirty:
+            self._cut_back()
+        if self._tail[1] >= self.segment_bytes:
+            self._begin(self._tail[0] + 1)
+        segment, durable = self._tail
+        buffers: list[memoryview] = []
+        places, at = [], durable
+        for record in [self._ask_for_snapshot(), *records] if durable == 0 else records:
+            buffers += memoryview(record.header(durable)), memoryview(record.payload)
+            places.append(Place(segment, at, record.size))
+            at += record.size
+        self._dirty = True
+        try:
+            _write_all(self._files[segment], buffers, durable)
+            os.fdatasync(self._files[segment])
+        except OSError:
+            try:
+                self._cut_back()
+            except OSError as error:
+                log.error("cannot cut segment %d back to byte %d: %s; trying again before the next write", segment, durable, error)
+            raise
+        self._dirty = False
+        self._tail = (segment, at)
+        return places[-len(records) :]
+
+    def _cut_back(self) -> None:
+        segment, end = self._tail
+        os.ftruncate(self._files[segment], end)
+        os.fsync(self._files[segment])
+        self._dirty = False
+
+    def _begin(self, segment: int) -> None:
+        self._files[segment] = os.open(self._path(segment), os.O_RDWR | os.O_CREAT, 0o600)
+        self._tail = (segment, 0)
+        sync_directory(self.directory)
+
+    def _ask_for_snapshot(self) -> Record:
+        """From the event loop, behind the callbacks of all earlier commits: so it holds those, and nothing more."""
+        answer: concurrent.futures.Future[Record] = concurrent.futures.Future()
+
+        def take() -> None:
+            try:
+                answer.set_result(self._snapshot())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self._loop.call_soon_threadsafe(take)
+        return answer.result(SNAPSHOT_WAIT_S)
+
+    def _path(self, segment: int) -> Path:
+        return self.directory / f"{segment:08d}.journal"
+
+
+def _tell(batch: list[_Waiting], places: list[Place], error: NotWritten | None) -> None:
+    """In the event loop: apply each record of a commit, then wake its sender."""
+    for index, (_, then, done) in enumerate(batch):
+        failure: Exception | None = error
+        if failure is None:
+            try:
+                then(places[index])
+            except Exception as wrong:  # the others of this commit must not suffer
+                log.exception("a durable record could not be applied")
+                failure = wrong
+        if not done.done():  # its sender may have gone away
+            done.set_exception(failure) if failure else done.set_result(None)
+
+
+def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
+    first = 0
+    while first < len(buffers):
+        written = os.pwritev(fd, buffers[first : first + MAX_BUFFERS], offset)
+        offset += written
+        while first < len(buffers) and written >= len(buffers[first]):
+            written -= len(buffers[first])
+            first += 1
+        if written:
+            buffers[first] = buffers[first][written:]
+
+
+def _lock(path: Path) -> int:
+    """Keep a second server of this machine off the journal. Where the filesystem has no locks, there is none."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise Damaged(f"{path.parent}: another trajectory server has had this open for {LOCK_WAIT_S:.0f} s; end it first") from None
+            time.sleep(0.1)
+        except OSError as error:
+            log.warning("%s: no locks on this filesystem (%s)", path, error)
+            return fd

@@ -1,0 +1,394 @@
+"""What the trajectory server knows: who is registered, which groups wait, which batches are formed.
+
+No I/O and no clock of its own. State that must survive changes in three ways only, live and in replay alike: `add` a group,
+`apply` an event, `restore` a snapshot. The server journals first and calls these after. A group is a few numbers here; its arrays
+stay in the journal.
+
+The life of a group: queued -> in a formed batch (leased, perhaps many times) -> acknowledged, and forgotten. Or: queued ->
+dropped, because it is too stale.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from atropos_hpc.trajectories.journal import Place
+from atropos_hpc.trajectories.record import UNKNOWN
+
+REMEMBERED = 65_536  # payload hashes by which a group sent again is recognised
+SILENT_S = 120.0  # an environment unheard of for so long counts as disconnected
+REPORT_S = 30.0  # how long a reported number of groups in flight is believed
+SHARE_WAIT_S = 10.0  # how long a batch waits for an environment's minimum share after that environment's last group
+MIN_WEIGHT = 0.01  # Atropos' own: no environment is starved
+SUBSET_GROUPS = 4096  # how many of the oldest groups the exact search looks at
+NOWHERE = Place(-1, 0, 0)  # compared by identity
+
+
+class Item(NamedTuple):
+    """A group in the queue or in a batch."""
+
+    gid: int
+    place: Place
+    sequences: int
+    tokens: int
+    env_id: int
+    oldest: int  # policy version, or UNKNOWN
+
+
+class Registration(msgspec.Struct):
+    """What a trainer says in /register. Everything but the first two has a default here, so that a curl can do it."""
+
+    batch_size: int  # sequences
+    max_token_len: int  # longest sequence; 0: no limit
+    wandb_group: str | None = ""
+    wandb_project: str | None = ""
+    checkpoint_dir: str = ""
+    save_checkpoint_interval: int = 0
+    starting_step: int = 0  # the policy version that training starts or resumes from: batches before it are durable
+    num_steps: int = -1
+    vocab_size: int = 0  # 0: not told
+
+    def problem(self) -> str | None:
+        if not 0 < self.batch_size < 1 << 20:
+            return f"batch_size: {self.batch_size} is not in [1, {1 << 20})"
+        if self.starting_step < 0:
+            return "starting_step: negative"
+        return None
+
+
+class Environment(msgspec.Struct):
+    """A registered environment."""
+
+    env_id: int
+    desired_name: str
+    real_name: str
+    max_token_length: int
+    group_size: int
+    weight: float
+    min_batch_allocation: float | None = None  # its part of each batch, 0 to 1
+    member: str | None = None  # who it is, when it registers again
+
+
+class Presence:
+    """What is known of an environment for the moment only. Times are the server's monotonic seconds; None: never."""
+
+    def __init__(self, now: float) -> None:
+        self.heard: float | None = now
+        self.delivered: float | None = None
+        self.in_flight = 0
+        self.reported: float | None = None
+
+
+class Ledger:
+    def __init__(self) -> None:
+        self.next_gid = 0
+        self.known: dict[int, None] = {}  # payload hashes, oldest first
+        self.presence: dict[int, Presence] = {}
+        self.repeated = 0
+        self._found: dict[int, Item] = {}  # during replay: every group seen, for the snapshots that name them
+        self._clear()
+
+    def _clear(self) -> None:
+        self.registration: Registration | None = None
+        self.environments: list[Environment] = []
+        self.started = False  # a trainer has asked for a batch
+        self.queue: dict[int, Item] = {}  # gid -> group, oldest first
+        self.batches: dict[int, list[Item]] = {}  # formed and not acknowledged
+        self.formed = 0  # number of the next batch to be formed
+        self.version: int | None = None  # the learner's, as last told
+        self.stale_groups = self.stale_sequences = 0
+        self.latest: Item | None = None
+        self.queued_sequences = 0
+        self._queued_of: Counter[int] = Counter()  # sequences in the queue by env_id
+        self._sizes: Counter[int] = Counter()  # groups in the queue by number of sequences
+        self._versions: Counter[int] = Counter()  # groups in the queue by oldest policy version
+        self.live: Counter[int] = Counter()  # groups in the queue or a batch, by journal segment
+
+    # --- changes
+
+    def add(self, item: Item, payload_hash: int, replay: bool = False) -> None:
+        """A group has arrived."""
+        if replay:
+            self._found[item.gid] = item
+        self.next_gid = max(self.next_gid, item.gid + 1)
+        self.known[payload_hash] = None
+        while len(self.known) > REMEMBERED:
+            del self.known[next(iter(self.known))]
+        self._enqueue(item)
+        self.live[item.place.segment] += 1
+        self.latest = item
+        if 0 <= item.env_id < len(self.environments):
+            environment = self.environments[item.env_id]
+            environment.group_size = max(environment.group_size, item.sequences)
+
+    def apply(self, event: dict[str, Any]) -> None:
+        """One journalled event."""
+        kind = event["event"]
+        if kind == "register":
+            self.registration = msgspec.convert(event["data"], Registration)
+            self._durable_until(self.registration.starting_step)
+        elif kind == "environment":
+            environment = msgspec.convert(event["data"], Environment)
+            self.environments[environment.env_id : environment.env_id + 1] = [environment]
+        elif kind == "started":
+            self.started = True
+        elif kind == "drop":
+            for item in map(self._dequeue, event["groups"]):
+                self.stale_groups += 1
+                self.stale_sequences += item.sequences
+                self._forget(item)
+        elif kind == "batch":
+            self.batches[event["batch"]] = [self._dequeue(gid) for gid in event["groups"]]
+            self.formed = event["batch"] + 1
+            self.version = event["version"]
+        elif kind == "ack":
+            self._acknowledge(event["batch"])
+        elif kind == "reset":
+            self._clear()
+            self.presence.clear()
+            self.known.clear()
+        else:
+            raise ValueError(f"unknown event {kind!r}: was this journal written by a newer version?")
+
+    def _durable_until(self, step: int) -> None:
+        """A learner that resumes from step k has made all batches before k durable, whether or not it came to say so."""
+        self._acknowledge(step - 1)
+        self.formed = max(self.formed, step)
+
+    def _acknowledge(self, batch: int) -> None:
+        for k in [k for k in self.batches if k <= batch]:
+            for item in self.batches.pop(k):
+                self._forget(item)
+
+    def _enqueue(self, item: Item) -> None:
+        self.queue[item.gid] = item
+        if item.place is NOWHERE:
+            return
+        self.queued_sequences += item.sequences
+        self._queued_of[item.env_id] += item.sequences
+        self._sizes[item.sequences] += 1
+        self._versions[item.oldest] += 1
+
+    def _dequeue(self, gid: int) -> Item:
+        item = self.queue.pop(gid, None) or _gap(gid)
+        if item.place is not NOWHERE:
+            self.queued_sequences -= item.sequences
+            _decrease(self._queued_of, item.env_id, item.sequences)
+            _decrease(self._sizes, item.sequences)
+            _decrease(self._versions, item.oldest)
+        return item
+
+    def _forget(self, item: Item) -> None:
+        if item.place is not NOWHERE:
+            _decrease(self.live, item.place.segment)
+
+    # --- snapshots
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that must survive, groups by number, without `known`."""
+        return {
+            "next_gid": self.next_gid,
+            "registration": msgspec.to_builtins(self.registration),
+            "environments": msgspec.to_builtins(self.environments),
+            "started": self.started,
+            "queue": list(self.queue),
+            "batches": [[k, [item.gid for item in items]] for k, items in self.batches.items()],
+            "formed": self.formed,
+            "version": self.version,
+            "stale": [self.stale_groups, self.stale_sequences],
+        }
+
+    def restore(self, snapshot: dict[str, Any], known: Iterable[int]) -> None:
+        """Take the state of a snapshot, in replay.
+
+        A group whose segment is gone stays a gap here: later events, in the same replay, take it away again.
+        """
+        self._clear()
+        self.next_gid = max(self.next_gid, snapshot["next_gid"])
+        self.known = dict.fromkeys(known)
+        self.registration = msgspec.convert(snapshot["registration"], Registration | None)
+        self.environments = msgspec.convert(snapshot["environments"], list[Environment])
+        self.started, self.formed, self.version = snapshot["started"], snapshot["formed"], snapshot["version"]
+        self.stale_groups, self.stale_sequences = snapshot["stale"]
+        for gid in snapshot["queue"]:
+            self._enqueue(self._known_or_gap(gid))
+        for k, gids in snapshot["batches"]:
+            self.batches[k] = [self._known_or_gap(gid) for gid in gids]
+
+    def _known_or_gap(self, gid: int) -> Item:
+        item = self._found.get(gid)
+        if item is None:
+            return _gap(gid)
+        self.live[item.place.segment] += 1
+        return item
+
+    def replayed(self, now: float) -> list[int]:
+        """The end of a replay. Returns the numbers of groups that are needed and were not found: the journal is damaged then."""
+        self._found.clear()
+        self.presence = {environment.env_id: Presence(now) for environment in self.environments}
+        return [item.gid for item in self._all_items() if item.place is NOWHERE]
+
+    def _all_items(self) -> Iterable[Item]:
+        return itertools.chain(self.queue.values(), *self.batches.values())
+
+    # --- batches
+
+    def stale(self, oldest: int) -> list[int]:
+        """The queued groups that a policy version before `oldest` has produced. Unknown versions pass."""
+        if not any(UNKNOWN < version < oldest for version in self._versions):
+            return []
+        return [gid for gid, item in self.queue.items() if UNKNOWN < item.oldest < oldest]
+
+    def choose(self, now: float) -> list[int] | None:
+        """The groups of the next batch: those that came first and sum to exactly the batch size. None: not there yet.
+
+        Environments with a minimum share come first with it. A batch waits for such a share only while its environment has
+        delivered within SHARE_WAIT_S; what is missing then, others fill.
+        """
+        assert self.registration is not None
+        want = self.registration.batch_size
+        if self.queued_sequences < want:
+            return None
+        shares = self._shares(now)
+        first: list[Item] = []
+        for env_id, share in shares.items():
+            taken = 0
+            for item in self.queue.values():
+                if taken >= share:
+                    break
+                if item.env_id == env_id:
+                    first.append(item)
+                    taken += item.sequences
+            delivered = self.presence[env_id].delivered
+            if taken < share and delivered is not None and now - delivered < SHARE_WAIT_S:
+                return None
+        if not first:
+            return choose_exactly(self.queue.values(), want)
+        favoured = {item.gid for item in first}
+        return choose_exactly((*first, *(item for item in self.queue.values() if item.gid not in favoured)), want)
+
+    def _shares(self, now: float) -> dict[int, int]:
+        """Minimum number of sequences in a batch, by env_id; scaled down when together they are more than a batch."""
+        assert self.registration is not None
+        size = self.registration.batch_size
+        shares = {e.env_id: int(size * (e.min_batch_allocation or 0)) for e in self.connected(now)}
+        scale = min(1.0, size / max(1, sum(shares.values())))
+        return {env_id: int(share * scale) for env_id, share in shares.items() if share > 0}
+
+    # --- what environments ask
+
+    def connected(self, now: float) -> list[Environment]:
+        def here(environment: Environment) -> bool:
+            heard = self.presence[environment.env_id].heard
+            return heard is not None and now - heard < SILENT_S
+
+        return [environment for environment in self.environments if here(environment)]
+
+    def hear(self, env_id: int, now: float, in_flight: int | None = None) -> None:
+        """A sign of life that an environment gave on purpose."""
+        presence = self.presence[env_id]
+        presence.heard = now
+        if in_flight is not None:
+            presence.in_flight, presence.reported = in_flight, now
+
+    def deliver(self, env_id: int, now: float) -> None:
+        """A group came. It may be a late one of an environment that said goodbye, which stays gone."""
+        presence = self.presence.get(env_id)
+        if presence is not None:
+            presence.delivered = now
+            presence.heard = None if presence.heard is None else now
+
+    def others_in_flight(self, env_id: int, now: float) -> int:
+        others = (self.presence[e.env_id] for e in self.connected(now) if e.env_id != env_id)
+        return sum(other.in_flight for other in others if other.reported is not None and now - other.reported < REPORT_S)
+
+    def status_of(self, env_id: int, now: float) -> dict[str, Any]:
+        """Atropos' answer to /status-env, and what members of a run read besides.
+
+        Atropos counts only what waits to be put into a batch. Here what waits to be trained on counts: so an environment that
+        bounds its lead by queue_size really does.
+        """
+        environment, connected = self.environments[env_id], self.connected(now)
+        waiting = Counter(self._queued_of)
+        sizes = set(self._sizes)
+        version = self.formed - 1 if self.version is None else self.version
+        for batch, items in self.batches.items():
+            if batch >= version:
+                for item in items:
+                    waiting[item.env_id] += item.sequences
+                    sizes.add(item.sequences)
+        largest = max(sizes, default=1)
+        batch_size = self.registration.batch_size if self.registration else 0
+        floors = {e.env_id: int(batch_size * (e.min_batch_allocation or 0)) for e in connected}
+        others = sum(max(0, -(-n // largest) * largest - floors.get(j, 0)) for j, n in waiting.items() if j != env_id)
+        weights = {e.env_id: e.max_token_length * max(0.0, e.weight) for e in connected}
+        total = sum(weights.values())
+        size = max(1, environment.group_size)
+        return {
+            "current_step": self.formed,
+            "queue_size": (waiting[env_id] + others) // size,
+            "unallocated_fraction": 1.0 - min(1.0, sum(e.min_batch_allocation or 0.0 for e in connected)),
+            "self_queue_size": waiting[env_id] // size,
+            "max_group_size": largest,
+            "env_weight": max(MIN_WEIGHT, weights.get(env_id, 0.0) / total if total else 0.0),
+            "formed": self.formed,
+            "queued_sequences": self.queued_sequences,
+            "batch_size": batch_size,
+            "others_in_flight": self.others_in_flight(env_id, now),
+        }
+
+
+def choose_exactly(items: Iterable[Item], want: int) -> list[int] | None:
+    """Numbers of groups that sum to exactly `want` sequences, in rising order, or None.
+
+    Greedy in the order given; where that misses, an exact subset that uses as few of the later groups as it can.
+    """
+    items = list(items)
+    total, chosen = 0, []
+    for item in items:
+        if total + item.sequences <= want:
+            chosen.append(item.gid)
+            total += item.sequences
+            if total == want:
+                return sorted(chosen)
+    reachable, news = 1, []  # bit s: some subset of the groups so far sums to s
+    below = (1 << want + 1) - 1
+    for item in items[:SUBSET_GROUPS]:
+        new = (reachable << item.sequences) & below & ~reachable
+        news.append((item, new))
+        reachable |= new
+        if reachable >> want & 1:
+            break
+    if not reachable >> want & 1:
+        return None
+    chosen = []
+    for item, new in reversed(news):
+        if new >> want & 1:
+            chosen.append(item.gid)
+            want -= item.sequences
+    return sorted(chosen)
+
+
+def share_out(items: Sequence[Item], world: int) -> list[list[Item]]:
+    """Whole groups for each of `world` ranks, balanced by tokens: the longest first, each to the rank with the least."""
+    shares: list[list[Item]] = [[] for _ in range(world)]
+    load = [0] * world
+    for item in sorted(items, key=lambda item: (-item.tokens, item.gid)):
+        rank = load.index(min(load))
+        shares[rank].append(item)
+        load[rank] += item.tokens
+    return [sorted(share) for share in shares]
+
+
+def _gap(gid: int) -> Item:
+    """A group that replay reads of, and whose segment is gone."""
+    return Item(gid, NOWHERE, 0, 0, UNKNOWN, UNKNOWN)
+
+
+def _decrease(counter: Counter[int], key: int, by: int = 1) -> None:
+    counter[key] -= by
+    if not counter[key]:
+        del counter[key]

@@ -1,0 +1,78 @@
+"""Atropos' own trajectory API as a member of a run, behind the run's token.
+
+    python -m atropos_hpc.trajectories.upstream --run-dir RUN
+
+For comparison with the durable server. It needs atroposlib, so it runs in the rollout environment's Python. Its state is in
+memory: a restart loses it.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from atropos_hpc import process
+from atropos_hpc.rendezvous import Member
+from atropos_hpc.run_dir import RunDir
+from atropos_hpc.trajectories.server import DEPTH_S, LOG_FORMAT, NODE, authorized, listen, url_of
+
+log = logging.getLogger(__name__)
+
+App = Callable[[dict[str, Any], Callable[..., Awaitable[Any]], Callable[..., Awaitable[None]]], Awaitable[None]]
+
+
+def behind_token(app: App, token: str) -> App:
+    """The ASGI application `app`, for those who have the token; GET /health for all."""
+
+    async def guarded(scope: dict[str, Any], receive: Callable[..., Awaitable[Any]], send: Callable[..., Awaitable[None]]) -> None:
+        if scope["type"] != "http" or authorized(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"), token):
+            return await app(scope, receive, send)
+        healthy = scope["path"] == "/health"
+        body = b'{"status":"ok"}' if healthy else b'{"detail":"this run\'s token is needed: Authorization: Bearer <token>"}'
+        await send({"type": "http.response.start", "status": 200 if healthy else 401, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": body})
+
+    return guarded
+
+
+async def serve(run: RunDir, node: str) -> None:
+    """Be the run's trajectory server until TERM."""
+    import uvicorn
+    from atroposlib.api.server import app
+
+    host = run.config()["cluster"]["host"]
+    listener = listen(run, f"trajectories-{node}-0", host)
+    member = Member(run, "trajectories", node)
+    server = uvicorn.Server(uvicorn.Config(behind_token(app, run.token()), log_level="warning", log_config=None, access_log=False))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.05)
+    if not serving.done():
+        url = url_of(listener, host)
+        log.info("Atropos' own API listens on %s", url)
+        await asyncio.to_thread(member.update, state="serving", url=url)
+    while not (await asyncio.wait([serving], timeout=DEPTH_S))[0]:
+        queue = list(getattr(app.state, "queue", []))
+        depth = {"queued_groups": len(queue), "queued_sequences": sum(len(group["tokens"]) for group in queue)}
+        if any(member.state.get(name) != value for name, value in depth.items()):
+            await asyncio.to_thread(member.update, **depth)
+    await asyncio.to_thread(member.leave)
+    serving.result()
+
+
+def main() -> None:
+    process.die_with_parent(signal.SIGKILL)
+    parser = argparse.ArgumentParser(prog="python -m atropos_hpc.trajectories.upstream", description="Atropos' own trajectory server.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    asyncio.run(serve(RunDir(arguments.run_dir), os.environ.get(NODE, "local")))
+
+
+if __name__ == "__main__":
+    main()
