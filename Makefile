@@ -1,0 +1,61 @@
+# make demo   sets up what is missing and trains a tiny policy on this machine, end to end
+# make test   sets up what is missing and runs every test
+#
+# The trainer role, with the login and development tools, lives in .venv; the rollout role in .venv-rollout: verl and vLLM pin
+# versions that exclude one another. `make setup DEVICE=cuda` installs the CUDA pins instead of the CPU ones.
+
+DEVICE ?= cpu
+PYTHON ?= python3
+SEED ?= 0
+NAME ?=
+
+# uv does not read pip's configuration: wheels that pip would find in a local directory are pointed out to it. Where there is no such
+# directory, the CPU build of torch comes from PyTorch's own index.
+FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+UV := UV_SYSTEM_CERTS=1 .venv/bin/uv
+UV_WHEELS := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),--torch-backend=cpu))
+INSTALL := $(UV) pip install --quiet $(UV_WHEELS) --compile-bytecode
+
+TRAINER := .venv/ready-$(DEVICE)
+ROLLOUT := .venv-rollout/ready-$(DEVICE)
+
+.PHONY: demo setup test lint bench clean
+
+demo: setup
+	.venv/bin/python -m atropos_hpc.train run_dir=runs/demo seed=$(SEED)
+
+setup: $(TRAINER) $(ROLLOUT)
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet uv
+
+$(TRAINER): requirements/trainer-$(DEVICE).txt requirements/dev.txt pyproject.toml | .venv/bin/uv
+	$(INSTALL) --python .venv/bin/python -r requirements/trainer-$(DEVICE).txt -r requirements/dev.txt
+	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
+	touch $@
+
+$(ROLLOUT): requirements/rollout-$(DEVICE).txt requirements/dev.txt requirements/rollout-overrides.txt pyproject.toml | .venv/bin/uv
+	test -x .venv-rollout/bin/python || $(UV) venv --quiet --python .venv/bin/python .venv-rollout
+	$(INSTALL) --python .venv-rollout/bin/python $(if $(filter cpu,$(DEVICE)),--override requirements/rollout-overrides.txt) \
+		-r requirements/rollout-$(DEVICE).txt -r requirements/dev.txt
+	$(UV) pip install --quiet --python .venv-rollout/bin/python --no-deps --editable .
+	touch $@
+
+lint: $(TRAINER)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy atropos_hpc
+
+# Each test file belongs to one role's environment (tests/conftest.py says which).
+test: setup
+	TEST_ROLE=trainer .venv/bin/python -m pytest
+	TEST_ROLE=rollout .venv-rollout/bin/python -m pytest
+
+bench: setup
+	.venv/bin/python -m bench $(NAME)
+
+# Run directories and the cache of made models stay: they are results.
+clean:
+	rm -rf .venv .venv-rollout build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,151 @@
+"""One learner rank: `python -m atropos_hpc.learner --run-dir DIR`, with RANK, WORLD_SIZE, ... (or Slurm's) in its environment.
+
+Joins the others through the rendezvous, builds the backend, goes back to the last durable step, and trains. Exit codes: 0 the run
+is complete; 75 it was asked to stop, and has saved; 2 the config cannot work, and starting again is no use; 1 anything else.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from atropos_hpc import process
+from atropos_hpc.config import (
+    AlgorithmConf,
+    ClusterConf,
+    EvaluationConf,
+    LaunchConf,
+    ModelConf,
+    PolicyConf,
+    TrainerConf,
+    WandbConf,
+    from_dict,
+)
+from atropos_hpc.launch.plan import DONE, REFUSED, STOPPED
+from atropos_hpc.observe.console import log_to_stderr
+from atropos_hpc.rendezvous import Member, Roster, wait_for
+from atropos_hpc.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+LEASE_PATIENCE_S = 600.0  # how long the trajectory server may be away
+
+
+def variable(name: str, slurm: str, default: str) -> int:
+    """A number that torchrun's names or Slurm's give."""
+    return int(os.environ.get(name) or os.environ.get(slurm) or default)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be one rank, from start to end."""
+    process.die_with_parent(signal.SIGKILL)
+    parser = argparse.ArgumentParser(description="One rank of the learner.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    run = RunDir(parser.parse_args(arguments).run_dir)
+    log_to_stderr()
+    config = run.config()
+    rank, world = variable("RANK", "SLURM_PROCID", "0"), variable("WORLD_SIZE", "SLURM_NTASKS", "1")
+    trainer: TrainerConf = from_dict(TrainerConf, config["trainer"])
+    if trainer.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(trainer.threads)
+    if Path(config["model"]["path"]).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    member = Member(run, "trainer", os.environ.get("ATROPOS_HPC_NODE", "local"), rank, rank=rank, step=None, step_id=os.environ.get("ATROPOS_HPC_STEP"))
+    try:
+        return DONE if _train(run, config, trainer, member, rank, world) else STOPPED
+    except ValueError:
+        log.exception("this cannot work with the present config")
+        return REFUSED
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        member.leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Member, rank: int, world: int) -> bool:
+    import torch
+
+    from atropos_hpc.learner.backends.verl import VerlBackend  # settles verl's platform, before anything else of verl
+    from atropos_hpc.learner.checkpoint import Checkpoints
+    from atropos_hpc.learner.loop import Conf, train
+    from atropos_hpc.learner.together import Together
+    from atropos_hpc.observe.metrics import Metrics
+    from atropos_hpc.policy.publish import Publisher
+    from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
+
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    model: ModelConf = from_dict(ModelConf, config["model"])
+    algorithm: AlgorithmConf = from_dict(AlgorithmConf, config["algorithm"])
+    launch: LaunchConf = from_dict(LaunchConf, config["launch"])
+    policy: PolicyConf = from_dict(PolicyConf, config["policy"])
+    host = from_dict(ClusterConf, config["cluster"]).host
+    join(run, member, rank, world, host, launch.start_timeout_s)
+    member.update(state="loading")
+    backend = VerlBackend(model, trainer, algorithm, config["seed"])
+    checkpoints = Checkpoints(run, trainer.keep_checkpoints)
+    checkpoints.load_latest(backend)
+    log.info("rank %d of %d starts at step %d", rank, world, backend.step_count)
+
+    Client = UpstreamClient if config["trajectories"]["server"] == "atropos" else TrajectoryClient
+    client = Client(Roster(run.roster).trajectory_server, run.token(), LEASE_PATIENCE_S)
+    wandb: WandbConf = from_dict(WandbConf, config["wandb"])
+    if rank == 0:
+        client.register(
+            batch_size=algorithm.batch_size,
+            max_token_len=model.max_length,
+            starting_step=backend.step_count,
+            num_steps=trainer.steps,
+            vocab_size=backend.vocab_size,
+            checkpoint_dir=str(run.path / "environments"),
+            wandb_project=wandb.project,
+            wandb_group=wandb.group or "",
+        )
+        if backend.step_count > 0:
+            client.ack(backend.step_count - 1)  # the acknowledgement may have been lost with the learner that saved
+    metrics = Metrics(run, wandb, backend.step_count) if rank == 0 else None
+    publisher = Publisher(run.policy, policy.keep, model.dtype)
+    conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])
+    try:
+        return train(conf, run, backend, client, checkpoints, publisher, metrics, Together(run, member), member)
+    finally:
+        if metrics is not None:
+            metrics.close()
+
+
+def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_s: float) -> None:
+    """Make the default process group. Rank 0 opens a store at a free port and says where in the rendezvous; the others look there.
+
+    The step id tells this start's rank 0 from an earlier one's. Raises TimeoutError, naming rank 0.
+    """
+    import torch
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_s + 600)  # ranks load and wait at different speeds; a lost one ends the step anyway
+    if rank == 0:
+        store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=timeout)
+        member.update(state="joining", store=[host, store.port])
+    else:
+        roster, step_id = Roster(run.roster), member.state["step_id"]
+
+        def opened() -> list[Any] | None:
+            ranks = roster.members("trainer")
+            return next((m["store"] for m in ranks if m["rank"] == 0 and m.get("store") and m["step_id"] == step_id), None)
+
+        address, port = wait_for("the ranks' store", "trainer rank 0", opened, timeout_s, member=member)
+        store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The training loop. One optimizer step is
+
+    1. wait for the batch that the trajectory server has formed for this policy version (leased ahead, while the step before ran)
+    2. turn groups into flat token arrays, with advantages
+    3. log-probs of the old policy, where the groups lack them, and of the frozen reference
+    4. update: forward, loss, backward, optimizer
+    5. publish the new version, in the background of the next step
+    6. checkpoint now and then, in the background; acknowledge the batches that a checkpoint has made durable
+    7. write the figures
+
+Batch k is trained at policy version k and makes version k + 1. A learner that dies goes back to its last durable step s, and
+leases batches s, s+1, ... again, the same ones: no group is lost, and none counts twice in the weights that survive.
+"""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelConf, TrainerConf
+from atropos_hpc.learner.backends.base import Backend
+from atropos_hpc.learner.batch import make_batch
+from atropos_hpc.learner.checkpoint import Checkpoints
+from atropos_hpc.learner.together import StopAsked, Together
+from atropos_hpc.observe.metrics import Metrics, Phases
+from atropos_hpc.policy.publish import Publisher
+from atropos_hpc.rendezvous import Member
+from atropos_hpc.run_dir import RunDir, read_lines, write_json
+from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
+from atropos_hpc.trajectories.schema import Group
+
+log = logging.getLogger(__name__)
+
+LEASE_WAIT_S = 5.0  # one long poll; a lease is asked for again until it is there
+
+
+@dataclass(frozen=True)
+class Conf:
+    """The sections that the loop itself reads."""
+
+    model: ModelConf
+    algorithm: AlgorithmConf
+    trainer: TrainerConf
+    evaluation: EvaluationConf
+    launch: LaunchConf
+    staleness_max: int
+
+
+class Batches:
+    """This rank's groups of each batch, leased in a thread, one batch ahead."""
+
+    def __init__(self, client: TrajectoryClient | UpstreamClient, rank: int, world: int, staleness_max: int) -> None:
+        self.client, self.rank, self.world, self.staleness_max = client, rank, world, staleness_max
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease")
+        self._leased: Future[tuple[list[Group], dict[str, Any]]] | None = None
+        self._closed = False
+
+    def ask(self, number: int, version: int) -> None:
+        """Start leasing batch `number`, to be trained at that version; the learner is at `version` now."""
+        self._leased = self._thread.submit(self._lease, number, version)
+
+    def ready(self) -> bool:
+        """Is the batch here (or has leasing it failed)?"""
+        assert self._leased is not None
+        return self._leased.done()
+
+    def take(self) -> tuple[list[Group], dict[str, Any]]:
+        """The groups, and the trajectory server's figures at that moment. Raises what leasing raised."""
+        assert self._leased is not None
+        return self._leased.result()
+
+    def _lease(self, number: int, version: int) -> tuple[list[Group], dict[str, Any]]:
+        oldest = number - self.staleness_max
+        while not self._closed:
+            groups = self.client.lease(number, self.rank, self.world, oldest=oldest, version=version, wait_s=LEASE_WAIT_S)
+            if groups is not None:
+                return groups, self.client.status() if self.rank == 0 else {}
+        return [], {}
+
+    def close(self) -> None:
+        """Leave a lease under way to its end."""
+        self._closed = True
+        self._thread.shutdown(wait=False)
+
+
+def train(
+    conf: Conf,
+    run: RunDir,
+    backend: Backend,
+    client: TrajectoryClient | UpstreamClient,
+    checkpoints: Checkpoints,
+    publisher: Publisher,
+    metrics: Metrics | None,
+    together: Together,
+    member: Member,
+) -> bool:
+    """From the backend's present step to the last. True: the run is complete; False: it was asked to stop, and has saved.
+
+    Collective. `metrics` is rank 0's. Raises TimeoutError when a batch does not come in time.
+    """
+    batches = Batches(client, backend.rank, backend.world, conf.staleness_max)
+    phases = Phases()
+    try:
+        publisher.publish(backend.module, backend.step_count)
+        _evaluated(run, 0, conf.evaluation.before and backend.step_count == 0, conf, together)
+        batches.ask(backend.step_count, backend.step_count)
+        patience = conf.launch.start_timeout_s
+        while (version := backend.step_count) < conf.trainer.steps:
+            member.update(state="training", step=version)
+            with phases("wait"):
+                together.wait(f"batch {version}", "the trajectory server", batches.ready, patience)
+                groups, server = batches.take()
+            patience = conf.launch.step_timeout_s
+            if version + 1 < conf.trainer.steps:
+                batches.ask(version + 1, version)
+            with phases("batch"):
+                batch = make_batch(groups, conf.algorithm, conf.trainer.tokens_per_micro_batch, conf.model.max_length, version)
+            with phases("log_probs"):
+                if batch.needs_log_probs:
+                    batch.set_old_log_probs(backend.log_probs(batch))
+                batch.set_reference_log_probs(backend.reference_log_probs(batch))
+            with phases("update"):
+                updated = backend.update(batch)
+            with phases("publish"):
+                publisher.publish(backend.module, version + 1)
+            with phases("checkpoint"):
+                if (version + 1) % conf.trainer.checkpoint_every == 0:
+                    checkpoints.save(backend, {})
+                _acknowledge(client, checkpoints.durable(), backend.rank)
+            if metrics is not None:
+                metrics.write(version + 1, _figures(batch.statistics.metrics(), updated, phases.take(), server, conf.staleness_max))
+            together.check()
+        _save_now(backend, client, checkpoints, publisher)
+        _evaluated(run, backend.step_count, conf.evaluation.after, conf, together)
+    except StopAsked:
+        log.info("asked to stop at step %d: saving", backend.step_count)
+        _save_now(backend, client, checkpoints, publisher)
+        return False
+    finally:
+        batches.close()
+    if backend.rank == 0:
+        write_json(run.done, {"version": backend.step_count})
+    return True
+
+
+def _acknowledge(client: TrajectoryClient | UpstreamClient, durable: int | None, rank: int) -> None:
+    """Tell the trajectory server that all batches before a durable step are in weights that survive."""
+    if durable is not None and durable > 0 and rank == 0:
+        client.ack(durable - 1)
+
+
+def _save_now(backend: Backend, client: TrajectoryClient | UpstreamClient, checkpoints: Checkpoints, publisher: Publisher) -> None:
+    """Make the present step durable, and its version public, before anything else."""
+    publisher.wait()
+    _acknowledge(client, checkpoints.wait(), backend.rank)
+    if checkpoints.newest != backend.step_count:
+        checkpoints.save(backend, {})
+        _acknowledge(client, checkpoints.wait(), backend.rank)
+
+
+def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: Together) -> None:
+    """Wait for the held-out evaluation of a version. Training before the first one would change what it evaluates."""
+    if wanted:
+        there = lambda: any(line["version"] == version for line in read_lines(run.evaluations))  # noqa: E731
+        together.wait(f"the evaluation of version {version}", "the evaluator", there, conf.evaluation.timeout_s)
+
+
+def _figures(
+    batch: dict[str, float], updated: dict[str, float], times: dict[str, float], server: dict[str, Any], staleness_max: int
+) -> dict[str, float]:
+    """One line of metrics.jsonl."""
+    step = times["time/step"]
+    return {
+        "reward": batch.pop("reward_mean"),
+        **batch,
+        **updated,
+        "tokens_per_s": batch["tokens"] / step,
+        "staleness_limit": staleness_max,
+        "dropped_as_stale": server.get("stale", 0),
+        "queued_sequences": server.get("queued_sequences", 0),
+        **{name: round(seconds, 4) for name, seconds in times.items()},
+    }

@@ -1,0 +1,275 @@
+"""The node agent: the one process per rollout node.
+
+It starts the node's vLLM servers, environment workers and (on the first node) the evaluator; starts again what has ended; follows
+the policy store and pushes each new version into every server; and tells the rendezvous which server serves which version. A server
+is listed only while it serves a published version, so nobody is ever sent to one that still has older weights than it should.
+
+    python -m atropos_hpc.rollout.agent --run-dir DIR --index I
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from atropos_hpc import process
+from atropos_hpc.config import ClusterConf, EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
+from atropos_hpc.launch.plan import DONE, REFUSED, backoff
+from atropos_hpc.observe.console import log_to_stderr
+from atropos_hpc.policy.follower import Follower
+from atropos_hpc.policy.push import PushError, push
+from atropos_hpc.policy.store import PolicyStore, Published
+from atropos_hpc.rendezvous import Member
+from atropos_hpc.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+HEALTH_TIMEOUT_S = 5.0
+HEALTH_EVERY_S = 5.0
+UNHEALTHY_S = 60.0  # a server that was up and has not answered for this long is ended, and started again
+HEALTHY_S = 300.0  # a child that has run this long starts its restarts anew
+
+
+@dataclass
+class Kept:
+    """A child that is kept running."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    child: process.Child | None = None
+    restarts: int = 0
+    due: float = 0.0
+    finished: bool = False  # ended with success: not started again
+
+
+@dataclass
+class Server(Kept):
+    """A vLLM server: in `url` while the process lives, in the roster once `serves` is set."""
+
+    url: str = ""
+    up: bool = False
+    answered: float = 0.0  # when it last answered /health, monotonic
+    serves: Published | None = None
+    updating: "asyncio.Task[None] | None" = None
+    watching: "asyncio.Task[None] | None" = None
+
+
+class Agent:
+    """One rollout node. Built from its own sections of the config."""
+
+    def __init__(self, run: RunDir, node: str, index: int) -> None:
+        config = run.config()
+        self.run, self.node, self.index = run, node, index
+        self.rollout: RolloutConf = from_dict(RolloutConf, config["rollout"])
+        self.policy: PolicyConf = from_dict(PolicyConf, config["policy"])
+        self.launch: LaunchConf = from_dict(LaunchConf, config["launch"])
+        self.host = from_dict(ClusterConf, config["cluster"]).host
+        environment: EnvironmentConf = from_dict(EnvironmentConf, config["environment"])
+        evaluation: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
+        self.token = run.token()
+        self.servers = [Server(f"server-{index}-{i}", "atropos_hpc.rollout.server") for i in range(self.rollout.servers)]
+        first = index * environment.workers
+        self.others = [
+            Kept(f"environment-{first + i}", "atropos_hpc.rollout.worker", ("--index", str(first + i))) for i in range(environment.workers)
+        ]
+        if index == 0 and (evaluation.before or evaluation.after or evaluation.every):
+            self.others.append(Kept("evaluator", "atropos_hpc.rollout.evaluation"))
+        self.follower = Follower(PolicyStore(run.policy))
+        self.member = Member(run, "agent", node, servers=[], policy=None)
+        self.refused: str | None = None
+
+    async def work(self) -> None:
+        """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)) as self.http:
+            following = asyncio.create_task(self.follow())
+            try:
+                while self.refused is None:
+                    for kept in [*self.servers, *self.others]:
+                        self.keep(kept)
+                    for server in self.servers:
+                        self.serve(server)
+                    self.report()
+                    if following.done():
+                        following.result()
+                    await asyncio.sleep(TICK_S)
+            finally:
+                following.cancel()
+
+    async def follow(self) -> None:
+        """Look for new versions at the store's interval."""
+        while True:
+            await asyncio.to_thread(self.follower.look)
+            await asyncio.sleep(self.policy.poll_s)
+
+    # --- children
+
+    def keep(self, kept: Kept) -> None:
+        """Start what is due, notice what has ended, and decide whether to start it again."""
+        if kept.finished:
+            return
+        if kept.child is None:
+            if time.monotonic() >= kept.due:
+                self.start(kept)
+            return
+        code = kept.child.poll()
+        if code is None:
+            return
+        process.end([kept.child], 0.0)
+        process.end_orphans(other.child for other in [*self.servers, *self.others] if other.child is not None)
+        lived, kept.child = time.monotonic() - kept.child.started, None
+        if isinstance(kept, Server):
+            kept.up, kept.serves = False, None
+        if code == DONE and not isinstance(kept, Server):
+            kept.finished = True
+            log.info("%s has done its work", kept.name)
+            return
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        kept.restarts = 0 if lived > HEALTHY_S else kept.restarts
+        end_of_log = process.tail(self.run.logs / f"{kept.name}.log")
+        if code == REFUSED or kept.restarts >= self.launch.restarts:
+            self.refused = f"{kept.name} {how}, and is not started again after {kept.restarts} restarts; the end of its log:\n{end_of_log}"
+            return
+        pause = backoff(self.launch.backoff_s, kept.restarts)
+        log.warning(
+            "%s %s after %.0f s: started again in %.0f s%s",
+            kept.name,
+            how,
+            lived,
+            pause,
+            f"; the end of its log:\n{end_of_log}" if code > 0 else "",
+        )
+        kept.restarts += 1
+        kept.due = time.monotonic() + pause
+
+    def start(self, kept: Kept) -> None:
+        """Start a child in this role's Python, its log beside the others."""
+        arguments = [*kept.arguments]
+        if isinstance(kept, Server):
+            port = free_port(self.host)
+            kept.url = f"http://{self.host}:{port}"
+            arguments += ["--port", str(port)]
+        command = [sys.executable, "-m", kept.module, "--run-dir", str(self.run.path), *arguments]
+        kept.child = process.start(kept.name, command, self.run.logs / f"{kept.name}.log")
+        log.info("started %s, pid %d", kept.name, kept.child.pid)
+
+    # --- servers
+
+    def serve(self, server: Server) -> None:
+        """Watch a live server, and bring it to the newest version; each in a task of its own."""
+        if server.child is None:
+            return
+        now = time.monotonic()
+        idle = server.watching is None or server.watching.done()
+        if idle and (not server.up or now - server.answered > HEALTH_EVERY_S):
+            server.watching = asyncio.create_task(self.watch(server))
+        newest = self.follower.newest
+        if server.up and newest is not None and server.serves != newest and (server.updating is None or server.updating.done()):
+            server.updating = asyncio.create_task(self.update(server, newest))
+
+    async def watch(self, server: Server) -> None:
+        """Ask for its health. One that does not come up, or does not answer any more, is ended; `keep` then starts it again."""
+        child = server.child
+        assert child is not None
+        try:
+            async with self.http.get(f"{server.url}/health") as answer:
+                if answer.status == 200:
+                    if not server.up:
+                        log.info("%s is up at %s after %.0f s", server.name, server.url, time.monotonic() - child.started)
+                    server.up, server.answered = True, time.monotonic()
+                    return
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+            pass
+        silent = time.monotonic() - (server.answered if server.up else child.started)
+        if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):
+            log.error("%s has not answered /health for %.0f s: it is ended", server.name, silent)
+            child.signal(signal.SIGKILL)
+        await asyncio.sleep(0.5)
+
+    async def update(self, server: Server, version: Published) -> None:
+        """One push. A server that refuses keeps what it serves, and is asked again."""
+        child = server.child
+        try:
+            await push(self.http, server.url, self.token, version.directory, version.version, self.policy.update_mode)
+        except PushError as error:
+            log.error("%s did not take a policy version, and keeps what it serves: %s", server.name, error)
+            await asyncio.sleep(1.0)
+            return
+        if server.child is child:  # else it was restarted meanwhile, without these weights
+            server.serves = version
+            self.report()
+
+    def report(self) -> None:
+        """Tell the rendezvous, when something has changed."""
+        servers = [
+            {"name": s.name, "url": s.url, "version": s.serves.version if s.serves else None, "pid": s.child.pid if s.child else None}
+            for s in self.servers
+        ]  # fmt: skip
+        newest = self.follower.newest.version if self.follower.newest else None
+        children = {kept.name: kept.child.pid for kept in self.others if kept.child is not None}
+        state: dict[str, Any] = {
+            "state": "serving" if all(s["version"] is not None for s in servers) else "starting servers",
+            "servers": servers, "policy": newest, "bad_policy": self.follower.bad, "children": children,
+        }  # fmt: skip
+        if any(self.member.state.get(key) != value for key, value in state.items()):
+            self.member.update(**state)
+
+    def end(self, **state: Any) -> None:
+        """End every child; nothing of this node's stays behind."""
+        process.end((kept.child for kept in [*self.servers, *self.others] if kept.child is not None), self.launch.grace_s)
+        while process.end_orphans([]):
+            pass
+        self.member.leave(servers=[], **state)
+
+
+def free_port(host: str) -> int:
+    """A port that is free now. Another process may take it before the server does; the server then ends, and gets another."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+async def _work(agent: Agent) -> None:
+    task = asyncio.create_task(agent.work())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log.info("asked to end")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the agent; the exit code is 2 when restarting it would be no use."""
+    process.die_with_parent(signal.SIGTERM)
+    process.adopt_orphans()
+    parser = argparse.ArgumentParser(description="The node agent of a rollout node.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--index", type=int, default=0, help="this rollout node's number")
+    options = parser.parse_args(arguments)
+    log_to_stderr()
+    agent = Agent(RunDir(options.run_dir), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
+    try:
+        asyncio.run(_work(agent))
+    finally:
+        agent.end()
+    if agent.refused is not None:
+        log.error("%s", agent.refused)
+        return REFUSED
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Which tests run where, and what all of them share.
+
+verl and vLLM cannot live in one environment, so each test file belongs to one role's: TEST_ROLE (set by `make test`) says which one
+this is. A part that is missing skips its tests, with the reason, on a user's machine; in CI it is an error.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROLE = os.environ.get("TEST_ROLE") or ("rollout" if importlib.util.find_spec("vllm") else "trainer")
+ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
+NEEDS = {"trainer": {"verl": ("torch", "verl")}, "rollout": {"vllm": ("vllm", "atroposlib")}}
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if collection_path.name.startswith("test_"):
+        return collection_path.name.startswith(ROLLOUT_FILES) != (ROLE == "rollout")
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, modules in NEEDS[ROLE].items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if missing and os.environ.get("CI"):
+            raise pytest.UsageError(f"the {ROLE} environment lacks {', '.join(missing)}: run `make setup`")
+        for item in items:
+            if missing and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}; `make setup` installs it"))

@@ -1,0 +1,200 @@
+"""Mistakes are refused before anything starts: one readable message, the key, the nearest valid one, exit code 2."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from atropos_hpc import config as schema
+from atropos_hpc.config import Config
+from atropos_hpc.launch import preflight
+from atropos_hpc.train import CONFIGS
+
+FIRST_FILES = {  # a group's first file explains every value of the section; the rest stand in config.yaml itself
+    "model": "hugging_face", "environment": "atropos", "algorithm": "grpo", "trainer": "verl", "rollout": "vllm",
+    "staleness": "bounded", "cluster": "local", "launch": "local",
+}  # fmt: skip
+
+
+def composed(*overrides: str) -> Config:
+    schema.register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", overrides=["run_dir=/nowhere", *overrides]))
+    assert isinstance(config, Config)
+    return config
+
+
+def train(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    env = {**os.environ, **(variables or {})}
+    command = [sys.executable, "-m", "atropos_hpc.train", *overrides]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+# --- refused while composing, or by the checks that need no other process
+
+
+@pytest.mark.parametrize(
+    "override, key, says",
+    [
+        ("algorithm.kl_coeff=0.1", "algorithm.kl_coeff", "did you mean algorithm.kl_coef?"),
+        ("trainr.steps=3", "trainr", "did you mean trainer?"),
+        ("trainer.steps=many", "trainer.steps", "could not be converted to Integer"),
+        ("environment=gsm8kk", "environment/gsm8kk", "gsm8k"),
+        ("experiment=nothing", "experiment/nothing", "arithmetic_cpu"),
+        ("trainer.steps", "trainer.steps", "missing EQUAL"),
+    ],
+)
+def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: str) -> None:
+    done = train(f"run_dir={tmp_path / 'run'}", override, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert key in done.stderr and says in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "override, key, says",
+    [
+        ("roles.trainer.nodes=-1", "roles.trainer.nodes", "less than 1"),
+        ("environment.group_size=1", "environment.group_size", "at least 2"),
+        ("algorithm.kl_coef=-0.1", "algorithm.kl_coef", "less than 0"),
+        ("staleness.max=-1", "staleness.max", "less than 0"),
+        ("algorithm.batch_size=100", "algorithm.batch_size", "whole groups of 8"),
+        ("algorithm.loss=vanila", "algorithm.loss", "did you mean vanilla?"),
+        ("trainer.tokens_per_micro_batch=16", "trainer.tokens_per_micro_batch", "model.max_length=32"),
+        ("environment.target=arithmetic", "environment.target", "package.module:Class"),
+        ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "more than the whole"),
+        ("+environment.config.group_size=4", "environment.config.group_size", "environment.group_size"),
+        ("trainer.grad_clip=0", "trainer.grad_clip", "not above 0"),
+    ],
+)
+def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> None:
+    found = [str(problem) for problem in schema.problems(composed(override))]
+    assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
+
+
+def test_upstreams_server_and_several_ranks_exclude_one_another() -> None:
+    found = schema.problems(composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2"))
+    assert [problem.key for problem in found] == ["trajectories.server"]
+
+
+def test_a_sound_config_has_no_problems() -> None:
+    assert schema.problems(composed()) == []
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    done = train(f"run_dir={tmp_path / 'run'}", "algorithm.kl_coef=-1", "staleness.max=-2", "roles.rollout.python=/no/python", cwd=tmp_path)
+    assert done.returncode == 2
+    for key in ("algorithm.kl_coef", "staleness.max", "roles.rollout.python"):
+        assert re.search(rf"^  {re.escape(key)}: ", done.stderr, re.M), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- refused by looking at files
+
+
+def found_by_preflight(config: Config, run_dir: Path, previous: dict[str, Any] | None = None) -> list[str]:
+    config.roles.rollout.python = sys.executable  # whether it has vLLM is another test's matter
+    found = preflight.check(config, run_dir, previous or {})
+    return [str(problem) for problem in found if not problem.key.startswith(("roles.", "environment.target"))]
+
+
+def test_a_missing_model_directory(tmp_path: Path) -> None:
+    found = found_by_preflight(composed(f"model.path={tmp_path}/nothing"), tmp_path / "run")
+    assert found == [f"model.path: there is no {tmp_path}/nothing"]
+
+
+def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 16}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
+    assert len(found) == 1 and found[0].startswith("model.max_length: 32 tokens are more than the model's 16")
+
+
+def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    assert any(line.startswith("run_dir: ") for line in found_by_preflight(composed(), tmp_path))
+
+
+def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_path: Path) -> None:
+    before = dataclasses.asdict(composed())
+    assert found_by_preflight(composed("trainer.steps=999", "launch.restarts=1", "wandb.project=x"), tmp_path, before) == []
+    found = found_by_preflight(composed("algorithm.kl_coef=0.5"), tmp_path, before)
+    assert found == ["algorithm.kl_coef: is 0.5, but the run in this run_dir was started with 0.001"]
+
+
+def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
+    config = composed("roles.trainer.python=/no/python")
+    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
+    assert "make setup" in keys["roles.trainer.python"]
+    config = composed(f"roles.rollout.python={sys.executable}")
+    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
+    assert "vllm" in keys["roles.rollout.python"]
+
+
+@pytest.mark.parametrize(
+    "overrides, key, says",
+    [
+        (["environment.target=atropos_hpc.environments.arithmetic:ArithmeticEnvironment"], "environment.target", "ArithmeticEnv"),
+        (["environment.target=no_such_package.module:Env"], "environment.target", "no_such_package"),
+        (["+environment.config.eval_problem=3"], "environment.config.eval_problem", "did you mean environment.config.eval_problems?"),
+    ],
+)
+def test_the_environment_class_is_loaded_where_it_will_run(tmp_path: Path, overrides: list[str], key: str, says: str) -> None:
+    found = {problem.key: problem.message for problem in preflight.check(composed(*overrides), tmp_path / "run", {})}
+    assert says in found.get(key, ""), found
+
+
+# --- the login node
+
+
+def test_help_and_a_refusal_import_no_torch_ray_verl_or_vllm_and_are_quick(tmp_path: Path) -> None:
+    program = """
+import resource, runpy, sys
+sys.argv = ["atropos_hpc.train", *sys.argv[1:]]
+try:
+    runpy.run_module("atropos_hpc.train", run_name="__main__")
+except SystemExit:
+    pass
+usage = resource.getrusage(resource.RUSAGE_SELF)
+heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm", "transformers", "wandb"})
+print("MEASURED", usage.ru_utime + usage.ru_stime, heavy)
+"""
+    for arguments in (["--help"], ["roles.rollout.python=/no/python", "algorithm.kl_coef=-1"]):
+        done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+        measured = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED")).split(maxsplit=2)
+        assert measured[2] == "[]"
+        assert float(measured[1]) < 1.5, f"{measured[1]} s of CPU for {arguments}"
+
+
+# --- the files of the config
+
+
+def sections() -> list[str]:
+    return [field.name for field in dataclasses.fields(Config) if hasattr(field.type, "__dataclass_fields__")]
+
+
+@pytest.mark.parametrize("section", sections())
+def test_every_value_is_explained_and_its_default_is_the_classs(section: str) -> None:
+    path = CONFIGS / section / f"{FIRST_FILES[section]}.yaml" if section in FIRST_FILES else CONFIGS / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    values = values if section in FIRST_FILES else values[section]
+    default = OmegaConf.to_container(OmegaConf.structured(Config))[section]  # type: ignore[index]
+    assert OmegaConf.to_container(OmegaConf.create(values)) == default
+    unexplained = [line for line in path.read_text().splitlines() if re.match(r"^\w+: ", line) and "#" not in line]
+    if section in FIRST_FILES:
+        obvious = {"warmup_steps", "trust_remote_code", "learning_rate", "weight_decay"}
+        assert {line.partition(":")[0] for line in unexplained} <= obvious
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_choice_composes(path: Path) -> None:
+    composed(f"{path.parent.name}={path.stem}", "environment.target=a.b:C")

@@ -1,0 +1,92 @@
+"""No orphan process, ever: whoever dies, and how."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from atropos_hpc import process
+
+SLEEPER = "import time; time.sleep(600)"
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except FileNotFoundError:
+        return True
+
+
+def test_end_takes_the_whole_group_also_from_one_that_ignores_term(tmp_path: Path) -> None:
+    program = f"""
+        import signal, subprocess, sys
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print(subprocess.Popen([sys.executable, "-c", {SLEEPER!r}]).pid, flush=True)
+        signal.pause()
+    """
+    child = process.start("stubborn", [sys.executable, "-c", textwrap.dedent(program)], tmp_path / "log")
+    assert until(lambda: (tmp_path / "log").read_text().strip() != "")
+    grandchild = int((tmp_path / "log").read_text())
+    process.end([child], 0.2)
+    assert child.poll() == -signal.SIGKILL and until(lambda: gone(grandchild))
+
+
+def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    bound = "from atropos_hpc import process; import signal, time; process.die_with_parent(signal.SIGKILL); print('bound', flush=True); time.sleep(600)"
+    program = f"""
+        import sys, time
+        from pathlib import Path
+        from atropos_hpc import process
+        child = process.start("child", [sys.executable, "-c", {bound!r}], Path({str(tmp_path / "log")!r}))
+        print(child.pid, flush=True)
+        time.sleep(600)
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert until(lambda: "bound" in (tmp_path / "log").read_text())
+    parent.kill()
+    parent.wait()
+    assert until(lambda: gone(child))
+
+
+def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None:
+    program = f"""
+        import os, signal, sys, time
+        from pathlib import Path
+        from atropos_hpc import process
+        process.adopt_orphans()
+        middle = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], start_new_session=True).pid, flush=True); time.sleep(600)"
+        log = Path({str(tmp_path / "log")!r})
+        child = process.start("middle", [sys.executable, "-c", middle], log)
+        while not log.read_text().strip():
+            time.sleep(0.02)
+        child.signal(signal.SIGKILL)
+        child.process.wait()
+        time.sleep(0.2)
+        print(process.end_orphans([]), int(log.read_text()), flush=True)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True).stdout
+    ended, _, orphan = out.strip().rpartition(" ")
+    assert ended == f"[{orphan}]" and until(lambda: gone(int(orphan)))
+
+
+def test_output_goes_to_the_log_and_its_end_can_be_told(tmp_path: Path) -> None:
+    child = process.start("talker", [sys.executable, "-c", "for i in range(30): print('line', i)"], tmp_path / "log")
+    assert child.process.wait(30) == 0
+    assert process.tail(tmp_path / "log", 2) == "line 28\nline 29"
+    assert process.tail(tmp_path / "missing") == "(no log)"
+    assert os.getpgid(os.getpid()) != child.pid

@@ -1,0 +1,84 @@
+"""Members see each other through the leader's roster; waits end, and say what they waited for."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from atropos_hpc import rendezvous
+from atropos_hpc.rendezvous import Leader, Member, Roster, ask, asked, wait_for, withdraw
+from atropos_hpc.run_dir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path)
+    run.create()
+    return run
+
+
+def test_members_appear_in_the_roster_with_what_they_say(run: RunDir) -> None:
+    leader, roster = Leader(run), Roster(run.roster)
+    assert roster.members("agent") == []
+    agent = Member(run, "agent", "n0", servers=[{"url": "http://a", "version": 3}, {"url": "http://b", "version": None}])
+    server = Member(run, "trajectories", "n1", url="http://t")
+    leader.look()
+    assert roster.servers() == {"http://a": 3}
+    assert roster.trajectory_server() == "http://t"
+    agent.update(servers=[{"url": "http://b", "version": 4}])
+    leader.look()
+    assert roster.servers() == {"http://b": 4}
+    agent.leave()
+    leader.look()
+    assert roster.servers() == {} and roster.members("agent", alive=False)[0]["state"] == "ended"
+    server.leave()
+
+
+def test_a_member_whose_beat_stops_is_not_alive(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "DEAD_S", 0.3)
+    monkeypatch.setattr(rendezvous, "BEAT_S", 0.05)
+    leader, roster = Leader(run), Roster(run.roster)
+    beating, silent = Member(run, "agent", "n0"), Member(run, "agent", "n1")
+    silent._stop.set()
+    silent._thread.join()
+    deadline = time.monotonic() + 20
+    while len(roster.members("agent")) != 1 and time.monotonic() < deadline:
+        leader.look()
+        time.sleep(0.02)
+    assert [m["node"] for m in roster.members("agent")] == ["n0"]
+    beating.leave()
+
+
+def test_a_clock_that_is_hours_off_does_not_matter(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous.time, "time", lambda: 12345.0)
+    member = Member(run, "agent", "n0")
+    os.utime(member.path, (0, 0))
+    leader = Leader(run)
+    assert leader.look()["agent-n0-0"]["alive"]
+    member.leave()
+
+
+def test_a_half_written_member_file_is_passed_over(run: RunDir) -> None:
+    (run.members / "agent-x-0.json").write_text('{"name": "agent-x-0", "ki')
+    member = Member(run, "agent", "n0")
+    assert list(Leader(run).look()) == ["agent-n0-0"]
+    member.leave()
+
+
+def test_waits_are_shown_and_end_with_a_story(run: RunDir) -> None:
+    member = Member(run, "trainer", "n0")
+    with member.waiting("batch 7", "the trajectory server"):
+        assert Leader(run).look()["trainer-n0-0"]["waiting"]["what"] == "batch 7"
+    assert Leader(run).look()["trainer-n0-0"]["waiting"] is None
+    with pytest.raises(TimeoutError, match=r"for a sign from nobody"):
+        wait_for("a sign", "nobody", lambda: None, 0.1, 0.02, member)
+    member.leave()
+
+
+def test_requests_are_left_seen_and_withdrawn(run: RunDir) -> None:
+    assert asked(run, "stop") is None
+    ask(run, "stop", by="a test")
+    assert (asked(run, "stop") or {})["by"] == "a test"
+    withdraw(run, "stop")
+    assert asked(run, "stop") is None

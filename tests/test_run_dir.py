@@ -1,0 +1,63 @@
+"""Files that others read are old or new, never a part; and the layout is private."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from atropos_hpc import run_dir
+from atropos_hpc.run_dir import RunDir, append_line, read_json, read_lines, write_file, write_json
+
+
+def test_create_makes_a_private_directory_with_a_secret(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    assert run.secret.stat().st_mode & 0o777 == 0o600
+    token = run.token()
+    run.create()
+    assert run.token() == token and len(token) >= 32
+
+
+def test_a_full_disk_leaves_the_old_content_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"n": 1})
+
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_dir.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"n": 2})
+    assert read_json(path) == {"n": 1}
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize("crash_at", ["write", "fsync", "rename"])
+def test_a_crash_at_any_point_of_a_write_leaves_old_or_new(tmp_path: Path, crash_at: str) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    if (pid := os.fork()) == 0:
+        setattr(run_dir.os, crash_at, lambda *_: os._exit(9))
+        write_file(path, b"new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert path.read_bytes() == b"old"
+
+
+def test_lines_of_a_torn_file_are_read_up_to_the_tear(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    append_line(path, {"step": 1})
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "rew')
+    assert read_lines(path) == [{"step": 1}]
+
+
+def test_each_attempt_has_its_logs_and_latest_points_at_the_newest(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    first, second = run.new_attempt(), run.new_attempt()
+    assert (first.name, second.name) == ("attempt-0", "attempt-1")
+    assert run.logs.resolve() == second.resolve()
