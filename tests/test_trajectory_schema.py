@@ -1,0 +1,167 @@
+"""Groups between JSON, record and arrays; and what is refused on the way."""
+
+import json
+
+import numpy as np
+import pytest
+
+from atropos_hpc.trajectories.schema import Refused, as_json, decode, from_python, read_group
+from trajectory_parts import group
+
+NAN, INF = float("nan"), float("inf")
+
+
+def through(value, **limits):
+    """JSON -> record -> Group."""
+    (record,) = decode(json.dumps(value).encode(), many=False, **limits)
+    return read_group(bytearray(record.header(0) + record.payload))
+
+
+def changed(path, new):
+    """A valid group in which what lies at `path` is `new`."""
+    value = group(1)
+    *way, last = path
+    inner = value
+    for key in way:
+        inner = inner[key]
+    inner[last] = new
+    return value
+
+
+def test_a_group_keeps_all_that_it_holds():
+    sent = group(
+        5,
+        sequences=2,
+        length=4,
+        version=3,
+        advantages=[[0.5, -0.5, 1, 2]] * 2,
+        ref_logprobs=[[-1.0, -2.0, -3.0, -4.0]] * 2,
+        overrides=[{"set_advantage_to_zero": True}, {}],
+        group_overrides={"sft": True},
+        env_id=7,
+    )
+    got = through(sent)
+    assert got.lengths.tolist() == [4, 4] and got.lengths.dtype == np.uint32
+    assert got.scores.tolist() == [0.0, 1.0] and got.scores.dtype == np.float64
+    assert got.tokens.tolist() == [5, 0, 2, 3, 5, 1, 2, 3] and got.tokens.dtype == np.int32
+    assert got.trained.tolist() == [False, False, True, True] * 2
+    assert got.inference_logprobs.tolist() == [1, 1, -0.25, -0.25] * 2 and got.inference_logprobs.dtype == np.float32
+    assert got.advantages.tolist() == [0.5, -0.5, 1, 2] * 2
+    assert got.ref_logprobs.tolist() == [-1, -2, -3, -4] * 2
+    assert got.overrides == [{"set_advantage_to_zero": True}, {}]
+    assert got.group_overrides == {"sft": True}
+    assert got.generation_params["group_id"] == "group-5"
+    assert got.policy_versions == [(3, 4), (3, 4)]
+    assert got.env_id == 7
+
+
+def test_what_is_left_out_stays_unknown():
+    got = through({"tokens": [[1, 2], [3]], "masks": [[-100, 2], [3]], "scores": [1, 0]})
+    assert got.lengths.tolist() == [2, 1]
+    assert (got.inference_logprobs, got.advantages, got.ref_logprobs, got.overrides, got.generation_params) == (None,) * 5
+    assert got.policy_versions == [None, None]
+    assert got.env_id == -1
+
+
+def test_json_comes_back_as_it_was_sent():
+    sent = group(3, version=2, messages=[[{"role": "user", "content": "[hé]"}]] * 4, images=["x"], env_id=0, distill_token_ids=[[[1, 2]]])
+    (record,) = decode(json.dumps(sent).encode(), many=False)
+    back = json.loads(as_json(record.header(0) + record.payload))
+    assert {name: value for name, value in back.items() if value is not None} == sent
+
+
+@pytest.mark.parametrize("parsed", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", changed(["tokens"], [])),
+        ("tokens", changed(["tokens", 1], [])),
+        ("tokens", changed(["tokens"], None)),
+        ("tokens", changed(["tokens"], [1, 2])),
+        ("tokens", changed(["tokens"], "12")),
+        ("tokens", changed(["tokens", 0, 2], "12")),
+        ("tokens", changed(["tokens", 0, 2], 1.5)),
+        ("tokens", changed(["tokens", 0, 2], None)),
+        ("tokens", changed(["tokens", 0, 2], [2])),
+        ("tokens", changed(["tokens", 0, 2], True)),
+        ("tokens", changed(["tokens", 0, 2], -1)),
+        ("tokens", changed(["tokens", 0, 2], 1000)),
+        ("tokens", changed(["tokens", 0, 2], 2**40)),
+        ("tokens", changed(["tokens", 0, 2], 10**30)),
+        ("tokens", changed(["tokens", 0], [1] * 65)),
+        ("masks", changed(["masks"], None)),
+        ("masks", changed(["masks", 0], [-100])),
+        ("masks", changed(["masks", 0, 3], 4)),
+        ("masks", changed(["masks", 0, 3], 0)),
+        ("scores", changed(["scores"], [1.0])),
+        ("scores", changed(["scores"], None)),
+        ("scores", changed(["scores", 0], NAN)),
+        ("scores", changed(["scores", 0], INF)),
+        ("scores", changed(["scores", 0], None)),
+        ("scores", changed(["scores", 0], "1")),
+        ("scores", changed(["scores", 0], [1.0])),
+        ("inference_logprobs", changed(["inference_logprobs", 0, 2], NAN)),
+        ("inference_logprobs", changed(["inference_logprobs", 0, 2], -INF)),
+        ("inference_logprobs", changed(["inference_logprobs", 0, 2], 1e300)),
+        ("inference_logprobs", changed(["inference_logprobs", 0], [0.5])),
+        ("inference_logprobs", changed(["inference_logprobs", 0, 2], [0.5])),
+        ("inference_logprobs", changed(["inference_logprobs"], 3)),
+        ("advantages", group(1, advantages=[[1.0]] * 4)),
+        ("ref_logprobs", group(1, ref_logprobs=[[NAN] * 6] * 4)),
+        ("overrides", group(1, overrides=[{}])),
+        ("overrides", group(1, overrides=[1, 2, 3, 4])),
+        ("group_overrides", group(1, group_overrides=[1])),
+        ("generation_params", group(1, generation_params=3)),
+        ("policy_versions", group(1, generation_params={"policy_versions": [[1, 2]]})),
+        ("policy_versions", group(1, generation_params={"policy_versions": [[2, 1]] * 4})),
+        ("policy_versions", group(1, generation_params={"policy_versions": ["1"] * 4})),
+        ("env_id", group(1, env_id=-1)),
+        ("env_id", group(1, env_id="0")),
+    ],
+)
+def test_a_refusal_names_the_field(field, value, parsed):
+    with pytest.raises(Refused) as refused:
+        if parsed:
+            from_python(value, 1000, 64)
+        else:
+            decode(json.dumps(value).encode(), many=False, vocabulary=1000, max_length=64)
+    assert refused.value.status == 422
+    assert field in str(refused.value)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 5000, b'{"tokens": [[1'])
+@pytest.mark.parametrize("many", [False, True])
+def test_what_is_not_json_is_a_400(body, many):
+    with pytest.raises(Refused) as refused:
+        decode(body, many)
+    assert refused.value.status == 400
+    decode(json.dumps([group(1)]).encode(), many=True)  # and the next body is read
+
+
+@pytest.mark.parametrize(("body", "many"), [([], False), ({}, True), (3, False), ([3], True), (None, False)])
+def test_one_group_and_many_are_not_confused(body, many):
+    with pytest.raises(Refused) as refused:
+        decode(json.dumps(body).encode(), many)
+    assert refused.value.status == 422
+
+
+def test_nan_in_free_form_fields_becomes_null():
+    got = through(group(1, generation_params={"temperature": NAN, "group_id": "x", "deep": [{"x": INF}]}))
+    assert got.generation_params == {"temperature": None, "group_id": "x", "deep": [{"x": None}]}
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    assert through({"tokens": [[1.0, 2]], "masks": [[-100.0, 2.0]], "scores": [1]}).tokens.tolist() == [1, 2]
+
+
+def test_arrays_of_a_lease_can_be_written_to():
+    got = through(group(1))
+    got.tokens[0] = 9
+    assert got.tokens[0] == 9
+
+
+def test_repeats_have_the_same_hash_whoever_sends_them():
+    (first,) = decode(json.dumps(group(1, env_id=0)).encode(), many=False)
+    (again,) = decode(json.dumps(group(1, env_id=5), indent=1).encode(), many=False)
+    (other,) = decode(json.dumps(group(1, generation_params={"group_id": "other"})).encode(), many=False)
+    assert first.hash == again.hash != other.hash

@@ -1,0 +1,150 @@
+"""What the trajectory tests share: groups, a service behind real HTTP in this process, a server in a process of its own."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from aiohttp.test_utils import TestClient, TestServer
+
+from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.trajectories.client import groups_of
+from atropos_hpc.trajectories.schema import Group
+from atropos_hpc.trajectories.server import application
+from atropos_hpc.trajectories.service import Service
+
+TOKEN = "a-token"
+
+
+def group(number: int, sequences: int = 4, length: int = 6, version: int | None = None, **more: Any) -> dict[str, Any]:
+    """A ScoredData whose first token ids tell its number; the first two tokens of each sequence are masked."""
+    tokens = [[number, row, *range(2, length)] for row in range(sequences)]
+    value = {
+        "tokens": tokens,
+        "masks": [[-100, -100, *row[2:]] for row in tokens],
+        "scores": [float(row % 2) for row in range(sequences)],
+        "inference_logprobs": [[1.0, 1.0, *[-0.25] * (length - 2)] for _ in tokens],
+        "generation_params": {"group_id": f"group-{number}"},
+    }
+    if version is not None:
+        value["generation_params"]["policy_versions"] = [[version, version + 1]] * sequences
+    return value | more
+
+
+def registration(batch_size: int = 8, **more: Any) -> dict[str, Any]:
+    return {
+        "wandb_group": "group",
+        "wandb_project": "project",
+        "batch_size": batch_size,
+        "max_token_len": 100,
+        "checkpoint_dir": "checkpoints",
+        "save_checkpoint_interval": 5,
+        "starting_step": 0,
+        "num_steps": 50,
+    } | more
+
+
+def environment(name: str = "env", group_size: int = 4, **more: Any) -> dict[str, Any]:
+    return {"max_token_length": 100, "desired_name": name, "weight": 1.0, "group_size": group_size} | more
+
+
+def numbers(groups: list[Group]) -> list[int]:
+    """The numbers that `group` was called with."""
+    return [int(g.tokens[0]) for g in groups]
+
+
+class Http:
+    """Requests to a service that runs in this process and event loop."""
+
+    def __init__(self, service: Service, client: TestClient) -> None:
+        self.service, self.client = service, client
+
+    async def raw(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        response = await self.client.request(method, path, data=data, headers={"Authorization": f"Bearer {TOKEN}"} | (headers or {}))
+        return response.status, await response.read()
+
+    async def get(self, path: str, body: Any = None) -> Any:
+        status, answer = await self.raw("GET", path, body)
+        assert status == 200, (path, status, answer)
+        return json.loads(answer)
+
+    async def post(self, path: str, body: Any = None) -> Any:
+        status, answer = await self.raw("POST", path, body)
+        assert status == 200, (path, status, answer)
+        return json.loads(answer)
+
+    async def send(self, *groups: dict[str, Any]) -> None:
+        for value in groups:
+            assert await self.post("/scored_data", value) == {"status": "received"}
+
+    async def lease(self, batch: int, **query: Any) -> list[Group] | None:
+        """None for 204; raises AssertionError for what is neither 200 nor 204."""
+        query = {"rank": 0, "world": 1} | query
+        path = f"/lease?batch={batch}&" + "&".join(f"{name}={value}" for name, value in query.items())
+        status, body = await self.raw("GET", path)
+        assert status in (200, 204), (path, status, body)
+        return groups_of(bytearray(body)) if status == 200 else None
+
+    async def start(self, batch_size: int = 8, **more: Any) -> None:
+        """Register a trainer and let it lease once, so that environments may register."""
+        await self.post("/register", registration(batch_size, **more))
+        assert await self.lease(more.get("starting_step", 0)) is None
+
+
+def with_service(
+    directory: Path, story: Callable[[Http], Awaitable[None]], max_body_bytes: int = 1 << 20, segment_bytes: int = 1 << 20
+) -> None:
+    """Run `story` against a service over `directory`. Called again, it is a restart of the server."""
+
+    async def run() -> None:
+        service = Service(directory, segment_bytes=segment_bytes)
+        runner = TestServer(application(service, TOKEN, max_body_bytes))
+        async with TestClient(runner, auto_decompress=True) as client:
+            await story(Http(service, client))
+        await service.close()
+
+    asyncio.run(run())
+
+
+def make_run(path: Path, **trajectories: Any) -> RunDir:
+    """A run directory with as much of a config as a trajectory server reads."""
+    run = RunDir(path)
+    run.create()
+    config = {
+        "cluster": {"host": "127.0.0.1"},
+        "model": {"max_length": 64},
+        "trajectories": {"server": "durable", "max_body_bytes": 1 << 20, **trajectories},
+    }
+    write_json(run.run_json, {"config": config})
+    return run
+
+
+@contextmanager
+def server_process(run: RunDir, module: str = "server") -> Iterator[subprocess.Popen[bytes]]:
+    """The server of `run`, listening; killed at the end if it still runs."""
+    with (run.path / "server.log").open("ab") as log:
+        command = [sys.executable, "-m", f"atropos_hpc.trajectories.{module}", "--run-dir", str(run.path)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 60
+        while (state := member(run)).get("state") != "serving" or state["pid"] != process.pid:
+            assert process.poll() is None and time.monotonic() < deadline, (run.path / "server.log").read_text()
+            time.sleep(0.02)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def member(run: RunDir) -> dict[str, Any]:
+    """What the server tells of itself in the rendezvous."""
+    return read_json(run.members / "trajectories-local-0.json")
