@@ -1,0 +1,152 @@
+"""Weights from a published policy version into a live vLLM: a weight-transfer engine named "disk".
+
+vLLM imports this module in each of its worker processes, because `WorkerExtension` is given as --worker-extension-cls; importing it
+registers the engine. One update then is
+
+  start   nothing to prepare
+  update  read every shard into host memory, and compare sizes and hashes with the manifest. Nothing of the model is touched: a version
+          that fails here leaves the old weights and the old version number in place
+  finish  hand the tensors to vLLM's layer-by-layer reload, which splits and packs them as at start-up
+
+Should `finish` fail, the model is partly old and partly new, and the worker ends itself: no answer may come from half of a version.
+Each worker reads the whole version: host memory needed meanwhile is the size of the checkpoint, times tensor parallelism.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+
+log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handler
+
+BACKEND = "disk"
+EXIT_HALF_APPLIED = 70
+
+
+class BadVersion(Exception):
+    """A version that must not be served: incomplete, damaged, or not the one announced."""
+
+
+@dataclass
+class Init(WeightTransferInitInfo):
+    """Nothing is needed."""
+
+
+@dataclass
+class Update(WeightTransferUpdateInfo):
+    """Which version: its directory, and the number that its manifest must have. An empty directory abandons the update."""
+
+    directory: str
+    version: int
+
+
+class DiskEngine(WeightTransferEngine[Init, Update]):
+    init_info_cls = Init
+    update_info_cls = Update
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shards: list[dict[str, torch.Tensor]] = []
+
+    def init_transfer_engine(self, init_info: Init) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._shards = []
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Not the base class's: it synchronizes an accelerator, which a CPU build does not have, and nothing was copied there yet.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: Update) -> None:
+        self._shards = []
+        if not update_info.directory:
+            raise BadVersion("the update was abandoned")
+        self._shards = read_version(Path(update_info.directory), update_info.version)
+
+    def finish_weight_update(self) -> None:
+        if not self._shards:
+            raise BadVersion("finish without an update: nothing to apply")
+        try:
+            initialize_layerwise_reload(self.model)
+            loaded = self.model.load_weights(self._tensors())
+            finalize_layerwise_reload(self.model, self.model_config)
+            pack_output_layers(self.model)
+            missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
+            if loaded is not None and self.model_config.quantization is None and missing:
+                raise BadVersion(f"the version has no weights for {', '.join(sorted(missing)[:5])} ({len(missing)} parameters)")
+        except BaseException:
+            log.critical("applying new weights failed half way; this server ends, because it has neither version whole", exc_info=True)
+            logging.shutdown()
+            os._exit(EXIT_HALF_APPLIED)
+        finally:
+            self._shards = []
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for shard in self._shards:
+            yield from shard.items()
+
+    def shutdown(self) -> None:
+        self._shards = []
+
+
+def read_version(directory: Path, version: int) -> list[dict[str, torch.Tensor]]:
+    """Every tensor of a published version, on the CPU, one dict per shard.
+
+    The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when anything is not as the manifest
+    says.
+    """
+    try:
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadVersion(f"{directory}: no readable manifest.json: {error}") from error
+    if manifest["version"] != version or manifest["kind"] != "full":
+        raise BadVersion(f"{directory}: {manifest['kind']} version {manifest['version']}, where the full version {version} was announced")
+    shards = []
+    for entry in manifest["files"]:
+        path = directory / entry["file"]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadVersion(f"{path}: {error}") from error
+        if len(data) != entry["bytes"]:
+            raise BadVersion(f"{path}: {len(data)} bytes, the manifest says {entry['bytes']}")
+        if (digest := xxhash.xxh3_64_hexdigest(data)) != entry["xxh3"]:
+            raise BadVersion(f"{path}: xxh3 {digest}, the manifest says {entry['xxh3']}")
+        try:
+            shards.append(safetensors.torch.load(data))
+        except Exception as error:  # the library's own error types are many
+            raise BadVersion(f"{path}: not a safetensors file: {error}") from error
+    if not any(shards):
+        raise BadVersion(f"{directory}: no tensors")
+    return shards
+
+
+def pack_output_layers(model: torch.nn.Module) -> None:
+    """Renew what a CPU build has packed from output embeddings. (On an accelerator nothing is packed, and this does nothing.)
+
+    An output layer that is tied to the input embedding has no weights of its own to load, so the reload passes it over: its parameter
+    is new, but the packed copy that it multiplies with would still be the old one.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+class WorkerExtension:
+    """Empty: its name is how this module gets into every worker before the model is loaded."""
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, DiskEngine)
