@@ -119,9 +119,3 @@ def test_a_follower_outlives_a_store_that_vanishes(store: PolicyStore) -> None:
     gone = publish(store, 2)
     shutil.rmtree(gone.directory)
     assert follower.look() == good
-
-
-def test_begin_removes_what_a_crashed_publish_of_the_same_name_left(store: PolicyStore) -> None:
-    directory = store.begin(1, 1)
-    (directory / "half").write_text("x")
-    assert os.listdir(store.begin(1, 1)) == []

@@ -91,7 +91,7 @@ def _run(config: Config, run: RunDir) -> int:
         write_json(attempt / "attempt.json", record)
         summary = summarize(run)
         write_json(run.summary, summary)
-        console.end(action, summary)
+        console.end(action.name.lower(), summary)
     return EXIT[action]
 
 

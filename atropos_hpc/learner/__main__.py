@@ -76,10 +76,10 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
 
     from atropos_hpc.learner.backends.verl import VerlBackend  # settles verl's platform, before anything else of verl
     from atropos_hpc.learner.checkpoint import Checkpoints
-    from atropos_hpc.learner.loop import Conf, train
+    from atropos_hpc.learner.loop import Batches, Conf, train
+    from atropos_hpc.learner.publishing import Publishing
     from atropos_hpc.learner.together import Together
     from atropos_hpc.observe.metrics import Metrics
-    from atropos_hpc.policy.publish import Publisher
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
     if trainer.threads is not None:
@@ -97,10 +97,11 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     log.info("rank %d of %d starts at step %d", rank, world, backend.step_count)
 
     Client = UpstreamClient if config["trajectories"]["server"] == "atropos" else TrajectoryClient
-    client = Client(Roster(run.roster).trajectory_server, run.token(), LEASE_PATIENCE_S)
+    find = Roster(run.roster).trajectory_server
+    leasing, client = (Client(find, run.token(), LEASE_PATIENCE_S) for _ in range(2))  # the thread's, and the loop's own
     wandb: WandbConf = from_dict(WandbConf, config["wandb"])
     if rank == 0:
-        client.register(
+        leasing.register(
             batch_size=algorithm.batch_size,
             max_token_len=model.max_length,
             starting_step=backend.step_count,
@@ -110,13 +111,12 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
             wandb_project=wandb.project,
             wandb_group=wandb.group or "",
         )
-        if backend.step_count > 0:
-            client.ack(backend.step_count - 1)  # the acknowledgement may have been lost with the learner that saved
     metrics = Metrics(run, wandb, backend.step_count) if rank == 0 else None
-    publisher = Publisher(run.policy, policy.keep, model.dtype)
+    publishing = Publishing(run.policy, policy.keep, model.dtype)
+    batches = Batches(leasing, rank, world, config["staleness"]["max"])
     conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])
     try:
-        return train(conf, run, backend, client, checkpoints, publisher, metrics, Together(run, member), member)
+        return train(conf, run, backend, client, batches, checkpoints, publishing, metrics, Together(run, member), member)
     finally:
         if metrics is not None:
             metrics.close()

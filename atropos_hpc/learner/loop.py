@@ -21,12 +21,12 @@ from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelC
 from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.learner.batch import make_batch
 from atropos_hpc.learner.checkpoint import Checkpoints
+from atropos_hpc.learner.publishing import Publishing
 from atropos_hpc.learner.together import StopAsked, Together
 from atropos_hpc.observe.metrics import Metrics, Phases
-from atropos_hpc.policy.publish import Publisher
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.run_dir import RunDir, read_lines, write_json
-from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
+from atropos_hpc.trajectories.client import TrajectoryClient
 from atropos_hpc.trajectories.schema import Group
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ class Conf:
 
 
 class Batches:
-    """This rank's groups of each batch, leased in a thread, one batch ahead."""
+    """This rank's groups of each batch, leased in a thread, one batch ahead. `client` is the thread's own."""
 
-    def __init__(self, client: TrajectoryClient | UpstreamClient, rank: int, world: int, staleness_max: int) -> None:
+    def __init__(self, client: TrajectoryClient, rank: int, world: int, staleness_max: int) -> None:
         self.client, self.rank, self.world, self.staleness_max = client, rank, world, staleness_max
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease")
         self._leased: Future[tuple[list[Group], dict[str, Any]]] | None = None
@@ -87,9 +87,10 @@ def train(
     conf: Conf,
     run: RunDir,
     backend: Backend,
-    client: TrajectoryClient | UpstreamClient,
+    client: TrajectoryClient,
+    batches: Batches,
     checkpoints: Checkpoints,
-    publisher: Publisher,
+    publishing: Publishing,
     metrics: Metrics | None,
     together: Together,
     member: Member,
@@ -98,10 +99,9 @@ def train(
 
     Collective. `metrics` is rank 0's. Raises TimeoutError when a batch does not come in time.
     """
-    batches = Batches(client, backend.rank, backend.world, conf.staleness_max)
     phases = Phases()
     try:
-        publisher.publish(backend.module, backend.step_count)
+        publishing.publish(backend.module, backend.step_count)
         _evaluated(run, 0, conf.evaluation.before and backend.step_count == 0, conf, together)
         batches.ask(backend.step_count, backend.step_count)
         patience = conf.launch.start_timeout_s
@@ -122,7 +122,7 @@ def train(
             with phases("update"):
                 updated = backend.update(batch)
             with phases("publish"):
-                publisher.publish(backend.module, version + 1)
+                publishing.publish(backend.module, version + 1)
             with phases("checkpoint"):
                 if (version + 1) % conf.trainer.checkpoint_every == 0:
                     checkpoints.save(backend, {})
@@ -130,11 +130,11 @@ def train(
             if metrics is not None:
                 metrics.write(version + 1, _figures(batch.statistics.metrics(), updated, phases.take(), server, conf.staleness_max))
             together.check()
-        _save_now(backend, client, checkpoints, publisher)
+        _save_now(backend, client, checkpoints, publishing)
         _evaluated(run, backend.step_count, conf.evaluation.after, conf, together)
     except StopAsked:
         log.info("asked to stop at step %d: saving", backend.step_count)
-        _save_now(backend, client, checkpoints, publisher)
+        _save_now(backend, client, checkpoints, publishing)
         return False
     finally:
         batches.close()
@@ -143,19 +143,23 @@ def train(
     return True
 
 
-def _acknowledge(client: TrajectoryClient | UpstreamClient, durable: int | None, rank: int) -> None:
+def _acknowledge(client: TrajectoryClient, durable: int | None, rank: int) -> None:
     """Tell the trajectory server that all batches before a durable step are in weights that survive."""
     if durable is not None and durable > 0 and rank == 0:
         client.ack(durable - 1)
 
 
-def _save_now(backend: Backend, client: TrajectoryClient | UpstreamClient, checkpoints: Checkpoints, publisher: Publisher) -> None:
+def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoints, publishing: Publishing) -> None:
     """Make the present step durable, and its version public, before anything else."""
-    publisher.wait()
-    _acknowledge(client, checkpoints.wait(), backend.rank)
-    if checkpoints.newest != backend.step_count:
+    publishing.wait()
+    if publishing.newest != backend.step_count:  # it failed: once more, now that nothing else is written
+        publishing.publish(backend.module, backend.step_count)
+        publishing.wait()
+    durable = checkpoints.wait()
+    if durable != backend.step_count:
         checkpoints.save(backend, {})
-        _acknowledge(client, checkpoints.wait(), backend.rank)
+        durable = checkpoints.wait()
+    _acknowledge(client, durable, backend.rank)
 
 
 def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: Together) -> None:

@@ -43,7 +43,7 @@ class BadVersion(Exception):
 
 
 class PolicyStore:
-    """The store under `root`. The writing methods are for one process, the learner's rank 0."""
+    """The store under `root`. `begin` is for all ranks of the learner, the other writing methods for rank 0."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -54,11 +54,9 @@ class PolicyStore:
         return max([named, *(attempt for _, attempt, _ in self._versions())]) + 1
 
     def begin(self, version: int, attempt: int) -> Path:
-        """Make the directory for a version's shards. What a crashed publish of the same name left is removed."""
+        """Make the directory for a version's shards, if another rank has not done so already."""
         directory = self.root / f"{version}-{attempt}"
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         return directory
 
     def commit(self, version: int, attempt: int, files: Sequence[dict[str, Any]]) -> Published:

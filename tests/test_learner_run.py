@@ -1,0 +1,191 @@
+"""The learner as a process, fed by a real trajectory server: the same groups give the same weights, stopped or not, killed or not."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_hpc import config as schema
+from atropos_hpc import process
+from atropos_hpc.policy.store import PolicyStore
+from atropos_hpc.rendezvous import Leader, Roster, ask, wait_for
+from atropos_hpc.run_dir import RunDir, read_json, read_lines, write_json
+
+pytestmark = pytest.mark.verl
+
+STEPS, GROUPS, SIZE = 6, 4, 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The arithmetic task's model and tokenizer, untrained."""
+    import torch
+
+    from atropos_hpc.environments.make_base import make_model, make_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    make_model(0).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def new_run(path: Path, model: Path, ranks: int = 1, **trainer: Any) -> RunDir:
+    run = RunDir(path)
+    run.create()
+    run.new_attempt()
+    config = schema.Config(run_dir=str(path))
+    config.model = schema.ModelConf(path=str(model), max_length=32, dtype="float32")
+    config.environment = schema.EnvironmentConf(target="none:None", group_size=SIZE)
+    config.algorithm = schema.AlgorithmConf(batch_size=GROUPS * SIZE, kl_coef=0.01)
+    options = {"steps": STEPS, "learning_rate": 1e-3, "tokens_per_micro_batch": 128, "gradient_checkpointing": False, "threads": 1}
+    config.trainer = schema.TrainerConf(**{**options, "checkpoint_every": 2, **trainer})
+    config.evaluation = schema.EvaluationConf(before=False, after=False)
+    config.staleness = schema.StalenessConf(max=1000)
+    config.roles.trainer.ranks_per_node = ranks
+    write_json(run.run_json, {"id": "test", "config": dataclasses.asdict(config)})
+    return run
+
+
+def group(seed: int) -> dict[str, Any]:
+    """A group as an environment posts it: a masked prompt, two trained spans with a masked one between."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(4, 13) for _ in range(6)]
+    tokens, masks, logprobs = [], [], []
+    for _ in range(SIZE):
+        spans = [[rng.randrange(4, 13) for _ in range(rng.randrange(1, 5))] for _ in range(3)]
+        tokens.append(prompt + spans[0] + spans[1] + spans[2])
+        masks.append([-100] * len(prompt) + spans[0] + [-100] * len(spans[1]) + spans[2])
+        logprobs.append([1.0 if label == -100 else -rng.random() * 4 for label in masks[-1]])
+    scores = [float(i) for i in range(SIZE)]
+    return {"tokens": tokens, "masks": masks, "scores": scores, "inference_logprobs": logprobs, "generation_params": {"group_id": f"g{seed}", "policy_versions": [[0, 0]] * SIZE}}
+
+
+@contextmanager
+def trajectory_server(run: RunDir) -> Iterator[str]:
+    """The server's process, and a leader that publishes the roster meanwhile. Gives the URL."""
+    leader, over = Leader(run), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            leader.look()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    command = [sys.executable, "-m", "atropos_hpc.trajectories.server", "--run-dir", str(run.path)]
+    server = process.start("trajectories", command, run.logs / "trajectories.log")
+    try:
+        yield wait_for("the URL", "the trajectory server", Roster(run.roster).trajectory_server, 60)
+    finally:
+        process.end([server], 10)
+        over.set()
+        thread.join()
+
+
+def post(url: str, token: str, body: Any) -> None:
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/scored_data_list", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200
+
+
+def learn(run: RunDir, ranks: int = 1) -> list[process.Child]:
+    step = f"step-{time.time_ns()}"
+    children = []
+    for rank in range(ranks):
+        variables = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                     "ATROPOS_HPC_STEP": step, "ATROPOS_HPC_NODE": "n0"}  # fmt: skip
+        command = [sys.executable, "-m", "atropos_hpc.learner", "--run-dir", str(run.path)]
+        children.append(process.start(f"trainer-{rank}", command, run.logs / f"trainer-{rank}.log", variables))
+    return children
+
+
+def ended(run: RunDir, children: list[process.Child]) -> list[int]:
+    try:
+        return [child.process.wait(180) for child in children]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(process.tail(run.logs / "trainer-0.log", 40)) from None
+    finally:
+        process.end(children, 1)
+
+
+def weights(run: RunDir) -> tuple[int, list[str]]:
+    latest = PolicyStore(run.policy).latest()
+    assert latest is not None
+    return latest.version, [file["xxh3"] for file in read_json(latest.directory / "manifest.json")["files"]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = new_run(tmp_path_factory.mktemp("uninterrupted"), model)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(STEPS * GROUPS)])
+        assert ended(run, learn(run)) == [0], process.tail(run.logs / "trainer-0.log", 40)
+    return run
+
+
+def test_every_step_is_trained_published_measured_and_acknowledged(uninterrupted: RunDir) -> None:
+    run = uninterrupted
+    lines = read_lines(run.metrics)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for key in ("reward", "kl_reference", "entropy", "grad_norm", "clip_fraction", "staleness_mean", "tokens_per_s", "time/wait", "time/update", "length_mean"):
+        assert all(key in line for line in lines), key
+    assert lines[0]["kl_reference"] == 0 and lines[-1]["kl_reference"] > 0
+    assert weights(run)[0] == STEPS and read_json(run.done) == {"version": STEPS}
+    assert read_json(run.checkpoints / "latest.json")["step"] == STEPS
+
+
+def test_three_and_three_steps_give_the_weights_of_six(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path, model)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(3 * GROUPS)])
+        first = learn(run)
+        wait_for("step 3", "the learner", lambda: len(read_lines(run.metrics)) == 3, 120)
+        ask(run, "stop")
+        assert ended(run, first) == [75]
+        assert read_json(run.checkpoints / "latest.json")["step"] == 3
+        (run.requests / "stop.json").unlink()
+        post(url, run.token(), [group(seed) for seed in range(3 * GROUPS, STEPS * GROUPS)])
+        assert ended(run, learn(run)) == [0]
+    assert weights(run) == weights(uninterrupted)
+    same = [(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(uninterrupted.metrics)]
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run.metrics)] == same
+
+
+def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path, model)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
+        first = learn(run)
+        wait_for("step 5", "the learner", lambda: len(read_lines(run.metrics)) == 5, 120)
+        first[0].signal(signal.SIGKILL)
+        assert ended(run, first) == [-signal.SIGKILL]
+        assert read_json(run.checkpoints / "latest.json")["step"] == 4
+        post(url, run.token(), [group(seed) for seed in range(5 * GROUPS, STEPS * GROUPS)])
+        assert ended(run, learn(run)) == [0]
+    assert weights(run) == weights(uninterrupted)
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, STEPS + 1))
+
+
+def test_two_ranks_take_the_same_steps(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path, model, ranks=2)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(STEPS * GROUPS)])
+        assert ended(run, learn(run, ranks=2)) == [0, 0], process.tail(run.logs / "trainer-0.log", 40)
+    for one, two in zip(read_lines(uninterrupted.metrics), read_lines(run.metrics), strict=True):
+        assert two["reward"] == one["reward"] and two["trained_tokens"] == one["trained_tokens"]
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert len(PolicyStore(run.policy).latest().directory.joinpath("manifest.json").read_text()) > 0  # type: ignore[union-attr]
+    assert os.path.exists(run.done)
