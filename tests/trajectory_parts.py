@@ -4,20 +4,21 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
-from aiohttp.test_utils import TestClient, TestServer
+import aiohttp
 
 from atropos_hpc.run_dir import RunDir, read_json, write_json
 from atropos_hpc.trajectories.client import groups_of
 from atropos_hpc.trajectories.schema import Group
-from atropos_hpc.trajectories.server import application
+from atropos_hpc.trajectories.server import application, start
 from atropos_hpc.trajectories.service import Service
 
 TOKEN = "a-token"
@@ -63,7 +64,7 @@ def numbers(groups: list[Group]) -> list[int]:
 class Http:
     """Requests to a service that runs in this process and event loop."""
 
-    def __init__(self, service: Service, client: TestClient) -> None:
+    def __init__(self, service: Service, client: aiohttp.ClientSession) -> None:
         self.service, self.client = service, client
 
     async def raw(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
@@ -106,9 +107,12 @@ def with_service(
 
     async def run() -> None:
         service = Service(directory, segment_bytes=segment_bytes)
-        runner = TestServer(application(service, TOKEN, max_body_bytes))
-        async with TestClient(runner, auto_decompress=True) as client:
+        listener = socket.create_server(("127.0.0.1", 0))
+        runner = await start(application(service, TOKEN, max_body_bytes), listener)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
             await story(Http(service, client))
+        service.end_waits()
+        await runner.cleanup()
         await service.close()
 
     asyncio.run(run())

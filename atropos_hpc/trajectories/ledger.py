@@ -136,10 +136,10 @@ class Ledger:
         elif kind == "started":
             self.started = True
         elif kind == "drop":
-            for item in map(self._dequeue, event["groups"]):
-                self.stale_groups += 1
-                self.stale_sequences += item.sequences
-                self._forget(item)
+            self.stale_groups += len(event["groups"])
+            self.stale_sequences += event["sequences"]  # told, as the groups may be gone when this is replayed
+            for gid in event["groups"]:
+                self._forget(self._dequeue(gid))
         elif kind == "batch":
             self.batches[event["batch"]] = [self._dequeue(gid) for gid in event["groups"]]
             self.formed = event["batch"] + 1

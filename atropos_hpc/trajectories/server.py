@@ -50,7 +50,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(service: Service, token: str, max_body_bytes: int) -> web.Application:
-    """The aiohttp application. Run it with `auto_decompress=False` and `handler_cancellation=False`."""
+    """The aiohttp application; `start` runs it."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -252,6 +252,14 @@ def url_of(server: socket.socket, host: str) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
 
 
+async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
+    """Serve `app` on a bound socket, until the returned runner's cleanup(). Inflating bodies is left to `inflate`, which has a limit."""
+    runner = web.AppRunner(app, access_log=None, auto_decompress=False, handler_cancellation=False, shutdown_timeout=CLOSE_S)
+    await runner.setup()
+    await web.SockSite(runner, server, backlog=BACKLOG).start()
+    return runner
+
+
 async def serve(run: RunDir, node: str) -> None:
     """Be the run's trajectory server until TERM."""
     config, token = run.config(), run.token()
@@ -267,10 +275,7 @@ async def serve(run: RunDir, node: str) -> None:
         log.error("%s", error)
         member.leave(state="ended", error=str(error))
         raise SystemExit(1) from None
-    app = application(service, token, config["trajectories"]["max_body_bytes"])
-    runner = web.AppRunner(app, access_log=None, auto_decompress=False, handler_cancellation=False, shutdown_timeout=CLOSE_S)
-    await runner.setup()
-    await web.SockSite(runner, server, backlog=BACKLOG).start()
+    runner = await start(application(service, token, config["trajectories"]["max_body_bytes"]), server)
     url = url_of(server, host)
     log.info("listening on %s", url)
     depth: dict[str, int] = service.depth()

@@ -180,7 +180,7 @@ class Service:
                 await self._record("started")
             if stale := ledger.stale(oldest):
                 log.info("batch %d: dropping %d groups older than policy version %d", batch, len(stale), oldest)
-                await self._record("drop", groups=stale, oldest=oldest)
+                await self._record("drop", groups=stale, oldest=oldest, sequences=sum(ledger.queue[gid].sequences for gid in stale))
                 self._retire()
             gids = ledger.choose(time.monotonic())
             if gids is None:
