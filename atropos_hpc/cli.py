@@ -1,0 +1,69 @@
+"""`atropos-hpc`: what one does to a run besides starting it.
+
+atropos-hpc validate [OVERRIDE ...]   everything that would be refused, without starting anything
+atropos-hpc stop RUN                  save a checkpoint, then end the run; the same command resumes it
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from atropos_hpc import rendezvous
+from atropos_hpc.run_dir import RunDir, read_json
+
+
+def validate(overrides: Sequence[str]) -> int:
+    """Compose and check as `atropos_hpc.train` would with these overrides. 0: nothing wrong; 2: said what."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from atropos_hpc.config import Config
+    from atropos_hpc.launch import preflight
+    from atropos_hpc.train import CONFIGS, explain
+
+    given = any(override.startswith("run_dir=") for override in overrides)
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = OmegaConf.to_object(compose("config", [*overrides, *([] if given else ["run_dir=runs/new"])]))
+    except (HydraException, OmegaConfBaseException) as error:
+        print(explain(error), file=sys.stderr)
+        return 2
+    assert isinstance(config, Config)
+    run_dir = Path(config.run_dir).absolute()
+    found = preflight.check(config, run_dir, read_json(RunDir(run_dir).run_json).get("config", {}))
+    for problem in found:
+        print(problem, file=sys.stderr)
+    print(f"{len(found)} to change" if found else "nothing wrong was found")
+    return 2 if found else 0
+
+
+def stop(path: Path) -> int:
+    """Leave the request to stop. The supervisor and the learner do the rest, wherever they run."""
+    run = RunDir(path)
+    if not read_json(run.run_json):
+        print(f"{path} is not a run directory: it has no run.json", file=sys.stderr)
+        return 2
+    if not rendezvous.Roster(run.roster).members("supervisor"):
+        print(f"nothing runs in {path}", file=sys.stderr)
+        return 1
+    rendezvous.ask(run, "stop", by="atropos-hpc stop")
+    print(f"asked: the learner saves a checkpoint, and the run in {path} ends")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("validate", help="everything that would be refused, without starting anything")
+    check.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train")
+    end = commands.add_parser("stop", help="save a checkpoint, then end the run")
+    end.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    options = parser.parse_args(arguments)
+    return validate(options.overrides) if options.command == "validate" else stop(options.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
