@@ -1,0 +1,129 @@
+"""For the tests of the learner: a tiny model, made-up groups, and functions run on forked ranks over gloo."""
+
+import os
+import random
+import signal
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from atropos_hpc.trajectories.schema import Group
+
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+VOCABULARY = 131
+RANK_SECONDS = 100
+
+
+def tiny_model(directory: Path, tied: bool = False, layers: int = 2) -> Path:
+    """A Qwen3 of random weights, larger than usual so that probabilities differ."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=tied, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`work(rank, world, *arguments)` in `world` forked processes with a process group; what each returned, via torch.save.
+
+    Forked, because importing verl takes seconds. A rank that fails or takes too long fails the test with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        children = {}
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                _run_rank(rank, world, Path(scratch), work, arguments)
+            children[pid] = rank
+        failed = False
+        for _ in range(world):
+            pid, status = os.waitpid(-1, 0) if len(children) == world and not failed else _reap(children)
+            children.pop(pid)
+            if status and not failed:
+                failed = True
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+        errors = [f"rank {path.suffix}:\n{path.read_text()}" for path in sorted(Path(scratch).glob("error.*"))]
+        assert not failed, "\n".join(errors) or "a rank was killed: it took too long"
+        return [torch.load(Path(scratch) / f"result.{rank}", weights_only=False) for rank in range(world)]
+
+
+def _reap(children: dict[int, int]) -> tuple[int, int]:
+    while True:
+        for pid in children:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return pid, status
+        signal.sigtimedwait([], 0.02)
+
+
+def _run_rank(rank: int, world: int, scratch: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    code = 1
+    try:
+        signal.alarm(RANK_SECONDS)
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(scratch / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        torch.save(work(rank, world, *arguments), scratch / f"result.{rank}")
+        dist.barrier()
+        dist.destroy_process_group()
+        code = 0
+    except BaseException:  # the parent shows it
+        (scratch / f"error.{rank}").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def make_group(rng: random.Random, size: int, gid: int = 0, first_trained: bool = False, **fields: Any) -> Group:
+    """Several turns: a masked prompt, then trained and masked spans in turn."""
+    tokens: list[list[int]] = []
+    masks: list[list[bool]] = []
+    prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 20))]
+    for i in range(size):
+        sequence, mask = list(prompt), [False] * len(prompt)
+        for turn in range(rng.randrange(1, 5)):
+            span = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 16))]
+            sequence += span
+            mask += [turn % 2 == 0] * len(span)
+        if first_trained and i == 0:
+            mask[0] = True
+        tokens.append(sequence)
+        masks.append(mask)
+    return Group(
+        lengths=np.array([len(t) for t in tokens], np.uint32),
+        scores=np.array([rng.random() for _ in range(size)]),
+        tokens=np.array(list(chain(*tokens)), np.int32),
+        trained=np.array(list(chain(*masks)), bool),
+        gid=gid,
+        **fields,
+    )
+
+
+def make_groups(seed: int = 0) -> list[Group]:
+    """Four groups of unequal size: a plain one, one with a wholly masked sequence, one whose very first token is to be trained and
+    in which one sequence is silenced, one with token-level advantages and a silenced sequence."""
+    rng = random.Random(seed)
+    plain, masked, first, token_level = (make_group(rng, size, gid, first_trained=gid == 2) for gid, size in enumerate((5, 4, 6, 3)))
+    masked.trained[: masked.lengths[0]] = False
+    first.overrides = [{}, {"set_advantage_to_zero": True}, {}, {}, {}, {}]
+    token_level.advantages = np.array([rng.gauss(0, 1) for _ in token_level.tokens], np.float32)
+    token_level.overrides = [{}, {}, {"set_advantage_to_zero": True}]
+    return [plain, masked, first, token_level]
+
+
+def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:
+    """A flat per-token array, cut into the group's sequences."""
+    return np.split(values, np.cumsum(group.lengths)[:-1])

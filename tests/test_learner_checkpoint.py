@@ -1,0 +1,241 @@
+"""Checkpoints: bit-equal resume, other numbers of ranks, and what is left after a crash at each point of a save."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.verl
+pytest.importorskip("verl")
+
+import torch  # noqa: E402
+from learner_ranks import make_groups, on_ranks, tiny_model  # noqa: E402
+
+from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
+from atropos_hpc.learner import checkpoint  # noqa: E402
+from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
+from atropos_hpc.learner.batch import make_batch  # noqa: E402
+from atropos_hpc.learner.checkpoint import CheckpointFailed, Checkpoints  # noqa: E402
+from atropos_hpc.run_dir import RunDir, read_json  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"), layers=1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    return run
+
+
+def backend_of(path: Path, learning_rate: float = 1e-3) -> VerlBackend:
+    trainer = TrainerConf(learning_rate=learning_rate, warmup_steps=2, schedule="cosine", steps=20)
+    return VerlBackend(ModelConf(path=str(path), dtype="float32", max_length=150), trainer, AlgorithmConf(kl_coef=0), 0, reference=False)
+
+
+def train(backend: VerlBackend, steps: int) -> list[dict[str, float]]:
+    metrics = []
+    for _ in range(steps):
+        batch = make_batch(make_groups(backend.step_count)[backend.rank :: backend.world], AlgorithmConf(), 4096, 150, 0)
+        batch.set_old_log_probs(backend.log_probs(batch))
+        drawn = [float(torch.rand(())), random.random(), float(np.random.rand())]
+        metrics.append({**backend.update(batch), **{f"drawn{i}": value for i, value in enumerate(drawn)}})
+    return metrics
+
+
+def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
+    return {name: tensor.full_tensor().clone() for name, tensor in backend.module.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def two_steps_saved(rank: int, world: int, path: Path, run: RunDir) -> Any:
+    """Saves at step 2, trains on while that is written, and returns what steps 3 and 4 were like."""
+    backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
+    random.seed(rank)
+    train(backend, 2)
+    assert checkpoints.durable() is None
+    at_save = weights_of(backend)
+    checkpoints.save(backend, {"gids": [1, 2], "note": "two"})
+    metrics = train(backend, 2)
+    assert checkpoints.wait() == 2
+    assert checkpoints.durable() is None, "told once"
+    return at_save, metrics, weights_of(backend)
+
+
+def resumed(rank: int, world: int, path: Path, run: RunDir, steps: int = 2, save: bool = False) -> Any:
+    random.seed(99)
+    backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
+    progress = checkpoints.load_latest(backend)
+    assert backend.step_count == 2 and progress == {"gids": [1, 2], "note": "two"}
+    loaded = weights_of(backend)
+    if save:
+        checkpoints.save(backend, progress)
+        checkpoints.wait()
+    return loaded, train(backend, steps), weights_of(backend)
+
+
+def test_a_resume_is_bit_equal(model_path: Path, run: RunDir) -> None:
+    at_save, metrics, after = on_ranks(1, two_steps_saved, model_path, run)[0]
+    loaded, again, end = on_ranks(1, resumed, model_path, run)[0]
+    assert same(at_save, loaded)
+    assert metrics == again and same(after, end)
+
+
+def test_other_numbers_of_ranks(model_path: Path, run: RunDir) -> None:
+    both = on_ranks(2, two_steps_saved, model_path, run)
+    at_save, metrics, after = both[0]
+    ranks = on_ranks(2, resumed, model_path, run)
+    assert [rank[1] for rank in ranks] == [rank[1] for rank in both] and same(after, ranks[0][2]), "2 ranks again: bit-equal"
+    loaded, on_one, _ = on_ranks(1, resumed, model_path, run, 1, True)[0]
+    assert same(at_save, loaded) and on_one[0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+    assert on_one[0]["lr"] == metrics[0]["lr"]
+    loaded, on_two, _ = on_ranks(2, resumed, model_path, run, 1)[0]
+    assert same(at_save, loaded) and on_two[0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+    assert read_json(run.checkpoints / "latest.json") == {"step": 2, "directory": "step-2-1"}
+
+
+def saved_at_zero(rank: int, world: int, path: Path, run: RunDir) -> Any:
+    ends = []
+    for save in (False, True):
+        backend, checkpoints = backend_of(path), Checkpoints(run, keep=1)
+        if save:
+            checkpoints.save(backend, {})
+            checkpoints.wait()
+        train(backend, 2)
+        ends.append(weights_of(backend))
+    backend = backend_of(path)
+    checkpoints.load_latest(backend)
+    train(backend, 2)
+    return [*ends, weights_of(backend)]
+
+
+def test_saving_before_the_first_step_changes_nothing(model_path: Path, run: RunDir) -> None:
+    never, saved, resumed_from_it = on_ranks(1, saved_at_zero, model_path, run)[0]
+    assert same(never, saved) and same(never, resumed_from_it)
+
+
+def another_rate(rank: int, world: int, path: Path, run: RunDir) -> float:
+    backend = backend_of(path, learning_rate=0.5)
+    Checkpoints(run, keep=2).load_latest(backend)
+    return train(backend, 1)[0]["lr"]
+
+
+def test_the_learning_rate_is_the_configs(model_path: Path, run: RunDir) -> None:
+    _, metrics, _ = on_ranks(1, two_steps_saved, model_path, run)[0]
+    assert on_ranks(1, another_rate, model_path, run)[0] == pytest.approx(500 * metrics[0]["lr"])
+
+
+class Numbers:
+    """A backend of one tensor, for what doesn't depend on models."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step_count, self.values = step, torch.full((1000,), float(step))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        self.values, self.step_count = state["values"], step
+
+
+def save_steps(rank: int, world: int, run: RunDir, steps: list[int], keep: int = 2) -> list[str]:
+    checkpoints = Checkpoints(run, keep)
+    for step in steps:
+        checkpoints.save(Numbers(step), {"step": step})  # type: ignore[arg-type]
+        assert checkpoints.wait() == step
+    checkpoints.close()
+    return sorted(name for name in os.listdir(run.checkpoints) if name.startswith("step-"))
+
+
+def load_numbers(rank: int, world: int, run: RunDir) -> Any:
+    numbers = Numbers()
+    progress = Checkpoints(run, 2).load_latest(numbers)  # type: ignore[arg-type]
+    assert progress is None or ((numbers.values == progress["step"]).all() and numbers.step_count == progress["step"])
+    return progress and progress["step"]
+
+
+def test_the_newest_are_kept_and_what_is_no_use_goes(run: RunDir) -> None:
+    assert on_ranks(1, load_numbers, run) == [None]
+    assert on_ranks(2, save_steps, run, [1, 2, 3])[0] == ["step-2-0", "step-3-0"]
+    (run.checkpoints / "step-9-0").mkdir()  # incomplete
+    (run.checkpoints / "step-8-0").mkdir()  # complete, but never named: left by a crash before latest.json
+    (run.checkpoints / "step-8-0" / "manifest.json").write_text('{"step": 8, "files": []}')
+    assert on_ranks(1, load_numbers, run) == [3]
+    assert on_ranks(1, save_steps, run, [3, 4])[0] == ["step-3-1", "step-4-0"], "a second attempt at 3 is newer than the first"
+
+
+def test_damage_is_noticed_and_an_older_one_taken(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    on_ranks(1, save_steps, run, [1, 2])
+    manifest = read_json(run.checkpoints / "step-2-0" / "manifest.json")
+    assert {entry["file"] for entry in manifest["files"]} == {".metadata", "__0_0.distcp"} and manifest["ranks"] == 1
+    shard = run.checkpoints / "step-2-0" / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert on_ranks(2, load_numbers, run) == [1, 1]
+    (run.checkpoints / "step-1-0" / ".metadata").unlink()
+    with pytest.raises(AssertionError, match=r"BadCheckpoint.*step-2-0.*the manifest says.*step-1-0/.metadata: missing"):
+        on_ranks(2, load_numbers, run)
+
+
+def crash_at(rank: int, world: int, run: RunDir, function: str, call: int) -> None:
+    """The process ends right before `call` of a function that a save uses, after one whole save."""
+    original, calls = getattr(checkpoint, function), 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os._exit(0)
+        return original(*arguments, **options)
+
+    save_steps(rank, world, run, [5])
+    setattr(checkpoint, function, counted)
+    save_steps(rank, world, run, [10])
+
+
+@pytest.mark.parametrize(
+    "function, call, survives",
+    [
+        ("write_json", 1, 5),  # before the manifest
+        ("sync_directory", 1, 5),
+        ("write_json", 2, 5),  # between manifest and latest.json
+        ("_retire", 1, 10),  # after latest.json
+    ],
+)
+def test_a_crash_leaves_the_last_durable_step(run: RunDir, function: str, call: int, survives: int) -> None:
+    with pytest.raises(FileNotFoundError):  # no result: the process was gone
+        on_ranks(1, crash_at, run, function, call)
+    assert on_ranks(1, load_numbers, run) == [survives]
+    assert on_ranks(1, save_steps, run, [survives + 1], 1)[0] == [f"step-{survives + 1}-0"], "leftovers go with the next save"
+
+
+def full_disk(rank: int, world: int, run: RunDir) -> Any:
+    """Rank 1 can't write; both must hear of it, and can save again later."""
+    checkpoints = Checkpoints(run, 2, timeout_s=20)
+    write = checkpoint.FileSystemWriter.write_data
+
+    def fails(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    if rank == 1:
+        checkpoint.FileSystemWriter.write_data = fails
+    checkpoints.save(Numbers(1), {"step": 1})  # type: ignore[arg-type]
+    with pytest.raises(CheckpointFailed, match="step-1-0"):
+        checkpoints.wait()
+    checkpoint.FileSystemWriter.write_data = write
+    checkpoints.save(Numbers(2), {"step": 2})  # type: ignore[arg-type]
+    return checkpoints.wait()
+
+
+def test_a_full_disk_on_one_rank_is_heard_of_on_all(run: RunDir) -> None:
+    assert on_ranks(2, full_disk, run) == [2, 2]
+    assert sorted(json.loads((run.checkpoints / "latest.json").read_text()).items()) == [("directory", "step-2-0"), ("step", 2)]

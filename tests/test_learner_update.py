@@ -1,0 +1,319 @@
+"""One update, through verl's engine, against a float64 loop over sequences that shares no code with it."""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.verl
+pytest.importorskip("verl")
+
+import torch  # noqa: E402
+from learner_ranks import VOCABULARY, make_group, make_groups, on_ranks, rows, tiny_model  # noqa: E402
+
+from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
+from atropos_hpc.learner.backends import verl as backend_module  # noqa: E402
+from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
+from atropos_hpc.learner.batch import flatten, jagged, make_batch  # noqa: E402
+from atropos_hpc.trajectories.schema import Group  # noqa: E402
+
+MAX_LENGTH = 150
+CASES = {
+    "k3": AlgorithmConf(kl_coef=0.05),
+    "asymmetric clip": AlgorithmConf(kl_coef=0, clip_low=0.1, clip_high=0.4, aggregation="seq-mean-token-mean"),
+    "dual clip": AlgorithmConf(kl_coef=0, clip_dual=1.1, aggregation="seq-mean-token-sum"),
+    "not divided by std, normed by length": AlgorithmConf(kl_coef=0.01, normalize_by_std=False, aggregation="seq-mean-token-sum-norm"),
+    "entropy bonus": AlgorithmConf(kl_coef=0, entropy_coef=0.1),
+    "gspo": AlgorithmConf(kl_coef=0, loss="gspo", clip_low=0.05, clip_high=0.06, aggregation="seq-mean-token-mean"),
+    "cispo": AlgorithmConf(kl_coef=0, loss="cispo", clip_high=0.3),
+}
+
+
+@dataclass
+class Expected:
+    """By the float64 loop: metrics, gradient per parameter, d loss / d log-prob by the tokens of the sequence."""
+
+    metrics: dict[str, float]
+    gradients: dict[str, torch.Tensor]
+    by_token: dict[tuple[int, ...], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model64(model_path: Any) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager").eval()
+
+
+def log_probs64(model: torch.nn.Module, tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs of tokens 1.., entropies of what predicts them)"""
+    ids = torch.tensor(tokens, dtype=torch.long)
+    every = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+    return every.gather(-1, ids[1:, None])[:, 0], -(every.exp() * every).sum(-1)
+
+
+def noisy_twins(model: torch.nn.Module, groups: list[Group]) -> tuple[list[Group], list[Group]]:
+    """The groups with a behaviour policy's log-probs, and again with a reference model's in their place: the model's, with noise."""
+    noise = np.random.default_rng(1)
+    twins = []
+    with torch.no_grad():
+        exact = [np.concatenate([[0, *log_probs64(model, r)[0].numpy()][: len(r)] for r in rows(g, g.tokens)]) for g in groups]
+    for _ in range(2):
+        values = [np.minimum(e + 0.3 * noise.standard_normal(len(e)), 0).astype(np.float32) for e in exact]
+        twins.append([replace(g, inference_logprobs=v) for g, v in zip(groups, values, strict=True)])
+    return twins[0], twins[1]
+
+
+def expected(model: torch.nn.Module, groups: list[Group], references: list[Group], conf: AlgorithmConf) -> Expected:
+    """The objective, written down once more, sequence by sequence."""
+    kept = []
+    for group, twin in zip(groups, references, strict=True):
+        score = torch.tensor(group.scores, dtype=torch.float64)
+        relative = score - score.mean()
+        if conf.normalize_by_std:
+            relative = relative / (score.std() + 1e-6)
+        given = rows(group, group.advantages) if group.advantages is not None else None
+        for i, tokens in enumerate(rows(group, group.tokens)):
+            mask = torch.tensor(rows(group, group.trained)[i][1:])
+            if not mask.any():
+                continue
+            advantage = torch.tensor(given[i][1:], dtype=torch.float64) if given else relative[i].expand(len(mask))
+            if group.overrides and group.overrides[i].get("set_advantage_to_zero"):
+                advantage = torch.zeros(len(mask), dtype=torch.float64)
+            log_prob, entropy = log_probs64(model, tokens)
+            log_prob.retain_grad()
+            old, ref = (torch.tensor(rows(g, g.inference_logprobs)[i][1:], dtype=torch.float64) for g in (group, twin))
+            kept.append((tokens, mask, advantage, log_prob, entropy, old, ref))
+    model.zero_grad()
+    tokens_total, sequences_total = sum(int(k[1].sum()) for k in kept), len(kept)
+    loss = torch.zeros((), dtype=torch.float64)
+    sums = dict.fromkeys(("entropy", "kl_reference", "clip_fraction", "ppo_kl", "mismatch_mean"), 0.0)
+    for _, mask, advantage, log_prob, entropy, old, ref in kept:
+        ratio = (log_prob - old).exp()
+        low, high = 1 - conf.clip_low, 1 + conf.clip_high
+        if conf.loss == "gspo":
+            ratio = (log_prob - old)[mask].mean().exp().detach() * log_prob.exp() / log_prob.exp().detach()
+        free, clipped = -advantage * ratio, -advantage * ratio.clamp(low, high)
+        each = torch.maximum(free, clipped)
+        if conf.loss == "cispo":
+            each = -ratio.clamp(low, high).detach() * advantage * log_prob
+        if conf.loss == "vanilla":
+            each = torch.where(advantage < 0, torch.minimum(each, -advantage * conf.clip_dual), each)
+        kl = (ref - log_prob).exp() - (ref - log_prob) - 1
+        each = (each + conf.kl_coef * kl - conf.entropy_coef * entropy)[mask]
+        loss = (
+            loss
+            + {
+                "token-mean": each.sum() / tokens_total,
+                "seq-mean-token-mean": each.mean() / sequences_total,
+                "seq-mean-token-sum": each.sum() / sequences_total,
+                "seq-mean-token-sum-norm": each.sum() / sequences_total / MAX_LENGTH,
+            }[conf.aggregation]
+        )
+        for name, values in (
+            ("entropy", entropy), ("kl_reference", kl), ("clip_fraction", (clipped > free).double()), ("ppo_kl", old - log_prob),
+            ("mismatch_mean", (old - log_prob).abs()),
+        ):  # fmt: skip
+            sums[name] += float(values[mask].detach().sum())
+    loss.backward()
+    return Expected(
+        {"loss": float(loss.detach()), **{name: value / tokens_total for name, value in sums.items()}},
+        {name: parameter.grad.clone() for name, parameter in model.named_parameters()},
+        {tuple(k[0].tolist()): k[3].grad for k in kept},
+    )
+
+
+def update_all(rank: int, world: int, path: Any, deal: list[list[int]], groups: list[Group], references: list[Group], limits: Any) -> Any:
+    """On one rank: every case at every micro-batch limit. -> [(case, limit, metrics, gradients, [(tokens, d loss / d log-prob, mask)])]"""
+    trainer = TrainerConf(learning_rate=0.0, gradient_checkpointing=False)
+    model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH)
+    backend = VerlBackend(model, trainer, CASES["entropy bonus"], seed=0)
+    ppo_loss, step = backend_module.ppo_loss, backend._policy.optimizer_step
+    gradients: dict[str, torch.Tensor] = {}
+    watched: list[Any] = []
+
+    def watch(model_output: Any, data: Any, **options: Any) -> Any:
+        nested = model_output["log_probs"]
+        values = nested.values()
+        values.retain_grad()
+        watched.append((values, data["input_ids"], data["prompts"].offsets().diff(), data["response_mask"]))
+        again = torch.nested.nested_tensor_from_jagged(values, nested.offsets())
+        return ppo_loss(model_output={**model_output, "log_probs": again}, data=data, **options)
+
+    def keep_gradients() -> float:
+        gradients.update({n: p.grad.full_tensor().double() for n, p in backend.module.named_parameters()})
+        return step()
+
+    backend_module.ppo_loss, backend._policy.optimizer_step = watch, keep_gradients
+    results = []
+    mine, twins = [groups[i] for i in deal[rank]], [references[i] for i in deal[rank]]
+    for name, conf in CASES.items():
+        backend._algorithm = conf
+        for limit in limits:
+            batch = make_batch(mine, conf, limit, MAX_LENGTH, 0)
+            assert not batch.needs_log_probs
+            fillers = len(batch.tensors) - len(flatten(mine, conf).lengths)
+            batch.set_reference_log_probs(jagged(flatten(twins, conf), fillers, 1, limit)["old_log_probs"])
+            watched.clear()
+            metrics = backend.update(batch)
+            results.append((name, limit, metrics, dict(gradients), list(_by_sequence(watched, world))))
+    return results
+
+
+def _by_sequence(watched: list[Any], world: int) -> Any:
+    for values, ids, starts, mask in watched:
+        gradients = values.grad.double().split(ids.offsets().diff().tolist())
+        for tokens, gradient, start, trained in zip(ids.unbind(), gradients, starts.tolist(), mask.unbind(), strict=True):
+            whole = torch.zeros(len(tokens), dtype=torch.bool)
+            whole[start - 1 : start - 1 + len(trained)] = trained.bool()
+            yield tuple(tokens.tolist()), gradient / world, whole  # verl multiplies by the number of ranks, over which FSDP takes means
+
+
+@pytest.mark.parametrize("deal", [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[], [0, 1, 2, 3]]], ids=["1 rank", "2 ranks", "one without groups"])
+def test_gradients_are_those_of_the_float64_loop(model_path: Any, model64: torch.nn.Module, deal: list[list[int]]) -> None:
+    groups, references = noisy_twins(model64, make_groups())
+    limits = (4096, 120) if len(deal) == 1 else (120,)
+    results = on_ranks(len(deal), update_all, model_path, deal, groups, references, limits)
+    for name, conf in CASES.items():
+        want = expected(model64, groups, references, conf)
+        norm = torch.sqrt(sum((g**2).sum() for g in want.gradients.values()))
+        seen = 0
+        for rank in range(len(deal)):
+            for case, _, metrics, gradients, by_sequence in results[rank]:
+                if case != name:
+                    continue
+                error = torch.sqrt(sum(((gradients[n] - g) ** 2).sum() for n, g in want.gradients.items()))
+                assert float(error / norm) < 1e-5, (name, float(error / norm))
+                for key, value in want.metrics.items():
+                    if (key, conf.loss) not in {("clip_fraction", "gspo"), ("clip_fraction", "cispo")}:  # defined in their own ways
+                        assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, key)
+                for tokens, gradient, trained in by_sequence:
+                    assert (gradient[~trained] == 0).all(), f"{name}: a token that is not trained moves the weights"
+                    if trained.any():
+                        exact = next(g for t, g in want.by_token.items() if t[: len(tokens)] == tokens)[: len(tokens) - 1]
+                        assert float((gradient[:-1] - exact).abs().max() / exact.abs().max().clamp(min=1e-12)) < 1e-4, name
+                        seen += 1
+        assert seen == len(want.by_token) * len(limits)
+
+
+def three_steps(rank: int, world: int, path: Any, conf: AlgorithmConf, with_log_probs: bool = True) -> Any:
+    """Metrics of three steps on groups of their own, and the weights after them."""
+    trainer = TrainerConf(learning_rate=1e-3, warmup_steps=2, schedule="cosine", steps=10, weight_decay=0.0)
+    backend = VerlBackend(ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH), trainer, conf, seed=0)
+    steps = []
+    for step in range(3):
+        groups = make_groups(step)[rank::world]
+        if with_log_probs:
+            for group in groups:
+                group.inference_logprobs = np.full(len(group.tokens), -4.0, np.float32)
+        assert backend.step_count == step
+        batch = make_batch(groups, conf, 120, MAX_LENGTH, step)
+        if batch.needs_log_probs:
+            batch.set_old_log_probs(backend.log_probs(batch))
+        batch.set_reference_log_probs(backend.reference_log_probs(batch))
+        steps.append(backend.update(batch))
+    weights = {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in backend.module.state_dict().items()}
+    return steps, weights
+
+
+def test_ranks_agree_and_a_repetition_is_bit_equal(model_path: Any) -> None:
+    (steps, weights), (again, same) = (on_ranks(1, three_steps, model_path, AlgorithmConf())[0] for _ in range(2))
+    assert steps == again
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    first, second = on_ranks(2, three_steps, model_path, AlgorithmConf())
+    assert first[0] == second[0], "metrics are global: every rank has the same"
+    for one, two in zip(steps, first[0], strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    assert max(float((weights[n] - first[1][n]).abs().max()) for n in weights) < 1e-5
+    assert [s["lr"] for s in steps] == [0.0, pytest.approx(5e-4), pytest.approx(1e-3)], "of the step itself, not of the next"
+    assert steps[0]["kl_reference"] == 0.0 and steps[2]["kl_reference"] > 0
+
+
+@pytest.mark.parametrize("conf, with_log_probs", [(AlgorithmConf(), False), (AlgorithmConf(old_log_probs="recompute", kl_coef=0), True)])
+def test_old_log_probs_of_the_learner_itself(model_path: Any, conf: AlgorithmConf, with_log_probs: bool) -> None:
+    steps, _ = on_ranks(1, three_steps, model_path, conf, with_log_probs)[0]
+    for step in steps:
+        assert step["ppo_kl"] == pytest.approx(0, abs=1e-6) and step["clip_fraction"] == 0
+        assert ("mismatch_max" in step) == with_log_probs
+    assert steps[2]["kl_reference"] > 0, "also reported where it is not part of the loss"
+
+
+def bfloat16(rank: int, world: int, path: Any) -> Any:
+    trainer = TrainerConf(learning_rate=1e-3)
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        backend = VerlBackend(ModelConf(path=str(path), dtype=dtype, max_length=MAX_LENGTH), trainer, AlgorithmConf(), seed=0)
+        batch = make_batch(make_groups(), AlgorithmConf(), 4096, MAX_LENGTH, 0)
+        own = backend.log_probs(batch)
+        batch.set_old_log_probs(own)
+        batch.set_reference_log_probs(backend.reference_log_probs(batch))
+        metrics = backend.update(batch)
+        kinds = {p.dtype for p in backend.module.parameters()}
+        results.append((own.values(), metrics, kinds, {t.dtype for s in backend._policy.optimizer.state.values() for t in s.values()}))
+    return results
+
+
+def test_bfloat16_is_for_computing_only(model_path: Any) -> None:
+    exact, rounded = on_ranks(1, bfloat16, model_path)[0]
+    assert rounded[2] == rounded[3] == {torch.float32}
+    assert rounded[0].dtype == torch.float32 and len(rounded[0].unique()) > 0.9 * len(exact[0].unique()), "log-probs are not rounded"
+    assert float((exact[0] - rounded[0]).abs().max()) < 0.2
+    assert rounded[1]["kl_reference"] == 0.0 and rounded[1]["ppo_kl"] == 0.0
+
+
+def temperatures(rank: int, world: int, path: Any, group: Group) -> Any:
+    backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(), AlgorithmConf(kl_coef=0), seed=0, reference=False)
+    batch = make_batch([group], AlgorithmConf(), 4096, MAX_LENGTH, 0)
+    assert backend.reference_log_probs(batch) is None
+    with pytest.raises(ValueError, match="old log-probs"):
+        backend.update(batch)
+    return [row.clone() for row in backend.log_probs(batch).unbind()]
+
+
+def test_log_probs_are_taken_at_the_temperature_of_sampling(model_path: Any, model64: torch.nn.Module) -> None:
+    group = make_group(random.Random(5), 2, generation_params={"temperature": 0.5})
+    group.overrides = [{"temperature": 2.0}, {}]
+    got = on_ranks(1, temperatures, model_path, group)[0]
+    for i, temperature in enumerate((2.0, 0.5)):
+        tokens = torch.tensor(rows(group, group.tokens)[i], dtype=torch.long)
+        trained = rows(group, group.trained)[i].nonzero()[0]
+        with torch.no_grad():
+            logits = model64(tokens[None], use_cache=False).logits[0, :-1] / temperature
+        want = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0][trained[0] - 1 : trained[-1]]
+        assert float((got[i] - want).abs().max()) < 1e-5
+
+
+def silent(rank: int, world: int, path: Any) -> None:
+    backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(), AlgorithmConf(), seed=0)
+    assert backend.vocab_size == VOCABULARY
+    group = make_group(random.Random(0), 3)
+    group.trained[:] = False
+    batch = make_batch([group] if rank == 0 else [], AlgorithmConf(), 4096, MAX_LENGTH, 0)
+    with pytest.raises(ValueError, match="-100"):
+        backend.update(batch)
+
+
+def test_a_batch_with_nothing_to_train_is_refused(model_path: Any) -> None:
+    on_ranks(1, silent, model_path)
+
+
+@pytest.mark.parametrize(
+    "conf, complaint",
+    [
+        (AlgorithmConf(loss="vanila"), r"algorithm.loss=vanila.*cispo.*vanilla"),
+        (AlgorithmConf(aggregation="mean"), r"algorithm.aggregation=mean.*token-mean"),
+        (AlgorithmConf(kl_estimator="full"), r"algorithm.kl_estimator=full.*k3"),
+    ],
+)
+def test_a_wrong_objective_is_named_with_the_valid_ones(conf: AlgorithmConf, complaint: str) -> None:
+    from atropos_hpc.learner.objective import objective
+
+    with pytest.raises(ValueError, match=complaint):
+        objective(conf, MAX_LENGTH)

@@ -1,0 +1,160 @@
+"""What is published equals the weights at the moment of the call, bit for bit, and is what transformers loads."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.verl
+pytest.importorskip("verl")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from learner_ranks import VOCABULARY, make_groups, on_ranks, tiny_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+
+from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
+from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
+from atropos_hpc.learner.batch import make_batch  # noqa: E402
+from atropos_hpc.policy import publish as publish_module  # noqa: E402
+from atropos_hpc.policy.publish import Publisher, PublishFailed  # noqa: E402
+from atropos_hpc.policy.store import file_digest  # noqa: E402
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        part = load_file(path)
+        assert not part.keys() & tensors.keys(), "each tensor stands in one file"
+        tensors |= part
+    return tensors
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def trained_and_published(rank: int, world: int, path: Path, directory: Path, dtype: torch.dtype) -> Any:
+    backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(learning_rate=0.1), AlgorithmConf(kl_coef=0), 0, False)
+    publisher = Publisher()
+    batch = make_batch(make_groups()[rank::world], AlgorithmConf(), 4096, 150, 0)
+    batch.set_old_log_probs(backend.log_probs(batch))
+    backend.update(batch)
+    backend.log_probs(batch)  # a forward alone leaves the root module's parameters whole
+    future = publisher.publish(backend.module, directory, dtype)
+    weights = {name: full(tensor) for name, tensor in backend.module.state_dict().items()}
+    with torch.no_grad():  # training goes on
+        for tensor in backend.module.state_dict().values():
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).add_(1)
+    files = future.result(60)
+    publisher.close()
+    return weights, files
+
+
+@pytest.mark.parametrize("world, tied, dtype", [(1, False, torch.bfloat16), (2, True, torch.float32), (2, False, torch.bfloat16)])
+def test_transformers_loads_what_was_published(tmp_path: Path, world: int, tied: bool, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, directory = tiny_model(tmp_path / "model", tied), tmp_path / "policy" / "1-1"
+    results = on_ranks(world, trained_and_published, model, directory, dtype)
+    weights, files = results[0]
+    tensors = stored(directory)
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "again")
+    assert tensors.keys() == stored(tmp_path / "again").keys(), "the names that save_pretrained gives"
+    assert ("lm_head.weight" in tensors) != tied
+    for name, tensor in tensors.items():
+        assert tensor.dtype == dtype and torch.equal(tensor, weights[name].to(dtype)), name
+    initial = stored(model)
+    assert not torch.equal(initial["model.embed_tokens.weight"].to(dtype), tensors["model.embed_tokens.weight"]), "the model has learnt"
+    shutil.copy(model / "config.json", directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, weights[name].to(dtype)), name
+
+    assert all(rank_files == files for _, rank_files in results), "every rank learns of every file"
+    assert sorted(name for file in files for name in file["names"]) == sorted(tensors)
+    assert len(files) == world and sorted(f["file"] for f in files) == sorted(p.name for p in directory.glob("*.safetensors"))
+    for file in files:
+        assert (directory / file["file"]).stat().st_size == file["bytes"] and file_digest(directory / file["file"]) == file["xxh3"]
+
+
+class Odd(nn.Module):
+    """Shapes that don't divide by the ranks, a scalar-like one that leaves a rank empty, buffers of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.Parameter(torch.randn(7, 3))
+        self.single = nn.Parameter(torch.randn(1, 5))
+        self.vector = nn.Parameter(torch.randn(3))
+        self.large = nn.Parameter(torch.randn(40, 10))
+        self.register_buffer("counter", torch.tensor([3, 4]))
+        self.register_buffer("scratch", torch.zeros(4), persistent=False)
+
+
+def odd_published(rank: int, world: int, directory: Path, mesh: tuple[int, ...], bucket: int) -> Any:
+    publish_module.BUCKET_BYTES = bucket
+    torch.manual_seed(0)
+    module = Odd()
+    fully_shard(module, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :]))
+    files = Publisher().publish(module, directory, torch.float16).result(60)
+    return {name: full(tensor) for name, tensor in module.state_dict().items()}, [file["bytes"] for file in files]
+
+
+@pytest.mark.parametrize("mesh", [(3,), (2, 1), (1, 2)])
+@pytest.mark.parametrize("bucket", [1, 1 << 20])
+def test_any_shapes_meshes_and_buckets(tmp_path: Path, mesh: tuple[int, ...], bucket: int) -> None:
+    world = 1
+    for size in mesh:
+        world *= size
+    weights, _ = on_ranks(world, odd_published, tmp_path, mesh, bucket)[0]
+    tensors = stored(tmp_path)
+    assert tensors.keys() == weights.keys() == {"odd", "single", "vector", "large", "counter"}
+    assert tensors["counter"].tolist() == [3, 4] and tensors["counter"].dtype == torch.int64
+    for name in ("odd", "single", "vector", "large"):
+        assert torch.equal(tensors[name], weights[name].half())
+
+
+def fails_to_write(rank: int, world: int, directory: Path) -> None:
+    module = nn.Linear(8, 8)
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    publisher = Publisher()
+    if rank == 1:
+        publish_module.os.fsync = _no_space
+    for _ in range(2):  # and it doesn't hang the next one either
+        with pytest.raises(PublishFailed, match=r"model-00002-of-00002.*No space left"):
+            publisher.publish(module, directory).result(60)
+    dist.barrier()
+
+
+def _no_space(fd: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_heard_of_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
+    on_ranks(2, fails_to_write, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def experts_published(rank: int, world: int, path: Path, directory: Path) -> None:
+    backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(), AlgorithmConf(kl_coef=0), 0, False)
+    Publisher().publish(backend.module, directory, torch.float32).result(60)
+
+
+def test_fused_experts_go_back_to_the_names_of_the_files(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    on_ranks(2, experts_published, tmp_path / "model", tmp_path / "policy")
+    want, got = stored(tmp_path / "model"), stored(tmp_path / "policy")
+    assert any(".experts.3." in name for name in want)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
