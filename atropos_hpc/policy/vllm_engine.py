@@ -110,26 +110,28 @@ def read_version(directory: Path, version: int) -> list[dict[str, torch.Tensor]]
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise BadVersion(f"{directory}: no readable manifest.json: {error}") from error
+        raise BadVersion(f"{directory.name}: no readable manifest.json: {error}") from error
     if manifest["version"] != version or manifest["kind"] != "full":
-        raise BadVersion(f"{directory}: {manifest['kind']} version {manifest['version']}, where the full version {version} was announced")
+        raise BadVersion(
+            f"{directory.name}: {manifest['kind']} version {manifest['version']}, where the full version {version} was announced"
+        )
     shards = []
     for entry in manifest["files"]:
-        path = directory / entry["file"]
+        shard = f"{entry['file']} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
         try:
-            data = path.read_bytes()
+            data = (directory / entry["file"]).read_bytes()
         except OSError as error:
-            raise BadVersion(f"{path}: {error}") from error
+            raise BadVersion(f"{shard}: {error}") from error
         if len(data) != entry["bytes"]:
-            raise BadVersion(f"{path}: {len(data)} bytes, the manifest says {entry['bytes']}")
+            raise BadVersion(f"{shard}: {len(data)} bytes, the manifest says {entry['bytes']}")
         if (digest := xxhash.xxh3_64_hexdigest(data)) != entry["xxh3"]:
-            raise BadVersion(f"{path}: xxh3 {digest}, the manifest says {entry['xxh3']}")
+            raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {entry['xxh3']}")
         try:
             shards.append(safetensors.torch.load(data))
         except Exception as error:  # the library's own error types are many
-            raise BadVersion(f"{path}: not a safetensors file: {error}") from error
+            raise BadVersion(f"{shard}: not a safetensors file: {error}") from error
     if not any(shards):
-        raise BadVersion(f"{directory}: no tensors")
+        raise BadVersion(f"{directory.name}: no tensors")
     return shards
 
 

@@ -1,6 +1,6 @@
 """The run's vLLM servers as one: which are there, which is asked next, and what each generation came from.
 
-The roster says who may be asked; it is looked at four times a second. A request goes to the server with the fewest outstanding. When that
+The roster says who may be asked; it is looked at ten times a second. A request goes to the server with the fewest outstanding. When that
 one dies, hangs, or leaves the roster, the request moves to another; there is one deadline over all moves.
 """
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 GENERATE = "/inference/v1/generate"
 CONNECT_S = 5.0  # a server that does not accept within this time is passed over
-ROSTER_S = 0.25  # how often the roster is looked at; it is parsed only when it has changed
+ROSTER_S = 0.1  # how often the roster is looked at; it is parsed only when it has changed
 SUSPECT_S = 5.0  # for how long a server that failed is used only if there is no other
 
 
@@ -99,6 +99,10 @@ class Pool:
     def trajectory_server(self) -> str | None:
         """The trajectory server's URL, once it listens. Looks at the roster itself, for callers that are waiting for a change."""
         return self._roster.trajectory_server()
+
+    def count(self, kind: str) -> int:
+        """How many members of this kind live, by the roster last read."""
+        return len(self._roster.members(kind))
 
     def watch(self) -> None:
         """Start following the roster, in the running event loop. `post` does so by itself."""

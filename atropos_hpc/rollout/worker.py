@@ -1,0 +1,132 @@
+"""One environment worker: an Atropos environment class that generates and scores for a run until it is ended.
+
+    python -m atropos_hpc.rollout.worker --run-dir R --index I
+    python -m atropos_hpc.rollout.worker --check --target package.module:Class --config '{"field": value}'
+
+The second form starts nothing. It prints what is wrong with a target and its config, as a JSON list of {"key", "message"}; it must run
+in the rollout role's Python, where the environment can be imported.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atropos_hpc import process
+from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, from_dict
+from atropos_hpc.launch.plan import DONE, REFUSED
+from atropos_hpc.observe.console import log_to_stderr
+from atropos_hpc.rendezvous import Member
+from atropos_hpc.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+class Sparse(logging.Filter):
+    """Lets a message of atroposlib through the first 3 times, and then each time its count has doubled: it has one for every group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[Any] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.seen[record.lineno] += 1
+        times = self.seen[record.lineno]
+        if times > 3 and times & (times - 1):
+            return False
+        if times > 3:
+            record.msg = f"{record.getMessage()} ({times} times so far)"
+            record.args = ()
+        return True
+
+
+def quiet_atropos() -> None:
+    """BaseEnv logs its status ten times a second, and every dropped group."""
+    logger = logging.getLogger("atroposlib.envs.base")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(Sparse())
+
+
+def seed_everything(seed: int) -> None:
+    """So that workers don't all draw the same items."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+async def work(run: RunDir, member: Member, index: int) -> None:
+    """Run the environment until cancelled. Raises TargetError when it cannot be used as configured."""
+    from atropos_hpc.rollout import target
+    from atropos_hpc.rollout.environment import as_member
+
+    config = run.config()
+    conf, model = from_dict(EnvironmentConf, config["environment"]), from_dict(ModelConf, config["model"])
+    staleness = from_dict(StalenessConf, config["staleness"])
+    seed = config["seed"] * 1000 + index
+    seed_everything(seed)
+    target.plain_chat_templates()
+    quiet_atropos()
+    environment = target.load(conf.target)
+    env_config = target.env_config(environment, conf, model, staleness, seed)
+    servers = [target.server_config(run, conf, model)]
+    env = as_member(environment)(env_config, servers, member=member, token=run.token(), staleness=staleness)
+    member.update(state="registering")
+    try:
+        await env.env_manager()
+    finally:
+        await env.leave()
+
+
+async def until_asked(run: RunDir, member: Member, index: int) -> None:
+    """`work`, cancelled by TERM."""
+    task = asyncio.create_task(work(run, member, index))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log.info("asked to end")
+
+
+def main() -> int:
+    process.die_with_parent(signal.SIGKILL)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--index", type=int, default=0, help="this worker's number in the run")
+    parser.add_argument("--check", action="store_true", help="check --target and --config, and start nothing")
+    parser.add_argument("--target")
+    parser.add_argument("--config", type=json.loads, default={}, help="as JSON")
+    options = parser.parse_args()
+    if options.check:
+        from atropos_hpc.rollout.target import check_target
+
+        print(json.dumps([asdict(problem) for problem in check_target(options.target, options.config)]))
+        return DONE
+
+    log_to_stderr()
+    run = RunDir(options.run_dir)
+    member = Member(run, "environment", os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
+    from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
+
+    try:
+        asyncio.run(until_asked(run, member, options.index))
+    except TargetError as error:
+        for problem in error.problems:
+            log.error("%s", problem)
+        member.leave(error=str(error))
+        return REFUSED
+    member.leave()
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
