@@ -162,9 +162,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[s
     text += b" " * (-len(text) % 8)
     raw = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()]
     blocks: list[Any] = [len(text).to_bytes(8, "little") + text, *raw]
-        len(text).to_bytes(8, "little") + text,
-        *(t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in tensors.values()),
-    ]
     digest = xxhash.xxh3_64()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
