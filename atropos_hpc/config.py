@@ -266,9 +266,11 @@ def _combinations(config: Config) -> Iterator[Problem]:
     if environment.group_size == 1 and algorithm.advantage == "grpo":
         yield Problem("environment.group_size", "1 leaves algorithm.advantage=grpo nothing to compare a sequence with; at least 2")
     if environment.group_size > 0 and algorithm.batch_size % environment.group_size:
-        yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not whole groups of {environment.group_size} (environment.group_size)")
+        whole = f"whole groups of {environment.group_size} (environment.group_size)"
+        yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not {whole}")
     if trainer.tokens_per_micro_batch < config.model.max_length:
-        yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold one sequence of model.max_length={config.model.max_length} tokens")
+        longest = f"one sequence of model.max_length={config.model.max_length} tokens"
+        yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold {longest}")
     if config.model.path is None and config.model.make is None:
         yield Problem("model.path", "is needed: a model's directory, or its name on the hub")
     if not environment.target.rpartition(":")[0]:
@@ -300,12 +302,12 @@ def keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """"; did you mean X?" for the nearest known word, or nothing when none is near."""
+    """ "; did you mean X?" for the nearest known word, or nothing when none is near."""
     near = difflib.get_close_matches(wrong, list(known), 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def from_dict(section: type, values: dict[str, Any]) -> Any:
+def from_dict(section: Any, values: dict[str, Any]) -> Any:
     """A section's dataclass from what run.json holds."""
     made = {}
     for name, declared in section.__dataclass_fields__.items():

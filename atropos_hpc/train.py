@@ -70,11 +70,11 @@ def explain(error: Exception) -> str:
         innermost = innermost.__cause__
     first = str(innermost).splitlines()[0]
     key = getattr(innermost, "full_key", None)
-    if key and "is not in struct" in first or key and re.match(r"Key '.*' not in", first):
+    if key and re.match(r"Key '.*' (is not in struct|not in)", first):
         return f"{key}: there is no such key{schema.did_you_mean(key, schema.keys())}"
     if key:
         return f"{key}: {first}"
-    return " ".join(str(error).split())
+    return " ".join(str(error).partition("Config search path")[0].split())
 
 
 if __name__ == "__main__":

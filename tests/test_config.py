@@ -169,7 +169,8 @@ heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray
 print("MEASURED", usage.ru_utime + usage.ru_stime, heavy)
 """
     for arguments in (["--help"], ["roles.rollout.python=/no/python", "algorithm.kl_coef=-1"]):
-        done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
         measured = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED")).split(maxsplit=2)
         assert measured[2] == "[]"
         assert float(measured[1]) < 1.5, f"{measured[1]} s of CPU for {arguments}"

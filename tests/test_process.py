@@ -45,7 +45,8 @@ def test_end_takes_the_whole_group_also_from_one_that_ignores_term(tmp_path: Pat
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    bound = "from atropos_hpc import process; import signal, time; process.die_with_parent(signal.SIGKILL); print('bound', flush=True); time.sleep(600)"
+    bind = "from atropos_hpc import process; import signal, time; process.die_with_parent(signal.SIGKILL)"
+    bound = f"{bind}; print('bound', flush=True); time.sleep(600)"
     program = f"""
         import sys, time
         from pathlib import Path
@@ -69,7 +70,8 @@ def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None
         from pathlib import Path
         from atropos_hpc import process
         process.adopt_orphans()
-        middle = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], start_new_session=True).pid, flush=True); time.sleep(600)"
+        orphan = "subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], start_new_session=True)"
+        middle = "import subprocess, sys, time; print(" + orphan + ".pid, flush=True); time.sleep(600)"
         log = Path({str(tmp_path / "log")!r})
         child = process.start("middle", [sys.executable, "-c", middle], log)
         while not log.read_text().strip():

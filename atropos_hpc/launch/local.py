@@ -44,8 +44,9 @@ def launch(config: Config, run_dir: Path) -> int:
             return _run(config, run)
     except Timeout:
         holder = read_json(run.holder)
-        print(f"{run_dir} is in use by {holder.get('what', 'somebody')}, pid {holder.get('pid')} on {holder.get('host')}, since "
-              f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder.get('since', 0)))}; nothing was started.", file=sys.stderr)  # fmt: skip
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", 0)))
+        who = f"{holder.get('what', 'somebody')}, pid {holder.get('pid')} on {holder.get('host')}, since {since}"
+        print(f"{run_dir} is in use by {who}; nothing was started.", file=sys.stderr)
         return 2
 
 

@@ -60,7 +60,8 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def _interpreters(config: Config) -> Iterator[Problem]:
     for role, python in (("trainer", trainer_python(config)), ("rollout", rollout_python(config))):
         key = f"roles.{role}.python"
-        probe = f"import importlib.util as u, json; print(json.dumps([m for m in {(*NEEDED[role], 'atropos_hpc')!r} if u.find_spec(m) is None]))"
+        needed = (*NEEDED[role], "atropos_hpc")
+        probe = f"import importlib.util as u, json; print(json.dumps([m for m in {needed!r} if u.find_spec(m) is None]))"
         try:
             out = subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=True, cwd="/").stdout
             if missing := json.loads(out):

@@ -1,12 +1,12 @@
 """The one process that starts a run's steps, watches them, restarts what may be restarted, and decides the end.
 
-    start every step
-    until the run is over:
-        look at the members, and publish the roster
-        for each step that has ended: apply plan.TABLE
-        start what is due again
-        meet a person's or the system's wish to stop
-    end every process, whatever happened
+start every step
+until the run is over:
+    look at the members, and publish the roster
+    for each step that has ended: apply plan.TABLE
+    start what is due again
+    meet a person's or the system's wish to stop
+end every process, whatever happened
 """
 
 import logging
@@ -119,7 +119,7 @@ class Supervisor:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
         self.events.append({"time": time.time(), "who": died.name, "how": how, "done": action.value})
-        if action is Action.FAIL or code > 0 and code != plan.STOPPED:
+        if action is Action.FAIL or (code > 0 and code != plan.STOPPED):
             log.error("the end of %s:\n%s", died.log, process.tail(died.log))
 
     def progress(self) -> Any:
@@ -142,9 +142,10 @@ class Supervisor:
         if self.wishes == 0:
             return None
         if self.stop_deadline is None:
-            log.warning("asked to stop: the learner saves a checkpoint, at most %.0f s; once more ends the run at once", self.launch.save_timeout_s)
+            patience = self.launch.save_timeout_s
+            log.warning("asked to stop: the learner saves a checkpoint, at most %.0f s; once more ends the run at once", patience)
             rendezvous.ask(self.run, "stop")
-            self.stop_deadline = time.monotonic() + self.launch.save_timeout_s
+            self.stop_deadline = time.monotonic() + patience
         if not self.steps["trainer"].children:
             return Action.STOP
         if self.wishes > 1 or time.monotonic() > self.stop_deadline:

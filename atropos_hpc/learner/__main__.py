@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["OMP_NUM_THREADS"] = str(trainer.threads)
     if Path(config["model"]["path"]).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    member = Member(run, "trainer", os.environ.get("ATROPOS_HPC_NODE", "local"), rank, rank=rank, step=None, step_id=os.environ.get("ATROPOS_HPC_STEP"))
+    node, step_id = os.environ.get("ATROPOS_HPC_NODE", "local"), os.environ.get("ATROPOS_HPC_STEP")
+    member = Member(run, "trainer", node, rank, rank=rank, step=None, step_id=step_id)
     try:
         return DONE if _train(run, config, trainer, member, rank, world) else STOPPED
     except ValueError:

@@ -17,6 +17,7 @@ from atropos_hpc.run_dir import RunDir
 
 FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 PLAIN_S = 10.0  # between plain progress lines
+FIGURES = (("reward", "reward", ".3f"), ("kl", "kl_reference", ".4f"), ("stale", "staleness_mean", ".2f"), ("s/step", "time/step", ".2f"))
 
 
 def log_to_stderr() -> None:
@@ -62,7 +63,7 @@ class Console:
         """Send the log to `path` and to the terminal, and show progress, inside this block."""
         to_file = logging.FileHandler(path)
         to_file.setFormatter(logging.Formatter(FORMAT))
-        on_screen = (RichHandler(console=self.terminal, show_path=False) if self.terminal.is_terminal else logging.StreamHandler())
+        on_screen = RichHandler(console=self.terminal, show_path=False) if self.terminal.is_terminal else logging.StreamHandler()
         if not self.terminal.is_terminal:
             on_screen.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
         root = logging.getLogger()
@@ -88,9 +89,7 @@ class Console:
         lines = self.metrics.read()
         if lines:
             last = lines[-1]
-            figures = "  ".join(f"{name} {last[key]:{form}}" for name, key, form in
-                                (("reward", "reward", ".3f"), ("kl", "kl_reference", ".4f"), ("stale", "staleness_mean", ".2f"), ("s/step", "time/step", ".2f"))
-                                if key in last)  # fmt: skip
+            figures = "  ".join(f"{name} {last[key]:{form}}" for name, key, form in FIGURES if key in last)
             self.progress.update(self.task, description="training", completed=last["step"], figures=figures)
             self._plain(f"step {last['step']}/{self.steps}  {figures}")
         elif not self.progress.tasks[0].completed:

@@ -56,6 +56,7 @@ class Metrics:
 
     def _log_evaluations(self) -> None:
         """Pass on held-out evaluations that have come in; they carry the policy version they are of."""
+        assert self._wandb is not None
         lines = read_lines(self.run.evaluations)
         for line in lines[self._evaluations :]:
             if line.get("accuracy") is not None:
@@ -75,7 +76,8 @@ def _start_wandb(run: RunDir, conf: WandbConf, resume_at: int) -> Any:
 
     about = read_json(run.run_json)
     started = wandb.init(
-        mode=conf.mode, project=conf.project, entity=conf.entity, group=conf.group, tags=conf.tags, id=about["id"], resume="allow",
+        mode=conf.mode,  # type: ignore[arg-type]  # one of the three, says the config check
+        project=conf.project, entity=conf.entity, group=conf.group, tags=conf.tags, id=about["id"], resume="allow",
         name=run.path.name, dir=str(run.path), config=about["config"],
     )  # fmt: skip
     started.define_metric("step")
