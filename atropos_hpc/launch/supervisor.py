@@ -118,7 +118,8 @@ class Supervisor:
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
-        self.events.append({"time": time.time(), "who": died.name, "how": how, "done": action.value})
+        if action is Action.RESTART:
+            self.events.append({"time": time.time(), "who": died.name, "how": how, "done": action.value})
         if action is Action.FAIL or (code > 0 and code != plan.STOPPED):
             log.error("the end of %s:\n%s", died.log, process.tail(died.log))
 
@@ -154,8 +155,9 @@ class Supervisor:
         return None
 
     def end_all(self) -> None:
-        """TERM, then KILL, to every process of the run; then to what they may have left."""
-        children = [child for running in self.steps.values() for child in running.children]
-        process.end(children, self.launch.grace_s)
+        """TERM, then KILL, to every process of the run, the trajectory server last; then to what they may have left."""
+        for last in (False, True):
+            steps = [running for running in self.steps.values() if (running.step.kind == "trajectories") == last]
+            process.end((child for running in steps for child in running.children), self.launch.grace_s)
         while process.end_orphans([]):
             pass

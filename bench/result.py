@@ -1,0 +1,19 @@
+"""What a bench returns."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Result:
+    """Rows of a table, and the bars that were set."""
+
+    rows: list[dict[str, Any]]
+    bars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def at_least(self, what: str, value: float, bar: float) -> None:
+        self.bars[what] = {"value": value, "bar": bar, "ok": value >= bar}
+
+    def at_most(self, what: str, value: float, bar: float) -> None:
+        self.bars[what] = {"value": value, "bar": bar, "ok": value <= bar}

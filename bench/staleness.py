@@ -1,0 +1,46 @@
+"""What overlapping generation and training buys: the same work strictly on-policy, and with two versions of staleness.
+
+Two whole runs of the arithmetic experiment, one after the other, equal but for `staleness.max`. Of the learner's time between its
+first and last step, which share does it wait for batches?
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.result import Result
+
+STEPS = 40
+WARM_UP = 5  # first steps, in which caches fill
+
+
+def run(staleness: int, directory: Path) -> dict[str, Any]:
+    """One run's figures over the steps after the warm-up."""
+    overrides = [f"run_dir={directory}", f"trainer.steps={STEPS}", f"staleness.max={staleness}", "evaluation.every=0",
+                 "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "atropos_hpc.train", *overrides], check=True, timeout=1800)
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+    wall = sum(step["time/step"] for step in steps)
+    return {
+        "staleness.max": staleness,
+        "waiting share": sum(step["time/wait"] for step in steps) / wall,
+        "s per step": wall / len(steps),
+        "stale sequences": int(sum(step["stale_sequences"] for step in steps)),
+        "mean staleness": sum(step["staleness_mean"] for step in steps) / len(steps),
+        "dropped as stale": int(steps[-1]["dropped_as_stale"]),
+        "sequences": int(sum(step["sequences"] for step in steps)),
+    }
+
+
+def main() -> Result:
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [run(staleness, Path(scratch) / f"staleness-{staleness}") for staleness in (0, 2)]
+    on_policy, overlapped = rows
+    result = Result(rows)
+    result.at_most("stale sequences at staleness.max=0", on_policy["stale sequences"], 0)
+    result.at_most("waiting share at 2, as a part of that at 0", overlapped["waiting share"] / on_policy["waiting share"], 0.95)
+    result.at_least("speed of a step at 2 over 0", on_policy["s per step"] / overlapped["s per step"], 1.0)
+    return result
