@@ -237,7 +237,7 @@ class RunEnvironment:
             self._senders.discard(task)
 
     async def _send_scored_data_to_api(self, scored_data: Any) -> None:
-        """Called last in a group's life. The send is a task of its own, because BaseEnv may cancel its workers: what is done is not lost."""
+        """Called last in a group's life. The send is a task of its own: BaseEnv may cancel its workers, but not what is done."""
         for group in scored_data if isinstance(scored_data, list) else [scored_data]:
             stamp(group, recorded())
         self._senders.add(asyncio.current_task())

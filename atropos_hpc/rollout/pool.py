@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 GENERATE = "/inference/v1/generate"
 CONNECT_S = 5.0  # a server that does not accept within this time is passed over
 ROSTER_S = 0.1  # how often the roster is looked at; it is parsed only when it has changed
+CONNECTIONS = 512  # to one server at once; further requests wait here instead of there, and don't use up file descriptors
 SUSPECT_S = 5.0  # for how long a server that failed is used only if there is no other
 
 
@@ -166,7 +167,7 @@ class Pool:
 
     async def _post_to(self, server: str, body: dict[str, Any], left: float) -> tuple[int, Any]:
         if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS))
         timeout = aiohttp.ClientTimeout(total=left, sock_connect=CONNECT_S)
         headers = {"Authorization": f"Bearer {self._token}"}
         async with self._session.post(server + GENERATE, json=body, headers=headers, timeout=timeout) as response:

@@ -1,0 +1,218 @@
+"""Held-out accuracy while a run goes on: the environment's own `evaluate`, at the policy versions that are due.
+
+    python -m atropos_hpc.rollout.evaluation --run-dir R
+
+One process per run. Due are the version that the run starts from (evaluation.before; the environment workers wait for this one, so
+that it is measured on just that version), every multiple of evaluation.every, and the last (evaluation.after). For each, in order:
+wait until all servers serve it or a later one, evaluate, and append a line to evaluations.jsonl. Training does not wait, so the line
+tells which versions really generated. Versions that training has passed meanwhile are left out, the last never. Versions that have
+a line already are left out too, so the process can be started again at any time. It ends with the last.
+"""
+
+import argparse
+import asyncio
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+from atropos_hpc import process
+from atropos_hpc.config import EnvironmentConf, EvaluationConf, ModelConf, StalenessConf, from_dict
+from atropos_hpc.launch.plan import DONE, REFUSED
+from atropos_hpc.observe.console import log_to_stderr
+from atropos_hpc.rendezvous import Member
+from atropos_hpc.run_dir import RunDir, append_line, read_lines
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+
+
+def next_due(conf: EvaluationConf, served: int, last: int, done: set[int]) -> int | None:
+    """The version to evaluate next, given the one that is served now, or None when all is done.
+
+    `last`: the run's last version. `done`: versions that have a line. The answer may lie ahead of `served`; of several that do not, it is
+    the newest, except that a run's first evaluation, with nothing done yet, is of what is served.
+    """
+    if conf.before and not done:
+        return min(served, last)
+    due = set(range(conf.every, last, conf.every)) if conf.every else set()
+    due |= {last} if conf.after else set()
+    due = {version for version in due - done if version > max(done, default=-1)}
+    reached = [version for version in due if version <= served]
+    return max(reached) if reached else min(due, default=None)
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers among an environment's metrics, without those about training."""
+    found = {}
+    for name, value in metrics.items():
+        if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # numpy's and torch's scalars
+            value = value.item()
+        if isinstance(value, Number) and not name.startswith("train") and math.isfinite(float(value)):  # type: ignore[arg-type]
+            found[name] = float(value)  # type: ignore[arg-type]
+    return found
+
+
+def as_evaluator(environment: type[Any]) -> type[Any]:
+    """The class with the run's servers, and with its metrics kept in `reported` instead of sent to Weights & Biases.
+
+    Environments report by `evaluate_log`, or in `wandb_log`, which ends in BaseEnv's. `Reported` comes between an environment and
+    BaseEnv in the order of resolution, so it is what the environment's `super()` finds.
+    """
+    from atroposlib.envs.base import BaseEnv
+
+    from atropos_hpc.rollout.client import VllmServer
+
+    class Reported(BaseEnv):
+        reported: dict[str, Any]
+
+        async def evaluate_log(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            self.reported |= metrics
+            if self.config.data_dir_to_save_evals is not None:
+                await super().evaluate_log(metrics, *args, **kwargs)
+
+        async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+            self.reported |= wandb_metrics or {}
+            await super().wandb_log(wandb_metrics)
+
+    return type(f"{environment.__name__}Evaluator", (environment, Reported), {"server_cls": VllmServer, "__doc__": environment.__doc__})
+
+
+async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
+    """One evaluation: its metrics, which versions generated, how many sequences. Raises what the environment raises, and TimeoutError."""
+    from atropos_hpc.rollout.pool import record_generations
+
+    async def complete() -> None:
+        await env.evaluate()
+        if env.eval_workers:
+            await asyncio.gather(*env.eval_workers)
+
+    env.reported = {}
+    with record_generations() as generations:
+        await asyncio.wait_for(complete(), timeout_s)
+    kept = getattr(env, "eval_metrics", None)
+    if isinstance(kept, list):  # most environments put (name, value) there, for their wandb_log to send
+        env.reported |= {item[0]: item[1] for item in kept if isinstance(item, tuple | list) and len(item) == 2}
+    await env.wandb_log()
+    versions = [version for generation in generations for version in generation.versions]
+    return {
+        "served": [min(versions), max(versions)] if versions else None,
+        "metrics": numbers(env.reported),
+        "sequences": len(generations),
+    }
+
+
+def accuracy(metrics: dict[str, float], name: str) -> float | None:
+    """The metric that environment.metric names; None, with a warning, when the environment does not report it."""
+    if name not in metrics:
+        log.warning("environment.metric=%s is not among the environment's metrics: %s", name, ", ".join(sorted(metrics)) or "none")
+    return metrics.get(name)
+
+
+class Evaluator:
+    """The evaluations of one run."""
+
+    def __init__(self, run: RunDir, member: Member) -> None:
+        config = run.config()
+        self.run, self.member, self.config = run, member, config
+        self.environment: EnvironmentConf = from_dict(EnvironmentConf, config["environment"])
+        self.conf: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
+        self.last: int = config["trainer"]["steps"]
+
+    def build(self) -> Any:
+        """The environment. Raises TargetError when it cannot be used as configured."""
+        from atropos_hpc.rollout import target
+        from atropos_hpc.rollout.worker import quiet_atropos, seed_everything
+
+        seed_everything(self.config["seed"])
+        target.plain_chat_templates()
+        quiet_atropos()
+        model, staleness = from_dict(ModelConf, self.config["model"]), from_dict(StalenessConf, self.config["staleness"])
+        environment = target.load(self.environment.target)
+        env_config = target.env_config(environment, self.environment, model, staleness, self.config["seed"])
+        return as_evaluator(environment)(env_config, [target.server_config(self.run, self.environment, model)], slurm=False)
+
+    async def work(self) -> None:
+        """Until the last due version has been evaluated."""
+        env = self.build()
+        await env.setup()
+        pool = env.server.servers[0].pool
+        pool.watch()
+        try:
+            while True:
+                served = pool.served_version()
+                done = {line["version"] for line in read_lines(self.run.evaluations)}
+                due = None if served is None else next_due(self.conf, served, self.last, done)
+                if served is not None and due is None:
+                    return
+                if due is None or served is None or due > served:
+                    self._show_wait(due)
+                    await asyncio.sleep(POLL_S)
+                    continue
+                await self.line(env, due)
+        finally:
+            await pool.close()
+
+    def _show_wait(self, due: int | None) -> None:
+        """Shown in the roster. It lasts as long as training takes, for which the supervisor has its own deadlines."""
+        what, whom = ("a vLLM server", "the node agents") if due is None else (f"policy version {due}", "the learner")
+        if (self.member.state["waiting"] or {}).get("what") != what:
+            self.member.update(state="idle", waiting={"what": what, "whom": whom, "since": time.time()})
+
+    async def line(self, env: Any, version: int) -> None:
+        """Evaluate, and append the line. One that failed gets a line with the error: it is not tried again."""
+        self.member.update(state=f"evaluating version {version}", waiting=None)
+        start = time.time()
+        line: dict[str, Any] = {"version": version, "served": None, "metrics": {}, "accuracy": None, "sequences": 0}
+        try:
+            line |= await evaluate(env, self.conf.timeout_s)
+            line["accuracy"] = accuracy(line["metrics"], self.environment.metric)
+            log.info("version %d: %s, by versions %s", version, line["metrics"], line["served"])
+        except Exception as error:  # whatever the environment raises
+            log.exception("the evaluation of version %d failed", version)
+            line["error"] = repr(error)
+        append_line(self.run.evaluations, {**line, "wall_s": round(time.time() - start, 3), "time": time.time()})
+
+
+async def until_asked(evaluator: Evaluator) -> bool:
+    """`work`, cancelled by TERM. Whether it came to its end."""
+    task = asyncio.create_task(evaluator.work())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log.info("asked to end")
+        return False
+    return True
+
+
+def main() -> int:
+    process.die_with_parent(signal.SIGKILL)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    options = parser.parse_args()
+    log_to_stderr()
+    run = RunDir(options.run_dir)
+    member = Member(run, "evaluator", os.environ.get("ATROPOS_HPC_NODE", "local"))
+    from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
+
+    try:
+        complete = asyncio.run(until_asked(Evaluator(run, member)))
+    except TargetError as error:
+        for problem in error.problems:
+            log.error("%s", problem)
+        member.leave(error=str(error))
+        return REFUSED
+    member.leave(complete=complete)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
