@@ -151,7 +151,9 @@ class Numbers:
 def save_steps(rank: int, world: int, run: RunDir, steps: list[int], keep: int = 2) -> list[str]:
     checkpoints = Checkpoints(run, keep)
     for step in steps:
-        checkpoints.save(Numbers(step), {"step": step})  # type: ignore[arg-type]
+        numbers = Numbers(step)
+        checkpoints.save(numbers, {"step": step})  # type: ignore[arg-type]
+        numbers.values.fill_(-1)  # training goes on
         assert checkpoints.wait() == step
     checkpoints.close()
     return sorted(name for name in os.listdir(run.checkpoints) if name.startswith("step-"))

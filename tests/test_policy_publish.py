@@ -23,7 +23,7 @@ from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E4
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.policy import publish as publish_module  # noqa: E402
-from atropos_hpc.policy.publish import Publisher, PublishFailed  # noqa: E402
+from atropos_hpc.policy.publish import Publisher, PublishFailed, snapshot, write_shards  # noqa: E402
 from atropos_hpc.policy.store import file_digest  # noqa: E402
 
 
@@ -42,19 +42,16 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def trained_and_published(rank: int, world: int, path: Path, directory: Path, dtype: torch.dtype) -> Any:
     backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(learning_rate=0.1), AlgorithmConf(kl_coef=0), 0, False)
-    publisher = Publisher()
     batch = make_batch(make_groups()[rank::world], AlgorithmConf(), 4096, 150, 0)
     batch.set_old_log_probs(backend.log_probs(batch))
     backend.update(batch)
     backend.log_probs(batch)  # a forward alone leaves the root module's parameters whole
-    future = publisher.publish(backend.module, directory, dtype)
+    shot = snapshot(backend.module, dtype)
     weights = {name: full(tensor) for name, tensor in backend.module.state_dict().items()}
     with torch.no_grad():  # training goes on
         for tensor in backend.module.state_dict().values():
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).add_(1)
-    files = future.result(60)
-    publisher.close()
-    return weights, files
+    return weights, write_shards(shot, directory, dist.new_group(backend="gloo"))
 
 
 @pytest.mark.parametrize("world, tied, dtype", [(1, False, torch.bfloat16), (2, True, torch.float32), (2, False, torch.bfloat16)])
