@@ -1,0 +1,208 @@
+"""Whole runs of the real command, with real vLLM, verl and an Atropos environment: what is killed comes back, and the run ends well.
+
+The base model is made once per machine (the cache keeps it); every run here takes a few steps only.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_hpc import process
+from atropos_hpc.launch.allocation import PACKAGE_HOME
+from atropos_hpc.run_dir import RunDir, read_json, read_lines
+
+pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
+
+QUICK = ["evaluation.every=0", "evaluation.before=false", "evaluation.after=false", "trainer.checkpoint_every=3", "launch.backoff_s=0.5"]
+
+
+class Started:
+    """A run as a child process, in a directory of its own."""
+
+    def __init__(self, path: Path, steps: int, *overrides: str) -> None:
+        self.run = RunDir(path / "run")
+        self.command = [sys.executable, "-m", "atropos_hpc.train", f"run_dir={self.run.path}", f"trainer.steps={steps}", *QUICK, *overrides]
+        self.output = path / "output.log"
+        self.process = self.start()
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        with self.output.open("ab") as output:
+            return subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.output.parent)
+
+    def until(self, what: str, look: Callable[[], Any], seconds: float = 420) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := look()):
+            assert self.process.poll() is None, f"the run ended before {what}:\n{self.story()}"
+            assert time.monotonic() < deadline, f"no {what} after {seconds} s:\n{self.story()}"
+            time.sleep(0.1)
+        return found
+
+    def step(self, number: int) -> None:
+        self.until(f"step {number}", lambda: len(read_lines(self.run.metrics)) >= number)
+
+    def end(self, seconds: float = 420) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the run did not end within {seconds} s:\n{self.story()}") from None
+
+    def pid(self, name: str) -> int:
+        """Of a member or of an agent's child."""
+        members = read_json(self.run.roster)["members"].values()
+        pids = {m["name"]: m["pid"] for m in members if m["alive"]}
+        for agent in (m for m in members if m["kind"] == "agent" and m["alive"]):
+            pids |= {server["name"]: server["pid"] for server in agent["servers"]} | agent["children"]
+        return next(pid for known, pid in pids.items() if known.startswith(name) and pid is not None)
+
+    def log(self, name: str) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.run.path.glob(f"logs/attempt-*/{name}.log")))
+
+    def story(self) -> str:
+        logs = [f"--- {path.name}\n{process.tail(path, 15)}" for path in sorted(self.run.logs.glob("*.log"))]
+        return "\n".join([process.tail(self.output, 40), *logs])
+
+    def steps(self) -> list[int]:
+        return [line["step"] for line in read_lines(self.run.metrics)]
+
+    def left(self) -> list[str]:
+        """Command lines of processes that still name the run directory."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                except OSError:
+                    continue
+                if str(self.run.path) in command:
+                    found.append(command)
+        return found
+
+    def assert_nothing_is_left(self) -> None:
+        deadline = time.monotonic() + 20
+        while (left := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert left == []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def begin(steps: int, *overrides: str) -> Started:
+        started.append(Started(tmp_path, steps, *overrides))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.poll() is None:
+            each.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            each.process.send_signal(signal.SIGTERM)
+            each.end(60)
+
+
+def assert_complete(started: Started, steps: int) -> None:
+    assert started.end() == 0, started.story()
+    assert started.steps() == list(range(1, steps + 1))
+    summary = read_json(started.run.summary)
+    assert summary["outcome"] == "finish" and summary["steps"] == steps
+    started.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("victim, noted_in", [("server-0-0", "agent-0"), ("environment-0", "agent-0"), ("trajectories", "supervisor"), ("agent", "supervisor")])
+def test_a_killed_member_comes_back_and_the_run_ends_by_itself(start: Callable[..., Started], victim: str, noted_in: str) -> None:
+    started = start(8)
+    started.step(2)
+    os.kill(started.pid(victim), signal.SIGKILL)
+    assert_complete(started, 8)
+    log = started.log(noted_in)
+    assert f"{victim.split('-')[0]}" in log and "was killed by SIGKILL" in log and "start" in log.partition("SIGKILL")[2]
+
+
+def test_a_killed_rank_restarts_from_the_last_durable_step(start: Callable[..., Started]) -> None:
+    started = start(8)
+    started.step(5)
+    os.kill(started.pid("trainer"), signal.SIGKILL)
+    assert_complete(started, 8)
+    assert "continuing from checkpoint" in started.log("trainer-0")
+    assert read_json(started.run.summary)["restarts"] == 1
+
+
+def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: Callable[..., Started]) -> None:
+    started = start(8)
+    started.step(4)
+    second = subprocess.run(started.command, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 2 and f"pid {started.process.pid}" in second.stderr and "is in use by" in second.stderr
+    started.process.kill()
+    started.process.wait()
+    started.assert_nothing_is_left()
+    durable = read_json(started.run.checkpoints / "latest.json")["step"]
+    assert durable == 3
+    started.process = started.start()
+    assert_complete(started, 8)
+    assert f"starts at step {durable}" in started.log("trainer-0")
+    # the same command once more: there is nothing left to do
+    again = subprocess.run(started.command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0 and "complete already" in again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_everything_and_the_run_resumes(start: Callable[..., Started], number: int) -> None:
+    started = start(6)
+    started.step(2)
+    started.process.send_signal(number)
+    assert started.end() == 75, started.story()
+    started.assert_nothing_is_left()
+    stopped_at = len(started.steps())
+    assert read_json(started.run.checkpoints / "latest.json")["step"] == stopped_at
+    started.process = started.start()
+    assert_complete(started, 6)
+
+
+def test_strictly_on_policy_means_no_stale_sequence(start: Callable[..., Started]) -> None:
+    started = start(6, "staleness.max=0")
+    assert_complete(started, 6)
+    assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
+    assert read_json(started.run.summary)["stale_sequences"] == 0
+
+
+def test_two_ranks_two_servers_and_two_workers(start: Callable[..., Started]) -> None:
+    started = start(4, "roles.trainer.ranks_per_node=2", "rollout.servers=2", "environment.workers=2")
+    assert_complete(started, 4)
+    assert len({server["url"] for server in _servers(started)} | {"none"}) >= 1
+
+
+def _servers(started: Started) -> list[dict[str, Any]]:
+    return [s for m in read_json(started.run.roster)["members"].values() if m["kind"] == "agent" for s in m["servers"]]
+
+
+def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:
+    started = start(4, "trajectories.server=atropos")
+    assert_complete(started, 4)
+
+
+def test_evaluations_stand_at_the_versions_that_were_asked_for(start: Callable[..., Started]) -> None:
+    started = start(4, "evaluation.before=true", "evaluation.after=true", "environment.config.eval_problems=100")
+    assert_complete(started, 4)
+    lines = read_lines(started.run.evaluations)
+    assert [line["version"] for line in lines] == [0, 4]
+    assert all(line["served"] == [line["version"]] * 2 and 0 <= line["accuracy"] <= 1 and line["sequences"] == 100 for line in lines)
+    summary = json.loads(started.run.summary.read_text())
+    assert summary["accuracy_before"] == lines[0]["accuracy"] and summary["accuracy_after"] == lines[1]["accuracy"]
+
+
+def test_a_multi_turn_environment_of_the_users_own_runs_unmodified(start: Callable[..., Started]) -> None:
+    target = PACKAGE_HOME / "tests" / "multi_turn_env.py"
+    started = start(2, f"environment.target={target}:MultiTurnEnv", "environment.config={}", "algorithm.batch_size=64", "model.max_length=64",
+                    "trainer.steps=2")  # fmt: skip
+    assert_complete(started, 2)
+    for line in read_lines(started.run.metrics):
+        assert line["trained_tokens"] < line["tokens"]
