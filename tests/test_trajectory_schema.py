@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from trajectory_parts import group
 
 from atropos_hpc.trajectories.schema import Refused, as_json, decode, from_python, read_group
-from trajectory_parts import group
 
 NAN, INF = float("nan"), float("inf")
 

@@ -48,6 +48,8 @@ async def serve(run: RunDir, node: str) -> None:
     host = run.config()["cluster"]["host"]
     listener = listen(run, f"trajectories-{node}-0", host)
     member = Member(run, "trajectories", node)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn ends on them, and then raises them again, for what was set here before
     server = uvicorn.Server(uvicorn.Config(behind_token(app, run.token()), log_level="warning", log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
