@@ -164,6 +164,32 @@ def test_a_full_disk_keeps_nothing_half_written_and_heals(tmp_path, monkeypatch,
     assert replay(tmp_path) == [b"before", b"after"]
 
 
+def test_what_a_failed_commit_left_cannot_come_back(tmp_path, monkeypatch):
+    """The write succeeds, the sync fails, and so does cutting back; the next record ends just where a left one begins."""
+
+    def broken(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def run():
+        journal = Journal(tmp_path)
+        list(journal.replay())
+        journal.start(no_state)
+        await journal.append(event(b"before"), lambda place: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", broken)
+            patch.setattr(os, "ftruncate", broken)
+            with journal._wake:  # so that the two are written together
+                appends = [asyncio.ensure_future(journal.append(event(text), lambda place: None)) for text in (b"refused", b"revenant")]
+                for _ in range(2):
+                    await asyncio.sleep(0)
+            assert all(isinstance(outcome, NotWritten) for outcome in await asyncio.gather(*appends, return_exceptions=True))
+        await journal.append(event(b"instead"), lambda place: None)
+        await asyncio.to_thread(journal.close)
+
+    asyncio.run(run())
+    assert replay(tmp_path) == [b"before", b"instead"]
+
+
 def test_segments_are_retired_only_behind_a_durable_snapshot(tmp_path, monkeypatch):
     async def run():
         journal = Journal(tmp_path, segment_bytes=1)
