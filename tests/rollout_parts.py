@@ -1,0 +1,142 @@
+"""What the rollout tests share: a run directory, a roster, a published version, child processes, and a stand-in for a vLLM server."""
+
+import asyncio
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from aiohttp import web
+
+from atropos_hpc.config import Config
+from atropos_hpc.process import PARENT
+from atropos_hpc.rendezvous import Leader
+from atropos_hpc.rollout.pool import GENERATE
+from atropos_hpc.run_dir import RunDir, write_json
+
+ANSWER = {"choices": [{"token_ids": [7], "weight_versions": [{"version": "1", "start": 0, "end": 1}]}]}
+Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_run(path: Path, **sections: dict[str, Any]) -> RunDir:
+    """A run directory whose run.json has these changes to the default config."""
+    run = RunDir(path)
+    run.create()
+    config = Config(run_dir=str(path))
+    config.environment.target = "nowhere:Nothing"
+    values = dataclasses.asdict(config)
+    for section, changes in sections.items():
+        values[section] |= changes
+    write_json(run.run_json, {"config": values})
+    return run
+
+
+def list_servers(run: RunDir, versions: dict[str, int]) -> None:
+    """A roster with one node agent that has these servers, URL -> version."""
+    servers = [{"url": url, "version": version} for url, version in versions.items()]
+    write_json(run.roster, {"members": {"agent-a-0": {"kind": "agent", "alive": True, "servers": servers}}})
+
+
+@contextmanager
+def leader(run: RunDir) -> Iterator[None]:
+    """Publishes the roster, as the supervisor does."""
+    stop, looking = threading.Event(), Leader(run)
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            looking.look()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def module(name: str, *arguments: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """`python -m name ...`, bound to this process; ended, and waited for."""
+    env = {**os.environ, PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        child = subprocess.Popen([sys.executable, "-m", name, *arguments], env=env, stdout=output, stderr=output)
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def publish(run: RunDir, weights: Path, version: int, attempt: int = 1) -> Path:
+    """The safetensors file `weights` as a published version; returns its directory."""
+    directory = run.policy / f"{version}-{attempt}"
+    directory.mkdir()
+    shutil.copy(weights, directory / "part-0.safetensors")
+    data = weights.read_bytes()
+    files = [{"file": "part-0.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}]
+    write_json(directory / "manifest.json", {"version": version, "attempt": attempt, "kind": "full", "files": files})
+    return directory
+
+
+class FakeServer:
+    """A vLLM server's token endpoint that does what `behave` does."""
+
+    def __init__(self, behave: Behaviour) -> None:
+        self.behave, self.served, self.aborted, self.tokens = behave, 0, 0, set[str | None]()
+
+    async def __aenter__(self) -> "FakeServer":
+        async def handle(request: web.Request) -> web.StreamResponse:
+            self.served += 1
+            self.tokens.add(request.headers.get("Authorization"))
+            try:
+                return await self.behave(request)
+            except asyncio.CancelledError:
+                self.aborted += 1
+                raise
+
+        app = web.Application()
+        app.router.add_post(GENERATE, handle)
+        self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.runner.cleanup()
+
+
+async def good(request: web.Request) -> web.StreamResponse:
+    return web.json_response(ANSWER)
+
+
+async def hang(request: web.Request) -> web.StreamResponse:
+    await asyncio.sleep(3600)
+    raise AssertionError("unreachable")
+
+
+async def die(request: web.Request) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    await asyncio.sleep(3600)
+    raise AssertionError("unreachable")
+
+
+def status(code: int) -> Behaviour:
+    async def behave(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": "x"}, status=code)
+
+    return behave

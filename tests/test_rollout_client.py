@@ -1,0 +1,144 @@
+"""The pool of servers against small HTTP servers of our own: what happens when one dies, hangs, refuses, or leaves the roster."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from rollout_parts import ANSWER, FakeServer, die, good, hang, list_servers, make_run, status
+
+from atropos_hpc.rollout.pool import Generation, Pool, policy_version, record, record_generations
+from atropos_hpc.run_dir import RunDir
+
+
+def on_a_run(test: Callable[[RunDir], Awaitable[None]]) -> Callable[[Path], None]:
+    def on_it(tmp_path: Path) -> None:
+        asyncio.run(asyncio.wait_for(test(make_run(tmp_path / "run")), 60))
+
+    return on_it
+
+
+@on_a_run
+async def test_a_request_moves_when_its_server_dies(run: RunDir) -> None:
+    async with FakeServer(die) as bad, FakeServer(good) as fine:
+        list_servers(run, {bad.url: 1, fine.url: 1})
+        pool = Pool(run)
+        assert [await pool.post({}, 10) for _ in range(6)] == [ANSWER] * 6
+        assert bad.served == 1  # after one failure it is suspect, and the other one is preferred
+        assert fine.served == 6
+        await pool.close()
+
+
+@on_a_run
+async def test_a_silent_server_is_given_up_when_it_leaves_the_roster(run: RunDir) -> None:
+    async with FakeServer(hang) as lost, FakeServer(good) as fine:
+        list_servers(run, {lost.url: 1})
+        pool = Pool(run)
+        request = asyncio.create_task(pool.post({}, 3600))
+        while not lost.served:
+            await asyncio.sleep(0.01)
+        list_servers(run, {fine.url: 1})
+        assert await request == ANSWER
+        assert lost.served == 1
+        await pool.close()
+
+
+@on_a_run
+async def test_an_empty_roster_is_waited_for(run: RunDir) -> None:
+    pool = Pool(run)
+    request = asyncio.create_task(pool.post({}, 30))
+    await asyncio.sleep(0.3)
+    assert pool.served_version() is None and not request.done()
+    async with FakeServer(good) as fine:
+        list_servers(run, {fine.url: 4})
+        assert await request == ANSWER
+        assert pool.served_version() == 4
+        await pool.close()
+
+
+@on_a_run
+async def test_the_deadline_names_the_last_failure(run: RunDir) -> None:
+    with socket.socket() as unused:  # bound, but it does not listen
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        list_servers(run, {url: 1})
+        pool = Pool(run)
+        with pytest.raises(TimeoutError, match=f"within 1 s; last: {url}"):
+            await pool.post({}, 1)
+        await pool.close()
+
+
+@on_a_run
+async def test_503_moves_and_400_is_final(run: RunDir) -> None:
+    async with FakeServer(status(503)) as paused, FakeServer(good) as fine, FakeServer(status(400)) as refuses:
+        list_servers(run, {paused.url: 1, fine.url: 1})
+        pool = Pool(run)
+        assert await pool.post({}, 10) == ANSWER
+        list_servers(run, {refuses.url: 1})
+        while pool.servers != [refuses.url]:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ValueError, match="refused the request with 400"):
+            await pool.post({}, 10)
+        assert refuses.served == 1
+        await pool.close()
+
+
+@on_a_run
+async def test_least_outstanding_and_cancel_reaches_the_server(run: RunDir) -> None:
+    async with FakeServer(hang) as slow, FakeServer(good) as fast:
+        list_servers(run, {slow.url: 1, fast.url: 1})
+        pool = Pool(run)
+        requests = [asyncio.create_task(pool.post({}, 30)) for _ in range(2)]
+        while not (slow.served and fast.served):
+            await asyncio.sleep(0.01)
+        for _ in range(5):
+            assert await pool.post({}, 30) == ANSWER
+        assert slow.served == 1
+        for request in requests:
+            request.cancel()
+        while not slow.aborted:
+            await asyncio.sleep(0.01)
+        assert not +pool.outstanding
+        await pool.close()
+
+
+@on_a_run
+async def test_an_unreadable_roster_keeps_the_servers_known(run: RunDir) -> None:
+    async with FakeServer(good) as fine:
+        list_servers(run, {fine.url: 1})
+        pool = Pool(run)
+        assert await pool.post({}, 5) == ANSWER
+        run.roster.write_text("{ not whole")
+        await asyncio.sleep(0.3)
+        assert await pool.post({}, 5) == ANSWER
+        await pool.close()
+
+
+@on_a_run
+async def test_every_request_carries_the_run_s_token_and_the_oldest_version_counts(run: RunDir) -> None:
+    async with FakeServer(good) as one, FakeServer(good) as other:
+        list_servers(run, {one.url: 3, other.url: 2})
+        pool = Pool(run)
+        await pool.post({}, 5)
+        await pool.post({}, 5)
+        assert one.tokens | other.tokens == {f"Bearer {run.token()}"}
+        assert pool.served_version() == 2
+        await pool.close()
+
+
+def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None:
+    spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 3}]
+
+    async def elsewhere() -> None:
+        record([{"token_ids": [3, 4, 5], "weight_versions": spans}])
+
+    async def main() -> list[Generation]:
+        with record_generations() as seen:
+            await asyncio.create_task(elsewhere())
+            record([{"token_ids": [1], "weight_versions": None}])
+        record([{"token_ids": [9], "weight_versions": spans}])
+        return seen
+
+    assert asyncio.run(main()) == [Generation((3, 4, 5), (0, 12))]
+    assert policy_version("default") == 0
