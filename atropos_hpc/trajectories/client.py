@@ -210,7 +210,7 @@ class UpstreamClient(TrajectoryClient):
         Raises ValueError unless `world` is 1: that server gives a batch to one asker only.
         """
         if world != 1:
-            raise ValueError(f"trajectories.server=upstream serves one trainer rank, not {world}: choose trajectories.server=durable")
+            raise ValueError(f"trajectories.server=atropos serves one trainer rank, not {world}: choose trajectories.server=durable")
         if self._held is not None and self._held[0] == batch:
             return self._held[1]
         deadline = time.monotonic() + wait_s
