@@ -23,7 +23,7 @@ from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E4
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.policy import publish as publish_module  # noqa: E402
-from atropos_hpc.policy.publish import Publisher, PublishFailed, snapshot, write_shards  # noqa: E402
+from atropos_hpc.policy.publish import PublishFailed, snapshot, write_shards  # noqa: E402
 from atropos_hpc.policy.store import file_digest  # noqa: E402
 
 
@@ -99,7 +99,7 @@ def odd_published(rank: int, world: int, directory: Path, mesh: tuple[int, ...],
     torch.manual_seed(0)
     module = Odd()
     fully_shard(module, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :]))
-    files = Publisher().publish(module, directory, torch.float16).result(60)
+    files = write_shards(snapshot(module, torch.float16), directory, dist.new_group(backend="gloo"))
     return {name: full(tensor) for name, tensor in module.state_dict().items()}, [file["bytes"] for file in files]
 
 
@@ -120,12 +120,12 @@ def test_any_shapes_meshes_and_buckets(tmp_path: Path, mesh: tuple[int, ...], bu
 def fails_to_write(rank: int, world: int, directory: Path) -> None:
     module = nn.Linear(8, 8)
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
-    publisher = Publisher()
+    group = dist.new_group(backend="gloo")
     if rank == 1:
         publish_module.os.fsync = _no_space
     for _ in range(2):  # and it doesn't hang the next one either
         with pytest.raises(PublishFailed, match=r"model-00002-of-00002.*No space left"):
-            publisher.publish(module, directory).result(60)
+            write_shards(snapshot(module), directory, group)
     dist.barrier()
 
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_heard_of_on_all_ranks_and_leaves_nothing(tmp_path: Path)
 
 def experts_published(rank: int, world: int, path: Path, directory: Path) -> None:
     backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(), AlgorithmConf(kl_coef=0), 0, False)
-    Publisher().publish(backend.module, directory, torch.float32).result(60)
+    write_shards(snapshot(backend.module, torch.float32), directory, dist.new_group(backend="gloo"))
 
 
 def test_fused_experts_go_back_to_the_names_of_the_files(tmp_path: Path) -> None:

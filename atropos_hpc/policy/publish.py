@@ -11,9 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -61,22 +59,6 @@ class Snapshot:
     entries: list[Entry]  # the same on every rank
     pieces: list[torch.Tensor]  # this rank's elements of each entry, flat, on the host
     renamed: Callable[[Tensors], Tensors]  # from the names in memory to those of the files
-
-
-class Publisher:
-    """One publish at a time, in the background. Every rank makes one, and calls `publish` at the same steps."""
-
-    def __init__(self, timeout_s: float = 1800.0) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # the default group is training's
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="publish")
-
-    def publish(self, module: torch.nn.Module, directory: Path, dtype: torch.dtype = torch.bfloat16) -> "Future[list[dict[str, Any]]]":
-        """Copy the weights and return; the future has the result of `write_shards`. `directory` exists on all ranks, or will be made."""
-        return self._pool.submit(write_shards, snapshot(module, dtype), directory, self._group)
-
-    def close(self) -> None:
-        """Wait for the publish that is under way."""
-        self._pool.shutdown()
 
 
 def snapshot(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Snapshot:
