@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from rollout_parts import ANSWER, FakeServer, die, good, hang, list_servers, make_run, status
 
 from atropos_hpc.rollout.pool import Generation, Pool, policy_version, record, record_generations
@@ -81,6 +82,21 @@ async def test_503_moves_and_400_is_final(run: RunDir) -> None:
         with pytest.raises(ValueError, match="refused the request with 400"):
             await pool.post({}, 10)
         assert refuses.served == 1
+        await pool.close()
+
+
+@on_a_run
+async def test_a_generation_that_a_policy_update_cut_short_is_made_again(run: RunDir) -> None:
+    finish = iter(["abort", "abort", "stop"])
+
+    async def cut_short(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"choices": [{**ANSWER["choices"][0], "finish_reason": next(finish)}]})
+
+    async with FakeServer(cut_short) as server:
+        list_servers(run, {server.url: 1})
+        pool = Pool(run)
+        assert (await pool.post({}, 10))["choices"][0]["finish_reason"] == "stop"
+        assert not +pool.outstanding
         await pool.close()
 
 

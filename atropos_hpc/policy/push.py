@@ -21,6 +21,10 @@ class PushError(Exception):
     """A server did not take a version. It still serves the one before, or has ended itself."""
 
 
+class Stuck(PushError):
+    """A server was paused for a push and does not resume: it answers /health, but no request. It has to be started again."""
+
+
 async def push(session: aiohttp.ClientSession, url: str, token: str, directory: Path, version: int, mode: str = "keep") -> None:
     """Have the server at `url` serve the version that lies in `directory`.
 
@@ -28,8 +32,8 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
         mode: what happens to requests in flight: "keep" freezes them, "wait" lets them end, "abort" returns them cut short.
 
     Raises:
-        PushError: with the server's words, when it refuses the version or does not answer. It has resumed with the version before,
-            or the message says that it could not: then it is of no more use.
+        PushError: with the server's words, when it refuses the version or does not answer. It has resumed with the version before.
+        Stuck: when it does not resume.
     """
 
     async def post(route: str, body: dict[str, Any] | None = None, **query: str) -> None:
@@ -41,7 +45,7 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
                 if response.status != 200:
                     text = (await response.text())[:1000]
                     raise PushError(f"version {version} to {url}: {route} answered {response.status}: {text}")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             raise PushError(f"version {version} to {url}: {route}: {error!r}") from error
 
     async def start() -> None:
@@ -62,7 +66,7 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
             except PushError as error:
                 log.warning("%s (attempt %d of %d)", error, tried, RESUME_TRIES)
                 await asyncio.sleep(0.2 * tried)
-        raise PushError(f"{url} was paused for version {version} and does not resume: restart it")
+        raise Stuck(f"{url} was paused for version {version} and does not resume: it has to be started again")
 
     try:
         await post("/pause", mode=mode)

@@ -72,15 +72,15 @@ def room(
     return max(0, min(window - others - under_way, share - under_way) // group_size)
 
 
-class RunEnvironment:
-    """Goes before an environment class in the MRO."""
+class RunEnvironment(BaseEnv):
+    """Goes before an environment class in the order of resolution: its `super()` is that class."""
 
     server_cls = VllmServer
     env_id: int
 
     def __init__(self, config: Any, server_configs: Any, *, member: Member, token: str, staleness: Limits) -> None:
-        super().__init__(config, server_configs, slurm=False)  # type: ignore[call-arg]
-        self.pool: Pool = self.server.servers[0].pool  # type: ignore[attr-defined]
+        super().__init__(config, server_configs, slurm=False)
+        self.pool: Pool = self.server.servers[0].pool
         self.link = TrajectoryLink(self._trajectory_server, token)
         self.member, self.counts, self.staleness = member, Counts(), staleness
         self._token = token
@@ -107,7 +107,7 @@ class RunEnvironment:
         while not self._looping:
             await self._refresh()
             if len(self.workers) < self.max_num_workers:
-                await self.add_train_workers()  # type: ignore[attr-defined]
+                await self.add_train_workers()
             await asyncio.sleep(0.1)
 
     async def _refresh(self) -> None:
@@ -117,7 +117,7 @@ class RunEnvironment:
         self.status_dict = status
         if self.config.max_num_workers == -1:  # upstream counts its server objects; there is one, for many servers
             self.max_num_workers = self.config.max_num_workers_per_node * max(1, len(self.pool.servers))
-        await self.server.update_weight(status["env_weight"])  # type: ignore[attr-defined]
+        await self.server.update_weight(status["env_weight"])
         if "formed" in status:  # our own trajectory server's; upstream's leaves BaseEnv to its own numbers
             self._pace(status)
         self._report()
@@ -132,7 +132,7 @@ class RunEnvironment:
         )  # fmt: skip
         # BaseEnv lets so many rollouts run: max_batches_offpolicy * derived_batch_size // group_size - queue_size, and cancels what
         # exceeds it. This queue_size makes that the ones that run already, and `more`. Below zero is as good as any.
-        limit = self.config.max_batches_offpolicy * self.derived_batch_size // group_size  # type: ignore[attr-defined]
+        limit = self.config.max_batches_offpolicy * self.derived_batch_size // group_size
         status["queue_size"] = limit - len(self.workers) - more
         status["self_queue_size"] = FULL  # else a minimum allocation would add rollouts beyond these
         self._show_wait(more, served, formed)
@@ -231,7 +231,7 @@ class RunEnvironment:
         task = asyncio.current_task()
         try:
             with record_generations():
-                return await super().handle_env(item_uuid)  # type: ignore[misc]
+                return await super().handle_env(item_uuid)
         finally:
             self.counts.unsent += task not in self._senders
             self._senders.discard(task)

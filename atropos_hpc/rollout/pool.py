@@ -28,6 +28,7 @@ GENERATE = "/inference/v1/generate"
 CONNECT_S = 5.0  # a server that does not accept within this time is passed over
 ROSTER_S = 0.1  # how often the roster is looked at; it is parsed only when it has changed
 CONNECTIONS = 512  # to one server at once; further requests wait here instead of there, and don't use up file descriptors
+ABORTED_S = 0.05  # pause before a request is sent again that a policy update has cut short
 SUSPECT_S = 5.0  # for how long a server that failed is used only if there is no other
 
 
@@ -45,7 +46,8 @@ _recording: contextvars.ContextVar[list[Generation] | None] = contextvars.Contex
 @contextlib.contextmanager
 def record_generations() -> Iterator[list[Generation]]:
     """Collect every generation made in this block, and in the tasks that it starts: they inherit the context, and share the list."""
-    token = _recording.set(seen := [])
+    seen: list[Generation] = []
+    token = _recording.set(seen)
     try:
         yield seen
     finally:
@@ -149,7 +151,10 @@ class Pool:
                 else:
                     status, answer = request.result()
                     if status == 200:
-                        return answer
+                        if not any(choice.get("finish_reason") == "abort" for choice in answer["choices"]):
+                            return answer
+                        await asyncio.sleep(ABORTED_S)
+                        continue  # cut short by a policy update: not this server's fault, but no answer to train on either
                     if status < 500 and status not in (401, 408, 429):
                         raise ValueError(f"{server}{GENERATE} refused the request with {status}: {str(answer)[:500]}")
                     failure = f"{server} answered {status}: {str(answer)[:200]}"

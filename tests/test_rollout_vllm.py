@@ -1,0 +1,274 @@
+"""One real vLLM server: weights pushed into it, its doors, environments over it, and its end."""
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rollout_parts import leader, make_run, module, publish
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytest.importorskip("vllm")
+
+import aiohttp  # noqa: E402
+
+from atropos_hpc.environments.make_base import make_base  # noqa: E402
+from atropos_hpc.policy.push import PushError, push  # noqa: E402
+from atropos_hpc.process import children_of  # noqa: E402
+from atropos_hpc.rendezvous import Member, Roster  # noqa: E402
+from atropos_hpc.rollout.pool import GENERATE  # noqa: E402
+from atropos_hpc.run_dir import RunDir, read_lines  # noqa: E402
+from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
+
+PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
+ENVIRONMENT = {"target": f"{Path(__file__).parent}/kinds_env.py:KindsEnv", "group_size": 4}
+ROLLOUT = {
+    "memory_utilization": 0.05,
+    "kv_cache_bytes": 64 << 20,
+    "enforce_eager": True,
+    "variables": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+}
+
+
+class Served:
+    """A running server and the run it belongs to; what it starts with is `base`, `other` are other weights of the same shape."""
+
+    def __init__(self, run: RunDir, url: str, pid: int, base: Path, other: Path) -> None:
+        self.run, self.url, self.pid, self.base, self.other = run, url, pid, base, other
+        self.token = run.token()
+        self.version = 0
+
+    def ask(self, method: str, route: str, json: Any = None, token: str | None = None) -> tuple[int, Any]:
+        async def main() -> tuple[int, Any]:
+            headers = {"Authorization": f"Bearer {token or self.token}"}
+            async with aiohttp.ClientSession() as session, session.request(method, self.url + route, json=json, headers=headers) as answer:
+                return answer.status, await (answer.json() if answer.content_type == "application/json" else answer.text())
+
+        return asyncio.run(main())
+
+    def greedy(self) -> tuple[list[int], list[float], str]:
+        """(tokens, log-probs, version) of the greedy answer to PROMPT."""
+        sampling = {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
+        status, answer = self.ask("POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling})
+        assert status == 200, answer
+        (choice,) = answer["choices"]
+        (span,) = choice["weight_versions"]
+        return choice["token_ids"], [position["logprob"] for position in choice["logprobs"]["content"]], span["version"]
+
+    def push(self, weights: Path, damage: bool = False) -> int:
+        """Publish as the next version and push it."""
+        self.version += 1
+        directory = publish(self.run, weights / "model.safetensors", self.version)
+        if damage:
+            shard = directory / "part-0.safetensors"
+            shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+        self.push_directory(directory)
+        return self.version
+
+    def push_directory(self, directory: Path) -> None:
+        async def main() -> None:
+            async with aiohttp.ClientSession() as session:
+                await push(session, self.url, self.token, directory, self.version)
+
+        asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("vllm")
+    make_base(root / "base", seed=0, steps=120)
+    make_base(root / "other", seed=1, steps=20)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (root / "base" / "chat_template.jinja").write_text(template)
+    run = make_run(
+        root / "run",
+        model={"path": str(root / "base"), "max_length": 32, "dtype": "float32"},
+        rollout=ROLLOUT,
+        environment=ENVIRONMENT,
+        evaluation={"before": True, "after": False},
+        staleness={"max": 0},
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = root / "server.log"
+    with module("atropos_hpc.rollout.server", "--run-dir", str(run.path), "--port", str(port), log=log) as child:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        server = Served(run, url, child.pid, root / "base", root / "other")
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                if server.ask("GET", "/health")[0] == 200:
+                    break
+            assert child.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.3)
+        yield server
+
+
+def test_pushed_weights_are_served_exactly_and_with_their_version(served: Served) -> None:
+    at_start = served.greedy()
+    version = served.push(served.other)
+    changed = served.greedy()
+    assert changed[2] == str(version)
+    assert changed[1] != at_start[1]
+    version = served.push(served.base)
+    # The same weights give the same numbers as when they were loaded at the start, bit by bit, the tied output layer included.
+    assert served.greedy() == (*at_start[:2], str(version))
+
+
+def test_a_damaged_version_leaves_the_old_weights_in_place(served: Served) -> None:
+    served.push(served.base)
+    before = served.greedy()
+    with pytest.raises(PushError, match=r"part-0\.safetensors of .*xxh3"):
+        served.push(served.other, damage=True)
+    assert served.greedy() == before
+
+
+def test_an_incomplete_version_leaves_the_old_weights_in_place(served: Served) -> None:
+    served.push(served.base)
+    before = served.greedy()
+    with pytest.raises(PushError, match="no readable manifest"):
+        served.push_directory(served.run.path / "nowhere")
+    directory = publish(served.run, served.other / "model.safetensors", served.version + 100)
+    with pytest.raises(PushError, match="was announced"):  # another version than the directory has
+        served.push_directory(directory)
+    shutil.rmtree(directory)
+    assert served.greedy() == before
+
+
+def test_an_update_that_somebody_left_open_does_not_block_the_next(served: Served) -> None:
+    assert served.ask("POST", "/start_weight_update")[0] == 200
+    version = served.push(served.base)
+    assert served.greedy()[2] == str(version)
+
+
+def test_requests_in_flight_outlive_a_push(served: Served) -> None:
+    async def main() -> list[int]:
+        body = {"token_ids": PROMPT, "sampling_params": {"temperature": 1.0, "max_tokens": 26, "min_tokens": 26, "n": 8}}
+        headers = {"Authorization": f"Bearer {served.token}"}
+
+        async def generate(session: aiohttp.ClientSession) -> list[int]:
+            async with session.post(served.url + GENERATE, json=body, headers=headers) as answer:
+                return [len(choice["token_ids"]) for choice in (await answer.json())["choices"]]
+
+        served.version += 1
+        directory = publish(served.run, served.other / "model.safetensors", served.version)
+        async with aiohttp.ClientSession() as session:
+            generations = [asyncio.create_task(generate(session)) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            await push(session, served.url, served.token, directory, served.version)
+            return [length for lengths in await asyncio.gather(*generations) for length in lengths]
+
+    assert asyncio.run(main()) == [26] * 64
+
+
+def test_every_route_but_health_asks_for_the_token(served: Served) -> None:
+    routes = ("/v1/models", "/metrics", "/pause", "/resume", "/start_weight_update", "/collective_rpc", "/invocations", GENERATE, "/docs")
+    for route in routes:
+        assert served.ask("POST", route, token="wrong")[0] == 401, route
+        assert served.ask("GET", route, token="wrong")[0] == 401, route
+    assert served.ask("GET", "/health", token="wrong")[0] == 200
+
+
+def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) -> None:
+    """A real trajectory server, a real worker, this test as the learner: two batches of 20 sequences, strictly on-policy."""
+    run = served.run
+    version = served.push(served.base)
+    arguments = ("--run-dir", str(run.path))
+    run.evaluations.write_text('{"version": 0}\n')  # else the worker waits for an evaluation
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(leader(run))
+        agent = Member(run, "agent", "local", servers=[{"url": served.url, "version": version}])
+        stack.callback(agent.leave)
+        stack.enter_context(module("atropos_hpc.trajectories.server", *arguments, log=run.path / "trajectories.log"))
+        roster = Roster(run.roster)
+        while roster.trajectory_server() is None:
+            time.sleep(0.05)
+        learner = TrajectoryClient(roster.trajectory_server, run.token(), 30)
+        learner.register(batch_size=20, max_token_len=32, starting_step=version, num_steps=version + 2)
+        stack.enter_context(module("atropos_hpc.rollout.worker", *arguments, log=run.path / "worker.log"))
+        kinds = {}
+        for step in (version, version + 1):
+            groups = learner.lease(step, rank=0, world=1, oldest=step, version=step, wait_s=90)
+            assert groups is not None, (run.path / "worker.log").read_text()[-3000:]
+            for group in groups:
+                assert group.policy_versions == [(step, step)] * 4
+                kinds[group.generation_params["kind"]] = group
+            served.push(served.base)
+            agent.update(servers=[{"url": served.url, "version": served.version}])
+    assert set(kinds) == {"managed", "tokens", "completion", "chat", "turns"}
+    for kind in ("managed", "tokens", "turns"):
+        group = kinds[kind]
+        assert (group.inference_logprobs[group.trained] <= 0).all()
+    starts = group.lengths.cumsum() - group.lengths
+    for start, length in zip(starts, group.lengths, strict=True):  # prompt, turn, tool, turn
+        trained = "".join("x" if each else "." for each in group.trained[start : start + length])
+        assert re.fullmatch(r"\.{6}x{1,4}\.{3}x{1,4}", trained)
+    assert read_lines(run.evaluations) == [{"version": 0}]
+
+
+@pytest.mark.parametrize(
+    ("target", "report"),
+    [
+        ("atropos_hpc.environments.arithmetic:ArithmeticEnv", {"sequences": 40}),
+        (ENVIRONMENT["target"], {"error": "NotImplementedError('this environment has nothing to evaluate')", "accuracy": None}),
+    ],
+)
+def test_an_evaluation_is_reported_with_the_versions_that_generated(
+    served: Served, tmp_path: Path, target: str, report: dict[str, Any]
+) -> None:
+    """Before and after a run of one step; an evaluation that fails is reported too."""
+    version = served.push(served.base)
+    run = make_run(
+        tmp_path / "run",
+        model={"path": str(served.base), "max_length": 32, "dtype": "float32"},
+        environment={"target": target, "config": {"eval_problems": 40} if "Arithmetic" in target else {}},
+        trainer={"steps": version + 1},
+    )
+    run.secret.write_text(served.token)
+    with leader(run):
+        agent = Member(run, "agent", "local", servers=[{"url": served.url, "version": version}])
+        with module("atropos_hpc.rollout.evaluation", "--run-dir", str(run.path), log=tmp_path / "log") as evaluator:
+            while not read_lines(run.evaluations):
+                assert evaluator.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.05)
+            served.push(served.base)
+            agent.update(servers=[{"url": served.url, "version": served.version}])
+            assert evaluator.wait(60) == 0
+        agent.leave()
+    lines = read_lines(run.evaluations)
+    assert [line["version"] for line in lines] == [version, version + 1]
+    for line in lines:
+        assert line | report == line
+        if "error" not in report:
+            assert line["served"] == [line["version"]] * 2
+            assert 0 <= line["accuracy"] == line["metrics"]["eval/percent_correct"] <= 1
+
+
+def test_nothing_is_left_of_a_server_that_is_killed(served: Served) -> None:
+    """The last test of this file: it ends the server."""
+    family = [served.pid]
+    for pid in family:
+        family += children_of(pid)
+    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in family}
+    assert any("Engine" in name for name in names.values())
+    os.kill(served.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while left := [f"{pid} {names[pid]}" for pid in family if alive(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: zombies that nobody has waited for yet do not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
