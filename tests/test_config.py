@@ -145,7 +145,7 @@ def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Pa
     [
         (["environment.target=atropos_hpc.environments.arithmetic:ArithmeticEnvironment"], "environment.target", "ArithmeticEnv"),
         (["environment.target=no_such_package.module:Env"], "environment.target", "no_such_package"),
-        (["+environment.config.eval_problem=3"], "environment.config.eval_problem", "did you mean environment.config.eval_problems?"),
+        (["+environment.config.eval_problem=3"], "environment.config.eval_problem", "did you mean eval_problems?"),
     ],
 )
 def test_the_environment_class_is_loaded_where_it_will_run(tmp_path: Path, overrides: list[str], key: str, says: str) -> None:

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,17 @@ OLD_MEMBERS_S = 20.0  # how long what is left of a killed run may take to notice
 def launch(config: Config, run_dir: Path) -> int:
     """Run to the end, or resume and run to the end. Returns train.py's exit code."""
     run = RunDir(run_dir)
-    found = preflight.check(config, run_dir, read_json(run.run_json).get("config", {}))
-    if found:
-        return _refused(found)
-    run.path.mkdir(parents=True, exist_ok=True)
+    known = read_json(run.run_json)
     try:
-        with _held(run):
+        with ExitStack() as stack:
+            if known:
+                stack.enter_context(_held(run))  # before the slow checks: a second start is told at once who holds it
+            found = preflight.check(config, run_dir, known.get("config", {}))
+            if found:
+                return _refused(found)
+            if not known:
+                run.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_held(run))
             return _run(config, run)
     except Timeout:
         holder = read_json(run.holder)
