@@ -7,6 +7,7 @@ is constant, whatever their number. Life is judged by beats that change, on the 
 Requests go the other way: `ask` leaves requests/<what>.json, which the member concerned notices and answers in its state.
 """
 
+import json
 import logging
 import os
 import socket
@@ -137,11 +138,14 @@ class Roster:
     def read(self) -> dict[str, Any]:
         """The newest roster, {} before the first. An unreadable one is passed over: the last good one stays."""
         try:
-            status = self.path.stat()
-            stamp = (status.st_mtime_ns, status.st_ino)
-            if stamp != self._stamp:
-                self._content = read_json(self.path)
-                self._stamp = stamp
+            with self.path.open("rb") as file:  # opened, not just looked at: NFS then asks the server
+                status = os.fstat(file.fileno())
+                stamp = (status.st_mtime_ns, status.st_ino)
+                if stamp != self._stamp:
+                    self._content = json.loads(file.read())
+                    self._stamp = stamp
+        except FileNotFoundError:
+            self._content = {}
         except (OSError, ValueError) as error:
             log.warning("roster %s: %s; keeping the one known", self.path, error)
         return self._content

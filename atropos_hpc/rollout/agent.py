@@ -27,7 +27,7 @@ from atropos_hpc.config import ClusterConf, EnvironmentConf, EvaluationConf, Lau
 from atropos_hpc.launch.plan import DONE, REFUSED, backoff
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.push import PushError, push
+from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.run_dir import RunDir
@@ -202,6 +202,11 @@ class Agent:
         child = server.child
         try:
             await push(self.http, server.url, self.token, version.directory, version.version, self.policy.update_mode)
+        except Stuck as error:
+            log.error("%s is ended: %s", server.name, error)
+            if child is not None and server.child is child:
+                child.signal(signal.SIGKILL)
+            return
         except PushError as error:
             log.error("%s did not take a policy version, and keeps what it serves: %s", server.name, error)
             await asyncio.sleep(1.0)

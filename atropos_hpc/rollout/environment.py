@@ -296,10 +296,11 @@ def as_member(environment: type[BaseEnv]) -> type[Any]:
 
 
 def stamp(group: dict[str, Any], seen: list[Generation]) -> None:
-    """Write generation_params.{group_id, policy_versions}: [oldest, newest] per sequence, or None where nothing was generated.
+    """Write generation_params.{group_id, policy_versions, temperature}: [oldest, newest] per sequence, or None where nothing was generated.
 
     A sequence gets the versions of the generations whose tokens it holds. One that holds none of them (the environment tokenized the
-    text anew, and got other ids) gets the range of the whole group: its oldest is never newer than the truth.
+    text anew, and got other ids) gets the range of the whole group: its oldest is never newer than the truth. The temperature is that of
+    all its generations, if they have one in common and the environment has not said it itself: log-probs are of the policy at it.
     """
     params = dict(group.get("generation_params") or {})
     params["group_id"] = uuid.uuid4().hex
@@ -312,6 +313,8 @@ def stamp(group: dict[str, Any], seen: list[Generation]) -> None:
             sequence = array("i", [int(t) for t in tokens]).tobytes()
             ranges.append(span([versions for output, versions in outputs if aligned_in(output, sequence)]) or everything)
         params["policy_versions"] = ranges
+        if len(temperatures := {g.temperature for g in seen}) == 1:
+            params.setdefault("temperature", *temperatures)
     group["generation_params"] = params
 
 

@@ -2,7 +2,7 @@
 
     python -m atropos_hpc.rollout.evaluation --run-dir R
 
-One process per run. Due are the version that the run starts from (evaluation.before; the environment workers wait for this one, so
+One process per run. Due are the version that the run starts from (evaluation.before; the learner waits for this one, so
 that it is measured on just that version), every multiple of evaluation.every, and the last (evaluation.after). For each, in order:
 wait until all servers serve it or a later one, evaluate, and append a line to evaluations.jsonl. Training does not wait, so the line
 tells which versions really generated. Versions that training has passed meanwhile are left out, the last never. Versions that have

@@ -34,10 +34,11 @@ SUSPECT_S = 5.0  # for how long a server that failed is used only if there is no
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled sequence: its output tokens, and the oldest and newest policy version that sampled one of them."""
+    """One sampled sequence: its output tokens, the oldest and newest policy version that sampled one of them, and at what temperature."""
 
     tokens: tuple[int, ...]
     versions: tuple[int, int]
+    temperature: float = 1.0
 
 
 _recording: contextvars.ContextVar[list[Generation] | None] = contextvars.ContextVar("recording", default=None)
@@ -59,7 +60,7 @@ def recorded() -> list[Generation]:
     return _recording.get() or []
 
 
-def record(choices: list[dict[str, Any]]) -> None:
+def record(choices: list[dict[str, Any]], temperature: float) -> None:
     """Add the choices of one answer to the block around the caller, if there is one."""
     seen = _recording.get()
     if seen is None:
@@ -67,7 +68,7 @@ def record(choices: list[dict[str, Any]]) -> None:
     for choice in choices:
         versions = [policy_version(span["version"]) for span in choice["weight_versions"] or ()]
         if versions:
-            seen.append(Generation(tuple(choice["token_ids"]), (min(versions), max(versions))))
+            seen.append(Generation(tuple(choice["token_ids"]), (min(versions), max(versions)), temperature))
 
 
 def policy_version(label: str) -> int:

@@ -38,6 +38,8 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
         "max-num-seqs": rollout.max_sequences,
         "tensor-parallel-size": rollout.tensor_parallel,
         "seed": seed,
+        "generation-config": "vllm",  # sampling as the environment asks for it, not as the model's authors recommend
+        "logprobs-mode": "processed_logprobs",  # of what was sampled from, temperature included: the behaviour policy
         "enable-scale-out": True,  # the token endpoint answers 403 without
         "worker-extension-cls": EXTENSION,
         "weight-transfer-config": '{"backend": "disk"}',

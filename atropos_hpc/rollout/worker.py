@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from atropos_hpc import process
-from atropos_hpc.config import EnvironmentConf, EvaluationConf, ModelConf, StalenessConf, from_dict
+from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, from_dict
 from atropos_hpc.launch.plan import DONE, REFUSED
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Member
-from atropos_hpc.run_dir import RunDir, read_lines
+from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -81,27 +80,10 @@ async def work(run: RunDir, member: Member, index: int) -> None:
     servers = [target.server_config(run, conf, model)]
     env = as_member(environment)(env_config, servers, member=member, token=run.token(), staleness=staleness)
     try:
-        await first_evaluation(run, member, from_dict(EvaluationConf, config["evaluation"]))
         member.update(state="registering")
         await env.env_manager()
     finally:
         await env.leave()
-
-
-async def first_evaluation(run: RunDir, member: Member, conf: EvaluationConf) -> None:
-    """Wait for the evaluation of the version that the run starts from: once training goes on, that version is gone.
-
-    After evaluation.timeout_s seconds training goes on without.
-    """
-    if not conf.before:
-        return
-    deadline = time.monotonic() + conf.timeout_s
-    with member.waiting("the evaluation of the first version", "the evaluator"):
-        while not read_lines(run.evaluations):
-            if time.monotonic() > deadline:
-                log.warning("no evaluation of the first version within %.0f s: training goes on without", conf.timeout_s)
-                return
-            await asyncio.sleep(0.25)
 
 
 async def until_asked(run: RunDir, member: Member, index: int) -> None:
