@@ -7,6 +7,7 @@
 DEVICE ?= cpu
 PYTHON ?= python3
 SEED ?= 0
+RUN ?= runs/demo
 NAME ?=
 
 # uv does not read pip's configuration: wheels that pip would find in a local directory are pointed out to it. Where there is no such
@@ -22,7 +23,7 @@ ROLLOUT := .venv-rollout/ready-$(DEVICE)
 .PHONY: demo setup test lint bench clean
 
 demo: setup
-	.venv/bin/python -m atropos_hpc.train run_dir=runs/demo seed=$(SEED)
+	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
 
 setup: $(TRAINER) $(ROLLOUT)
 

@@ -70,6 +70,19 @@ def test_stamps_are_per_sequence_with_the_whole_group_s_range_as_fallback() -> N
     assert group["generation_params"]["policy_versions"] == [[1, 1], [1, 3], [1, 3]]
 
 
+def test_the_temperature_is_stamped_where_it_is_one_and_the_environment_has_not_said_it() -> None:
+    generations = [Generation((1,), (0, 0), 0.7), Generation((2,), (0, 0), 0.7)]
+    group: dict[str, Any] = {"tokens": [[1], [2]]}
+    stamp(group, generations)
+    assert group["generation_params"]["temperature"] == 0.7
+    said: dict[str, Any] = {"tokens": [[1]], "generation_params": {"temperature": 0.9}}
+    stamp(said, generations)
+    assert said["generation_params"]["temperature"] == 0.9
+    mixed: dict[str, Any] = {"tokens": [[1], [2]]}
+    stamp(mixed, [*generations, Generation((3,), (0, 0), 1.0)])
+    assert "temperature" not in mixed["generation_params"]
+
+
 def test_a_group_without_generations_has_unknown_versions_and_keeps_its_parameters() -> None:
     group: dict[str, Any] = {"tokens": [[1]], "generation_params": {"temperature": 1}}
     stamp(group, [])

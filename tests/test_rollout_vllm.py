@@ -149,6 +149,22 @@ def test_an_update_that_somebody_left_open_does_not_block_the_next(served: Serve
     assert served.greedy()[2] == str(version)
 
 
+def test_log_probs_are_of_the_policy_at_the_sampling_temperature(served: Served) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    served.push(served.base)
+    sampling = {"temperature": 0.5, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
+    _, answer = served.ask("POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling})
+    (choice,) = answer["choices"]
+    model = AutoModelForCausalLM.from_pretrained(served.base, dtype=torch.float32)
+    tokens = torch.tensor([PROMPT + choice["token_ids"]])
+    with torch.no_grad():
+        expected = (model(tokens).logits[0, len(PROMPT) - 1 : -1] / 0.5).log_softmax(-1)
+    expected = expected.gather(-1, tokens[0, len(PROMPT) :, None])[:, 0].tolist()
+    assert [position["logprob"] for position in choice["logprobs"]["content"]] == pytest.approx(expected, abs=1e-3)
+
+
 def test_requests_in_flight_outlive_a_push(served: Served) -> None:
     async def main() -> list[int]:
         body = {"token_ids": PROMPT, "sampling_params": {"temperature": 1.0, "max_tokens": 26, "min_tokens": 26, "n": 8}}
