@@ -198,6 +198,33 @@ def test_evaluations_stand_at_the_versions_that_were_asked_for(start: Callable[.
     assert summary["accuracy_before"] == lines[0]["accuracy"] and summary["accuracy_after"] == lines[1]["accuracy"]
 
 
+def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(start: Callable[..., Started], tmp_path: Path) -> None:
+    """With a model that knows nothing: every answer is wrong, which shows the way of the problems, not learning."""
+    import torch
+
+    from atropos_hpc.environments.make_base import make_model, make_tokenizer
+
+    torch.manual_seed(0)
+    model = make_model(0)
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    started = start(2, "environment=gsm8k", "environment.config.dataset=null", "environment.config.max_tokens=16",
+                    "+environment.config.ensure_scores_are_not_same=false", "environment.group_size=4", "algorithm.batch_size=16",
+                    f"model.path={tmp_path / 'model'}", "model.max_length=1024")  # fmt: skip
+    assert_complete(started, 2)
+    assert all(line["reward"] == 0 and line["trained_tokens"] > 0 for line in read_lines(started.run.metrics))
+
+
+def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[..., Started]) -> None:
+    started = start(4, "wandb.mode=offline")
+    started.step(2)
+    os.kill(started.pid("trainer"), signal.SIGKILL)
+    assert_complete(started, 4)
+    runs = list((started.run.path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and {path.name.rpartition("-")[2] for path in runs} == {read_json(started.run.run_json)["id"]}
+
+
 def test_an_environment_of_the_users_own_runs_unmodified(start: Callable[..., Started]) -> None:
     """It asks in every way there is, over several turns with a tool's tokens between them, which must not be trained."""
     target = PACKAGE_HOME / "tests" / "kinds_env.py"

@@ -48,25 +48,28 @@ class Metrics:
         self._wandb = _start_wandb(run, wandb, resume_at) if wandb.mode != "disabled" else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One step's figures."""
+        """One step's figures; with the accuracy of the last held-out evaluation, and its version, if one has come in since the last."""
+        evaluations = self._new_evaluations()
+        if evaluations:
+            values = {**values, "accuracy": evaluations[-1]["accuracy"], "accuracy_version": evaluations[-1]["version"]}
         append_line(self.run.metrics, {"step": step, "time": time.time(), **values})
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
-            self._log_evaluations()
 
-    def _log_evaluations(self) -> None:
-        """Pass on held-out evaluations that have come in; they carry the policy version they are of."""
-        assert self._wandb is not None
+    def _new_evaluations(self) -> list[dict[str, Any]]:
+        """What has come in since the last call; passed on to W&B at the version it is of."""
         lines = read_lines(self.run.evaluations)
-        for line in lines[self._evaluations :]:
-            if line.get("accuracy") is not None:
-                self._wandb.log({"step": line["version"], "evaluation/accuracy": line["accuracy"], **line.get("metrics", {})})
+        new = [line for line in lines[self._evaluations :] if line.get("accuracy") is not None]
         self._evaluations = len(lines)
+        if self._wandb is not None:
+            for line in new:
+                self._wandb.log({"step": line["version"], "evaluation/accuracy": line["accuracy"], **line["metrics"]})
+        return new
 
     def close(self) -> None:
         """Pass on what is left, and end the W&B run."""
         if self._wandb is not None:
-            self._log_evaluations()
+            self._new_evaluations()
             self._wandb.finish()
 
 
