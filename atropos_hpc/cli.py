@@ -2,9 +2,11 @@
 
 atropos-hpc validate [OVERRIDE ...]   everything that would be refused, without starting anything
 atropos-hpc stop RUN                  save a checkpoint, then end the run; the same command resumes it
+atropos-hpc report SWEEP [--json]     one row per point of a sweep (or for one run): state, step, figures, and which is best
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +35,8 @@ def validate(overrides: Sequence[str]) -> int:
         return 2
     assert isinstance(config, Config)
     run_dir = Path(config.run_dir).absolute()
-    found = preflight.check(config, run_dir, read_json(RunDir(run_dir).run_json).get("config", {}))
+    previous = read_json(RunDir(run_dir).run_json).get("config", {})
+    found = preflight.check(config, run_dir, previous, on_slurm=config.launch.allocation != "local")
     for problem in found:
         print(problem, file=sys.stderr)
     print(f"{len(found)} to change" if found else "nothing wrong was found")
@@ -54,6 +57,23 @@ def stop(path: Path) -> int:
     return 0
 
 
+def report(directory: Path, as_json: bool) -> int:
+    """Print the points of a sweep. 1 when there is none."""
+    from atropos_hpc.observe import report
+
+    points = report.points(directory)
+    if not points:
+        print(f"{directory} holds no jobs.json and no run directory", file=sys.stderr)
+        return 1
+    rows = [report.row(point) for point in report.with_job_states(points)]
+    best = report.best(rows)
+    if as_json:
+        print(json.dumps([{**row, "best": row is best} for row in rows], indent=1))
+    else:
+        print(report.table(rows))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -61,8 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train")
     end = commands.add_parser("stop", help="save a checkpoint, then end the run")
     end.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    rows = commands.add_parser("report", help="one row per point of a sweep, or for one run")
+    rows.add_argument("directory", type=Path, metavar="SWEEP", help="the sweep's directory, or a run directory")
+    rows.add_argument("--json", action="store_true", help="as JSON")
     options = parser.parse_args(arguments)
-    return validate(options.overrides) if options.command == "validate" else stop(options.run)
+    if options.command == "validate":
+        return validate(options.overrides)
+    return stop(options.run) if options.command == "stop" else report(options.directory, options.json)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ unknown key or a wrong type is refused while composing. What a type cannot say, 
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+
+SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 
 
 @dataclass
@@ -118,12 +121,27 @@ class WandbConf:
 @dataclass
 class ClusterConf:
     name: str = "local"
-    host: str = "127.0.0.1"
+    host: Optional[str] = None
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    gpus: str = "--gpus-per-node={n}"
+    container: str = "pyxis"
+    setup: List[str] = field(default_factory=list)
+    sbatch: Dict[str, Any] = field(default_factory=dict)
+    shared: List[str] = field(default_factory=list)
 
 
 @dataclass
 class LaunchConf:
     allocation: str = "local"
+    job_name: str = "atropos"
+    minutes: int = 60
+    signal_s: int = 180
+    requeues: int = 3
+    submit_rollout: bool = True
+    wait: bool = False
+    dry_run: bool = False
     restarts: int = 5
     backoff_s: float = 1.0
     start_timeout_s: float = 900.0
@@ -136,7 +154,19 @@ class LaunchConf:
 class RoleConf:
     nodes: int = 1
     ranks_per_node: int = 1
+    cpus_per_task: int = 1
+    gpus_per_node: int = 0
+    gres: Optional[str] = None
+    mem: Optional[str] = None
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None
+    sbatch: Dict[str, Any] = field(default_factory=dict)
+    srun: List[str] = field(default_factory=list)
     python: Optional[str] = None
+    container: Optional[str] = None
+    setup: List[str] = field(default_factory=list)
 
 
 @dataclass
@@ -165,8 +195,13 @@ class Config:
 
 
 def register() -> None:
-    """Let Hydra know the classes; configs/config.yaml names them as `base`."""
+    """Let Hydra know the classes (configs/config.yaml names them as `base`), the launchers, and the sweeps as a group of that name."""
+    from hydra_plugins.atropos_hpc_launcher import launcher
+
     ConfigStore.instance().store(name="base", node=Config)
+    launcher.register()
+    for path in sorted(SWEEPS.glob("*.yaml")):
+        ConfigStore.instance().store(group="sweep", name=path.stem, node=OmegaConf.load(path), package="_global_", provider="sweeps/")
 
 
 # --- the checks -----------------------------------------------------------------------------------------------------------------
@@ -196,7 +231,7 @@ CHOICES = {
     "policy.update_mode": ("keep", "wait", "abort"),
     "trajectories.server": ("durable", "atropos"),
     "wandb.mode": ("disabled", "offline", "online"),
-    "launch.allocation": ("local",),
+    "launch.allocation": ("local", "het", "split", "single"),
 }
 
 AT_LEAST = {
@@ -225,9 +260,16 @@ AT_LEAST = {
     "trajectories.max_body_bytes": 1 << 16,
     "evaluation.every": 0,
     "launch.restarts": 0,
+    "launch.requeues": 0,
+    "launch.minutes": 1,
+    "launch.signal_s": 0,
     "roles.trainer.nodes": 1,
     "roles.trainer.ranks_per_node": 1,
+    "roles.trainer.cpus_per_task": 1,
+    "roles.trainer.gpus_per_node": 0,
     "roles.rollout.nodes": 1,
+    "roles.rollout.cpus_per_task": 1,
+    "roles.rollout.gpus_per_node": 0,
 }
 
 ABOVE_ZERO = (
@@ -280,10 +322,44 @@ def _combinations(config: Config) -> Iterator[Problem]:
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
     if config.trajectories.server == "atropos" and ranks > 1:
         yield Problem("trajectories.server", f"atropos serves one trainer rank, roles.trainer has {ranks}; use durable")
+    yield from _slurm(config)
     for key in ("group_size", "max_token_length", "tokenizer_name"):
         if key in environment.config:
             where = {"group_size": "environment.group_size", "max_token_length": "model.max_length", "tokenizer_name": "model.path"}[key]
             yield Problem(f"environment.config.{key}", f"is set by the run; change {where} instead")
+
+
+def _slurm(config: Config) -> Iterator[Problem]:
+    """What an allocation on Slurm needs of the config, whatever the cluster."""
+    launch = config.launch
+    if launch.allocation == "local":
+        for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
+            if role.container:
+                yield Problem(f"roles.{name}.container", "is started by Slurm; with launch.allocation=local, start the command inside it")
+        return
+    if launch.signal_s >= 60 * launch.minutes:
+        yield Problem("launch.signal_s", f"{launch.signal_s} s before the end is before the start of launch.minutes={launch.minutes}")
+    if launch.signal_s < launch.save_timeout_s:
+        yield Problem(
+            "launch.signal_s", f"{launch.signal_s} s are less than a checkpoint may take, launch.save_timeout_s={launch.save_timeout_s:g}"
+        )
+    gpus = config.cluster.gpus
+    if gpus and not (gpus.startswith("--") and "{n}" in gpus):
+        yield Problem("cluster.gpus", f"{gpus!r} is not an option of sbatch with {{n}} for the number, such as --gres=gpu:{{n}}")
+    for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
+        for option in role.sbatch:
+            if option.lstrip("-").replace("-", "_") in OWN_OPTIONS:
+                own = OWN_OPTIONS[option.lstrip("-").replace("-", "_")].format(role=name)
+                yield Problem(f"roles.{name}.sbatch.{option}", f"is set by the run; change {own} instead")
+
+
+# sbatch's options that have a key of their own
+OWN_OPTIONS = {
+    "nodes": "roles.{role}.nodes", "ntasks_per_node": "roles.{role}.ranks_per_node", "cpus_per_task": "roles.{role}.cpus_per_task",
+    "gpus_per_node": "roles.{role}.gpus_per_node", "gres": "roles.{role}.gres", "mem": "roles.{role}.mem",
+    "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
+    "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
+}  # fmt: skip
 
 
 def lookup(config: Any, key: str) -> Any:

@@ -7,10 +7,12 @@ is constant, whatever their number. Life is judged by beats that change, on the 
 Requests go the other way: `ask` leaves requests/<what>.json, which the member concerned notices and answers in its state.
 """
 
+import fcntl
 import json
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -162,6 +164,25 @@ class Roster:
     def trajectory_server(self) -> str | None:
         """The trajectory server's URL, once it listens."""
         return next((m["url"] for m in self.members("trajectories") if m.get("url")), None)
+
+
+HOST = "ATROPOS_HPC_HOST"  # this node's address, as Slurm knows it; set by the supervisor for what it starts
+_SIOCGIFADDR = 0x8915
+
+
+def own_host(host: str | None) -> str:
+    """The address that this process listens on and tells the others. `host` is cluster.host: an address, the name of a network
+    interface of this node, or None: the address that Slurm has for this node, and on one machine 127.0.0.1.
+
+    Raises OSError when the interface has no IPv4 address.
+    """
+    if host is None:
+        return os.environ.get(HOST) or "127.0.0.1"
+    if not Path("/sys/class/net", host).exists():
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", host.encode()[:15]))
+    return socket.inet_ntoa(answer[20:24])
 
 
 def ask(run: RunDir, what: str, **details: Any) -> None:

@@ -11,6 +11,7 @@ be resumed. This module imports no torch, ray, verl or vllm: it runs on login no
 import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atropos_hpc import config as schema
+from atropos_hpc import process
+from hydra_plugins.atropos_hpc_launcher.launcher import PointFailed
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REFUSED = 2
@@ -34,13 +37,13 @@ schema.register()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def app(cfg: DictConfig) -> None:
     """One run: of a single start, or one point of a multirun."""
-    from atropos_hpc.launch import local
+    from atropos_hpc.launch import run, slurm
 
     run_dir = Path(HydraConfig.get().runtime.output_dir).absolute()
     cfg.run_dir = str(run_dir)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, schema.Config)
-    code = local.launch(config, run_dir)
+    code = run.launch(config, run_dir, lambda: slurm.requeue(os.environ["SLURM_JOB_ID"]))
     if code:
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra made it; gone again if nothing has come into it
@@ -49,10 +52,15 @@ def app(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the app; word what Hydra and OmegaConf refuse as one message with the key."""
+    process.die_with_parent(signal.SIGTERM)  # a point of a local multirun: the launcher's death stops it
+    os.environ.pop(process.PARENT, None)  # and is nothing to those that this process starts
     try:
         app()
     except (HydraException, OmegaConfBaseException) as error:
         refuse([explain(error)])
+    except PointFailed as error:
+        print(f"{error}; the table above and the points' logs say why", file=sys.stderr)
+        sys.exit(1)
 
 
 def refuse(messages: list[str]) -> NoReturn:

@@ -5,16 +5,21 @@ until the run is over:
     look at the members, and publish the roster
     for each step that has ended: apply plan.TABLE
     start what is due again
-    meet a person's or the system's wish to stop
+    once the run is to end early (a person's wish, Slurm's warning, preemption): wait for the learner, which saves
 end every process, whatever happened
+
+It is the same on one machine and in a Slurm job, where steps are srun's. The rollout job of a split run has one of its own, for its one
+node: it follows the roster instead of publishing it, and ends with the run.
 """
 
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from atropos_hpc import process, rendezvous
 from atropos_hpc.config import LaunchConf
@@ -22,6 +27,9 @@ from atropos_hpc.launch import plan
 from atropos_hpc.launch.allocation import Step
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.run_dir import RunDir, read_json
+
+if TYPE_CHECKING:
+    from atropos_hpc.launch.slurm import Job
 
 log = logging.getLogger(__name__)
 
@@ -36,61 +44,89 @@ class Running:
     step: Step
     children: list[process.Child] = field(default_factory=list)
     started: float = 0.0
-    due: float | None = 0.0  # when to start it; None while it runs
+    due: float | None = 0.0  # when to start it; None while it runs, and when it is not to be started any more
     restarts: int = 0  # since the last progress
     progress: Any = None
 
+    @property
+    def wanted(self) -> bool:
+        """Does it run, or will it?"""
+        return bool(self.children) or self.due is not None
+
 
 class Supervisor:
-    """One supervision of one run. `show` is called at every look with the members."""
+    """One supervision of one run. `watch` is called at every look, and may end the run; `job` is the Slurm job around us.
 
-    def __init__(self, run: RunDir, launch: LaunchConf, steps: list[Step], show: Callable[[dict[str, Any]], None]) -> None:
-        self.run, self.launch, self.show = run, launch, show
+    `leads`: publishes the roster. There is one supervisor that does.
+    """
+
+    def __init__(
+        self, run: RunDir, launch: LaunchConf, steps: list[Step], watch: Callable[[dict[str, Any]], Action | None],
+        job: "Job | None" = None, leads: bool = True,
+    ) -> None:  # fmt: skip
+        self.run, self.launch, self.watch, self.job, self.leads = run, launch, watch, job, leads
         self.steps = {step.name: Running(step) for step in steps}
         self.leader = rendezvous.Leader(run)
         self.events: list[dict[str, Any]] = []  # what died and what was done, for the summary
         self.wishes = 0  # signals to stop, so far
-        self.stop_deadline: float | None = None
+        self.warned = False  # by Slurm, of the time limit or of preemption
+        self.ending: Action | None = None  # how the run ends once the learner has saved
+        self.patience = 0.0  # until when it may take to save, monotonic
 
     def supervise(self) -> Action:
-        """Run to the end. Returns FINISH, STOP or FAIL; no process of the run is left when it does."""
+        """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL; no process of the run is left when it does."""
         process.adopt_orphans()
-        rendezvous.withdraw(self.run, "stop")
-        previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
-        member = rendezvous.Member(self.run, "supervisor", "trainer0", state="running")
+        if self.leads:
+            rendezvous.withdraw(self.run, "stop")
+        previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        kind, node = ("supervisor", "trainer0") if self.leads else ("rollout_job", next(iter(self.steps)))
+        member = rendezvous.Member(self.run, kind, node, state="running", job=self.job.id if self.job else None)
+        end: Action | None = None
         try:
-            while True:
-                self.show(self.leader.look())
-                for running in self.steps.values():
-                    if (end := self.look_at(running)) is not None:
-                        return end
-                    if running.due is not None and time.monotonic() >= running.due:
-                        self.start(running)
-                if (end := self.meet_wishes()) is not None:
-                    return end
+            while end is None:
+                end = self._look() or self._meet_wishes()
                 time.sleep(TICK_S)
         finally:
-            self.end_all()
-            member.leave()
-            self.leader.look()
+            self._end_all()
+            member.leave(outcome=end.name.lower() if end else None)
+            if self.leads:
+                self.leader.look()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        return end
 
-    def start(self, running: Running) -> None:
+    def _look(self) -> Action | None:
+        """One round over members and steps."""
+        members = self.leader.look() if self.leads else {}
+        if (end := self.watch(members)) is not None:
+            if end in (Action.FINISH, Action.FAIL):
+                return end
+            self._begin_ending(end)
+        for running in self.steps.values():
+            if (end := self._look_at(running)) is not None:
+                return end
+            if running.due is not None and time.monotonic() >= running.due:
+                self._start(running)
+        return None
+
+    def _start(self, running: Running) -> None:
         """Start all processes of a step. The step id tells this start's members from an earlier one's."""
-        running.due, running.started, running.progress = None, time.monotonic(), self.progress()
+        if self.job is not None and running.step.nodes:
+            self.job.end_step(running.step.name)  # of an earlier start, whose srun may have been killed
+        running.due, running.started, running.progress = None, time.monotonic(), self._progress()
         identity = f"{running.step.name}-{time.time_ns()}"
         for each in running.step.processes:
             variables = {**each.variables, "ATROPOS_HPC_STEP": identity, "PYTHONUNBUFFERED": "1"}
             running.children.append(process.start(each.name, each.command, self.run.logs / f"{each.name}.log", variables))
-        log.info("started %s, pid %s", running.step.name, ", ".join(str(child.pid) for child in running.children))
+        where = f" on {', '.join(running.step.nodes)}" if running.step.nodes else ""
+        log.info("started %s%s, pid %s", running.step.name, where, ", ".join(str(child.pid) for child in running.children))
 
-    def look_at(self, running: Running) -> Action | None:
-        """What has become of a step: None while it runs or may run again, else how the run ends."""
+    def _look_at(self, running: Running) -> Action | None:
+        """What has become of a step: None while it runs or may run again, or while the learner saves; else how the run ends."""
         codes = [child.poll() for child in running.children]
         if not running.children or all(code is None for code in codes):
             return None
-        kind, done = running.step.kind, bool(read_json(self.run.done))
+        step, done = running.step, bool(read_json(self.run.done))
         if None in codes and (done or not any(codes)):
             return None  # ranks leave one after the other
         died = next((child for child in running.children if child.poll()), running.children[0])
@@ -99,19 +135,35 @@ class Supervisor:
         process.end(running.children, self.launch.grace_s if done or code == plan.STOPPED else 0.5)
         process.end_orphans(child for other in self.steps.values() for child in other.children)
         running.children = []
-        self.leader.ended(*(name for name, member in self.leader.members.items() if self._belongs(member, running.step)))
-        if self.progress() != running.progress or time.monotonic() - running.started > HEALTHY_S:
+        self.leader.ended(*(name for name, member in self.leader.members.items() if _belongs(member, step)))
+        if self._progress() != running.progress or time.monotonic() - running.started > HEALTHY_S:
             running.restarts = 0
-        ended = plan.how_it_ended(kind, code, done=done, tries_left=self.launch.restarts - running.restarts)
-        action = plan.TABLE[kind, ended]
-        self.tell(died, code, ended, action)
-        if action is not Action.RESTART:
-            return action
-        running.due = time.monotonic() + plan.backoff(self.launch.backoff_s, running.restarts)
-        running.restarts += 1
-        return None
+        fate = self.job.fate(step.nodes) if self.job is not None else None
+        ended = plan.how_it_ended(step.kind, code, done=done, tries_left=self.launch.restarts - running.restarts, fate=fate)
+        return self._apply(running, died, code, ended)
 
-    def tell(self, died: process.Child, code: int, ended: str, action: Action) -> None:
+    def _apply(self, running: Running, died: process.Child, code: int, ended: str) -> Action | None:
+        """The table's answer to a step that has ended; what ends the run waits for the learner, where there still is one."""
+        kind = running.step.kind
+        others = [other for other in self.steps.values() if other.step.kind == "agent" and other is not running and other.wanted]
+        action = plan.TABLE["last agent" if kind == "agent" and not others else kind, ended]
+        if self.ending is not None and action is not Action.FINISH and kind != "trajectories":
+            if kind == "trainer" and code != plan.STOPPED:
+                log.error("the learner ended with exit code %d instead of saving; the end of its log:\n%s", code, process.tail(died.log))
+            return self.ending if kind == "trainer" else None
+        self._tell(died, code, ended, action)
+        if action is Action.RESTART:
+            running.due = time.monotonic() + plan.backoff(self.launch.backoff_s, running.restarts)
+            running.restarts += 1
+            return None
+        if action is Action.DROP:
+            return None
+        if action in (Action.STOP, Action.REQUEUE) and kind != "trainer":
+            self._begin_ending(action)
+            return None
+        return action
+
+    def _tell(self, died: process.Child, code: int, ended: str, action: Action) -> None:
         """Log what ended, how, and what is done about it; with the end of its log when it went wrong."""
         if action is Action.FINISH:
             log.info("the learner is done")
@@ -121,43 +173,69 @@ class Supervisor:
         if action is Action.RESTART:
             self.events.append({"time": time.time(), "who": died.name, "how": how, "done": action.value})
         if action is Action.FAIL or (code > 0 and code != plan.STOPPED):
-            log.error("the end of %s:\n%s", died.log, process.tail(died.log))
+            for path in (died.log, _task_log(died.log)):
+                if path is not None:
+                    log.error("the end of %s:\n%s", path, process.tail(path))
 
-    def progress(self) -> Any:
+    def _progress(self) -> Any:
         """What grows as the run gets on: the newest durable step."""
         return read_json(self.run.checkpoints / "latest.json").get("step")
 
-    def _belongs(self, member: dict[str, Any], step: Step) -> bool:
-        if step.kind == "agent":
-            node = step.processes[0].variables["ATROPOS_HPC_NODE"]
-            return member["node"] == node and member["kind"] in ("agent", "environment", "evaluator")
-        return bool(member["kind"] == step.kind)
-
-    # --- stopping
+    # --- ending early
 
     def _wish(self, number: int, _frame: Any) -> None:
-        self.wishes += 1
+        if number == signal.SIGUSR2:
+            self.warned = True
+        else:
+            self.wishes += 1
 
-    def meet_wishes(self) -> Action | None:
-        """A first signal asks the learner for a checkpoint and gives it time; a second one ends the run at once."""
-        if self.wishes == 0:
+    def _meet_wishes(self) -> Action | None:
+        """A first signal asks the learner for a checkpoint and gives it time; a second one to stop ends the run at once."""
+        if self.warned:
+            self._begin_ending(Action.REQUEUE)
+        if self.wishes:
+            self._begin_ending(Action.STOP)
+        if self.ending is None:
             return None
-        if self.stop_deadline is None:
-            patience = self.launch.save_timeout_s
-            log.warning("asked to stop: the learner saves a checkpoint, at most %.0f s; once more ends the run at once", patience)
-            rendezvous.ask(self.run, "stop")
-            self.stop_deadline = time.monotonic() + patience
-        if not self.steps["trainer"].children:
-            return Action.STOP
-        if self.wishes > 1 or time.monotonic() > self.stop_deadline:
-            log.warning("stopped without a new checkpoint; a resume goes back to the last one")
-            return Action.STOP
+        trainer = self.steps.get("trainer")
+        if trainer is None or not trainer.children:
+            return self.ending
+        if self.wishes > 1 or time.monotonic() > self.patience:
+            log.warning("ended without a new checkpoint; a resume goes back to the last one")
+            return self.ending
         return None
 
-    def end_all(self) -> None:
+    def _begin_ending(self, action: Action) -> None:
+        """From now on the learner saves and leaves, and then the run ends that way. What was decided first stays."""
+        if self.ending is not None:
+            return
+        self.ending, self.patience = action, time.monotonic() + self.launch.save_timeout_s
+        if self.leads:
+            what = "Slurm takes the nodes" if action is Action.REQUEUE else "asked to stop"
+            log.warning("%s: the learner saves a checkpoint, at most %.0f s (%s)", what, self.launch.save_timeout_s, action.value)
+            rendezvous.ask(self.run, "stop")
+
+    def _end_all(self) -> None:
         """TERM, then KILL, to every process of the run, the trajectory server last; then to what they may have left."""
         for last in (False, True):
             steps = [running for running in self.steps.values() if (running.step.kind == "trajectories") == last]
             process.end((child for running in steps for child in running.children), self.launch.grace_s)
         while process.end_orphans([]):
             pass
+
+
+def _belongs(member: dict[str, Any], step: Step) -> bool:
+    if step.kind == "agent":
+        node = step.processes[0].variables["ATROPOS_HPC_NODE"]
+        return member["node"] == node and member["kind"] in ("agent", "environment", "evaluator")
+    return bool(member["kind"] == step.kind)
+
+
+def _task_log(srun_log: Path) -> Path | None:
+    """The log of the task that srun says went wrong first, where the process was an srun."""
+    name = srun_log.name.removesuffix(".srun.log")
+    if name == srun_log.name:
+        return None
+    first = re.search(r"error: .*task (\d+): ", process.tail(srun_log, 50))
+    task = srun_log.with_name(f"{name}-{first[1] if first else 0}.log")
+    return task if task.exists() else srun_log.with_name(f"{name}.log")

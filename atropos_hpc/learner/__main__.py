@@ -18,7 +18,6 @@ from typing import Any
 from atropos_hpc import process
 from atropos_hpc.config import (
     AlgorithmConf,
-    ClusterConf,
     EvaluationConf,
     LaunchConf,
     ModelConf,
@@ -29,7 +28,7 @@ from atropos_hpc.config import (
 )
 from atropos_hpc.launch.plan import DONE, REFUSED, STOPPED
 from atropos_hpc.observe.console import log_to_stderr
-from atropos_hpc.rendezvous import Member, Roster, wait_for
+from atropos_hpc.rendezvous import Member, Roster, own_host, wait_for
 from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     algorithm: AlgorithmConf = from_dict(AlgorithmConf, config["algorithm"])
     launch: LaunchConf = from_dict(LaunchConf, config["launch"])
     policy: PolicyConf = from_dict(PolicyConf, config["policy"])
-    host = from_dict(ClusterConf, config["cluster"]).host
+    host = own_host(config["cluster"]["host"])
     join(run, member, rank, world, host, launch.start_timeout_s)
     member.update(state="loading")
     backend = VerlBackend(model, trainer, algorithm, config["seed"])

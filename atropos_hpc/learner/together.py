@@ -2,8 +2,10 @@
 collective for another that has left.
 """
 
+import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +22,19 @@ class StopAsked(Exception):
 
 
 class Together:
-    """This rank's part in common waits. Collective: all ranks wait for the same things in the same order."""
+    """This rank's part in common waits. Collective: all ranks wait for the same things in the same order.
+
+    From here on TERM is a wish to stop, too: it is all that Slurm tells a rank when it takes the nodes away.
+    """
 
     def __init__(self, run: RunDir, member: Member) -> None:
         self.run, self.member = run, member
         self.leads = dist.get_rank() == 0
         self._looked, self._stop = 0.0, False
+        signal.signal(signal.SIGTERM, self._term)
+
+    def _term(self, _number: int, _frame: Any) -> None:
+        self._stop = True
 
     def wait(self, what: str, whom: str, ready: Callable[[], bool], timeout_s: float) -> None:
         """Until `ready()` is true on all ranks.
@@ -57,7 +66,7 @@ class Together:
             raise StopAsked
 
     def stop_asked(self) -> bool:
-        """Has this rank seen the request? Rank 0 looks, at most every half second."""
+        """Has this rank had TERM, or seen the request? Rank 0 looks, at most every half second."""
         if self.leads and not self._stop and time.monotonic() - self._looked > LOOK_FOR_REQUESTS_S:
             self._looked = time.monotonic()
             self._stop = asked(self.run, "stop") is not None

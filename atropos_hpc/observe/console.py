@@ -104,7 +104,8 @@ class Console:
 
     def end(self, outcome: str, summary: dict[str, Any]) -> None:
         """The last word: what came of the run."""
-        words = {"finish": "complete", "stop": "stopped; the same command with this run_dir resumes it", "fail": "failed"}
+        words = {"finish": "complete", "stop": "stopped; the same command with this run_dir resumes it", "fail": "failed",
+                 "requeue": "saved; Slurm starts it again"}  # fmt: skip
         table = Table(title=f"run {words[outcome]}", show_header=False)
         for key in ("accuracy_before", "accuracy_after", "steps", "sequences", "tokens", "wall_s", "restarts"):
             value = summary.get(key)

@@ -23,13 +23,14 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc import process
-from atropos_hpc.config import ClusterConf, EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
+from atropos_hpc.config import EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
+from atropos_hpc.launch.leader import LeaderWatch
 from atropos_hpc.launch.plan import DONE, REFUSED, backoff
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
-from atropos_hpc.rendezvous import Member
+from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Agent:
         self.rollout: RolloutConf = from_dict(RolloutConf, config["rollout"])
         self.policy: PolicyConf = from_dict(PolicyConf, config["policy"])
         self.launch: LaunchConf = from_dict(LaunchConf, config["launch"])
-        self.host = from_dict(ClusterConf, config["cluster"]).host
+        self.host = own_host(config["cluster"]["host"])
         environment: EnvironmentConf = from_dict(EnvironmentConf, config["environment"])
         evaluation: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
         self.token = run.token()
@@ -93,7 +94,7 @@ class Agent:
     async def work(self) -> None:
         """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)) as self.http:
-            following = asyncio.create_task(self.follow())
+            following, watching = asyncio.create_task(self.follow()), asyncio.create_task(self.watch_leader())
             try:
                 while self.refused is None:
                     for kept in [*self.servers, *self.others]:
@@ -106,12 +107,20 @@ class Agent:
                     await asyncio.sleep(TICK_S)
             finally:
                 following.cancel()
+                watching.cancel()
 
     async def follow(self) -> None:
         """Look for new versions at the store's interval."""
         while True:
             await asyncio.to_thread(self.follower.look)
             await asyncio.sleep(self.policy.poll_s)
+
+    async def watch_leader(self) -> None:
+        """In a Slurm job whose first node dies, have the job started again."""
+        watch = LeaderWatch(self.run)
+        while True:
+            await asyncio.to_thread(watch.look)
+            await asyncio.sleep(1.0)
 
     # --- children
 

@@ -26,7 +26,7 @@ from aiohttp import web
 from isal import isal_zlib
 
 from atropos_hpc import process
-from atropos_hpc.rendezvous import Member
+from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir, read_json
 from atropos_hpc.trajectories import schema
 from atropos_hpc.trajectories.journal import Damaged, Place
@@ -263,7 +263,7 @@ async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
 async def serve(run: RunDir, node: str) -> None:
     """Be the run's trajectory server until TERM."""
     config, token = run.config(), run.token()
-    host = config["cluster"]["host"]
+    host = own_host(config["cluster"]["host"])
     stop = asyncio.Event()
     for number_ in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number_, stop.set)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc import process
-from atropos_hpc.rendezvous import Member
+from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir
 from atropos_hpc.trajectories.server import DEPTH_S, LOG_FORMAT, NODE, authorized, listen, url_of
 
@@ -45,7 +45,7 @@ async def serve(run: RunDir, node: str) -> None:
     import uvicorn
     from atroposlib.api.server import app
 
-    host = run.config()["cluster"]["host"]
+    host = own_host(run.config()["cluster"]["host"])
     listener = listen(run, f"trajectories-{node}-0", host)
     member = Member(run, "trajectories", node)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,0 +1,73 @@
+"""submitit with heterogeneous jobs, which it does not have itself: an executor whose batch script is given, and job states by squeue."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from submitit.core import core, utils
+from submitit.slurm import slurm as submitit_slurm
+
+from atropos_hpc.launch import batch, slurm
+
+
+class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
+    """submitit's view of job states, from squeue instead of the accounting."""
+
+    def _make_command(self) -> list[str] | None:
+        return ["squeue", "--me", "-h", "--states=all", "-o", "%i|%T|%N"] if self._registered - self._finished else None
+
+    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+        text = string.decode() if isinstance(string, bytes) else string
+        jobs: dict[str, list[list[str]]] = {}
+        for line in text.splitlines():
+            name, *rest = line.split("|")
+            jobs.setdefault(name.partition("+")[0], []).append(rest)
+        return {
+            job: {"JobID": job, "State": slurm.merged([state for state, _ in of]), "NodeList": ",".join(nodes for _, nodes in of)}
+            for job, of in jobs.items()
+        }
+
+
+class SlurmhetJob(submitit_slurm.SlurmJob[core.R]):
+    """A job whose function runs in the leader's batch step."""
+
+    watcher = SlurmhetInfoWatcher(delay_s=30)
+
+    def _interrupt(self, timeout: bool = False) -> None:
+        """Send the warning that Slurm sends before the time limit."""
+        slurm.ask("scancel", "--batch", "--signal=USR2", self.job_id)
+
+
+class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
+    """submitit's executor for jobs whose script is given: heterogeneous ones, which submitit itself cannot make.
+
+    `script`: the batch script as a function of the command that loads the pickled function, and of the path for the job's output. The
+    function runs once, in the leader's batch step, where submitit's own SlurmJobEnvironment serves it. `minutes`: the time limit.
+    """
+
+    job_class = SlurmhetJob
+    _throttling = 0.0  # submitit waits 0.2 s between calls of sbatch; the controller says itself when it is too much
+
+    def __init__(self, folder: str | Path, script: Callable[[str, str], str], minutes: int) -> None:
+        super().__init__(folder, max_num_timeout=10_000)  # restarts without progress are limited by launch.requeues
+        self.script = script
+        self.parameters["time"] = minutes
+
+    def _internal_process_submissions(self, delayed_submissions: list[utils.DelayedSubmission]) -> list[core.Job[Any]]:
+        return core.PicklingExecutor._internal_process_submissions(self, delayed_submissions)  # there are no arrays of het jobs
+
+    def _num_tasks(self) -> int:
+        return 1
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self.script(f"env SUBMITIT_EXECUTOR=slurm {command}", str(utils.JobPaths(self.folder).stdout).replace("%t", "0"))
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        kept = batch.outside(os.environ)
+        return [
+            "env",
+            *(word for name in sorted(set(os.environ) - set(kept)) for word in ("-u", name)),
+            "sbatch",
+            str(submission_file_path),
+        ]

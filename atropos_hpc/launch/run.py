@@ -1,0 +1,231 @@
+"""From a config to a finished run: check, lock the run directory, make the model, supervise, sum up.
+
+On one machine all of a run is here. In a Slurm job this is its batch step, and the roles' steps run on the job's nodes.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import atropos_hpc
+from atropos_hpc import process
+from atropos_hpc.config import Config, Problem
+from atropos_hpc.launch import base_model, batch, plan, preflight, slurm
+from atropos_hpc.launch.allocation import Step, local_steps, slurm_steps, trainer_python
+from atropos_hpc.launch.plan import Action
+from atropos_hpc.launch.split import RolloutJob
+from atropos_hpc.launch.supervisor import Supervisor
+from atropos_hpc.observe.console import Console
+from atropos_hpc.observe.summary import summarize
+from atropos_hpc.run_dir import RunDir, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+EXIT = {Action.FINISH: 0, Action.FAIL: 1, Action.STOP: 75, Action.REQUEUE: 75}
+OLD_MEMBERS_S = 20.0  # how long what is left of a killed run may take to notice and end
+OLD_LOCK_S = 300.0  # how long a filesystem may hold the lock of a node that has died
+ROLLOUT_KINDS = ("rollout_job", "agent", "environment", "evaluator")
+
+
+def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
+    """Run to the end, or resume and run to the end. Returns train.py's exit code.
+
+    `requeue` has Slurm start this job again; called last, when nothing of the run is left here and its lock is free.
+    """
+    action = _launch(config, run_dir)
+    if action is Action.REQUEUE:
+        requeue()
+    return EXIT[action] if isinstance(action, Action) else action
+
+
+def _launch(config: Config, run_dir: Path) -> Action | int:
+    """How the run ended, or an exit code if it did not start."""
+    run = RunDir(run_dir)
+    try:
+        job = _job(config)
+    except (ValueError, slurm.SlurmError) as error:
+        return _refused([Problem(*str(error).split(": ", 1))])
+    known = read_json(run.run_json)
+    try:
+        with ExitStack() as stack:
+            if known:
+                stack.enter_context(_held(run))  # before the slow checks: a second start is told at once who holds it
+            found = preflight.check(config, run_dir, known.get("config", {}))
+            if found:
+                return _refused(found)
+            if config.launch.dry_run:
+                return _dry_run(config, run)
+            if not known:
+                run.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_held(run))
+            return _run(config, run, job)
+    except Timeout:
+        holder = read_json(run.holder)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", 0)))
+        who = f"{holder.get('what', 'somebody')}, pid {holder.get('pid')} on {holder.get('host')}, since {since}"
+        print(f"{run_dir} is in use by {who}; nothing was started.", file=sys.stderr)
+        return 2
+
+
+def _refused(found: list[Problem]) -> int:
+    print("The config was refused; nothing was started.", file=sys.stderr)
+    for problem in found:
+        print(f"  {problem}", file=sys.stderr)
+    return 2
+
+
+def _dry_run(config: Config, run: RunDir) -> int:
+    """Show what a run on this machine would start."""
+    for step in local_steps(config, run.path):
+        for each in step.processes:
+            print(" ".join([*(f"{name}={value}" for name, value in each.variables.items()), shlex.join(each.command)]))
+    print("Nothing was started (launch.dry_run).")
+    return 0
+
+
+@contextmanager
+def _held(run: RunDir) -> Iterator[None]:
+    """Hold the run's lock; the kernel gives it back when this process ends, however it ends."""
+    job = os.environ.get("SLURM_JOB_ID")
+    ours = job is not None and read_json(run.holder).get("job") == job  # this job, before Slurm started it again
+    with FileLock(run.lock, timeout=OLD_LOCK_S if ours else 0, fallback_to_soft=False):
+        holder = {"what": "atropos_hpc.train", "host": socket.gethostname(), "pid": os.getpid(), "since": time.time(),
+                  "job": job}  # fmt: skip
+        write_json(run.holder, holder)
+        yield
+
+
+def _job(config: Config) -> slurm.Job | None:
+    """The Slurm job that this process is the batch step of; None for a run on this machine.
+
+    Raises ValueError, "key: message", when there is none and there should be, or when it is not what the config says.
+    """
+    kind = config.launch.allocation
+    if kind == "local":
+        return None
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ValueError(
+            f"launch.allocation: {kind} needs a job: submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
+        )
+    job = slurm.Job(os.environ["SLURM_JOB_ID"], batch.granted(config, os.environ, slurm.expand))
+    kept = batch.clean(os.environ)
+    for name in set(os.environ) - set(kept):
+        del os.environ[name]
+    return job
+
+
+def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
+    started = time.time()
+    run.create()
+    attempt = run.new_attempt()
+    split = config.launch.allocation == "split"
+    _end_old_members(run, ROLLOUT_KINDS if split else ())
+    console = Console(run, config.trainer.steps)
+    with console.logging_to(attempt / "supervisor.log"):
+        done = read_json(run.done)
+        if done and done["version"] >= config.trainer.steps:
+            log.info("the run in %s is complete already, at step %d", run.path, done["version"])
+            return 0
+        run.done.unlink(missing_ok=True)
+        log.info("run directory %s", run.path)
+        if _given_up(config, run, attempt, job):
+            return 1
+        try:
+            config.model.path = base_model.ensure(config.model, trainer_python(config), attempt / "make_base.log")
+            _write_run_json(config, run)
+            steps = _steps(config, run, job, attempt)
+            rollout_job = RolloutJob(config, run) if split and config.launch.submit_rollout else None
+        except (RuntimeError, OSError) as error:
+            log.error("%s", error)
+            return 1
+
+        def watch(members: dict[str, Any]) -> Action | None:
+            console.show(members)
+            return rollout_job.look() if rollout_job is not None else None
+
+        supervisor = Supervisor(run, config.launch, steps, watch, job)
+        action = supervisor.supervise()
+        if rollout_job is not None and action is not Action.REQUEUE:
+            rollout_job.end()
+        record = {"started": started, "ended": time.time(), "outcome": action.name.lower(), "events": supervisor.events}
+        write_json(attempt / "attempt.json", record)
+        summary = summarize(run)
+        write_json(run.summary, summary)
+        console.end(action.name.lower(), summary)
+    return action
+
+
+def _steps(config: Config, run: RunDir, job: slurm.Job | None, attempt: Path) -> list[Step]:
+    if job is None:
+        return local_steps(config, run.path)
+    log.info("Slurm job %s: %s", job.id, "; ".join(f"{role} on {', '.join(group.nodes)}" for role, group in job.groups.items()))
+    return slurm_steps(config, run.path, job.groups, job.addresses(), attempt)
+
+
+def _given_up(config: Config, run: RunDir, attempt: Path, job: slurm.Job | None) -> bool:
+    """Note this start, and tell whether Slurm has started the run too often without progress."""
+    durable = read_json(run.checkpoints / "latest.json").get("step", 0)
+    write_json(attempt / "start.json", {"job": job.id if job else None, "durable": durable})
+    attempts = sorted((run.path / "logs").glob("attempt-*/start.json"), key=lambda path: int(path.parent.name.removeprefix("attempt-")))
+    starts = [(start["job"], start["durable"]) for start in map(read_json, attempts)]
+    if not plan.given_up(starts, config.launch.requeues):
+        return False
+    log.error("Slurm has started this job %d times again, and each time it ended before a step after %d was durable "
+              "(launch.requeues: %d): it is not run again", config.launch.requeues + 1, durable, config.launch.requeues)  # fmt: skip
+    return True
+
+
+def _write_run_json(config: Config, run: RunDir) -> None:
+    """What every member reads. A resumed run keeps its id and date; its config may differ in what may differ."""
+    known = read_json(run.run_json)
+    write_json(run.run_json, {
+        "id": known.get("id") or secrets.token_hex(4),
+        "created": known.get("created") or time.time(),
+        "version": atropos_hpc.__version__,
+        "command": sys.argv,
+        "config": dataclasses.asdict(config),
+    })  # fmt: skip
+
+
+def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:
+    """Members of a supervisor that was killed notice it and end; give them time, then end them, and clear the rendezvous.
+
+    Members of the kinds `spared` belong to another job, and stay.
+    """
+    deadline = time.monotonic() + OLD_MEMBERS_S
+    while (left := _alive_here(run, spared)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        log.warning("ending pid %d, left from an earlier attempt", pid)
+        process.kill(pid)
+    for path in run.members.glob("*.json"):
+        if not path.name.startswith(spared):
+            path.unlink()
+    write_json(run.roster, {})
+
+
+def _alive_here(run: RunDir, spared: tuple[str, ...]) -> list[int]:
+    """Pids on this machine of members of this run: by their record, and only if their command line names the run directory."""
+    found = []
+    for path in run.members.glob("*.json"):
+        try:
+            state: dict[str, Any] = json.loads(path.read_text())
+            command = Path(f"/proc/{state['pid']}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        here = state["host"] == socket.gethostname() and state["pid"] != os.getpid() and state["kind"] not in spared
+        if here and str(run.path).encode() in command:
+            found.append(state["pid"])
+    return found

@@ -1,0 +1,268 @@
+"""A private Slurm cluster on this machine: several slurmd, a controller and munge of its own, all under one directory.
+
+Needs Debian's slurmctld, slurmd, slurm-client and munge (`make apt`); works as root and as a plain user. Nodes have fake CPUs and GPUs
+(links to /dev/null), and can be killed with everything on them, and started again. By hand:
+
+    python -m tests.slurm_cluster up DIR [NODES]     prints the line to evaluate: export SLURM_CONF=...
+    python -m tests.slurm_cluster down DIR
+"""
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
+ROOT = Path(__file__).resolve().parent.parent
+
+CONF = """\
+ClusterName=private
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={home}/run/munge.sock
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool/%n
+SlurmctldPidFile={home}/run/slurmctld.pid
+SlurmdPidFile={home}/run/slurmd-%n.pid
+SlurmctldLogFile={home}/log/slurmctld.log
+SlurmdLogFile={home}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SwitchType=switch/none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=5,bf_continue
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=10
+KillWait=10
+MinJobAge=300
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=DEFAULT CPUs=16 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:4 State=UNKNOWN
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 MaxNodes=8 State=UP PriorityTier=1 PreemptMode={preempt} GraceTime={grace_s}
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=closed Nodes=ALL State=DOWN
+{more}
+"""
+
+
+class Cluster:
+    """One private cluster. `more`: further lines of slurm.conf."""
+
+    def __init__(self, home: Path, nodes: int = 3, grace_s: int = 20, preempt: str = "REQUEUE", more: str = "") -> None:
+        self.home, self.grace_s, self.preempt, self.more = home.resolve(), grace_s, preempt, more
+        self.nodes = [f"n{i}" for i in range(nodes)]
+        self.conf = self.home / "slurm.conf"
+        self.env = {**{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}, "SLURM_CONF": str(self.conf)}
+        self.env["PATH"] += ":/usr/sbin:/sbin"
+
+    # --- life
+
+    def up(self) -> "Cluster":
+        """Start everything; returns when all nodes are idle. Raises RuntimeError with the controller's log otherwise."""
+        missing = [name for name in PROGRAMS if shutil.which(name, path=self.env["PATH"]) is None]
+        if missing:
+            raise RuntimeError(f"there is no {', '.join(missing)}: `make apt` installs Slurm and munge")
+        for name in ("run", "state", "log", "munge", "dev", *(f"spool/{node}" for node in self.nodes)):
+            (self.home / name).mkdir(parents=True)
+        self.home.chmod(0o755)
+        (self.home / "munge").chmod(0o700)
+        key = self.home / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        for i in range(4):
+            (self.home / "dev" / f"nvidia{i}").symlink_to("/dev/null")
+        ports, host = free_ports(1 + len(self.nodes)), socket.gethostname().partition(".")[0]
+        nodes = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={p}" for n, p in zip(self.nodes, ports[1:], strict=True)]
+        (self.home / "gres.conf").write_text(f"NodeName={','.join(self.nodes)} Name=gpu File={self.home}/dev/nvidia[0-3]\n")
+        self.conf.write_text(CONF.format(home=self.home, host=host, user=getpass.getuser(), ports=ports, nodes="\n".join(nodes),
+                                         preempt=self.preempt, grace_s=self.grace_s, more=self.more))  # fmt: skip
+        self.command("munged", "--force", f"--key-file={key}", f"--socket={self.home}/run/munge.sock", "--num-threads=4",
+                     f"--pid-file={self.home}/run/munged.pid", f"--log-file={self.home}/log/munged.log",
+                     f"--seed-file={self.home}/munge/seed")  # fmt: skip
+        self.command("slurmctld", "-c", "-f", str(self.conf))
+        for node in self.nodes:
+            self.start_node(node)
+        until(
+            "idle nodes",
+            lambda: self.command("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D") == str(len(self.nodes)),
+            60,
+            self.story,
+        )
+        return self
+
+    def down(self) -> None:
+        """End every job, every daemon, and what is left of them; then remove the directory."""
+        if self.conf.exists():
+            subprocess.run(["scancel", "-f", "-u", getpass.getuser()], env=self.env, timeout=30, check=False, capture_output=True)
+            deadline = time.monotonic() + 15
+            while time.monotonic() < deadline and self.processes():
+                time.sleep(0.2)
+        pids = [int(path.read_text()) for path in (self.home / "run").glob("*.pid") if path.read_text().strip()]
+        for pid in pids:
+            _kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in [*pids, *self.processes()]:
+            _kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def __enter__(self) -> "Cluster":
+        with ExitStack() as stack:
+            stack.callback(self.down)
+            self.up()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    # --- nodes
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        self.command("slurmd", "-f", str(self.conf), "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """KILL a node's slurmd, its step daemons, and every process of a job on it, as a power cut would."""
+        pidfile = self.home / "run" / f"slurmd-{node}.pid"
+        _kill(int(pidfile.read_text()), signal.SIGKILL)
+        pidfile.unlink()
+        log = self.home / "log" / f"slurmd-{node}.log"
+        stepds = [pid for pid in processes() if _command(pid).startswith("slurmstepd") and log in _files(pid)]
+        for pid in [*stepds, *self.processes(node)]:
+            _kill(pid, signal.SIGKILL)
+        for child in self.processes(node):  # started meanwhile
+            _kill(child, signal.SIGKILL)
+
+    def processes(self, node: str | None = None) -> list[int]:
+        """Pids of all processes of jobs, on one node or on all."""
+        found = []
+        for pid in processes():
+            variables = _variables(pid)
+            ours = variables.get("SLURM_CONF") == str(self.conf) and pid != os.getpid()
+            if ours and "SLURMD_NODENAME" in variables and node in (None, variables["SLURMD_NODENAME"]):
+                found.append(pid)
+        return found
+
+    # --- jobs
+
+    def command(self, *words: str, timeout: float = 60) -> str:
+        """Output of one command against this cluster. Raises RuntimeError with what it said when it fails."""
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=timeout, check=False, cwd=self.home)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def jobs(self) -> dict[str, str]:
+        """Every job and het component that the controller remembers, with its state."""
+        return dict(line.split("|") for line in self.command("squeue", "-h", "--states=all", "-o", "%i|%T").splitlines())
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says of a job's leader."""
+        words = self.command("scontrol", "-o", "show", "job", number).splitlines()[0].split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def skip_requeue_delay(self, number: str) -> None:
+        """Slurm lets a requeued job wait two minutes; make it eligible now, some seconds after it has become pending."""
+        until(f"job {number} pending", lambda: self.job(number)["JobState"] == "PENDING", 60, self.story)
+        time.sleep(4)
+        self.command("scontrol", "update", f"jobid={number}", "StartTime=now")
+
+    def story(self) -> str:
+        """For a failed test: the queue, and the end of the controller's log."""
+        queue = subprocess.run(["squeue", "--states=all"], env=self.env, capture_output=True, text=True, timeout=30, check=False).stdout
+        log = self.home / "log" / "slurmctld.log"
+        return queue + "\n".join(log.read_text().splitlines()[-25:] if log.exists() else [])
+
+
+def until(what: str, look: Callable[[], Any], seconds: float, story: Callable[[], str] = str) -> Any:
+    """Wait for `look()` to give something true, and return it; AssertionError with the story when it doesn't in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"no {what} after {seconds} s:\n{story()}"
+        time.sleep(0.2)
+    return found
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, each another."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def processes() -> Iterator[int]:
+    yield from (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _variables(pid: int) -> dict[str, str]:
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def _files(pid: int) -> list[Path]:
+    found = []
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            found.append(entry.readlink())
+    except OSError:
+        pass
+    return found
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def main(words: list[str]) -> int:
+    verb, home = words[0], Path(words[1])
+    cluster = Cluster(home, int(words[2]) if len(words) > 2 else 3)
+    if verb == "up":
+        cluster.up()
+        print(f"export SLURM_CONF={cluster.conf}")
+    else:
+        cluster.down()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""A stand-in for both roles' Python, for tests of what happens around a run: no model, no server, steps of a fifth of a second.
+
+It understands the command lines that the supervisor and the checks use. The learner keeps the contracts that matter outside it:
+metrics.jsonl, checkpoints/latest.json, done.json, the request to stop, TERM, exit codes; it takes a step only while an agent is alive.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STEP_S = 0.2
+
+
+def learner(path: Path) -> int:
+    from atropos_hpc.rendezvous import Member, Roster, asked
+    from atropos_hpc.run_dir import RunDir, append_line, read_json, read_lines, write_file, write_json
+
+    run, terms = RunDir(path), []  # type: tuple[RunDir, list[int]]
+    signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
+    conf, rank = run.config()["trainer"], int(os.environ["RANK"])
+    step = read_json(run.checkpoints / "latest.json").get("step", 0)
+    member = Member(run, "trainer", os.environ["ATROPOS_HPC_NODE"], rank, rank=rank, step=step, step_id=os.environ["ATROPOS_HPC_STEP"])
+    roster = Roster(run.roster)
+    print(f"rank {rank} of {os.environ['WORLD_SIZE']} ({os.environ['LOCAL_RANK']} of {os.environ['LOCAL_WORLD_SIZE']}) at "
+          f"{os.environ['ATROPOS_HPC_HOST']} starts at step {step}", flush=True)  # fmt: skip
+    if rank == 0:
+        write_file(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in read_lines(run.metrics) if line["step"] <= step))
+    while step < conf["steps"]:
+        time.sleep(STEP_S)
+        if terms or asked(run, "stop") is not None:
+            print(f"rank {rank} saves at step {step}", flush=True)
+            if rank == 0:
+                time.sleep(0.5)
+                write_json(run.checkpoints / "latest.json", {"step": step})
+            member.leave()
+            return 75
+        if rank == 0 and roster.members("agent"):
+            step += 1
+            append_line(run.metrics, {"step": step, "reward": step / conf["steps"], "time": time.time()})
+            if step % conf["checkpoint_every"] == 0:
+                write_json(run.checkpoints / "latest.json", {"step": step})
+        elif rank:
+            step = max((line["step"] for line in read_lines(run.metrics)), default=0)
+    if rank == 0:
+        write_json(run.checkpoints / "latest.json", {"step": step})
+        write_json(run.done, {"version": step})
+    member.leave()
+    return 0
+
+
+def agent(path: Path, index: str) -> int:
+    from atropos_hpc.launch.leader import LeaderWatch
+    from atropos_hpc.rendezvous import Member
+    from atropos_hpc.run_dir import RunDir
+
+    terms: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
+    run = RunDir(path)
+    member, watch = Member(run, "agent", os.environ["ATROPOS_HPC_NODE"], servers=[]), LeaderWatch(run)
+    print(f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}", flush=True)
+    while not terms:
+        time.sleep(0.2)
+        watch.look()
+    member.leave()
+    return 0
+
+
+def main(words: list[str]) -> int:
+    if words[0] == "-c" or "--check" in words:  # the checks before a run
+        print("[]")
+        return 0
+    options: dict[str, Any] = dict(zip(words[2::2], words[3::2], strict=True))
+    if words[1] == "atropos_hpc.learner":
+        return learner(Path(options["--run-dir"]))
+    return agent(Path(options["--run-dir"]), options["--index"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
