@@ -55,7 +55,7 @@ class Member:
             self.state.update(state)
             self.state["beat"] += 1
             try:
-                write_json(self.path, self.state)
+                write_json(self.path, self.state, durable=False)
             except OSError as error:
                 log.warning("cannot write %s: %s", self.path, error)
 
@@ -114,7 +114,7 @@ class Leader:
         if changed or now - self._written > BEAT_S:
             self.beat += 1
             self._written = now
-            write_json(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members})
+            write_json(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members}, durable=False)
         return members
 
     def ended(self, *names: str) -> None:
@@ -122,7 +122,7 @@ class Leader:
         for name in names:
             state = read_json(self.run.members / f"{name}.json")
             if state:
-                write_json(self.run.members / f"{name}.json", {**state, "state": "ended", "waiting": None})
+                write_json(self.run.members / f"{name}.json", {**state, "state": "ended", "waiting": None}, durable=False)
 
 
 def _without_beats(members: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -121,8 +121,11 @@ class RunDir:
         return config
 
 
-def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace `path` by `data`, atomically and durably. Raises OSError (full disk, quota) and then leaves the old content."""
+def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:
+    """Replace `path` by `data`, atomically. Raises OSError (full disk, quota) and then leaves the old content.
+
+    `durable`: it also survives a power cut. What only tells the others of this moment (who lives) need not, and is cheaper.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -130,19 +133,21 @@ def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)  # NFS reports a full disk here
         os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """`write_file` of `value` as JSON."""
-    write_file(path, json.dumps(value, indent=1).encode() + b"\n")
+    write_file(path, json.dumps(value, indent=1).encode() + b"\n", durable=durable)
 
 
 def sync_directory(directory: Path) -> None:
