@@ -3,7 +3,6 @@
 The base model is made once per machine (the cache keeps it); every run here takes a few steps only.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -156,11 +155,10 @@ def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: 
     assert again.returncode == 0 and "complete already" in again.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_everything_and_the_run_resumes(start: Callable[..., Started], number: int) -> None:
+def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(start: Callable[..., Started]) -> None:
     started = start(6)
     started.step(2)
-    started.process.send_signal(number)
+    started.process.send_signal(signal.SIGINT)
     assert started.end() == 75, started.story()
     started.assert_nothing_is_left()
     stopped_at = len(started.steps())
@@ -169,33 +167,33 @@ def test_a_signal_saves_and_ends_everything_and_the_run_resumes(start: Callable[
     assert_complete(started, 6)
 
 
-def test_strictly_on_policy_means_no_stale_sequence(start: Callable[..., Started]) -> None:
-    started = start(6, "staleness.max=0")
-    assert_complete(started, 6)
-    assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
-    assert read_json(started.run.summary)["stale_sequences"] == 0
+def test_term_ends_everything_also_while_servers_start(start: Callable[..., Started]) -> None:
+    started = start(6)
+    started.until("a server's start", lambda: started.log("server-0-0"))
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end() == 75, started.story()
+    started.assert_nothing_is_left()
 
 
-def test_two_ranks_two_servers_and_two_workers(start: Callable[..., Started]) -> None:
-    started = start(4, "roles.trainer.ranks_per_node=2", "rollout.servers=2", "environment.workers=2")
+def test_two_of_everything_strictly_on_policy_with_evaluations(start: Callable[..., Started]) -> None:
+    two = ["roles.trainer.ranks_per_node=2", "rollout.servers=2", "environment.workers=2"]
+    evaluated = ["evaluation.before=true", "evaluation.after=true", "environment.config.eval_problems=100"]
+    started = start(4, "staleness.max=0", *two, *evaluated)
     assert_complete(started, 4)
     for name in ("trainer-1", "server-0-1", "environment-1"):
         assert started.log(name)
+    assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
+    lines = read_lines(started.run.evaluations)
+    assert [line["version"] for line in lines] == [0, 4]
+    assert all(line["served"] == [line["version"]] * 2 and 0 <= line["accuracy"] <= 1 and line["sequences"] == 100 for line in lines)
+    summary = read_json(started.run.summary)
+    assert summary["accuracy_before"] == lines[0]["accuracy"] and summary["accuracy_after"] == lines[1]["accuracy"]
+    assert summary["stale_sequences"] == 0
 
 
 def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:
     started = start(4, "trajectories.server=atropos")
     assert_complete(started, 4)
-
-
-def test_evaluations_stand_at_the_versions_that_were_asked_for(start: Callable[..., Started]) -> None:
-    started = start(4, "evaluation.before=true", "evaluation.after=true", "environment.config.eval_problems=100")
-    assert_complete(started, 4)
-    lines = read_lines(started.run.evaluations)
-    assert [line["version"] for line in lines] == [0, 4]
-    assert all(line["served"] == [line["version"]] * 2 and 0 <= line["accuracy"] <= 1 and line["sequences"] == 100 for line in lines)
-    summary = json.loads(started.run.summary.read_text())
-    assert summary["accuracy_before"] == lines[0]["accuracy"] and summary["accuracy_after"] == lines[1]["accuracy"]
 
 
 def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(start: Callable[..., Started], tmp_path: Path) -> None:
