@@ -147,14 +147,14 @@ def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None
     spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 3}]
 
     async def elsewhere() -> None:
-        record([{"token_ids": [3, 4, 5], "weight_versions": spans}])
+        record([{"token_ids": [3, 4, 5], "weight_versions": spans}], 0.7)
 
     async def main() -> list[Generation]:
         with record_generations() as seen:
             await asyncio.create_task(elsewhere())
-            record([{"token_ids": [1], "weight_versions": None}])
-        record([{"token_ids": [9], "weight_versions": spans}])
+            record([{"token_ids": [1], "weight_versions": None}], 1.0)
+        record([{"token_ids": [9], "weight_versions": spans}], 1.0)
         return seen
 
-    assert asyncio.run(main()) == [Generation((3, 4, 5), (0, 12))]
+    assert asyncio.run(main()) == [Generation((3, 4, 5), (0, 12), 0.7)]
     assert policy_version("default") == 0

@@ -154,7 +154,7 @@ def test_log_probs_are_of_the_policy_at_the_sampling_temperature(served: Served)
     from transformers import AutoModelForCausalLM
 
     served.push(served.base)
-    sampling = {"temperature": 0.5, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
+    sampling = {"temperature": 0.5, "max_tokens": 4, "logprobs": 0}
     _, answer = served.ask("POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling})
     (choice,) = answer["choices"]
     model = AutoModelForCausalLM.from_pretrained(served.base, dtype=torch.float32)
