@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from atropos_hpc import config as schema
 from atropos_hpc import process
-from hydra_plugins.atropos_hpc_launcher.launcher import PointFailed
+from atropos_hpc.launch.plan import PointFailed
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REFUSED = 2

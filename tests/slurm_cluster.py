@@ -3,8 +3,8 @@
 Needs Debian's slurmctld, slurmd, slurm-client and munge (`make apt`); works as root and as a plain user. Nodes have fake CPUs and GPUs
 (links to /dev/null), and can be killed with everything on them, and started again. By hand:
 
-    python -m tests.slurm_cluster up DIR [NODES]     prints the line to evaluate: export SLURM_CONF=...
-    python -m tests.slurm_cluster down DIR
+    python tests/slurm_cluster.py up DIR [NODES]     prints the line to evaluate: export SLURM_CONF=...
+    python tests/slurm_cluster.py down DIR
 """
 
 import getpass
@@ -62,6 +62,7 @@ PreemptMode=REQUEUE
 NodeName=DEFAULT CPUs=16 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:4 State=UNKNOWN
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 MaxNodes=8 State=UP PriorityTier=1 PreemptMode={preempt} GraceTime={grace_s}
+PartitionName=sudden Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=closed Nodes=ALL State=DOWN
 {more}
@@ -105,12 +106,7 @@ class Cluster:
         self.command("slurmctld", "-c", "-f", str(self.conf))
         for node in self.nodes:
             self.start_node(node)
-        until(
-            "idle nodes",
-            lambda: self.command("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D") == str(len(self.nodes)),
-            60,
-            self.story,
-        )
+        until("idle nodes", self.is_idle, 60, self.story)
         return self
 
     def down(self) -> None:
@@ -140,6 +136,17 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.down()
 
+    def clear(self) -> None:
+        """Cancel every job, and start the nodes that are down; returns when all are idle."""
+        subprocess.run(["scancel", "-u", getpass.getuser()], env=self.env, timeout=30, check=False, capture_output=True)
+        for node in self.nodes:
+            if not (self.home / "run" / f"slurmd-{node}.pid").exists():
+                self.start_node(node)
+        until("idle nodes", self.is_idle, 60, self.story)
+
+    def is_idle(self) -> bool:
+        return self.command("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D") == str(len(self.nodes)) and not self.processes()
+
     # --- nodes
 
     def start_node(self, node: str) -> None:
@@ -147,16 +154,20 @@ class Cluster:
         self.command("slurmd", "-f", str(self.conf), "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """KILL a node's slurmd, its step daemons, and every process of a job on it, as a power cut would."""
+        """End a node's slurmd, its step daemons, and every process of a job on it, as a power cut would: all at once.
+
+        So all are stopped before the first is killed: an srun that sees another one die would still cancel its step on other nodes.
+        """
         pidfile = self.home / "run" / f"slurmd-{node}.pid"
-        _kill(int(pidfile.read_text()), signal.SIGKILL)
-        pidfile.unlink()
         log = self.home / "log" / f"slurmd-{node}.log"
         stepds = [pid for pid in processes() if _command(pid).startswith("slurmstepd") and log in _files(pid)]
-        for pid in [*stepds, *self.processes(node)]:
+        doomed = [int(pidfile.read_text()), *stepds, *self.processes(node)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in doomed:
+                _kill(pid, number)
+        for pid in self.processes(node):  # started before its parent was stopped
             _kill(pid, signal.SIGKILL)
-        for child in self.processes(node):  # started meanwhile
-            _kill(child, signal.SIGKILL)
+        pidfile.unlink()
 
     def processes(self, node: str | None = None) -> list[int]:
         """Pids of all processes of jobs, on one node or on all."""

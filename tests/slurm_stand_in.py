@@ -5,6 +5,7 @@ metrics.jsonl, checkpoints/latest.json, done.json, the request to stop, TERM, ex
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ def learner(path: Path) -> int:
 
     run, terms = RunDir(path), []  # type: tuple[RunDir, list[int]]
     signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
+    if run.config()["trainer"]["steps"] == 77:
+        raise RuntimeError("trainer.steps=77 is more than this stand-in takes")
     conf, rank = run.config()["trainer"], int(os.environ["RANK"])
     step = read_json(run.checkpoints / "latest.json").get("step", 0)
     member = Member(run, "trainer", os.environ["ATROPOS_HPC_NODE"], rank, rank=rank, step=step, step_id=os.environ["ATROPOS_HPC_STEP"])
@@ -59,6 +62,7 @@ def agent(path: Path, index: str) -> int:
 
     terms: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
+    logging.basicConfig(level=logging.INFO)
     run = RunDir(path)
     member, watch = Member(run, "agent", os.environ["ATROPOS_HPC_NODE"], servers=[]), LeaderWatch(run)
     print(f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}", flush=True)

@@ -1,5 +1,5 @@
-"""Who notices that the leader's node has died. With --no-kill Slurm lets the rest of the job run on without a batch step, for ever; only
-somebody inside can have it started again, and a node agent is.
+"""Who notices that the leader's node has died. Slurm may let the rest of the job run on without a batch step, for ever; only somebody
+inside can have it started again, and a node agent is.
 """
 
 import logging
@@ -34,11 +34,11 @@ class LeaderWatch:
         if now - self._changed < SILENT_S:
             return False
         self._changed = now - SILENT_S + ASK_S  # ask again then
-        if not slurm.leader_node_is_lost(self.job):
+        if not slurm.leader_is_lost(self.job):
             return False
-        log.error("the node of the job's supervisor is gone: job %s is requeued", self.job)
+        log.error("the node of the supervisor is gone: job %s is requeued", self.job)
         try:
             slurm.requeue(self.job)
-        except slurm.SlurmError as error:  # another agent was quicker
-            log.warning("%s", error)
+        except slurm.SlurmError as error:  # also said when only the rest was left to requeue, or another agent was quicker
+            log.info("%s", error)
         return True

@@ -5,6 +5,10 @@ from enum import Enum
 DONE, STOPPED, REFUSED = 0, 75, 2  # exit codes with which a member says how it ended; anything else is a crash
 
 
+class PointFailed(Exception):
+    """A point of a multirun that was waited for did not complete."""
+
+
 class Action(Enum):
     """What to do when a step has ended."""
 

@@ -127,12 +127,16 @@ def requeue(job: str) -> None:
     ask("scontrol", "requeue", job)
 
 
-def leader_node_is_lost(job: str) -> bool:
-    """Does Slurm hold that the node of a running job's batch step is gone? False when Slurm cannot be asked."""
+def leader_is_lost(job: str) -> bool:
+    """Does Slurm hold that the node of our job's batch step is gone, and has left us running? False when Slurm cannot be asked.
+
+    With --no-kill it leaves the whole job as it is; without, it may requeue the leader alone, which then waits for us for ever.
+    """
     try:
         leader = records(ask("scontrol", "-o", "show", "job", job))[0]
         host = leader.get("BatchHost", "")
-        return leader["JobState"] == "RUNNING" and bool(host) and (host not in expand(leader["NodeList"]) or _unreachable([host]))
+        gone = leader["JobState"] == "RUNNING" and bool(host) and (host not in expand(leader["NodeList"]) or _unreachable([host]))
+        return gone or leader["JobState"] == "PENDING"
     except (SlurmError, LookupError):
         return False
 

@@ -18,6 +18,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from atropos_hpc.launch.plan import PointFailed
+
 
 @dataclass
 class SlurmConf:
@@ -29,10 +31,6 @@ class SlurmConf:
 class LocalConf:
     _target_: str = "hydra_plugins.atropos_hpc_launcher.launcher.LocalLauncher"
     slots: int = 1
-
-
-class PointFailed(Exception):
-    """A point that was waited for did not complete."""
 
 
 class SlurmLauncher(Launcher):
