@@ -5,6 +5,7 @@ unknown key or a wrong type is refused while composing. What a type cannot say, 
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,18 +40,31 @@ class EnvironmentConf:
 
 
 @dataclass
+class CorrectionConf:
+    weights: str = "none"
+    threshold: str = "2.0"
+    rejection: str = "none"
+    rejection_threshold: str = "none"
+
+
+@dataclass
 class AlgorithmConf:
     advantage: str = "grpo"
     normalize_by_std: bool = True
     loss: str = "vanilla"
+    loss_options: Dict[str, float] = field(default_factory=dict)
     clip_low: float = 0.2
     clip_high: float = 0.2
     clip_dual: float = 3.0
     aggregation: str = "token-mean"
     kl_coef: float = 0.001
     kl_estimator: str = "k3"
+    kl_in: str = "loss"
+    kl_target: Optional[float] = None
+    kl_horizon: int = 10000
     entropy_coef: float = 0.0
     old_log_probs: str = "behaviour"
+    correction: CorrectionConf = field(default_factory=CorrectionConf)
     batch_size: int = 256
 
 
@@ -221,11 +235,13 @@ class Problem:
 CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "model.attention": ("sdpa", "flash_attention_2", "eager"),
-    "algorithm.advantage": ("grpo",),
-    "algorithm.loss": ("vanilla", "gspo", "cispo"),
+    "algorithm.advantage": ("grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"),
+    "algorithm.loss": ("vanilla", "gspo", "cispo", "sapo", "gpg", "clip_cov", "kl_cov"),
     "algorithm.aggregation": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "algorithm.kl_estimator": ("k1", "k2", "k3", "abs"),
+    "algorithm.kl_in": ("loss", "reward"),
     "algorithm.old_log_probs": ("behaviour", "recompute"),
+    "algorithm.correction.weights": ("none", "token", "sequence"),
     "trainer.backend": ("verl",),
     "trainer.schedule": ("constant", "cosine"),
     "policy.update_mode": ("keep", "wait", "abort"),
@@ -241,6 +257,7 @@ AT_LEAST = {
     "environment.concurrency": 1,
     "algorithm.batch_size": 1,
     "algorithm.kl_coef": 0,
+    "algorithm.kl_horizon": 1,
     "algorithm.entropy_coef": 0,
     "algorithm.clip_low": 0,
     "algorithm.clip_high": 0,
@@ -270,6 +287,20 @@ AT_LEAST = {
     "roles.rollout.nodes": 1,
     "roles.rollout.cpus_per_task": 1,
     "roles.rollout.gpus_per_node": 0,
+}
+
+# algorithm.correction.rejection, by verl's names, and how a number or a range is written there
+REJECTIONS = (
+    *(f"token_k{k}" for k in (1, 2, 3)), *(f"seq_sum_k{k}" for k in (1, 2, 3)), *(f"seq_mean_k{k}" for k in (1, 2, 3)), "seq_max_k2",
+    "seq_max_k3",
+)  # fmt: skip
+RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"
+
+# algorithm.loss_options of each loss, by verl's names
+LOSS_OPTIONS = {
+    "sapo": ("tau_pos", "tau_neg"),
+    "clip_cov": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"),
+    "kl_cov": ("kl_cov_ratio", "ppo_kl_coef"),
 }
 
 ABOVE_ZERO = (
@@ -305,8 +336,10 @@ def _single_values(config: Config) -> Iterator[Problem]:
 
 def _combinations(config: Config) -> Iterator[Problem]:
     environment, algorithm, trainer = config.environment, config.algorithm, config.trainer
-    if environment.group_size == 1 and algorithm.advantage == "grpo":
-        yield Problem("environment.group_size", "1 leaves algorithm.advantage=grpo nothing to compare a sequence with; at least 2")
+    if environment.group_size == 1 and algorithm.advantage in CHOICES["algorithm.advantage"]:
+        nothing = f"1 leaves algorithm.advantage={algorithm.advantage} nothing to compare a sequence with; at least 2"
+        yield Problem("environment.group_size", nothing)
+    yield from _algorithm(algorithm)
     if environment.group_size > 0 and algorithm.batch_size % environment.group_size:
         whole = f"whole groups of {environment.group_size} (environment.group_size)"
         yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not {whole}")
@@ -360,6 +393,43 @@ OWN_OPTIONS = {
     "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
     "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
 }  # fmt: skip
+
+
+def _algorithm(algorithm: AlgorithmConf) -> Iterator[Problem]:
+    """What the parts of an algorithm ask of one another."""
+    for option in algorithm.loss_options:
+        options = LOSS_OPTIONS.get(algorithm.loss, ())
+        if option not in options:
+            has = f"has {', '.join(options)}" if options else "has none"
+            yield Problem(f"algorithm.loss_options.{option}", f"is no option of algorithm.loss={algorithm.loss}, which {has}")
+    if algorithm.loss == "sapo" and algorithm.aggregation != "seq-mean-token-mean":
+        yield Problem("algorithm.aggregation", f"{algorithm.aggregation} is not what sapo does, which is always seq-mean-token-mean")
+    if algorithm.kl_target is not None and not (algorithm.kl_target > 0 and algorithm.kl_coef > 0):
+        yield Problem("algorithm.kl_target", "and algorithm.kl_coef, where the coefficient starts, are both above 0, or the target is null")
+    if algorithm.kl_in == "reward" and not algorithm.kl_coef:
+        yield Problem("algorithm.kl_in", "reward has no effect with algorithm.kl_coef=0")
+    correction = algorithm.correction
+    on = [name for name in ("weights", "rejection") if getattr(correction, name) != "none"]
+    if on and algorithm.old_log_probs != "recompute":
+        why = "compares the learner's log-probs with the servers', and with algorithm.old_log_probs=behaviour the loss's ratio does that"
+        yield Problem(f"algorithm.correction.{on[0]}", f"{why}; it needs recompute")
+    if not re.fullmatch(RANGE, correction.threshold):
+        yield Problem("algorithm.correction.threshold", f"{correction.threshold!r} is neither a number nor a range such as 0.5_2.0")
+    if (correction.rejection == "none") != (correction.rejection_threshold == "none"):
+        yield Problem("algorithm.correction.rejection_threshold", "and algorithm.correction.rejection go together: both, or none")
+    if correction.rejection == "none" or correction.rejection_threshold == "none":
+        return
+    rejections, limits = correction.rejection.split(","), correction.rejection_threshold.split(",")
+    for name in rejections:
+        if name not in REJECTIONS:
+            yield Problem(
+                "algorithm.correction.rejection", f"{name!r} is not one of {', '.join(REJECTIONS)}{did_you_mean(name, REJECTIONS)}"
+            )
+    if len(limits) not in (1, len(rejections)):
+        yield Problem("algorithm.correction.rejection_threshold", f"has {len(limits)} values for {len(rejections)} rejections")
+    for limit in limits:
+        if not re.fullmatch(RANGE, limit) or ("_" in limit and not all(name.endswith("k1") for name in rejections)):
+            yield Problem("algorithm.correction.rejection_threshold", f"{limit!r} is not a number, nor, for a k1, a range such as 0.5_2.0")
 
 
 def lookup(config: Any, key: str) -> Any:

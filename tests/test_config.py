@@ -74,6 +74,12 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "more than the whole"),
         ("+environment.config.group_size=4", "environment.config.group_size", "environment.group_size"),
         ("trainer.grad_clip=0", "trainer.grad_clip", "not above 0"),
+        ("+algorithm.loss_options.tau_pos=2", "algorithm.loss_options.tau_pos", "vanilla"),
+        ("algorithm.loss=sapo", "algorithm.aggregation", "seq-mean-token-mean"),
+        ("algorithm.kl_target=-1", "algorithm.kl_target", "above 0"),
+        ("algorithm.correction.weights=token", "algorithm.correction.weights", "needs recompute"),
+        ("algorithm.correction.threshold=much", "algorithm.correction.threshold", "range"),
+        ("algorithm.correction.rejection_threshold=2", "algorithm.correction.rejection_threshold", "go together"),
     ],
 )
 def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> None:
@@ -86,8 +92,9 @@ def test_upstreams_server_and_several_ranks_exclude_one_another() -> None:
     assert [problem.key for problem in found] == ["trajectories.server"]
 
 
-def test_a_sound_config_has_no_problems() -> None:
-    assert schema.problems(composed()) == []
+@pytest.mark.parametrize("override", ["seed=0", *(f"algorithm={name}" for name in ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo"))])
+def test_a_sound_config_has_no_problems(override: str) -> None:
+    assert schema.problems(composed(override)) == []
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:

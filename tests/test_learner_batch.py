@@ -146,3 +146,74 @@ def test_many_groups_take_no_python_per_token() -> None:
     finally:
         sys.setprofile(None)
     assert calls < 10_000 < sum(len(group.tokens) for group in groups)
+
+
+def test_a_groups_override_is_that_of_each_of_its_sequences_unless_they_say_otherwise() -> None:
+    group = group_of([[0, 1]] * 3, [1.0, 0.0, 0.5], group_overrides={"set_advantage_to_zero": True})
+    group.overrides = [{}, {"set_advantage_to_zero": False}, {}]
+    advantages = flatten([group], AlgorithmConf()).advantages
+    assert advantages[[0, 2]].tolist() == [0, 0] and advantages[1] == pytest.approx(group_relative(np.array([1.0, 0.0, 0.5]))[1])
+
+
+def test_reference_log_probs_of_the_environment_come_before_the_models() -> None:
+    given = group_of([[0, 1, 1], [0, 1, 1]], [1.0, 0.0], ref_logprobs=np.array([1, -0.5, -0.25, 1, -0.75, -0.5], np.float32))
+    batch = make_batch([given], AlgorithmConf(), 100, 100, 0)
+    assert not batch.needs_reference
+    assert batch.tensors["ref_log_prob"].values().tolist() == [-0.5, -0.25, -0.75, -0.5]
+    batch = make_batch([given, group_of([[0, 1]], [1.0])], AlgorithmConf(), 100, 100, 0)
+    assert batch.needs_reference and "ref_log_prob" not in batch.tensors
+    batch.set_reference_log_probs(batch.tensors["advantages"] * 0 - 7)
+    assert batch.tensors["ref_log_prob"].values().tolist() == [-0.5, -0.25, -0.75, -0.5, -7]
+
+
+@pytest.mark.parametrize("name", ["gpg", "reinforce_plus_plus_baseline", "opo", "rloo", "grpo"])
+def test_advantages_are_verls_for_the_whole_batch(name: str) -> None:
+    import torch
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    rng = np.random.default_rng(0)
+    masks = [[0] + [1] * rng.integers(1, 9) for _ in range(9)]
+    sizes, scores = [2, 4, 3], [float(x) for x in rng.integers(0, 3, 9) + rng.random(9) * (np.arange(9) % 2)]
+    longest = max(map(len, masks)) - 1
+    mask = torch.tensor([[1.0] * (len(m) - 1) + [0.0] * (longest + 1 - len(m)) for m in masks], dtype=torch.float64)
+    rewards = torch.zeros(9, longest, dtype=torch.float64)
+    rewards[:, 0] = torch.tensor(scores)
+    want, _ = get_adv_estimator_fn(name)(token_level_rewards=rewards, response_mask=mask, index=np.repeat([0, 1, 2], sizes))
+    ends = np.cumsum(sizes)
+    groups = [group_of(masks[end - size : end], scores[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+
+    def work(rank: int, world: int) -> np.ndarray:
+        return flatten(groups[rank::world], AlgorithmConf(advantage=name)).advantages
+
+    of_groups = np.split(want[mask.bool()].numpy(), np.cumsum(mask.sum(-1).numpy().astype(int))[ends[:-1] - 1])
+    first, second = on_ranks(2, work)
+    assert first == pytest.approx(np.concatenate(of_groups[0::2]), rel=1e-5) and second == pytest.approx(of_groups[1], rel=1e-5)
+
+
+def test_the_kl_coefficient_follows_its_target_and_goes_on_from_a_checkpoint() -> None:
+    from atropos_hpc.learner.kl import Coefficient
+
+    adapting = AlgorithmConf(kl_coef=0.1, kl_target=0.01, kl_horizon=1000, batch_size=100)
+    coefficient = Coefficient(adapting)
+    coefficient.update(1.0)
+    assert coefficient.value == pytest.approx(0.1 * 1.02), "far above: more, by a fifth of batch / horizon"
+    coefficient.update(None)
+    again = Coefficient(adapting, stored=coefficient.value)
+    again.update(0.0)
+    assert again.value == pytest.approx(0.1 * 1.02 * 0.98)
+    assert Coefficient(AlgorithmConf(kl_coef=0.3), stored=0.7).value == 0.3, "fixed: the config's"
+
+
+def test_what_is_rejected_weighs_nothing_and_no_more_than_that() -> None:
+    from atropos_hpc.config import CorrectionConf
+    from atropos_hpc.learner.correction import correct
+
+    log_probs = np.array([1, -0.5, -0.5, 1, -9.0, -0.5, 1, 1, 1], np.float32)
+    group = group_of([[0, 1, 1], [0, 1, 1], [0, 1, 1]], [1.0, 0.0, 0.0], inference_logprobs=log_probs)
+    batch = make_batch([group], AlgorithmConf(old_log_probs="recompute"), 100, 100, 0)
+    batch.set_old_log_probs(batch.tensors["advantages"] * 0 - 0.25)
+    mask = batch.tensors["response_mask"].values().clone()
+    metrics = correct(batch, CorrectionConf(weights="token", threshold="1.2", rejection="token_k3", rejection_threshold="5"))
+    assert batch.tensors["rollout_is_weights"].values().tolist() == pytest.approx([1.2, 1.2, 0, 1.2, 1, 1]), "unknown: 1"
+    assert (batch.tensors["response_mask"].values() == mask).all() and metrics["rejected_fraction"] == pytest.approx(1 / 6)
+    assert correct(batch, CorrectionConf()) == {}

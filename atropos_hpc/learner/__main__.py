@@ -76,6 +76,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
 
     from atropos_hpc.learner.backends.verl import VerlBackend  # settles verl's platform, before anything else of verl
     from atropos_hpc.learner.checkpoint import Checkpoints
+    from atropos_hpc.learner.kl import Coefficient
     from atropos_hpc.learner.loop import Batches, Conf, train
     from atropos_hpc.learner.publishing import Publishing
     from atropos_hpc.learner.together import Together
@@ -93,7 +94,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     member.update(state="loading")
     backend = VerlBackend(model, trainer, algorithm, config["seed"])
     checkpoints = Checkpoints(run, trainer.keep_checkpoints)
-    checkpoints.load_latest(backend)
+    progress = checkpoints.load_latest(backend) or {}
     log.info("rank %d of %d starts at step %d", rank, world, backend.step_count)
 
     Client = UpstreamClient if config["trajectories"]["server"] == "atropos" else TrajectoryClient
@@ -115,8 +116,9 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     publishing = Publishing(run.policy, policy.keep, model.dtype)
     batches = Batches(leasing, rank, world, config["staleness"]["max"])
     conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])
+    kl = Coefficient(algorithm, progress.get("kl_coef"))
     try:
-        return train(conf, run, backend, client, batches, checkpoints, publishing, metrics, Together(run, member), member)
+        return train(conf, run, backend, client, batches, checkpoints, publishing, metrics, Together(run, member), member, kl)
     finally:
         if metrics is not None:
             metrics.close()

@@ -1,8 +1,8 @@
 """From this rank's leased groups to the batch that the backend trains on.
 
-  1. `flatten` (pure numpy): all sequences of the groups behind one another, with loss mask, advantages and behaviour log-probs.
+  1. `flatten` (numpy): all sequences of the groups behind one another, with loss mask, advantages, behaviour and reference log-probs.
   2. `statistics` (pure): what the metrics and the other ranks need to know about them, as numbers that add up over ranks.
-  3. `over_ranks`: two small all-reduces, the only communication.
+  3. `over_ranks`: two small all-reduces, the only communication but for estimators that scale advantages over the batch.
   4. `jagged` (pure): verl's tensors, flat, without padding to a maximum.
 `make_batch` does the four in order.
 
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from atropos_hpc.config import AlgorithmConf
-from atropos_hpc.learner.advantage import group_relative
+from atropos_hpc.learner.advantage import relative
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
 
 # isort: split
@@ -53,6 +53,8 @@ class Sequences:
     mask: NDArray[np.bool_]  # [R], what is trained
     advantages: NDArray[np.float32]  # [R], zero where not trained
     behaviour: NDArray[np.float32]  # [R], log-probs of the policy that sampled, nats; zero where not trained, NaN in unknown sequences
+    reference: NDArray[np.float32]  # [R], log-probs of a reference that the environment gave, likewise
+    kept: NDArray[np.bool_]  # of all the groups' sequences, which these are
     first_tokens: int = 0  # that Atropos' mask trains, but nothing predicts
     still_groups: int = 0  # whose advantages are all zero
 
@@ -97,7 +99,10 @@ class Batch:
     tensors: TensorDict  # jagged, see `jagged`
     trained_sequences: int  # over all ranks, fillers not counted
     needs_log_probs: bool  # some rank lacks old log-probs: all ranks must call the backend's log_probs and `set_old_log_probs`
+    needs_reference: bool  # some sequence came without reference log-probs: likewise
     statistics: Statistics = field(repr=False)  # over all ranks
+    given_reference: torch.Tensor = field(repr=False)  # jagged [B, response], NaN in sequences without
+    kept: NDArray[np.bool_] = field(repr=False)  # of this rank's sequences, which have something to train
 
     def set_old_log_probs(self, own: torch.Tensor) -> None:
         """Take the learner's own log-probs, jagged [B, response], for the sequences that have no old ones yet."""
@@ -107,9 +112,14 @@ class Batch:
         self.needs_log_probs = False
 
     def set_reference_log_probs(self, reference: torch.Tensor | None) -> None:
-        """Take the frozen model's log-probs, jagged [B, response]. None: this run has no reference."""
+        """Take the frozen model's log-probs, jagged [B, response], for the sequences that came without any.
+
+        None: this run has no reference, and a batch that needs one goes without.
+        """
         if reference is not None:
-            self.tensors["ref_log_prob"] = reference
+            given = self.given_reference
+            values = torch.where(given.values().isnan(), reference.values().to(given.values()), given.values())
+            self.tensors["ref_log_prob"] = torch.nested.nested_tensor_from_jagged(values, given.offsets())
 
 
 def make_batch(groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_micro_batch: int, max_length: int, version: int) -> Batch:
@@ -128,23 +138,33 @@ def make_batch(groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_mic
         )
     recompute = algorithm.old_log_probs == "recompute"
     fillers = max(1, int(totals.maxima["trained_sequences"])) - len(sequences.lengths)
-    return Batch(
-        tensors=jagged(sequences, fillers, int(totals.sums["trained_sequences"]), tokens_per_micro_batch, recompute),
+    tensors = jagged(sequences, fillers, int(totals.sums["trained_sequences"]), tokens_per_micro_batch, recompute)
+    of_response: torch.Tensor = tensors["advantages"].offsets()  # type: ignore[union-attr]
+    batch = Batch(
+        tensors=tensors,
         trained_sequences=int(totals.sums["trained_sequences"]),
         needs_log_probs=recompute or totals.sums["without_log_probs"] > 0,
+        needs_reference=totals.sums["without_reference"] > 0,
         statistics=totals,
+        given_reference=_response(sequences.reference, fillers, of_response),
+        kept=sequences.kept,
     )
+    if not batch.needs_reference:
+        batch.tensors["ref_log_prob"] = batch.given_reference
+    return batch
 
 
-def flatten(groups: Sequence[Group], algorithm: AlgorithmConf) -> Sequences:
-    """The groups' trained sequences, in order.
+def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArray[np.float64] | None = None) -> Sequences:
+    """The groups' trained sequences, in order. Collective for some of `algorithm.advantage` (see `advantage.relative`).
 
-    A group's own token-level advantages take the place of the group-relative ones. `set_advantage_to_zero` silences its sequence in
-    either case, and leaves the baseline of the group as it was.
+    A group's own token-level advantages take the place of those from its scores. `set_advantage_to_zero`, of a sequence or of the
+    group, silences the sequence in either case, and leaves the baseline as it was. `penalties`, one per sequence of the groups, are
+    taken off the scores.
     """
     if not groups:
-        empty = np.zeros(0, np.int64)
-        return Sequences(empty, empty, _f32(empty), empty, empty.astype(bool), _f32(empty), _f32(empty))
+        _advantages(groups, algorithm, np.zeros(0), [])
+        whole, real, flags = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
+        return Sequences(whole, whole, real, whole, flags, real, real, real, flags)
     lengths = np.concatenate([group.lengths for group in groups]).astype(np.int64)
     ends = np.cumsum(lengths)
     begins = ends - lengths
@@ -155,15 +175,21 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf) -> Sequences:
     first = np.minimum.reduceat(np.where(trained, position, np.iinfo(np.int64).max), begins)
     stop = np.maximum.reduceat(np.where(trained, position, -1), begins) + 1  # 0 where nothing is trained
     kept = stop > 0
-
-    advantages, still = _advantages(groups, algorithm)
-    behaviour = _behaviour(groups)
-    valid = np.isfinite(behaviour) & (behaviour <= 0)  # placeholders are positive
-    known = np.logical_and.reduceat(valid | ~trained, begins)
-    behaviour = np.where(np.repeat(known, lengths), np.where(trained, behaviour, 0), np.nan)
-
     in_sequence = position < np.repeat(stop, lengths)
     in_response = in_sequence & (position >= np.repeat(first, lengths))
+
+    of_group = np.cumsum([len(group.lengths) for group in groups])[:-1]
+    counts = np.split(np.add.reduceat(trained, begins, dtype=np.int64), of_group)
+    advantages, still = _advantages(groups, algorithm, np.zeros(len(lengths)) if penalties is None else penalties, counts)
+
+    def log_probs(name: str) -> NDArray[np.floating]:
+        unknown = np.float32(np.nan)
+        arrays = [(group, getattr(group, name)) for group in groups]
+        values = np.concatenate([np.full(len(group.tokens), unknown) if array is None else array for group, array in arrays])
+        valid = np.isfinite(values) & (values <= 0)  # placeholders are positive
+        known = np.logical_and.reduceat(valid | ~trained, begins)
+        return np.where(np.repeat(known, lengths), np.where(trained, values, 0), np.nan)[in_response]
+
     return Sequences(
         lengths=stop[kept],
         starts=first[kept],
@@ -171,7 +197,9 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf) -> Sequences:
         tokens=np.concatenate([group.tokens for group in groups])[in_sequence].astype(np.int64),
         mask=trained[in_response],
         advantages=_f32(np.where(trained, advantages, 0)[in_response]),
-        behaviour=_f32(behaviour[in_response]),
+        behaviour=_f32(log_probs("inference_logprobs")),
+        reference=_f32(log_probs("ref_logprobs")),
+        kept=kept,
         first_tokens=first_tokens,
         still_groups=still,
     )
@@ -183,7 +211,7 @@ def statistics(groups: Sequence[Group], sequences: Sequences, max_length: int, v
     scores = np.concatenate([group.scores for group in groups]) if groups else np.zeros(0)
     staleness = np.array([max(0, version - known[0]) for group in groups for known in group.policy_versions if known])
     responses = np.cumsum(sequences.lengths - sequences.starts)
-    unknown = np.isnan(sequences.behaviour[responses - 1])  # the last token of a response is trained
+    ends = responses - 1  # the last token of a response is trained
     sums = {
         "groups": len(groups),
         "sequences": lengths.size,
@@ -195,7 +223,8 @@ def statistics(groups: Sequence[Group], sequences: Sequences, max_length: int, v
         "reward_squared": np.square(scores).sum(),
         "truncated": (lengths >= max_length).sum(),
         "zero_advantage_groups": sequences.still_groups,
-        "without_log_probs": unknown.sum(),
+        "without_log_probs": np.isnan(sequences.behaviour[ends]).sum(),
+        "without_reference": np.isnan(sequences.reference[ends]).sum(),
         "versions_known": staleness.size,
         "staleness": staleness.sum(),
         "stale_sequences": (staleness > 0).sum(),
@@ -238,8 +267,7 @@ def jagged(sequences: Sequences, fillers: int, trained_sequences: int, tokens_pe
     of_sequence, of_prompt, of_response = _offsets(lengths), _offsets(starts), _offsets(lengths - starts)
 
     def response(values: NDArray[Any]) -> torch.Tensor:
-        filled = np.append(values, np.zeros(fillers, values.dtype))
-        return torch.nested.nested_tensor_from_jagged(torch.from_numpy(filled), of_response)
+        return _response(values, fillers, of_response)
 
     behaviour, unknown = response(sequences.behaviour), response(np.full_like(sequences.behaviour, np.nan))
     tensors: dict[str, Any] = {
@@ -267,26 +295,32 @@ def jagged(sequences: Sequences, fillers: int, trained_sequences: int, tokens_pe
     return tensordict_utils.get_tensordict(tensors, non_tensor_dict=options)
 
 
-def _advantages(groups: Sequence[Group], algorithm: AlgorithmConf) -> tuple[NDArray[np.float64], int]:
-    """Of every token, and the number of groups that have none but zeros."""
-    rows, still = [], 0
-    for group in groups:
-        if group.advantages is not None:
-            row = group.advantages.astype(np.float64)
-        else:
-            relative = group_relative(group.scores, algorithm.advantage, algorithm.normalize_by_std)
-            row = np.repeat(relative, group.lengths)
-        silent = [bool(override.get("set_advantage_to_zero")) for override in group.overrides or ()]
+def _response(values: NDArray[Any], fillers: int, of_response: torch.Tensor) -> torch.Tensor:
+    """[R] as a jagged tensor, with a zero for the one response token of each filler."""
+    filled = np.append(values, np.zeros(fillers, values.dtype))
+    return torch.nested.nested_tensor_from_jagged(torch.from_numpy(filled), of_response)
+
+
+def _advantages(
+    groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArray[np.float64], trained: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.float64], int]:
+    """Of every token, and the number of groups that have none but zeros. `trained`: tokens of each sequence of each group."""
+    of_group = np.cumsum([len(group.scores) for group in groups])[:-1]
+    rewards = [group.scores - penalty for group, penalty in zip(groups, np.split(penalties, of_group), strict=False)]
+    scored = [i for i, group in enumerate(groups) if group.advantages is None]
+    estimated = relative([rewards[i] for i in scored], [trained[i] for i in scored], algorithm.advantage, algorithm.normalize_by_std)
+    of_scores = dict(zip(scored, estimated, strict=True))
+    rows, still = [np.zeros(0)], 0
+    for i, group in enumerate(groups):
+        row = group.advantages.astype(np.float64) if group.advantages is not None else np.repeat(of_scores[i], group.lengths)
+        common = group.group_overrides or {}
+        overrides = [{**common, **override} for override in group.overrides or [{}] * len(group.lengths)]
+        silent = [bool(override.get("set_advantage_to_zero")) for override in overrides]
         if any(silent):
             row = np.where(np.repeat(silent, group.lengths), 0, row)
         still += not row[group.trained].any()
         rows.append(row)
     return np.concatenate(rows), still
-
-
-def _behaviour(groups: Sequence[Group]) -> NDArray[np.float32]:
-    unknown = np.float32(np.nan)
-    return np.concatenate([np.full(len(g.tokens), unknown) if g.inference_logprobs is None else g.inference_logprobs for g in groups])
 
 
 def _temperatures(group: Group) -> NDArray[np.float64]:

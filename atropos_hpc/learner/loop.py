@@ -2,7 +2,7 @@
 
     1. wait for the batch that the trajectory server has formed for this policy version (leased ahead, while the step before ran)
     2. turn groups into flat token arrays, with advantages
-    3. log-probs of the old policy, where the groups lack them, and of the frozen reference
+    3. log-probs of the old policy and of the frozen reference, where the groups lack them; what these say about weights and rewards
     4. update: forward, loss, backward, optimizer
     5. publish the new version, in the background of the next step
     6. checkpoint now and then, in the background; acknowledge the batches that a checkpoint has made durable
@@ -21,6 +21,8 @@ from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelC
 from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.learner.batch import make_batch
 from atropos_hpc.learner.checkpoint import Checkpoints
+from atropos_hpc.learner.correction import correct
+from atropos_hpc.learner.kl import Coefficient, penalize
 from atropos_hpc.learner.publishing import Publishing
 from atropos_hpc.learner.together import StopAsked, Together
 from atropos_hpc.observe.metrics import Metrics, Phases
@@ -94,6 +96,7 @@ def train(
     metrics: Metrics | None,
     together: Together,
     member: Member,
+    kl: Coefficient,
 ) -> bool:
     """From the backend's present step to the last. True: the run is complete; False: it was asked to stop, and has saved.
 
@@ -118,23 +121,27 @@ def train(
             with phases("log_probs"):
                 if batch.needs_log_probs:
                     batch.set_old_log_probs(backend.log_probs(batch))
-                batch.set_reference_log_probs(backend.reference_log_probs(batch))
+                if batch.needs_reference:
+                    batch.set_reference_log_probs(backend.reference_log_probs(batch))
+                off_policy = correct(batch, conf.algorithm.correction)
+                penalty = penalize(batch, groups, conf.algorithm, kl.value)
             with phases("update"):
-                updated = backend.update(batch)
+                updated = {**off_policy, **penalty, **backend.update(batch, kl.value), "kl_coef": kl.value}
+            kl.update(updated.get("kl_reference"))
             with phases("publish"):
                 publishing.publish(backend.module, version + 1)
             with phases("checkpoint"):
                 if (version + 1) % conf.trainer.checkpoint_every == 0:
-                    checkpoints.save(backend, {})
+                    checkpoints.save(backend, {"kl_coef": kl.value})
                 _acknowledge(client, checkpoints.durable(), backend.rank)
             if metrics is not None:
                 metrics.write(version + 1, _figures(batch.statistics.metrics(), updated, phases.take(), server, conf.staleness_max))
             together.check()
-        _save_now(backend, client, checkpoints, publishing)
+        _save_now(backend, client, checkpoints, publishing, kl)
         _evaluated(run, backend.step_count, conf.evaluation.after, conf, together)
     except StopAsked:
         log.info("asked to stop at step %d: saving", backend.step_count)
-        _save_now(backend, client, checkpoints, publishing)
+        _save_now(backend, client, checkpoints, publishing, kl)
         return False
     finally:
         batches.close()
@@ -149,7 +156,7 @@ def _acknowledge(client: TrajectoryClient, durable: int | None, rank: int) -> No
         client.ack(durable - 1)
 
 
-def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoints, publishing: Publishing) -> None:
+def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoints, publishing: Publishing, kl: Coefficient) -> None:
     """Make the present step durable, and its version public, before anything else."""
     publishing.wait()
     if publishing.newest != backend.step_count:  # it failed: once more, now that nothing else is written
@@ -157,7 +164,7 @@ def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoin
         publishing.wait()
     durable = checkpoints.wait()
     if durable != backend.step_count:
-        checkpoints.save(backend, {})
+        checkpoints.save(backend, {"kl_coef": kl.value})
         durable = checkpoints.wait()
     _acknowledge(client, durable, backend.rank)
 

@@ -36,13 +36,17 @@ class Backend(Protocol):
         """The same under the frozen reference; None if the run keeps none."""
         ...
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch, kl_coef: float | None = None) -> dict[str, float]:
         """One optimizer step. Needs old log-probs, and uses reference log-probs where the batch has them.
 
+        `kl_coef`: the present weight of the KL in the loss, where it adapts; else algorithm.kl_coef.
+
         Returns, over all ranks: loss, pg_loss, kl_loss (as in the loss, 0 without one), kl_reference (mean over trained tokens of the
-        k3 estimate), entropy and clip_fraction and ppo_kl (means over trained tokens, nats), mismatch_mean and mismatch_max (absolute
-        difference between the behaviour policy's log-probs and the learner's, where the former are known), grad_norm (before
-        clipping), lr (of this step). A term that does not apply is absent. Raises ValueError for a batch without trained tokens.
+        k3 estimate), entropy and clip_fraction and ppo_kl (means over trained tokens, nats), the mismatch between the behaviour policy's
+        log-probs and the learner's before this step, where the former are known: mismatch_mean and mismatch_max (absolute difference,
+        nats), mismatch_kl (behaviour to learner), mismatch_chi2 (mean of the squared ratio learner / behaviour, less 1) and
+        mismatch_ratio_max; grad_norm (before clipping), lr (of this step). A term that does not apply is absent. Raises ValueError for
+        a batch without trained tokens.
         """
         ...
 

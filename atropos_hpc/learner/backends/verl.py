@@ -6,6 +6,7 @@ verl's engine interface may change between its versions: everything that touches
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,7 @@ from verl.workers.utils.padding import response_from_nested
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+LARGEST_LOG_RATIO = 20.0  # to which verl, too, limits ratios before it takes their exponential
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 
 
@@ -85,7 +87,7 @@ class VerlBackend:
     def reference_log_probs(self, batch: Batch) -> torch.Tensor | None:
         return _log_probs(self._reference, batch) if self._reference is not None else None
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch, kl_coef: float | None = None) -> dict[str, float]:
         if batch.trained_sequences == 0:
             raise ValueError("no sequence of this batch has a token to train: every label in the groups' masks is -100")
         if batch.needs_log_probs:
@@ -93,7 +95,7 @@ class VerlBackend:
         tensordict_utils.assign_non_tensor(batch.tensors, calculate_entropy=True)
         sums = _Sums()
         engine, lr = self._policy, self._policy.optimizer.param_groups[0]["lr"]
-        config = objective(self._algorithm, self._max_length)  # ppo_loss writes into it
+        config = objective(self._algorithm, self._max_length, kl_coef)  # ppo_loss writes into it
         with engine.train_mode():
             output = engine.train_batch(batch.tensors, loss_function=partial(_measured, partial(ppo_loss, config=config), sums))
             engine.lr_scheduler_step()
@@ -187,7 +189,8 @@ class _Sums:
         self.known = 0.0  # of them with a behaviour log-prob
         self.over_tokens: dict[str, float] = {}  # becomes a mean over trained tokens
         self.of_loss: dict[str, float] = {}  # terms that verl has already divided by the global totals, times the number of ranks
-        self.mismatch = [0.0, 0.0]  # sum, maximum
+        self.mismatch = [0.0, 0.0, 0.0]  # sums of |d|, d and exp(-2 d), where d = behaviour - own log-prob
+        self.greatest = [0.0, -math.inf]  # of |d| and -d
 
     def add_over_tokens(self, name: str, value: float) -> None:
         self.over_tokens[name] = self.over_tokens.get(name, 0.0) + value
@@ -196,15 +199,23 @@ class _Sums:
         self.of_loss[name] = self.of_loss.get(name, 0.0) + value
 
     def over_ranks(self, world: int) -> dict[str, float]:
-        sums = [self.tokens, self.known, self.mismatch[0], *self.over_tokens.values(), *self.of_loss.values()]
+        sums = [self.tokens, self.known, *self.mismatch, *self.over_tokens.values(), *self.of_loss.values()]
         total = torch.tensor(sums, dtype=torch.float64)
-        greatest = torch.tensor(self.mismatch[1], dtype=torch.float64)
+        greatest = torch.tensor(self.greatest, dtype=torch.float64)
         dist.all_reduce(total)
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
-        tokens, known, mismatch, *rest = total.tolist()
+        tokens, known, absolute, kl, squares, *rest = total.tolist()
         means = {name: value / tokens for name, value in zip(self.over_tokens, rest[: len(self.over_tokens)], strict=True)}
         losses = {name: value / world for name, value in zip(self.of_loss, rest[len(means) :], strict=True)}
-        compared = {"mismatch_mean": mismatch / known, "mismatch_max": float(greatest)} if known else {}
+        if not known:
+            return {**losses, **means}
+        compared = {
+            "mismatch_mean": absolute / known,
+            "mismatch_max": float(greatest[0]),
+            "mismatch_kl": kl / known,
+            "mismatch_chi2": squares / known - 1,
+            "mismatch_ratio_max": math.exp(min(float(greatest[1]), LARGEST_LOG_RATIO)),
+        }
         return {**losses, **means, **compared}
 
 
@@ -229,11 +240,14 @@ def _measured(
         if "ref_log_prob" in data:
             kl: torch.Tensor = kl_penalty(own, data["ref_log_prob"].values()[mask], "k3")  # type: ignore[arg-type]
             sums.add_over_tokens("kl_reference", kl.sum().item())
-        difference = (own - data["behaviour_log_probs"].values()[mask]).abs()
-        difference = difference[difference.isfinite()]
+        difference = data["behaviour_log_probs"].values()[mask] - own
+        difference = difference[difference.isfinite()].double()
         if len(difference):
+            squares = (-2 * difference).clamp(max=2 * LARGEST_LOG_RATIO).exp()
+            of_batch = [float(values.sum()) for values in (difference.abs(), difference, squares)]
             sums.known += len(difference)
-            sums.mismatch = [sums.mismatch[0] + difference.sum().item(), max(sums.mismatch[1], difference.max().item())]
+            sums.mismatch = [one + other for one, other in zip(sums.mismatch, of_batch, strict=True)]
+            sums.greatest = [max(sums.greatest[0], float(difference.abs().max())), max(sums.greatest[1], float(-difference.min()))]
     return loss, {}
 
 
