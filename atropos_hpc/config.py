@@ -18,6 +18,13 @@ SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 
 
 @dataclass
+class LoraConf:
+    rank: int = 0
+    alpha: int = 16
+    targets: List[str] = field(default_factory=list)
+
+
+@dataclass
 class ModelConf:
     path: Optional[str] = None
     make: Optional[str] = None
@@ -26,6 +33,7 @@ class ModelConf:
     dtype: str = "bfloat16"
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    lora: LoraConf = field(default_factory=LoraConf)
 
 
 @dataclass
@@ -252,6 +260,8 @@ CHOICES = {
 
 AT_LEAST = {
     "model.max_length": 2,
+    "model.lora.rank": 0,
+    "model.lora.alpha": 1,
     "environment.group_size": 1,
     "environment.workers": 1,
     "environment.concurrency": 1,

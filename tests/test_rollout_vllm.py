@@ -21,7 +21,9 @@ pytest.importorskip("vllm")
 import aiohttp  # noqa: E402
 
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
+from atropos_hpc.policy import adapter  # noqa: E402
 from atropos_hpc.policy.push import PushError, push  # noqa: E402
+from atropos_hpc.policy.store import PolicyStore, file_digest  # noqa: E402
 from atropos_hpc.process import children_of  # noqa: E402
 from atropos_hpc.rendezvous import Member, Roster  # noqa: E402
 from atropos_hpc.rollout.pool import GENERATE  # noqa: E402
@@ -121,6 +123,44 @@ def test_pushed_weights_are_served_exactly_and_with_their_version(served: Served
     version = served.push(served.base)
     # The same weights give the same numbers as when they were loaded at the start, bit by bit, the tied output layer included.
     assert served.greedy() == (*at_start[:2], str(version))
+
+
+def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = load_file(served.base / "model.safetensors")
+    names = [name.removesuffix(".weight") for name in base if name.endswith(("q_proj.weight", "down_proj.weight"))]
+    tensors = {}
+    torch.manual_seed(0)
+    for name in names:
+        rows, columns = base[f"{name}.weight"].shape
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, columns) / 4
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 4) / 4
+    folder = served.run.path / "made"
+    folder.mkdir()
+    save_file(tensors, folder / adapter.FILE)
+    (folder / adapter.CONFIG).write_text('{"r": 4, "lora_alpha": 8}')
+    full = {name: tensor.clone() for name, tensor in base.items()}
+    for name in names:
+        up, down = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "BA")
+        full[f"{name}.weight"] += 2 * up @ down
+    save_file(full, folder / "model.safetensors")
+
+    served.push(folder)
+    tokens, log_probs, _ = served.greedy()
+    served.push(served.base)
+    assert served.greedy()[1] != pytest.approx(log_probs, abs=1e-3), "the adapter makes a difference"
+    store = PolicyStore(served.run.policy)
+    served.version += 1
+    directory = store.begin(served.version, 1)
+    files = []
+    for name in (adapter.FILE, adapter.CONFIG):
+        shutil.copy(folder / name, directory / name)
+        files.append({"file": name, "bytes": (folder / name).stat().st_size, "xxh3": file_digest(folder / name)})
+    served.push_directory(store.commit(served.version, 1, files, "adapter").directory)
+    again, same, reported = served.greedy()
+    assert (again, reported) == (tokens, str(served.version)) and same == pytest.approx(log_probs, abs=1e-5)
 
 
 def test_a_damaged_version_leaves_the_old_weights_in_place(served: Served) -> None:

@@ -119,7 +119,7 @@ class Batch:
         if reference is not None:
             given = self.given_reference
             values = torch.where(given.values().isnan(), reference.values().to(given.values()), given.values())
-            self.tensors["ref_log_prob"] = torch.nested.nested_tensor_from_jagged(values, given.offsets())
+            self.tensors["ref_log_prob"] = torch.nested.nested_tensor_from_jagged(values, given.offsets())  # type: ignore[attr-defined]
 
 
 def make_batch(groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_micro_batch: int, max_length: int, version: int) -> Batch:
@@ -139,7 +139,7 @@ def make_batch(groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_mic
     recompute = algorithm.old_log_probs == "recompute"
     fillers = max(1, int(totals.maxima["trained_sequences"])) - len(sequences.lengths)
     tensors = jagged(sequences, fillers, int(totals.sums["trained_sequences"]), tokens_per_micro_batch, recompute)
-    of_response: torch.Tensor = tensors["advantages"].offsets()  # type: ignore[union-attr]
+    of_response = _offsets(np.append(sequences.lengths - sequences.starts, np.ones(fillers, np.int64)))
     batch = Batch(
         tensors=tensors,
         trained_sequences=int(totals.sums["trained_sequences"]),

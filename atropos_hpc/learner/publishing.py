@@ -52,5 +52,5 @@ class Publishing:
     def _publish(self, shot: Snapshot, version: int) -> None:
         files = write_shards(shot, self.store.begin(version, self.attempt), self._group)
         if dist.get_rank() == 0:
-            self.store.commit(version, self.attempt, files)
+            self.store.commit(version, self.attempt, files, "full" if shot.adapter is None else "adapter")
             self.store.retire(self.keep)

@@ -4,6 +4,7 @@
   2. `write_shards`, in the background, over a gloo group of its own: ranks swap shards, bucket by bucket, so that each receives
      exactly the tensors that it owns (model bytes / ranks, never the model), and writes them as one file.
   3. Every rank learns of all files, or that some rank failed; rank 0 adds transformers' index of them. A failed publish leaves no file.
+Of a model with a LoRA adapter only the adapter is published: rank 0 owns all of it, and writes it as PEFT would.
 The manifest, and with it the version, is the policy store's business.
 """
 
@@ -21,6 +22,8 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed.tensor import DTensor, Shard
 
+from atropos_hpc.policy import adapter
+from atropos_hpc.policy.store import file_digest
 from atropos_hpc.run_dir import sync_directory, write_json
 
 Tensors = dict[str, torch.Tensor]
@@ -59,19 +62,25 @@ class Snapshot:
     entries: list[Entry]  # the same on every rank
     pieces: list[torch.Tensor]  # this rank's elements of each entry, flat, on the host
     renamed: Callable[[Tensors], Tensors]  # from the names in memory to those of the files
+    adapter: dict[str, Any] | None = None  # adapter_config.json, where this is one
 
 
 def snapshot(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Snapshot:
-    """Copy this rank's shards, parameters in `dtype`, buffers as they are. Every rank must call it at the same step.
+    """Copy this rank's shards, parameters in `dtype` (an adapter's in float32), buffers as they are.
+
+    Every rank must call it at the same step.
 
     Raises NotImplementedError for a parameter that is sharded along another dimension than its first.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
+    described = adapter.config_of(module)
     tensors = list(_tensors(module))
+    if described is not None:
+        dtype, tensors = torch.float32, [(own, tensor) for name, tensor in tensors if (own := adapter.file_name(name))]
     counts = [_counts(tensor, world, name) for name, tensor in tensors]
     dtypes = [dtype if tensor.is_floating_point() and isinstance(tensor, DTensor) else tensor.dtype for _, tensor in tensors]
     sizes = [kind.itemsize * sum(count) for kind, count in zip(dtypes, counts, strict=True)]
-    owners = _owners([name for name, _ in tensors], sizes, world)
+    owners = _owners([name for name, _ in tensors], sizes, world if described is None else 1)
     entries = [
         Entry(name, tuple(tensor.shape), kind, owner, count)
         for (name, tensor), kind, owner, count in zip(tensors, dtypes, owners, counts, strict=True)
@@ -83,32 +92,43 @@ def snapshot(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Sn
         if len(piece):
             piece.copy_(local.reshape(-1))
         pieces.append(piece)
-    return Snapshot(entries, pieces, _renaming(module))
+    return Snapshot(entries, pieces, _renaming(module) if described is None else lambda own: own, described)
 
 
 def write_shards(shot: Snapshot, directory: Path, group: dist.ProcessGroup) -> list[dict[str, Any]]:
-    """Write this rank's share of `shot` as model-<rank>-of-<ranks>.safetensors. Every rank must call it, in the same order.
+    """Write this rank's share of `shot` as model-<rank>-of-<ranks>.safetensors, or rank 0 the adapter's two files.
+
+    Every rank must call it, in the same order.
 
     Returns the files of all ranks, on every rank: {"file", "bytes", "xxh3", "names"}, all of them durable. Raises PublishFailed,
     on every rank, if any could not write; then no file is left, under this name or a temporary one.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    path = directory / f"model-{rank + 1:05d}-of-{world:05d}.safetensors"
+    path = directory / (f"model-{rank + 1:05d}-of-{world:05d}.safetensors" if shot.adapter is None else adapter.FILE)
     tensors = _exchange(shot, group)
 
-    def write_own() -> dict[str, Any]:
+    def write_own() -> dict[str, Any] | None:
         named = shot.renamed(tensors)
+        if shot.adapter is not None and not named:
+            return None
         directory.mkdir(parents=True, exist_ok=True)
         return {**write_safetensors(path, named), "names": list(named)}
 
+    def write_description() -> dict[str, Any] | None:
+        if shot.adapter is None or rank:
+            return None
+        description = directory / adapter.CONFIG
+        write_json(description, shot.adapter)
+        return {"file": description.name, "bytes": description.stat().st_size, "xxh3": file_digest(description), "names": []}
+
     def write_index() -> None:
-        if rank == 0:
+        if shot.adapter is None and rank == 0:
             size = sum(entry.bytes for entry in shot.entries)
             where = {name: file["file"] for file in files for name in file["names"]}
             write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
     try:
-        files: list[dict[str, Any]] = _on_all(write_own, path, group)
+        files = [file for file in _on_all(write_own, path, group) + _on_all(write_description, path, group) if file is not None]
         _on_all(write_index, directory / INDEX, group)
     except PublishFailed:
         path.unlink(missing_ok=True)

@@ -59,11 +59,14 @@ class PolicyStore:
         directory.mkdir(exist_ok=True)
         return directory
 
-    def commit(self, version: int, attempt: int, files: Sequence[dict[str, Any]]) -> Published:
-        """Declare a version complete. `files`: {"file", "bytes", "xxh3"} of each shard, all of them durable already."""
+    def commit(self, version: int, attempt: int, files: Sequence[dict[str, Any]], kind: str = "full") -> Published:
+        """Declare a version complete. `files`: {"file", "bytes", "xxh3"} of each, all of them durable already.
+
+        `kind`: full (weights of the whole model) or adapter (see `policy.adapter`).
+        """
         directory = self.root / f"{version}-{attempt}"
         entries = [{key: file[key] for key in ("file", "bytes", "xxh3")} for file in files]
-        write_json(directory / MANIFEST, {"version": version, "attempt": attempt, "kind": "full", "files": entries})
+        write_json(directory / MANIFEST, {"version": version, "attempt": attempt, "kind": kind, "files": entries})
         write_json(self.root / "latest.json", {"version": version, "attempt": attempt, "directory": directory.name})
         return Published(attempt, version, directory)
 

@@ -6,6 +6,7 @@ registers the engine. One update then is
   start   nothing to prepare
   update  read every shard into host memory, and compare sizes and hashes with the manifest. Nothing of the model is touched: a version
           that fails here leaves the old weights and the old version number in place
+          (an adapter becomes full weights here, on top of the base model's files)
   finish  hand the tensors to vLLM's layer-by-layer reload, which splits and packs them as at start-up
 
 Should `finish` fail, the model is partly old and partly new, and the worker ends itself: no answer may come from half of a version.
@@ -27,6 +28,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+
+from atropos_hpc.policy import adapter
 
 log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handler
 
@@ -73,7 +76,7 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         self._shards = []
         if not update_info.directory:
             raise BadVersion("the update was abandoned")
-        self._shards = read_version(Path(update_info.directory), update_info.version)
+        self._shards = read_version(Path(update_info.directory), update_info.version, self.model_config.model)
 
     def finish_weight_update(self) -> None:
         if not self._shards:
@@ -101,8 +104,8 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         self._shards = []
 
 
-def read_version(directory: Path, version: int) -> list[dict[str, torch.Tensor]]:
-    """Every tensor of a published version, on the CPU, one dict per shard.
+def read_version(directory: Path, version: int, base: str) -> list[dict[str, torch.Tensor]]:
+    """Every tensor of a published version, on the CPU, one dict per shard. `base`: the model that an adapter belongs to.
 
     The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when anything is not as the manifest
     says.
@@ -111,11 +114,9 @@ def read_version(directory: Path, version: int) -> list[dict[str, torch.Tensor]]
         manifest = json.loads((directory / "manifest.json").read_bytes())
     except (OSError, ValueError) as error:
         raise BadVersion(f"{directory.name}: no readable manifest.json: {error}") from error
-    if manifest["version"] != version or manifest["kind"] != "full":
-        raise BadVersion(
-            f"{directory.name}: {manifest['kind']} version {manifest['version']}, where the full version {version} was announced"
-        )
-    shards = []
+    if manifest["version"] != version or manifest["kind"] not in ("full", "adapter"):
+        raise BadVersion(f"{directory.name}: {manifest['kind']} version {manifest['version']}, where version {version} was announced")
+    shards, described = [], {}
     for entry in manifest["files"]:
         shard = f"{entry['file']} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
         try:
@@ -127,12 +128,20 @@ def read_version(directory: Path, version: int) -> list[dict[str, torch.Tensor]]
         if (digest := xxhash.xxh3_64_hexdigest(data)) != entry["xxh3"]:
             raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {entry['xxh3']}")
         try:
-            shards.append(safetensors.torch.load(data))
+            if entry["file"] == adapter.CONFIG:
+                described = json.loads(data)
+            else:
+                shards.append(safetensors.torch.load(data))
         except Exception as error:  # the library's own error types are many
-            raise BadVersion(f"{shard}: not a safetensors file: {error}") from error
+            raise BadVersion(f"{shard}: cannot be read: {error}") from error
     if not any(shards):
         raise BadVersion(f"{directory.name}: no tensors")
-    return shards
+    if manifest["kind"] == "full":
+        return shards
+    try:
+        return adapter.merge((safetensors.torch.load_file(path) for path in adapter.base_files(base)), shards[0], described)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadVersion(f"{directory.name}: this adapter does not fit the base model: {error!r}") from error
 
 
 def pack_output_layers(model: torch.nn.Module) -> None:

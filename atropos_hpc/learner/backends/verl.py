@@ -1,7 +1,8 @@
 """The default backend: verl's FSDP2 engine, driven as one process per device, without Ray.
 
 Order of a step: (log_probs) -> reference_log_probs -> update. The policy and the frozen reference are two engines of the same model,
-both with float32 weights, which are cast to `model.dtype` for computing; so the KL divergence of the first step is exactly zero.
+both with float32 weights, which are cast to `model.dtype` for computing; so the KL divergence of the first step is exactly zero. With a
+LoRA adapter the reference is the same engine with the adapter switched off, and only the adapter is saved.
 verl's engine interface may change between its versions: everything that touches it stands in this file and cpu_platform.py.
 """
 
@@ -9,13 +10,14 @@ import logging
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf
 from atropos_hpc.learner.backends import cpu_platform  # before anything else of verl
@@ -43,7 +45,7 @@ ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 
 
 class VerlBackend:
-    """See `Backend`. Building it loads the model twice (with `reference`), from `model.path`.
+    """See `Backend`. Building it loads the model from `model.path`, twice with `reference` and without LoRA.
 
     Raises ValueError for a value of `model` or `algorithm` that verl would choke on later.
     """
@@ -69,8 +71,13 @@ class VerlBackend:
         self._policy = _engine(model, trainer, trainable=True)
         if not algorithm.entropy_coef:  # the entropy is only a metric then: don't keep its graph, which is as large as the logits
             self._policy.compute_entropy_from_logits = torch.no_grad()(self._policy.compute_entropy_from_logits)
-        self._reference = _engine(model, trainer, trainable=False) if reference else None
+        self._lora = model.lora.rank > 0
+        self._reference = None
+        if reference:
+            self._reference = self._policy if self._lora else _engine(model, trainer, trainable=False)
         self.vocab_size: int = self._policy.model_config.hf_config.get_text_config().vocab_size
+
+        self._saved = StateDictOptions(ignore_frozen_params=self._lora, strict=not self._lora)
 
     @property
     def step_count(self) -> int:
@@ -85,7 +92,10 @@ class VerlBackend:
         return _log_probs(self._policy, batch)
 
     def reference_log_probs(self, batch: Batch) -> torch.Tensor | None:
-        return _log_probs(self._reference, batch) if self._reference is not None else None
+        if self._reference is None:
+            return None
+        with self._policy.disable_adapter() if self._lora else nullcontext():
+            return _log_probs(self._reference, batch)
 
     def update(self, batch: Batch, kl_coef: float | None = None) -> dict[str, float]:
         if batch.trained_sequences == 0:
@@ -107,7 +117,7 @@ class VerlBackend:
     def state_dict(self) -> dict[str, Any]:
         optimizer = self._policy.optimizer
         fresh = not optimizer.state
-        weights, moments = get_state_dict(self.module, optimizer)
+        weights, moments = get_state_dict(self.module, optimizer, options=self._saved)
         if fresh:  # an empty step was taken to invent Adam's state, and left its mark in the live optimizer
             for state in optimizer.state.values():
                 state["step"].zero_()
@@ -115,9 +125,10 @@ class VerlBackend:
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         # Learning rate, weight decay and betas are the config's, not the checkpoint's: who changes them means it.
-        _, present = get_state_dict(self.module, self._policy.optimizer)
+        _, present = get_state_dict(self.module, self._policy.optimizer, options=self._saved)
         moments = {"state": state["optimizer"], "param_groups": present["param_groups"]}
-        set_state_dict(self.module, self._policy.optimizer, model_state_dict=state["model"], optim_state_dict=moments)
+        optimizer = self._policy.optimizer
+        set_state_dict(self.module, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=self._saved)
         scheduler = self._policy.lr_scheduler
         scheduler.last_epoch, scheduler._step_count = step, step + 1
         rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -140,6 +151,9 @@ def _engine(model: ModelConf, trainer: TrainerConf, trainable: bool) -> Any:
             use_remove_padding=True,
             enable_gradient_checkpointing=trainer.gradient_checkpointing and trainable,
             override_config={"attn_implementation": model.attention},
+            lora_rank=model.lora.rank if trainable else 0,
+            lora_alpha=model.lora.alpha,
+            target_modules=list(model.lora.targets) or "all-linear",
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
