@@ -15,7 +15,8 @@ NAME ?=
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 UV := UV_SYSTEM_CERTS=1 .venv/bin/uv
 UV_WHEELS := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),--torch-backend=cpu))
-INSTALL := $(UV) pip install --quiet $(UV_WHEELS) --compile-bytecode
+# DeepSpeed comes as source; none of its kernels is wanted, and building them needs a compiler.
+INSTALL := DS_BUILD_OPS=0 $(UV) pip install --quiet $(UV_WHEELS) --compile-bytecode
 
 TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)

@@ -1,6 +1,7 @@
 """`atropos-hpc`: what one does to a run besides starting it.
 
 atropos-hpc validate [OVERRIDE ...]   everything that would be refused, without starting anything
+atropos-hpc export RUN OUT            the newest checkpoint's weights as a Hugging Face directory
 atropos-hpc stop RUN                  save a checkpoint, then end the run; the same command resumes it
 atropos-hpc report SWEEP [--json]     one row per point of a sweep (or for one run): state, step, figures, and which is best
 """
@@ -74,6 +75,27 @@ def report(directory: Path, as_json: bool) -> int:
     return 0
 
 
+def export(path: Path, out: Path, step: int | None) -> int:
+    """See learner/export.py. 0: written; 2: said what is in the way."""
+    run = RunDir(path)
+    if not read_json(run.run_json):
+        print(f"{path} is not a run directory: it has no run.json", file=sys.stderr)
+        return 2
+    try:
+        from atropos_hpc.learner.checkpoint import BadCheckpoint  # needs torch, which a login node may not have
+        from atropos_hpc.learner.export import export as write
+    except ImportError as error:
+        print(f"{error}: export needs the trainer's environment (roles.trainer.python)", file=sys.stderr)
+        return 2
+    try:
+        done = write(run, out, step)
+    except (OSError, ValueError, BadCheckpoint) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{out}: the weights after step {done}")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -84,9 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = commands.add_parser("report", help="one row per point of a sweep, or for one run")
     rows.add_argument("directory", type=Path, metavar="SWEEP", help="the sweep's directory, or a run directory")
     rows.add_argument("--json", action="store_true", help="as JSON")
+    written = commands.add_parser("export", help="a checkpoint's weights as a Hugging Face directory")
+    written.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    written.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
+    written.add_argument("--step", type=int, help="of which step; else the newest")
     options = parser.parse_args(arguments)
     if options.command == "validate":
         return validate(options.overrides)
+    if options.command == "export":
+        return export(options.run, options.out, options.step)
     return stop(options.run) if options.command == "stop" else report(options.directory, options.json)
 
 

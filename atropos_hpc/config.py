@@ -90,7 +90,9 @@ class TrainerConf:
     offload: bool = False
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
+    keep_checkpoints_every: int = 0
     threads: Optional[int] = None
+    deepspeed: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -250,7 +252,7 @@ CHOICES = {
     "algorithm.kl_in": ("loss", "reward"),
     "algorithm.old_log_probs": ("behaviour", "recompute"),
     "algorithm.correction.weights": ("none", "token", "sequence"),
-    "trainer.backend": ("verl",),
+    "trainer.backend": ("verl", "deepspeed"),
     "trainer.schedule": ("constant", "cosine"),
     "policy.update_mode": ("keep", "wait", "abort"),
     "trajectories.server": ("durable", "atropos"),
@@ -279,6 +281,7 @@ AT_LEAST = {
     "trainer.tokens_per_micro_batch": 1,
     "trainer.checkpoint_every": 1,
     "trainer.keep_checkpoints": 1,
+    "trainer.keep_checkpoints_every": 0,
     "rollout.servers": 1,
     "rollout.tensor_parallel": 1,
     "rollout.max_sequences": 1,
@@ -305,6 +308,18 @@ REJECTIONS = (
     "seq_max_k3",
 )  # fmt: skip
 RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"
+
+# what DeepSpeed's JSON could say, and another key does
+DEEPSPEED_OWN = {
+    "train_batch_size": "algorithm.batch_size",
+    "train_micro_batch_size_per_gpu": "trainer.tokens_per_micro_batch",
+    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch",
+    "gradient_clipping": "trainer.grad_clip",
+    "optimizer": "trainer.learning_rate",
+    "scheduler": "trainer.schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+}
 
 # algorithm.loss_options of each loss, by verl's names
 LOSS_OPTIONS = {
@@ -356,6 +371,7 @@ def _combinations(config: Config) -> Iterator[Problem]:
     if trainer.tokens_per_micro_batch < config.model.max_length:
         longest = f"one sequence of model.max_length={config.model.max_length} tokens"
         yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold {longest}")
+    yield from _deepspeed(config)
     if config.model.path is None and config.model.make is None:
         yield Problem("model.path", "is needed: a model's directory, or its name on the hub")
     if not environment.target.rpartition(":")[0]:
@@ -403,6 +419,21 @@ OWN_OPTIONS = {
     "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
     "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
 }  # fmt: skip
+
+
+def _deepspeed(config: Config) -> Iterator[Problem]:
+    given = config.trainer.deepspeed
+    if config.trainer.backend != "deepspeed":
+        if given:
+            yield Problem("trainer.deepspeed", f"is for trainer.backend=deepspeed; this is {config.trainer.backend}")
+        return
+    for key in sorted(given.keys() & DEEPSPEED_OWN.keys()):
+        yield Problem(f"trainer.deepspeed.{key}", f"is set by the run; change {DEEPSPEED_OWN[key]} instead")
+    stage = given.get("zero_optimization", {}).get("stage", 2)
+    if stage not in (1, 2, 3):
+        yield Problem("trainer.deepspeed.zero_optimization.stage", f"{stage!r} is not one of 1, 2, 3")
+    if config.model.lora.rank:
+        yield Problem("model.lora.rank", "an adapter is trained by trainer.backend=verl only")
 
 
 def _algorithm(algorithm: AlgorithmConf) -> Iterator[Problem]:

@@ -176,6 +176,22 @@ def test_the_newest_are_kept_and_what_is_no_use_goes(run: RunDir) -> None:
     assert on_ranks(1, save_steps, run, [3, 4])[0] == ["step-3-1", "step-4-0"], "a second attempt at 3 is newer than the first"
 
 
+def save_with_milestones(rank: int, world: int, run: RunDir, steps: list[int]) -> list[str]:
+    checkpoints = Checkpoints(run, keep=1, keep_every=4)
+    for step in steps:
+        checkpoints.save(Numbers(step), {"step": step})  # type: ignore[arg-type]
+        checkpoints.wait()
+    checkpoints.close()
+    return sorted(name for name in os.listdir(run.checkpoints) if name.startswith("step-"))
+
+
+def test_milestones_stay_in_their_last_attempt(run: RunDir) -> None:
+    assert on_ranks(1, save_with_milestones, run, [2, 4, 6, 8, 8, 9])[0] == ["step-4-0", "step-8-1", "step-9-0"]
+    assert checkpoint.find(run.checkpoints, 8)[0].name == "step-8-1" and checkpoint.find(run.checkpoints)[0].name == "step-9-0"
+    with pytest.raises(FileNotFoundError, match=r"step 6.*there are: 4, 8, 9"):
+        checkpoint.find(run.checkpoints, 6)
+
+
 def test_damage_is_noticed_and_an_older_one_taken(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     on_ranks(1, save_steps, run, [1, 2])
     manifest = read_json(run.checkpoints / "step-2-0" / "manifest.json")

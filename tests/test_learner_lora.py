@@ -20,7 +20,7 @@ from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.learner.publishing import Publishing  # noqa: E402
 from atropos_hpc.policy import adapter  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, verify  # noqa: E402
-from atropos_hpc.run_dir import RunDir, read_json  # noqa: E402
+from atropos_hpc.run_dir import RunDir, read_json, write_json  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir) -> An
     before = whole(backend)
     first = train(backend, 2)
     publishing = Publishing(run.policy, 2, "bfloat16")
-    publishing.publish(backend.module, 2)
+    publishing.publish(backend, 2)
     checkpoints.save(backend, {})
     publishing.wait()
     assert checkpoints.wait() == 2 and publishing.newest == 2
@@ -129,3 +129,20 @@ def test_peft_reads_what_is_published(model_path: Path, run: RunDir) -> None:
     assert all(torch.allclose(theirs[name], tensor, atol=1e-6) for name, tensor in merged.items())
     with pytest.raises(ValueError, match="no weights for"):
         adapter.merge([{}], load_file(published.directory / adapter.FILE), read_json(published.directory / adapter.CONFIG))
+
+
+def test_an_export_merges_the_adapter(model_path: Path, run: RunDir, tmp_path: Path) -> None:
+    from atropos_hpc.environments.make_base import make_tokenizer
+    from atropos_hpc.learner.export import export
+
+    on_ranks(2, two_steps_and_two_more, model_path, run)
+    make_tokenizer().save_pretrained(model_path)
+    model = {"path": str(model_path), "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}}
+    write_json(run.run_json, {"id": "test", "config": {"model": model}})
+    assert export(run, tmp_path / "out") == 2
+    published = PolicyStore(run.policy).latest()
+    assert published is not None
+    tensors, config = load_file(published.directory / adapter.FILE), read_json(published.directory / adapter.CONFIG)
+    (merged,) = adapter.merge([load_file(model_path / "model.safetensors")], tensors, config)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == merged.keys() and all(written[name].equal(merged[name]) for name in merged)

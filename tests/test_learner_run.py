@@ -181,8 +181,9 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(uninter
     assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, STEPS + 1))
 
 
-def test_two_ranks_take_the_same_steps(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
-    run = new_run(tmp_path, model, ranks=2)
+@pytest.mark.parametrize("backend", ["verl", "deepspeed"])
+def test_two_ranks_take_the_same_steps(uninterrupted: RunDir, model: Path, tmp_path: Path, backend: str) -> None:
+    run = new_run(tmp_path, model, ranks=2, backend=backend)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(STEPS * GROUPS)])
         assert ended(run, learn(run, ranks=2)) == [0, 0], process.tail(run.logs / "trainer-0.log", 40)
@@ -190,3 +191,28 @@ def test_two_ranks_take_the_same_steps(uninterrupted: RunDir, model: Path, tmp_p
         assert two["reward"] == one["reward"] and two["trained_tokens"] == one["trained_tokens"]
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     assert weights(run)[0] == STEPS and len(weights(run)[1]) == 2
+
+
+def exported(run: RunDir, out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "atropos_hpc.cli", "export", str(run.path), str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_an_exported_checkpoint_is_the_published_policy(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = exported(uninterrupted, tmp_path / "out")
+    assert done.returncode == 0 and f"step {STEPS}" in done.stdout, done.stderr
+    latest = PolicyStore(uninterrupted.policy).latest()
+    assert latest is not None
+    published = {name: tensor for path in latest.directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == published.keys() and all(written[name].equal(published[name]) for name in written)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
+
+    again = exported(uninterrupted, tmp_path / "out")
+    assert again.returncode == 2 and "exists" in again.stderr and "Traceback" not in again.stderr
+    missing = exported(uninterrupted, tmp_path / "other", "--step", "3")
+    assert missing.returncode == 2 and "there are: 4, 6" in missing.stderr and not (tmp_path / "other").exists()

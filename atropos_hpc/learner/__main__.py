@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Member, rank: int, world: int) -> bool:
     import torch
 
-    from atropos_hpc.learner.backends.verl import VerlBackend  # settles verl's platform, before anything else of verl
+    from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
     from atropos_hpc.learner.checkpoint import Checkpoints
     from atropos_hpc.learner.kl import Coefficient
     from atropos_hpc.learner.loop import Batches, Conf, train
@@ -92,8 +92,8 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     host = own_host(config["cluster"]["host"])
     join(run, member, rank, world, host, launch.start_timeout_s)
     member.update(state="loading")
-    backend = VerlBackend(model, trainer, algorithm, config["seed"])
-    checkpoints = Checkpoints(run, trainer.keep_checkpoints)
+    backend = backend_class(trainer.backend)(model, trainer, algorithm, config["seed"])
+    checkpoints = Checkpoints(run, trainer.keep_checkpoints, trainer.keep_checkpoints_every)
     progress = checkpoints.load_latest(backend) or {}
     log.info("rank %d of %d starts at step %d", rank, world, backend.step_count)
 
@@ -122,6 +122,17 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     finally:
         if metrics is not None:
             metrics.close()
+
+
+def backend_class(name: str) -> Any:
+    """The backend of that name in trainer.backend. Imported here: each drags in its own large library."""
+    if name == "deepspeed":
+        from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend
+    from atropos_hpc.learner.backends.verl import VerlBackend
+
+    return VerlBackend
 
 
 def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_s: float) -> None:

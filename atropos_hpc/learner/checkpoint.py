@@ -59,11 +59,12 @@ class Stored:
 class Checkpoints:
     """The checkpoints of one run. Every method but `close` is collective: all ranks call it at the same place in the loop.
 
-    `keep` complete ones are kept. `timeout_s` bounds every wait for other ranks and for the disk.
+    The newest `keep` complete ones are kept, and those at multiples of `keep_every` steps (0: none). `timeout_s` bounds every wait for
+    other ranks and for the disk.
     """
 
-    def __init__(self, run: RunDir, keep: int, timeout_s: float = 1800.0) -> None:
-        self.root, self.keep, self.timeout_s = run.checkpoints, keep, timeout_s
+    def __init__(self, run: RunDir, keep: int, keep_every: int = 0, timeout_s: float = 1800.0) -> None:
+        self.root, self.keep, self.keep_every, self.timeout_s = run.checkpoints, keep, keep_every, timeout_s
         limit = timedelta(seconds=timeout_s)
         self._asking = dist.new_group(backend="gloo", timeout=limit)
         self._writing = dist.new_group(backend="gloo", timeout=limit)  # the background's own: its messages must not mix with training's
@@ -163,7 +164,7 @@ class Checkpoints:
         write_json(target.path / MANIFEST, manifest)
         sync_directory(self.root)
         write_json(self.root / "latest.json", {"step": target.step, "directory": target.path.name})
-        _retire(self.root, target, self.keep)
+        _retire(self.root, target, self.keep, self.keep_every)
 
     def _settle(self, block: bool) -> None:
         """Agree with the other ranks whether the save under way has ended, and how."""
@@ -186,16 +187,39 @@ class Checkpoints:
         self._newly_durable = target.step
 
 
+def find(root: Path, step: int | None = None) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the newest whole checkpoint, or of the last attempt at a step. Touches nothing, asks no other rank.
+
+    Raises FileNotFoundError if there is none, naming those that there are, and BadCheckpoint if it is damaged.
+    """
+    if step is None:
+        found = _newest_whole(root)
+        if found is None:
+            raise FileNotFoundError(f"no checkpoint under {root} yet")
+        return root / found[0], found[1]
+    complete = [stored for stored in _stored(root) if (stored.path / MANIFEST).exists()] if root.is_dir() else []
+    of_step = [stored for stored in complete if stored.step == step]
+    if not of_step:
+        there = ", ".join(str(number) for number in sorted({stored.step for stored in complete})) or "none"
+        raise FileNotFoundError(f"no checkpoint of step {step} under {root}; there are: {there}")
+    path = max(of_step).path
+    return path, _verify(path)
+
+
 def _stored(root: Path) -> Iterator[Stored]:
     for name in os.listdir(root):
         if match := _NAME.fullmatch(name):
             yield Stored(int(match[1]), int(match[2]), root / name)
 
 
-def _retire(root: Path, latest: Stored, keep: int) -> None:
-    """Remove what is incomplete, what is older than the newest `keep`, and what is newer than the latest: a branch that was left."""
+def _retire(root: Path, latest: Stored, keep: int, keep_every: int = 0) -> None:
+    """Remove what is incomplete, what is newer than the latest (a branch that was left), and of what is older than the newest `keep` all
+    but the last attempt at each multiple of `keep_every`.
+    """
     complete = sorted((s for s in _stored(root) if s <= latest and (s.path / MANIFEST).exists()), reverse=True)
     kept = {latest.path, *(stored.path for stored in complete[: max(1, keep)])}
+    milestones = {stored.step: stored.path for stored in reversed(complete) if keep_every and stored.step % keep_every == 0}
+    kept.update(milestones.values())
     for stored in _stored(root):
         if stored.path not in kept:
             (stored.path / MANIFEST).unlink(missing_ok=True)

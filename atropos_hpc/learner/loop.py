@@ -104,7 +104,7 @@ def train(
     """
     phases = Phases()
     try:
-        publishing.publish(backend.module, backend.step_count)
+        publishing.publish(backend, backend.step_count)
         _evaluated(run, 0, conf.evaluation.before and backend.step_count == 0, conf, together)
         batches.ask(backend.step_count, backend.step_count)
         patience = conf.launch.start_timeout_s
@@ -129,7 +129,7 @@ def train(
                 updated = {**off_policy, **penalty, **backend.update(batch, kl.value), "kl_coef": kl.value}
             kl.update(updated.get("kl_reference"))
             with phases("publish"):
-                publishing.publish(backend.module, version + 1)
+                publishing.publish(backend, version + 1)
             with phases("checkpoint"):
                 if (version + 1) % conf.trainer.checkpoint_every == 0:
                     checkpoints.save(backend, {"kl_coef": kl.value})
@@ -160,7 +160,7 @@ def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoin
     """Make the present step durable, and its version public, before anything else."""
     publishing.wait()
     if publishing.newest != backend.step_count:  # it failed: once more, now that nothing else is written
-        publishing.publish(backend.module, backend.step_count)
+        publishing.publish(backend, backend.step_count)
         publishing.wait()
     durable = checkpoints.wait()
     if durable != backend.step_count:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.policy.publish import Snapshot, snapshot, write_shards
 from atropos_hpc.policy.store import PolicyStore
 
@@ -30,10 +31,10 @@ class Publishing:
         dist.broadcast(attempt, src=0)
         self.attempt = int(attempt)
 
-    def publish(self, module: torch.nn.Module, version: int) -> None:
+    def publish(self, backend: Backend, version: int) -> None:
         """Copy the weights, once the publish before has ended, and return; the rest goes on in the background."""
         self.wait()
-        self._under_way = version, self._thread.submit(self._publish, snapshot(module, self.dtype), version)
+        self._under_way = version, self._thread.submit(self._publish, snapshot(backend.module, self.dtype, backend.weights()), version)
 
     def wait(self) -> None:
         """For the publish under way. One that failed (full disk) is logged: the servers keep the version that they have."""

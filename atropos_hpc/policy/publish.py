@@ -65,16 +65,16 @@ class Snapshot:
     adapter: dict[str, Any] | None = None  # adapter_config.json, where this is one
 
 
-def snapshot(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Snapshot:
+def snapshot(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16, state: Mapping[str, torch.Tensor] | None = None) -> Snapshot:
     """Copy this rank's shards, parameters in `dtype` (an adapter's in float32), buffers as they are.
 
-    Every rank must call it at the same step.
+    `state`: the module's tensors by name, where its own state_dict has no shards. Every rank must call it at the same step.
 
     Raises NotImplementedError for a parameter that is sharded along another dimension than its first.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     described = adapter.config_of(module)
-    tensors = list(_tensors(module))
+    tensors = list(_tensors(module, module.state_dict() if state is None else state))
     if described is not None:
         dtype, tensors = torch.float32, [(own, tensor) for name, tensor in tensors if (own := adapter.file_name(name))]
     counts = [_counts(tensor, world, name) for name, tensor in tensors]
@@ -185,14 +185,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[s
     return {"file": path.name, "bytes": 8 + len(text) + size, "xxh3": digest.hexdigest()}
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, as shards, and persistent buffers. Of tied parameters only the first name, as transformers saves them.
 
-    Taken from state_dict, whose hook shards again what a forward without backward has left whole; named_parameters would give that.
+    Taken from `state`: state_dict's hook shards again what a forward without backward has left whole; named_parameters would give that.
     """
     first: dict[int, str] = {}
     tied = {name for name, parameter in module.named_parameters(remove_duplicate=False) if first.setdefault(id(parameter), name) != name}
-    return ((name, tensor) for name, tensor in module.state_dict().items() if name not in tied)
+    return ((name, tensor) for name, tensor in state.items() if name not in tied)
 
 
 def _counts(tensor: torch.Tensor, world: int, name: str) -> tuple[int, ...]:

@@ -25,7 +25,11 @@ class Backend(Protocol):
 
     @property
     def module(self) -> torch.nn.Module:
-        """The trained model, sharded, for publishing. Changed only by `update` and `load_state_dict`."""
+        """The trained model. Changed only by `update` and `load_state_dict`."""
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Its parameters and persistent buffers by name, for publishing: parameters as shards (DTensor). Collective. Not a copy."""
         ...
 
     def log_probs(self, batch: Batch) -> torch.Tensor:

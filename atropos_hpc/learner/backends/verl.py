@@ -68,13 +68,13 @@ class VerlBackend:
         if not torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
             vars(transformer_impl)["logprobs_from_logits"] = _log_probs_from_logits
         transformers_logging.disable_progress_bar()  # a log file is no terminal
-        self._policy = _engine(model, trainer, trainable=True)
+        self._policy = self._build_policy(model, trainer)
         if not algorithm.entropy_coef:  # the entropy is only a metric then: don't keep its graph, which is as large as the logits
             self._policy.compute_entropy_from_logits = torch.no_grad()(self._policy.compute_entropy_from_logits)
         self._lora = model.lora.rank > 0
         self._reference = None
         if reference:
-            self._reference = self._policy if self._lora else _engine(model, trainer, trainable=False)
+            self._reference = self._policy if self._lora else self._engine(model, trainer, trainable=False)
         self.vocab_size: int = self._policy.model_config.hf_config.get_text_config().vocab_size
 
         self._saved = StateDictOptions(ignore_frozen_params=self._lora, strict=not self._lora)
@@ -87,6 +87,11 @@ class VerlBackend:
     def module(self) -> torch.nn.Module:
         module: torch.nn.Module = self._policy.module
         return module
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        # state_dict's hook shards again what a forward without backward has left whole
+        found: dict[str, torch.Tensor] = self.module.state_dict()
+        return found
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
         return _log_probs(self._policy, batch)
@@ -129,6 +134,10 @@ class VerlBackend:
         moments = {"state": state["optimizer"], "param_groups": present["param_groups"]}
         optimizer = self._policy.optimizer
         set_state_dict(self.module, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=self._saved)
+        self._set_schedule(step)
+
+    def _set_schedule(self, step: int) -> None:
+        """Have the learning rate's schedule go on behind `step`."""
         scheduler = self._policy.lr_scheduler
         scheduler.last_epoch, scheduler._step_count = step, step + 1
         rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -139,11 +148,23 @@ class VerlBackend:
     def close(self) -> None:
         del self._policy, self._reference
 
+    def _build_policy(self, model: ModelConf, trainer: TrainerConf) -> Any:
+        return self._engine(model, trainer, trainable=True)
 
-def _engine(model: ModelConf, trainer: TrainerConf, trainable: bool) -> Any:
-    engine: Any = EngineRegistry.new(
-        model_type="language_model",
-        backend="fsdp2",
+    def _engine(self, model: ModelConf, trainer: TrainerConf, trainable: bool) -> Any:
+        options = self._engine_options(model, trainer, trainable)
+        engine: Any = EngineRegistry.new(model_type="language_model", backend="fsdp2", **options)
+        engine.initialize()
+        return engine
+
+    @staticmethod
+    def _engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[str, Any]:
+        return _options(model, trainer, trainable)
+
+
+def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[str, Any]:
+    """verl's configs of an engine."""
+    return dict(
         model_config=HFModelConfig(
             path=str(model.path),
             load_tokenizer=False,
@@ -175,8 +196,6 @@ def _engine(model: ModelConf, trainer: TrainerConf, trainable: bool) -> Any:
         ),
         checkpoint_config=CheckpointConfig(),
     )
-    engine.initialize()
-    return engine
 
 
 def _log_probs(engine: Any, batch: Batch) -> torch.Tensor:
