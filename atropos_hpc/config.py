@@ -311,15 +311,10 @@ RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"
 
 # what DeepSpeed's JSON could say, and another key does
 DEEPSPEED_OWN = {
-    "train_batch_size": "algorithm.batch_size",
-    "train_micro_batch_size_per_gpu": "trainer.tokens_per_micro_batch",
-    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch",
-    "gradient_clipping": "trainer.grad_clip",
-    "optimizer": "trainer.learning_rate",
-    "scheduler": "trainer.schedule",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-}
+    "train_batch_size": "algorithm.batch_size", "train_micro_batch_size_per_gpu": "trainer.tokens_per_micro_batch",
+    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch", "gradient_clipping": "trainer.grad_clip",
+    "optimizer": "trainer.learning_rate", "scheduler": "trainer.schedule", "bf16": "model.dtype", "fp16": "model.dtype",
+}  # fmt: skip
 
 # algorithm.loss_options of each loss, by verl's names
 LOSS_OPTIONS = {
