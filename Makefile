@@ -21,7 +21,7 @@ INSTALL := DS_BUILD_OPS=0 $(UV) pip install --quiet $(UV_WHEELS) --compile-bytec
 TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
 
-.PHONY: demo setup test lint bench clean
+.PHONY: demo setup apt test lint bench clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -49,8 +49,14 @@ lint: $(TRAINER)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy atropos_hpc
 
+# Debian's Slurm, for the tests that bring up a private cluster; installed where this user may.
+apt:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } >/dev/null; then \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y slurmctld slurmd slurm-client munge >/dev/null; fi
+
 # Each test file belongs to one role's environment (tests/conftest.py says which).
-test: setup
+test: setup apt
 	TEST_ROLE=trainer .venv/bin/python -m pytest
 	TEST_ROLE=rollout .venv-rollout/bin/python -m pytest
 
