@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+DONE, REFUSED, STOPPED = 0, 2, 75  # exit codes with which a member says how it ended; anything else is a crash
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -113,6 +114,15 @@ def children_of(pid: int) -> list[int]:
         except FileNotFoundError:  # a thread that ended meanwhile
             pass
     return found
+
+
+def backoff(base_s: float, restarts: int) -> float:
+    """Seconds before the next restart, after so many without progress.
+
+    >>> [backoff(1.0, n) for n in (0, 1, 2, 10)]
+    [1.0, 2.0, 4.0, 60.0]
+    """
+    return float(min(60.0, base_s * 2**restarts))
 
 
 def tail(path: Path, lines: int = 12) -> str:

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-DONE, STOPPED, REFUSED = 0, 75, 2  # exit codes with which a member says how it ended; anything else is a crash
+from atropos_hpc.process import REFUSED, STOPPED
 
 
 class PointFailed(Exception):
@@ -90,12 +90,3 @@ def given_up(starts: list[tuple[str | None, int]], requeues: int) -> bool:
             break
         same += 1
     return job is not None and same > requeues + 1
-
-
-def backoff(base_s: float, restarts: int) -> float:
-    """Seconds before the next restart, after so many without progress.
-
-    >>> [backoff(1.0, n) for n in (0, 1, 2, 10)]
-    [1.0, 2.0, 4.0, 60.0]
-    """
-    return float(min(60.0, base_s * 2**restarts))

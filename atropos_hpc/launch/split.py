@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc import process
 from atropos_hpc.config import Config, from_dict
-from atropos_hpc.launch import batch, plan, slurm
+from atropos_hpc.launch import batch, slurm
 from atropos_hpc.launch.allocation import agent_step
 from atropos_hpc.launch.batch import Group
 from atropos_hpc.launch.plan import Action
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.info("rollout node %d: %s", index, action.name.lower())
     if action is Action.REQUEUE:
         slurm.requeue(job.id)
-    return {Action.FINISH: plan.DONE, Action.FAIL: 1}.get(action, plan.STOPPED)
+    return {Action.FINISH: process.DONE, Action.FAIL: 1}.get(action, process.STOPPED)
 
 
 if __name__ == "__main__":

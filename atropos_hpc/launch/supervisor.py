@@ -132,7 +132,7 @@ class Supervisor:
         died = next((child for child in running.children if child.poll()), running.children[0])
         code = died.poll()
         assert code is not None
-        process.end(running.children, self.launch.grace_s if done or code == plan.STOPPED else 0.5)
+        process.end(running.children, self.launch.grace_s if done or code == process.STOPPED else 0.5)
         process.end_orphans(child for other in self.steps.values() for child in other.children)
         running.children = []
         self.leader.ended(*(name for name, member in self.leader.members.items() if _belongs(member, step)))
@@ -148,12 +148,12 @@ class Supervisor:
         others = [other for other in self.steps.values() if other.step.kind == "agent" and other is not running and other.wanted]
         action = plan.TABLE["last agent" if kind == "agent" and not others else kind, ended]
         if self.ending is not None and action is not Action.FINISH and kind != "trajectories":
-            if kind == "trainer" and code != plan.STOPPED:
+            if kind == "trainer" and code != process.STOPPED:
                 log.error("the learner ended with exit code %d instead of saving; the end of its log:\n%s", code, process.tail(died.log))
             return self.ending if kind == "trainer" else None
         self._tell(died, code, ended, action)
         if action is Action.RESTART:
-            running.due = time.monotonic() + plan.backoff(self.launch.backoff_s, running.restarts)
+            running.due = time.monotonic() + process.backoff(self.launch.backoff_s, running.restarts)
             running.restarts += 1
             return None
         if action is Action.DROP:
@@ -172,7 +172,7 @@ class Supervisor:
         log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
         if action is Action.RESTART:
             self.events.append({"time": time.time(), "who": died.name, "how": how, "done": action.value})
-        if action is Action.FAIL or (code > 0 and code != plan.STOPPED):
+        if action is Action.FAIL or (code > 0 and code != process.STOPPED):
             for path in (died.log, _task_log(died.log)):
                 if path is not None:
                     log.error("the end of %s:\n%s", path, process.tail(path))

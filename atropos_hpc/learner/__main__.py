@@ -26,8 +26,8 @@ from atropos_hpc.config import (
     WandbConf,
     from_dict,
 )
-from atropos_hpc.launch.plan import DONE, REFUSED, STOPPED
 from atropos_hpc.observe.console import log_to_stderr
+from atropos_hpc.process import DONE, REFUSED, STOPPED
 from atropos_hpc.rendezvous import Member, Roster, own_host, wait_for
 from atropos_hpc.run_dir import RunDir
 

@@ -25,11 +25,11 @@ import aiohttp
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
 from atropos_hpc.launch.leader import LeaderWatch
-from atropos_hpc.launch.plan import DONE, REFUSED, backoff
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
+from atropos_hpc.process import DONE, REFUSED, backoff
 from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir
 

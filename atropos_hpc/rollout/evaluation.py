@@ -23,8 +23,8 @@ from typing import Any
 
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, EvaluationConf, ModelConf, StalenessConf, from_dict
-from atropos_hpc.launch.plan import DONE, REFUSED
 from atropos_hpc.observe.console import log_to_stderr
+from atropos_hpc.process import DONE, REFUSED
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.run_dir import RunDir, append_line, read_lines
 
