@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -481,6 +481,15 @@ def keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if hasattr(declared.type, "__dataclass_fields__"):
             yield from keys(declared.type, f"{prefix}{name}.")
+
+
+def open_sections(config: Any = Config, prefix: str = "") -> Iterator[str]:
+    """The dotted keys below which any key may be added."""
+    for name, declared in config.__dataclass_fields__.items():
+        if get_origin(declared.type) is dict:
+            yield f"{prefix}{name}"
+        if hasattr(declared.type, "__dataclass_fields__"):
+            yield from open_sections(declared.type, f"{prefix}{name}.")
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

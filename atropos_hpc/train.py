@@ -58,6 +58,10 @@ def main() -> None:
         app()
     except (HydraException, OmegaConfBaseException) as error:
         refuse([explain(error)])
+    except OSError as error:
+        if error.filename is None:
+            raise
+        refuse([f"run_dir: cannot use {error.filename}: {error.strerror}"])
     except PointFailed as error:
         print(f"{error}; the table above and the points' logs say why", file=sys.stderr)
         sys.exit(1)
@@ -79,6 +83,8 @@ def explain(error: Exception) -> str:
     first = str(innermost).splitlines()[0]
     key = getattr(innermost, "full_key", None)
     if key and re.match(r"Key '.*' (is not in struct|not in)", first):
+        if key.rpartition(".")[0] in schema.open_sections():
+            return f"{key}: there is no such key yet; +{key}=... adds it"
         return f"{key}: there is no such key{schema.did_you_mean(key, schema.keys())}"
     if key:
         return f"{key}: {first}"

@@ -59,11 +59,12 @@ KillWait=10
 MinJobAge=300
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT CPUs=16 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:4 State=UNKNOWN
+NodeName=DEFAULT CPUs=16 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:4 Feature=small,fake State=UNKNOWN
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 MaxNodes=8 State=UP PriorityTier=1 PreemptMode={preempt} GraceTime={grace_s}
 PartitionName=sudden Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=physics Nodes=ALL State=UP PriorityTier=1 PreemptMode=OFF AllowAccounts=physics
 PartitionName=closed Nodes=ALL State=DOWN
 {more}
 """

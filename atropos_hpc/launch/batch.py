@@ -138,8 +138,8 @@ def _option(key: str, value: Any) -> str:
 def slot_names(job_name: str, sweep: str, points: int, slots: int) -> list[str | None]:
     """A job name per point of a sweep, `slots` different ones: jobs that share a name run one after another. 0 slots: no cap.
 
-    >>> slot_names("kl", "/runs/a", 3, 2) == ["kl-ce1a3bf3-0", "kl-ce1a3bf3-1", "kl-ce1a3bf3-0"], slot_names("kl", "/runs/a", 2, 0)
-    (True, [None, None])
+    >>> slot_names("kl", "/runs/a", 3, 2), slot_names("kl", "/runs/a", 2, 0)
+    (['kl-76a66ae4-0', 'kl-76a66ae4-1', 'kl-76a66ae4-0'], [None, None])
     """
     prefix = f"{job_name}-{zlib.crc32(sweep.encode()):08x}"  # another sweep's slots are its own
     return [f"{prefix}-{i % slots}" if slots else None for i in range(points)]

@@ -215,12 +215,7 @@ def _gpus(conf: RoleConf, asked: dict[str, object]) -> tuple[str, str, int]:
         return ("gres", found[1] or "", int(found[2] or 1)) if found else ("gres", "", 0)
     spelt = re.search(r"(?:gpu:)?([A-Za-z][\w.-]*):\d+$", str(asked.get("gres") or asked.get("gpus_per_node") or ""))
     kind = spelt[1] if spelt and spelt[1] != "gpu" else ""
-    return "gpus_per_node", kind, conf.gpus_per_node if config_asks(asked) else 0
-
-
-def config_asks(asked: dict[str, object]) -> bool:
-    """Does the site's way of asking for GPUs name a number? (Where a constraint gives whole nodes, it does not.)"""
-    return any(value is not None for key, value in asked.items() if "gpu" in key or key == "gres")
+    return "gpus_per_node", kind, conf.gpus_per_node
 
 
 def _sbatch(config: Config) -> list[Problem]:
@@ -243,7 +238,7 @@ def _test(key: str, text: str) -> list[Problem]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TEST_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
             return [Problem("cluster", f"sbatch --test-only did not answer within {TEST_TIMEOUT_S:.0f} s")]
-    if done.returncode == 0:
+    if done.returncode == 0 or "down, drained" in done.stderr:  # nodes that are away now will come back
         return []
     said = [line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines()]
     return [Problem(key, f"sbatch refuses it: {'; '.join(said)}")]

@@ -176,3 +176,11 @@ def merged(of: Sequence[str]) -> str:
 def is_here() -> bool:
     """Are Slurm's commands on this machine?"""
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def answers() -> bool:
+    """Is there a controller that answers?"""
+    try:
+        return bool(ask("sinfo", "-h", "-o", "%R"))
+    except SlurmError:
+        return False

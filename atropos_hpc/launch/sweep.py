@@ -66,8 +66,9 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     names = batch.slot_names(launch.job_name, str(sweep_dir), len(points), slots)
     folder = sweep_dir / ".submitit"
     if launch.dry_run:
-        _refuse(points, slurm.is_here())
-        return _dry_run(points, folder, names)
+        answers = slurm.answers()
+        _refuse(points, answers)
+        return _dry_run(points, folder, names, answers)
     _refuse(points, True)
     from atropos_hpc.launch.executor import SlurmhetExecutor
 
@@ -85,14 +86,15 @@ def _script(point: Point, name: str | None) -> Any:
     return lambda command, output: batch.script(point.config, output, command, name)
 
 
-def _dry_run(points: list[Point], folder: Path, names: list[str | None]) -> Outcomes:
+def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked: bool) -> Outcomes:
     """Print the batch scripts, exactly as they would be handed to sbatch, and what they ask for."""
     command = f"env SUBMITIT_EXECUTOR=slurm {sys.executable} -u -m submitit.core._submit {folder}"
     hours = 0.0
     for point, name in zip(points, names, strict=True):
         hours += batch.gpu_hours(point.config)
         print(f"# point {point.num}: {' '.join(point.overrides)}\n{batch.script(point.config, f'{folder}/%j_0_log.out', command, name)}")
-    print(f"# {len(points)} jobs, at most {hours:.1f} GPU-hours. Nothing was submitted (launch.dry_run).")
+    unchecked = "" if checked else " Slurm does not answer here: whether it can start them was not checked."
+    print(f"# {len(points)} jobs, at most {hours:.1f} GPU-hours. Nothing was submitted (launch.dry_run).{unchecked}")
     return [(point, None) for point in points]
 
 

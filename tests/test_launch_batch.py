@@ -1,0 +1,175 @@
+"""What is asked of Slurm, as text; and the decisions of the supervisor, as a table. No Slurm is needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_config import CONFIGS, composed
+
+from atropos_hpc.launch import allocation, batch, plan
+from atropos_hpc.launch.batch import Group
+from atropos_hpc.launch.plan import Action
+
+
+def lines(text: str) -> list[list[str]]:
+    """The #SBATCH options of each component."""
+    components: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if line == "#SBATCH hetjob":
+            components.append([])
+        elif line.startswith("#SBATCH "):
+            components[-1].append(line.removeprefix("#SBATCH "))
+    return components
+
+
+def test_a_het_script_has_the_trainer_first_and_each_components_own_resources() -> None:
+    config = composed("launch=het", "roles.trainer.nodes=2", "roles.trainer.ranks_per_node=4", "roles.trainer.gpus_per_node=4",
+                      "roles.trainer.partition=a100", "roles.rollout.nodes=3", "roles.rollout.gres=gpu:l40:2", "roles.rollout.mem=64G",
+                      "cluster.partition=gpu", "cluster.account=me", "+roles.rollout.sbatch.exclude=n7")  # fmt: skip
+    text = batch.script(config, "/out/%j.log", "python -m app", "kl-1")
+    trainer, rollout = lines(text)
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=a100", "--account=me", "--no-kill", "--job-name=kl-1",
+            "--dependency=singleton", "--requeue", "--signal=B:USR2@180", "--time=60", "--output=/out/%j.log"} <= set(trainer)  # fmt: skip
+    assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:l40:2", "--partition=gpu", "--mem=64G", "--exclude=n7", "--no-kill",
+            "--job-name=kl-1.rollout"} <= set(rollout)  # fmt: skip
+    assert "--dependency=singleton" not in rollout and not any(option.startswith("--gpus") for option in rollout)
+    assert text.rstrip().splitlines()[-2:] == ["trap '' USR2", "exec python -m app"]
+    assert batch.gpu_hours(config) == 2 * 4 + 3 * 2
+
+
+def test_a_component_may_only_outlive_a_node_where_slurm_can_do_it() -> None:
+    for trainer, rollout, expected in ((1, 1, False), (1, 4, False), (2, 1, False), (2, 2, True)):
+        config = composed("launch=het", f"roles.trainer.nodes={trainer}", f"roles.rollout.nodes={rollout}")
+        assert [("--no-kill" in each) for each in lines(batch.script(config, "o", "c"))] == [expected] * 2
+
+
+def test_a_single_job_has_the_widest_of_everything() -> None:
+    config = composed("launch=single", "roles.trainer.ranks_per_node=2", "roles.trainer.cpus_per_task=6", "roles.rollout.nodes=2",
+                      "roles.rollout.cpus_per_task=8", "roles.rollout.gpus_per_node=4", "roles.trainer.gpus_per_node=2",
+                      "roles.trainer.mem=900M", "roles.rollout.mem=1G")  # fmt: skip
+    (options,) = lines(batch.script(config, "o", "c"))
+    assert {"--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=12", "--gpus-per-node=4", "--mem=1G", "--no-kill"} <= set(options)
+
+
+def test_a_split_run_is_the_trainers_job_and_an_array_of_nodes() -> None:
+    config = composed("launch=split", "roles.rollout.nodes=3", "roles.rollout.cpus_per_task=8")
+    (trainer,), (rollout,) = lines(batch.script(config, "o", "c")), lines(batch.rollout_script(config, "o", "c"))
+    assert "--nodes=1" in trainer and not any("array" in option for option in trainer)
+    assert {"--array=0-2", "--nodes=1", "--cpus-per-task=8", "--requeue"} <= set(rollout) and "--no-kill" not in rollout
+
+
+SITES = {
+    "local": ["--gpus-per-node=2"],
+    "generic_slurm": ["--gpus-per-node=2"],
+    "site_gres_pyxis": ["--gres=gpu:h100:2", "--account=my_project", "--partition=gpu"],
+    "site_gpus_per_node": ["--gpus-per-node=2", "--exclusive", "--qos=normal", "--mail-type=FAIL"],
+    "site_constraint": ["--constraint=a100", "--exclusive"],
+}
+
+
+@pytest.mark.parametrize("site", sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml")))
+def test_every_site_renders(site: str) -> None:
+    config = composed(f"cluster={site}", "launch=het", "roles.trainer.gpus_per_node=2", "roles.rollout.gpus_per_node=2",
+                      "roles.trainer.constraint=a100", "roles.rollout.constraint=a100", "roles.rollout.container=image",
+                      "roles.rollout.python=python3")  # fmt: skip
+    for component in lines(batch.script(config, "o", "c")):
+        assert set(SITES[site]) <= set(component)
+        assert site != "site_constraint" or not any("gpu" in option for option in component)
+    groups = {"trainer": Group(("a",), "7", 0), "rollout": Group(("b",), "8", 1)}
+    steps = allocation.slurm_steps(config, Path("/run"), groups, {"a": "10.0.0.1", "b": "10.0.0.2"}, Path("/logs"))
+    agent = next(step for step in steps if step.kind == "agent").processes[0].command
+    if config.cluster.container == "pyxis":
+        assert "--container-image=image" in agent
+    else:
+        assert "exec apptainer exec --nv --bind /work image python3 -m atropos_hpc.rollout.agent" in agent[-1]
+    assert agent[-1].splitlines()[: len(config.cluster.setup)] == config.cluster.setup
+
+
+def test_steps_name_their_nodes_counts_and_addresses() -> None:
+    config = composed("launch=het", "roles.trainer.nodes=2", "roles.trainer.ranks_per_node=4", "roles.trainer.cpus_per_task=6",
+                      "roles.rollout.nodes=2", "roles.rollout.cpus_per_task=12", "roles.rollout.srun=[--exact]")  # fmt: skip
+    env = {"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "a b", "SLURM_JOB_NODELIST_HET_GROUP_1": "c d",
+           "SLURM_JOB_ID_HET_GROUP_0": "7", "SLURM_JOB_ID_HET_GROUP_1": "8"}  # fmt: skip
+    groups = batch.granted(config, env, str.split)
+    addresses = {name: f"10.0.0.{i}" for i, name in enumerate("abcd")}
+    steps = {step.name: step for step in allocation.slurm_steps(config, Path("/run"), groups, addresses, Path("/logs"))}
+    assert list(steps) == ["trajectories", "agent-0", "agent-1", "trainer"]
+    assert steps["trajectories"].processes[0].variables["ATROPOS_HPC_HOST"] == "10.0.0.0"
+    trainer, agent = steps["trainer"].processes[0].command, steps["agent-1"].processes[0].command
+    assert {"--het-group=0", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--nodelist=a,b", "--cpus-per-task=6", "--overlap"} <= set(
+        trainer
+    )
+    assert {"--het-group=1", "--nodes=1", "--ntasks=1", "--nodelist=d", "--cpus-per-task=12", "--exact"} <= set(agent)
+    assert steps["agent-1"].nodes == ("d",) and 'ATROPOS_HPC_HOST="10.0.0.3"' in agent[-1]
+    probe = trainer[-1].rpartition("exec ")[0] + "echo $RANK $LOCAL_RANK $WORLD_SIZE $ATROPOS_HPC_HOST $ATROPOS_HPC_NODE"
+    task = {"SLURM_NODEID": "1", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+    shown = subprocess.run(["bash", "-c", probe], env=task, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["5", "1", "8", "10.0.0.1", "trainer1"]
+
+
+@pytest.mark.parametrize(
+    "overrides, env, key",
+    [
+        (["launch=het"], {"SLURM_JOB_NODELIST": "a"}, "launch.allocation"),
+        (["launch=single"], {"SLURM_JOB_NODELIST": "a"}, "roles.rollout.nodes"),
+        (["launch=single", "roles.trainer.nodes=2"], {"SLURM_JOB_NODELIST": "a b c d"}, "roles.rollout.nodes"),
+        (["launch=split"], {"SLURM_JOB_NODELIST": "a b"}, "roles.trainer.nodes"),
+    ],
+)
+def test_a_job_of_another_size_than_the_config_is_refused(overrides: list[str], env: dict[str, str], key: str) -> None:
+    with pytest.raises(ValueError, match=key):
+        batch.granted(composed(*overrides), {"SLURM_JOB_ID": "7", **env}, str.split)
+
+
+def test_nothing_of_a_surrounding_job_leaks_into_a_new_one() -> None:
+    env = {"SLURM_CONF": "c", "SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "1", "SBATCH_QOS": "x", "CUDA_VISIBLE_DEVICES": "0", "PATH": "p"}
+    assert batch.outside(env) == {"SLURM_CONF": "c", "PATH": "p"}
+
+
+def test_every_end_of_every_step_has_an_action() -> None:
+    for kind in ("trainer", "agent", "last agent", "trajectories"):
+        for code in (0, 1, 2, 75, -9):
+            for fate in (None, "preempted", *(() if kind == "trajectories" else ("node lost", "cancelled"))):
+                for tries in (0, 1):
+                    assert isinstance(plan.TABLE[kind, plan.how_it_ended(kind, code, done=False, tries_left=tries, fate=fate)], Action)
+
+
+def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
+    program = """
+import runpy, sys
+sys.argv = ["atropos_hpc.train", *sys.argv[1:]]
+try:
+    runpy.run_module("atropos_hpc.train", run_name="__main__")
+except SystemExit:
+    pass
+import submitit, atropos_hpc.launch.executor  # what a real submission has in addition
+print("HEAVY", sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm", "transformers", "wandb"}))
+"""
+    from slurm_parts import QUICK, stand_in
+
+    command = [sys.executable, "-c", program, "-m", "hydra/launcher=submitit_slurm", f"run_dir={tmp_path / 'sweep'}", "launch.dry_run=true"]
+    done = subprocess.run([*command, *QUICK, *stand_in(tmp_path)], capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+    assert "HEAVY []" in done.stdout and "#SBATCH hetjob" in done.stdout
+
+
+def test_our_launchers_stand_in_for_those_of_the_same_name(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = [sys.executable, "-m", "atropos_hpc.train", "hydra/launcher=submitit_slurm", "--cfg", "hydra", "-p", "hydra.launcher"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    assert "hydra_plugins.atropos_hpc_launcher.launcher.SlurmLauncher" in done.stdout and "timeout_min" not in done.stdout
+
+
+def test_sweeps_are_found_and_say_what_they_vary(tmp_path: Path) -> None:
+    for sweep, count in (("kl_coef", 15), ("lr_x_kl", 9)):
+        command = [sys.executable, "-m", "atropos_hpc.train", "-m", f"+sweep={sweep}", "launch.dry_run=true", f"run_dir={tmp_path / sweep}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+        assert done.stdout.count("-m atropos_hpc.train ") == count and "algorithm.kl_coef=0.01" in done.stdout
+
+
+@pytest.mark.parametrize("template", sorted((CONFIGS.parent / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
+def test_templates_are_sound_shell_and_hand_their_arguments_on(template: Path) -> None:
+    text = template.read_text()
+    subprocess.run(["bash", "-n", str(template)], check=True)
+    assert '"$@"' in text or "${1:?" in text
+    assert "\nexec " in text
