@@ -303,10 +303,7 @@ AT_LEAST = {
 }
 
 # algorithm.correction.rejection, by verl's names, and how a number or a range is written there
-REJECTIONS = (
-    *(f"token_k{k}" for k in (1, 2, 3)), *(f"seq_sum_k{k}" for k in (1, 2, 3)), *(f"seq_mean_k{k}" for k in (1, 2, 3)), "seq_max_k2",
-    "seq_max_k3",
-)  # fmt: skip
+REJECTIONS = tuple(f"{kind}_k{k}" for kind in ("token", "seq_sum", "seq_mean", "seq_max") for k in (1, 2, 3) if f"{kind}{k}" != "seq_max1")
 RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"
 
 # what DeepSpeed's JSON could say, and another key does
@@ -433,11 +430,9 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
 
 def _algorithm(algorithm: AlgorithmConf) -> Iterator[Problem]:
     """What the parts of an algorithm ask of one another."""
-    for option in algorithm.loss_options:
-        options = LOSS_OPTIONS.get(algorithm.loss, ())
-        if option not in options:
-            has = f"has {', '.join(options)}" if options else "has none"
-            yield Problem(f"algorithm.loss_options.{option}", f"is no option of algorithm.loss={algorithm.loss}, which {has}")
+    options = LOSS_OPTIONS.get(algorithm.loss, ())
+    for option in [option for option in algorithm.loss_options if option not in options]:
+        yield Problem(f"algorithm.loss_options.{option}", f"algorithm.loss={algorithm.loss} has {', '.join(options) or 'no options'}")
     if algorithm.loss == "sapo" and algorithm.aggregation != "seq-mean-token-mean":
         yield Problem("algorithm.aggregation", f"{algorithm.aggregation} is not what sapo does, which is always seq-mean-token-mean")
     if algorithm.kl_target is not None and not (algorithm.kl_target > 0 and algorithm.kl_coef > 0):
@@ -456,11 +451,8 @@ def _algorithm(algorithm: AlgorithmConf) -> Iterator[Problem]:
     if correction.rejection == "none" or correction.rejection_threshold == "none":
         return
     rejections, limits = correction.rejection.split(","), correction.rejection_threshold.split(",")
-    for name in rejections:
-        if name not in REJECTIONS:
-            yield Problem(
-                "algorithm.correction.rejection", f"{name!r} is not one of {', '.join(REJECTIONS)}{did_you_mean(name, REJECTIONS)}"
-            )
+    for name in [name for name in rejections if name not in REJECTIONS]:
+        yield Problem("algorithm.correction.rejection", f"{name!r} is not one of {', '.join(REJECTIONS)}{did_you_mean(name, REJECTIONS)}")
     if len(limits) not in (1, len(rejections)):
         yield Problem("algorithm.correction.rejection_threshold", f"has {len(limits)} values for {len(rejections)} rejections")
     for limit in limits:
