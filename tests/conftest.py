@@ -12,7 +12,7 @@ import pytest
 
 ROLE = os.environ.get("TEST_ROLE") or ("rollout" if importlib.util.find_spec("vllm") else "trainer")
 ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
-NEEDS = {"trainer": {"verl": ("torch", "verl")}, "rollout": {"vllm": ("vllm", "atroposlib")}}
+NEEDS = {"trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")}, "rollout": {"vllm": ("vllm", "atroposlib")}}
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

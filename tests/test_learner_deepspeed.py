@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.verl
+pytestmark = [pytest.mark.verl, pytest.mark.deepspeed]
 pytest.importorskip("verl")
 pytest.importorskip("deepspeed")
 
