@@ -475,6 +475,15 @@ def keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from keys(declared.type, f"{prefix}{name}.")
 
 
+def leaves(config: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that holds a value and not a group."""
+    for name, declared in config.__dataclass_fields__.items():
+        if hasattr(declared.type, "__dataclass_fields__"):
+            yield from leaves(declared.type, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
 def open_sections(config: Any = Config, prefix: str = "") -> Iterator[str]:
     """The dotted keys below which any key may be added."""
     for name, declared in config.__dataclass_fields__.items():

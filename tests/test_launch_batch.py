@@ -173,3 +173,35 @@ def test_templates_are_sound_shell_and_hand_their_arguments_on(template: Path) -
     subprocess.run(["bash", "-n", str(template)], check=True)
     assert '"$@"' in text or "${1:?" in text
     assert "\nexec " in text
+
+
+def test_points_composed_in_short_are_what_hydra_composes() -> None:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.plugins.launcher import Launcher
+    from hydra.types import HydraContext, RunMode
+    from omegaconf import OmegaConf
+
+    from atropos_hpc import config as schema
+    from hydra_plugins.atropos_hpc_launcher.launcher import SlurmLauncher
+
+    schema.register()
+    common = [
+        "run_dir=/runs",
+        "launch=het",
+        "+roles.trainer.sbatch.exclusive=true",
+        "trainer.steps=7",
+        "environment.config={eval_problems: 3}",
+    ]
+    points = [[*common, "algorithm.kl_coef=0.5", "seed=3"], [*common, "algorithm.kl_coef=0", "staleness=on_policy"]]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", common, RunMode.MULTIRUN)
+        launcher: Launcher = SlurmLauncher(slots=0)
+        launcher.setup(hydra_context=HydraContext(loader, None), task_function=None, config=master)  # type: ignore[arg-type]
+        for overrides in points:
+            short, whole = launcher._composed(overrides), loader.load_sweep_config(master, overrides)  # type: ignore[attr-defined]
+            for cfg in (short, whole):
+                OmegaConf.set_struct(cfg, False)
+                del cfg["hydra"]
+            assert OmegaConf.to_object(short) == OmegaConf.to_object(whole)

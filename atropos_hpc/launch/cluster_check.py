@@ -18,6 +18,8 @@ from atropos_hpc.launch import batch, slurm
 
 LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 TEST_TIMEOUT_S = 60.0
+# what sbatch says also where nodes are only down or drained, and will come back; whether they can do it at all has been looked at before
+AWAY = ("Requested node configuration is not available", "Required node not available")
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def _test(key: str, text: str) -> list[Problem]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TEST_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
             return [Problem("cluster", f"sbatch --test-only did not answer within {TEST_TIMEOUT_S:.0f} s")]
-    if done.returncode == 0 or "down, drained" in done.stderr:  # nodes that are away now will come back
+    if done.returncode == 0 or any(words in done.stderr for words in AWAY):
         return []
     said = [line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines()]
     return [Problem(key, f"sbatch refuses it: {'; '.join(said)}")]

@@ -1,7 +1,6 @@
 """A multirun: submit every point, keep a table of them beside the sweep, and wait for them if asked to.
 
-Nothing is queued before every point has passed the checks. The table, jobs.json in the sweep's directory, is written after each
-submission, so that it also tells of a submission that was cut short.
+Nothing is queued before every point has passed the checks. The table is jobs.json in the sweep's directory.
 """
 
 import os
@@ -74,10 +73,12 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
 
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for point, name in zip(points, names, strict=True):
-        job = SlurmhetExecutor(folder, _script(point, name), point.config.launch.minutes).submit(point)
-        rows.append(_row(point, sweep_dir, job=job.job_id, slot=name, log=str(job.paths.stdout)))
-        _note(sweep_dir, rows)
+    try:
+        for point, name in zip(points, names, strict=True):
+            job = SlurmhetExecutor(folder, _script(point, name), point.config.launch.minutes).submit(point)
+            rows.append(_row(point, job=job.job_id, slot=name, log=str(job.paths.stdout)))
+    finally:
+        _note(sweep_dir, rows)  # also of a submission that was cut short
     _show(rows, sweep_dir)
     return _wait(points, rows) if launch.wait else [(point, None) for point in points]
 
@@ -130,7 +131,7 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         print("# Nothing was started (launch.dry_run).")
         return [(point, None) for point in points]
     _refuse(points, False)
-    rows = [_row(point, sweep_dir, job=None, slot=None, log=str(sweep_dir / f"{point.num}.log")) for point in points]
+    rows = [_row(point, job=None, slot=None, log=str(sweep_dir / f"{point.num}.log")) for point in points]
     sweep_dir.mkdir(parents=True, exist_ok=True)
     _note(sweep_dir, rows)
     _show(rows, sweep_dir)
@@ -185,7 +186,7 @@ def _refuse(points: Iterable[Point], on_slurm: bool) -> None:
     sys.exit(2)
 
 
-def _row(point: Point, sweep_dir: Path, **more: Any) -> dict[str, Any]:
+def _row(point: Point, **more: Any) -> dict[str, Any]:
     return {"num": point.num, "overrides": point.overrides, "run_dir": str(point.run_dir), "steps": point.config.trainer.steps,
             "submitted": time.time(), **more}  # fmt: skip
 
