@@ -30,7 +30,7 @@ from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
 from atropos_hpc.process import DONE, REFUSED, backoff
-from atropos_hpc.rendezvous import Member, own_host
+from atropos_hpc.rendezvous import Member, Roster, own_host
 from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ TICK_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_EVERY_S = 5.0
 UNHEALTHY_S = 60.0  # a server that was up and has not answered for this long is ended, and started again
+TAKE_OVER_S = 60.0  # nodes start at different times
 HEALTHY_S = 300.0  # a child that has run this long starts its restarts anew
 
 
@@ -85,16 +86,15 @@ class Agent:
         self.others = [
             Kept(f"environment-{first + i}", "atropos_hpc.rollout.worker", ("--index", str(first + i))) for i in range(environment.workers)
         ]
-        if index == 0 and (evaluation.before or evaluation.after or evaluation.every):
-            self.others.append(Kept("evaluator", "atropos_hpc.rollout.evaluation"))
+        self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)  # somebody has to
         self.follower = Follower(PolicyStore(run.policy))
-        self.member = Member(run, "agent", node, servers=[], policy=None)
+        self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
         self.refused: str | None = None
 
     async def work(self) -> None:
         """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)) as self.http:
-            following, watching = asyncio.create_task(self.follow()), asyncio.create_task(self.watch_leader())
+            following, watching = asyncio.create_task(self.follow()), asyncio.create_task(self.watch_others())
             try:
                 while self.refused is None:
                     for kept in [*self.servers, *self.others]:
@@ -115,11 +115,16 @@ class Agent:
             await asyncio.to_thread(self.follower.look)
             await asyncio.sleep(self.policy.poll_s)
 
-    async def watch_leader(self) -> None:
-        """In a Slurm job whose first node dies, have the job started again."""
-        watch = LeaderWatch(self.run)
+    async def watch_others(self) -> None:
+        """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies."""
+        leader, roster, since = LeaderWatch(self.run), Roster(self.run.roster), time.monotonic()
         while True:
-            await asyncio.to_thread(watch.look)
+            await asyncio.to_thread(leader.look)
+            if not comes_first(self.index, roster.members("agent")):
+                since = time.monotonic()
+            if self.evaluates and (self.index == 0 or time.monotonic() - since > TAKE_OVER_S):
+                self.evaluates = False
+                self.others.append(Kept("evaluator", "atropos_hpc.rollout.evaluation"))
             await asyncio.sleep(1.0)
 
     # --- children
@@ -245,6 +250,15 @@ class Agent:
         while process.end_orphans([]):
             pass
         self.member.leave(servers=[], **state)
+
+
+def comes_first(index: int, agents: list[dict[str, Any]]) -> bool:
+    """Is no agent of a lower number alive?
+
+    >>> comes_first(1, [{"number": 1}, {"number": 2}]), comes_first(2, [{"number": 1}, {"number": 2}])
+    (True, False)
+    """
+    return all(agent["number"] >= index for agent in agents)
 
 
 def free_port(host: str) -> int:

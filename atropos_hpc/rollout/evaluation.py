@@ -177,6 +177,8 @@ class Evaluator:
         except Exception as error:  # whatever the environment raises
             log.exception("the evaluation of version %d failed", version)
             line["error"] = repr(error)
+        if any(known["version"] == version for known in read_lines(self.run.evaluations)):
+            return  # another node had taken the evaluation over
         append_line(self.run.evaluations, {**line, "wall_s": round(time.time() - start, 3), "time": time.time()})
 
 
