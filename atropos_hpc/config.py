@@ -373,44 +373,10 @@ def _combinations(config: Config) -> Iterator[Problem]:
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
     if config.trajectories.server == "atropos" and ranks > 1:
         yield Problem("trajectories.server", f"atropos serves one trainer rank, roles.trainer has {ranks}; use durable")
-    yield from _slurm(config)
     for key in ("group_size", "max_token_length", "tokenizer_name"):
         if key in environment.config:
             where = {"group_size": "environment.group_size", "max_token_length": "model.max_length", "tokenizer_name": "model.path"}[key]
             yield Problem(f"environment.config.{key}", f"is set by the run; change {where} instead")
-
-
-def _slurm(config: Config) -> Iterator[Problem]:
-    """What an allocation on Slurm needs of the config, whatever the cluster."""
-    launch = config.launch
-    if launch.allocation == "local":
-        for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
-            if role.container:
-                yield Problem(f"roles.{name}.container", "is started by Slurm; with launch.allocation=local, start the command inside it")
-        return
-    if launch.signal_s >= 60 * launch.minutes:
-        yield Problem("launch.signal_s", f"{launch.signal_s} s before the end is before the start of launch.minutes={launch.minutes}")
-    if launch.signal_s < launch.save_timeout_s:
-        yield Problem(
-            "launch.signal_s", f"{launch.signal_s} s are less than a checkpoint may take, launch.save_timeout_s={launch.save_timeout_s:g}"
-        )
-    gpus = config.cluster.gpus
-    if gpus and not (gpus.startswith("--") and "{n}" in gpus):
-        yield Problem("cluster.gpus", f"{gpus!r} is not an option of sbatch with {{n}} for the number, such as --gres=gpu:{{n}}")
-    for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
-        for option in role.sbatch:
-            if option.lstrip("-").replace("-", "_") in OWN_OPTIONS:
-                own = OWN_OPTIONS[option.lstrip("-").replace("-", "_")].format(role=name)
-                yield Problem(f"roles.{name}.sbatch.{option}", f"is set by the run; change {own} instead")
-
-
-# sbatch's options that have a key of their own
-OWN_OPTIONS = {
-    "nodes": "roles.{role}.nodes", "ntasks_per_node": "roles.{role}.ranks_per_node", "cpus_per_task": "roles.{role}.cpus_per_task",
-    "gpus_per_node": "roles.{role}.gpus_per_node", "gres": "roles.{role}.gres", "mem": "roles.{role}.mem",
-    "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
-    "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
-}  # fmt: skip
 
 
 def _deepspeed(config: Config) -> Iterator[Problem]:

@@ -1,5 +1,6 @@
 """What is asked of Slurm, as text; and the decisions of the supervisor, as a table. No Slurm is needed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,11 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
                 OmegaConf.set_struct(cfg, False)
                 del cfg["hydra"]
             assert OmegaConf.to_object(short) == OmegaConf.to_object(whole)
+
+
+def test_a_slurm_allocation_without_a_job_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "atropos_hpc.train", "launch=het", f"run_dir={tmp_path / 'run'}"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and "launch.allocation: het needs a job" in done.stderr and "slurm/*.sbatch" in done.stderr
+    assert not (tmp_path / "run").exists()

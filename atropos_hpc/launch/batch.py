@@ -1,16 +1,16 @@
 """What is asked of Slurm, as text. Pure functions of the config and the environment: no process, no file, no clock.
 
-Order of use: `script` (the login node: one sbatch call per run) -> `granted` (the batch step: which nodes each role got) -> `srun`
-(the batch step: one command line per step), with an environment from which `clean` has taken the batch step's own counts.
+Order of use: `problems` and `script` (the login node: one sbatch call per run) -> `granted` (the batch step: which nodes each role got)
+-> `srun` (the batch step: one command line per step), with an environment from which `clean` has taken the batch step's own counts.
 """
 
 import shlex
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.config import Config, Problem, RoleConf
 
 ROLES = ("trainer", "rollout")  # in het jobs the number of the component; the first is the leader, whose first node runs the batch step
 
@@ -154,6 +154,41 @@ def gpu_hours(config: Config) -> float:
         conf: RoleConf = getattr(config.roles, role)
         count += conf.nodes * (int(gpus) if gpus.isdigit() else conf.gpus_per_node)
     return count * config.launch.minutes / 60
+
+
+# --- checks
+
+# sbatch's options that have a key of their own
+OWN_OPTIONS = {
+    "nodes": "roles.{role}.nodes", "ntasks_per_node": "roles.{role}.ranks_per_node", "cpus_per_task": "roles.{role}.cpus_per_task",
+    "gpus_per_node": "roles.{role}.gpus_per_node", "gres": "roles.{role}.gres", "mem": "roles.{role}.mem",
+    "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
+    "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
+}  # fmt: skip
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """What an allocation on Slurm needs of the config, whatever the cluster."""
+    launch = config.launch
+    if launch.allocation == "local":
+        for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
+            if role.container:
+                yield Problem(f"roles.{name}.container", "is started by Slurm; with launch.allocation=local, start the command inside it")
+        return
+    if launch.signal_s >= 60 * launch.minutes:
+        yield Problem("launch.signal_s", f"{launch.signal_s} s before the end is before the start of launch.minutes={launch.minutes}")
+    if launch.signal_s < launch.save_timeout_s:
+        yield Problem(
+            "launch.signal_s", f"{launch.signal_s} s are less than a checkpoint may take, launch.save_timeout_s={launch.save_timeout_s:g}"
+        )
+    gpus = config.cluster.gpus
+    if gpus and not (gpus.startswith("--") and "{n}" in gpus):
+        yield Problem("cluster.gpus", f"{gpus!r} is not an option of sbatch with {{n}} for the number, such as --gres=gpu:{{n}}")
+    for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
+        for option in role.sbatch:
+            if option.lstrip("-").replace("-", "_") in OWN_OPTIONS:
+                own = OWN_OPTIONS[option.lstrip("-").replace("-", "_")].format(role=name)
+                yield Problem(f"roles.{name}.sbatch.{option}", f"is set by the run; change {own} instead")
 
 
 # --- in the batch step

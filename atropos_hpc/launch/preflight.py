@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config, Problem, problems
-from atropos_hpc.launch import cluster_check
+from atropos_hpc.launch import batch, cluster_check
 from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_python
 
 CHECK_TIMEOUT_S = 300.0
@@ -48,7 +48,7 @@ def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: boo
 
     `on_slurm`: also hold what the run asks for against the cluster.
     """
-    found = [*problems(config), *_run_directory(run_dir), *_changed(config, previous)]
+    found = [*problems(config), *batch.problems(config), *_run_directory(run_dir), *_changed(config, previous)]
     for role, python in (("trainer", trainer_python(config)), ("rollout", rollout_python(config))):
         if not getattr(config.roles, role).container:  # what is in there cannot be seen from here
             found += _interpreter(role, python)

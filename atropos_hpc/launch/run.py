@@ -46,7 +46,10 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     """
     action = _launch(config, run_dir)
     if action is Action.REQUEUE:
-        requeue()
+        try:
+            requeue()
+        except slurm.SlurmError as error:
+            print(f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes", file=sys.stderr)
     return EXIT[action] if isinstance(action, Action) else action
 
 
@@ -55,8 +58,11 @@ def _launch(config: Config, run_dir: Path) -> Action | int:
     run = RunDir(run_dir)
     try:
         job = _job(config)
-    except (ValueError, slurm.SlurmError) as error:
-        return _refused([Problem(*str(error).split(": ", 1))])
+    except slurm.SlurmError as error:
+        return _refused([Problem("cluster", str(error))])
+    except ValueError as error:
+        key, _, message = str(error).partition(": ")
+        return _refused([Problem(key, message)])
     known = read_json(run.run_json)
     try:
         with ExitStack() as stack:
@@ -158,7 +164,7 @@ def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
         supervisor = Supervisor(run, config.launch, steps, watch, job)
         action = supervisor.supervise()
         if rollout_job is not None and action is not Action.REQUEUE:
-            rollout_job.end()
+            rollout_job.end(at_once=action is not Action.FINISH)
         record = {"started": started, "ended": time.time(), "outcome": action.name.lower(), "events": supervisor.events}
         write_json(attempt / "attempt.json", record)
         summary = summarize(run)
@@ -170,8 +176,9 @@ def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
 def _steps(config: Config, run: RunDir, job: slurm.Job | None, attempt: Path) -> list[Step]:
     if job is None:
         return local_steps(config, run.path)
-    log.info("Slurm job %s: %s", job.id, "; ".join(f"{role} on {', '.join(group.nodes)}" for role, group in job.groups.items()))
-    return slurm_steps(config, run.path, job.groups, job.addresses(), attempt)
+    nodes = "; ".join(f"{role} on {', '.join(group.nodes)}" for role, group in job.groups.items())
+    log.info("%s, job %s: %s", config.cluster.name, job.id, nodes)
+    return slurm_steps(config, run.path, job.groups, job.addresses(config.cluster.host), attempt)
 
 
 def _given_up(config: Config, run: RunDir, attempt: Path, job: slurm.Job | None) -> bool:

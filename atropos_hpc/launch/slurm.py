@@ -93,9 +93,14 @@ class Job:
             subprocess.run(["scancel", "--signal=KILL", *left], capture_output=True, timeout=COMMAND_TIMEOUT_S, check=False)
             time.sleep(0.5)
 
-    def addresses(self) -> dict[str, str]:
-        """Of every node of the job, as Slurm knows it, as a number. Raises SlurmError when a name does not resolve."""
+    def addresses(self, host: str | None) -> dict[str, str]:
+        """Of every node of the job, as Slurm knows it, as a number; "" where cluster.host (`host`) says it, or what to look it up by.
+
+        Raises SlurmError when a name does not resolve.
+        """
         nodes = [node for group in self.groups.values() for node in group.nodes]
+        if host is not None:
+            return dict.fromkeys(nodes, "")
         found = {}
         for record in records(ask("scontrol", "-o", "show", "node", ",".join(nodes))):
             name = record.get("NodeAddr") or record["NodeName"]

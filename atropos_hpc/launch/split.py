@@ -10,6 +10,7 @@ submitted before Slurm started it again, watches it (`RolloutJob`), and cancels 
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -78,11 +79,12 @@ class RolloutJob:
         )
         return Action.STOP if any(state.startswith("CANCELLED") for state in now.values()) else Action.FAIL
 
-    def end(self) -> None:
-        """Wait until it has noticed the end of the run, then cancel what is left of it."""
-        deadline = time.monotonic() + END_S
-        while time.monotonic() < deadline and any(state.startswith(("RUNNING", "COMPLETING")) for state in self._tasks().values()):
-            time.sleep(0.5)
+    def end(self, at_once: bool) -> None:
+        """Cancel it; unless `at_once`, wait until it has noticed the end of the run by itself, and cancel what is left."""
+        deadline = time.monotonic() + (0 if at_once else END_S)
+        with contextlib.suppress(slurm.SlurmError):
+            while time.monotonic() < deadline and any(state.startswith(("RUNNING", "COMPLETING")) for state in self._tasks().values()):
+                time.sleep(0.5)
         subprocess.run(["scancel", self.id], capture_output=True, timeout=60, check=False)
 
     def _going(self) -> bool:
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = batch.clean(os.environ)
     for name in set(os.environ) - set(kept):
         del os.environ[name]
-    step = agent_step(config, run.path, job.groups["rollout"], node, job.addresses(), run.logs.resolve(), index)
+    step = agent_step(config, run.path, job.groups["rollout"], node, job.addresses(config.cluster.host), run.logs.resolve(), index)
     following = Following(run, config.trainer.steps, config.launch.start_timeout_s)
     action = Supervisor(run, config.launch, [step], following.look, job, leads=False).supervise()
     log.info("rollout node %d: %s", index, action.name.lower())

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+SLURM_AWAY_S = 5.0  # between tries while Slurm does not answer
 HEALTHY_S = 300.0  # a step that has run this long has made progress: its restarts are counted anew
 
 
@@ -111,8 +112,13 @@ class Supervisor:
 
     def _start(self, running: Running) -> None:
         """Start all processes of a step. The step id tells this start's members from an earlier one's."""
-        if self.job is not None and running.step.nodes:
-            self.job.end_step(running.step.name)  # of an earlier start, whose srun may have been killed
+        if self.job is not None and running.step.nodes and running.started:
+            try:
+                self.job.end_step(running.step.name)  # its srun may have been killed without it
+            except RuntimeError as error:  # Slurm does not answer; sooner or later it will
+                log.warning("%s is not started yet: %s", running.step.name, error)
+                running.due = time.monotonic() + SLURM_AWAY_S
+                return
         running.due, running.started, running.progress = None, time.monotonic(), self._progress()
         identity = f"{running.step.name}-{time.time_ns()}"
         for each in running.step.processes:

@@ -18,7 +18,7 @@ from atropos_hpc.launch import batch, preflight, run, slurm
 from atropos_hpc.observe import report
 from atropos_hpc.run_dir import RunDir, read_json, write_json
 
-LOOK_S = 5.0
+LOOK_S = 3.0
 
 
 @dataclass
@@ -69,18 +69,38 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         _refuse(points, answers)
         return _dry_run(points, folder, names, answers)
     _refuse(points, True)
+    rows = _submit(points, names, folder)
+    if len(rows) < len(points):
+        print(
+            f"sbatch refused point {len(rows)}, and those after it were not submitted; the {len(rows)} before it are queued",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    try:
+        return _wait(points, rows) if launch.wait else [(point, None) for point in points]
+    except KeyboardInterrupt:
+        print("no longer waiting; the jobs go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[dict[str, Any]]:
+    """The rows of the points that were submitted; fewer than all if sbatch has refused one, and said why."""
+    from submitit.core.utils import FailedJobError
+
     from atropos_hpc.launch.executor import SlurmhetExecutor
 
+    sweep_dir, rows = folder.parent, []  # type: tuple[Path, list[dict[str, Any]]]
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
     try:
         for point, name in zip(points, names, strict=True):
             job = SlurmhetExecutor(folder, _script(point, name), point.config.launch.minutes).submit(point)
             rows.append(_row(point, job=job.job_id, slot=name, log=str(job.paths.stdout)))
+    except FailedJobError as error:
+        print(error, file=sys.stderr)
     finally:
         _note(sweep_dir, rows)  # also of a submission that was cut short
     _show(rows, sweep_dir)
-    return _wait(points, rows) if launch.wait else [(point, None) for point in points]
+    return rows
 
 
 def _script(point: Point, name: str | None) -> Any:
@@ -102,7 +122,11 @@ def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked
 def _wait(points: list[Point], rows: list[dict[str, Any]]) -> Outcomes:
     """Until every point has ended, with a line whenever something has changed."""
     said: list[str] = []
+    ended = 0  # looks in a row: for a moment, a job that is requeued looks as if it had ended
     while True:
+        time.sleep(LOOK_S if said else 0.0)
+        if not slurm.answers():
+            continue
         found = [report.row(row) for row in report.with_job_states(rows)]
         lines = [
             f"{point.num:>3}  {each['state']:<10} step {each['step']}/{each['steps']}" for point, each in zip(points, found, strict=True)
@@ -111,10 +135,10 @@ def _wait(points: list[Point], rows: list[dict[str, Any]]) -> Outcomes:
             if line != before:
                 print(line, file=sys.stderr)
         said = lines
-        if all(each["state"] in report.ENDED for each in found):
+        ended = ended + 1 if all(each["state"] in report.ENDED for each in found) else 0
+        if ended == 2:
             print(report.table(found), file=sys.stderr)
             return [(point, each["state"]) for point, each in zip(points, found, strict=True)]
-        time.sleep(LOOK_S)
 
 
 # --- this machine

@@ -1,0 +1,79 @@
+"""A sweep's report, from run directories alone: what state a point is in, and which is the best."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_hpc.observe import report
+from atropos_hpc.run_dir import RunDir, append_line, write_json
+
+
+def point(directory: Path, num: int, job: str | None = "7", **more: Any) -> dict[str, Any]:
+    run = RunDir(directory / str(num))
+    run.create()
+    return {"num": num, "overrides": ["a=1", f"b={num}"], "run_dir": str(run.path), "job": job, "steps": 4, **more}
+
+
+def trained(row: dict[str, Any], steps: int, reward: float, accuracy: float | None = None) -> RunDir:
+    run = RunDir(Path(row["run_dir"]))
+    for step in range(1, steps + 1):
+        append_line(run.metrics, {"step": step, "reward": reward, "kl_reference": 0.01 * step})
+    if accuracy is not None:
+        append_line(run.evaluations, {"version": steps, "accuracy": accuracy, "sequences": 10})
+    return run
+
+
+@pytest.mark.parametrize(
+    "queue, outcome, done, expected",
+    [
+        ("PENDING", None, None, "queued"),
+        ("PENDING", "requeue", None, "queued"),
+        ("RUNNING", None, None, "running"),
+        ("COMPLETED", "finish", 4, "complete"),
+        (None, "finish", 4, "complete"),
+        ("FAILED", "fail", None, "failed"),
+        ("FAILED", "stop", None, "stopped"),
+        ("CANCELLED", "stop", None, "cancelled"),
+        ("TIMEOUT", None, None, "failed"),
+        (None, None, None, "lost"),
+        ("RUNNING", None, 3, "running"),  # a run that was complete at 3 steps, and goes on to 4
+    ],
+)
+def test_states(tmp_path: Path, queue: str | None, outcome: str | None, done: int | None, expected: str) -> None:
+    row = point(tmp_path, 0, queue=queue)
+    run = trained(row, 3, 0.5)
+    attempt = run.new_attempt()
+    if outcome is not None:
+        write_json(attempt / "attempt.json", {"outcome": outcome})
+    if done is not None:
+        write_json(run.done, {"version": done})
+    found = report.row(row)
+    assert (found["state"], found["step"], found["steps"], found["kl"]) == (expected, 3, 4, 0.03)
+
+
+def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highest_reward(tmp_path: Path) -> None:
+    rows = [point(tmp_path, num) for num in range(3)]
+    trained(rows[0], 2, reward=0.9)
+    trained(rows[1], 2, reward=0.1)
+    found = [report.row(row) for row in rows]
+    assert report.best(found) is found[0]
+    trained(rows[1], 2, reward=0.1, accuracy=0.4)
+    found = [report.row(row) for row in rows]
+    assert report.best(found) is found[1] and report.best([]) is None
+    lines = report.table(found).splitlines()
+    assert lines[2].startswith("best  1") and "b=1" in lines[2] and "a=1" not in report.table(found)
+
+
+def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "atropos_hpc.cli", "report"]
+    nothing = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert nothing.returncode == 1 and "no jobs.json" in nothing.stderr
+    row = point(tmp_path, 0)
+    trained(row, 4, 0.5, accuracy=0.7)
+    write_json(tmp_path / "jobs.json", [row])
+    shown = json.loads(subprocess.run([*command, str(tmp_path), "--json"], capture_output=True, text=True, check=True).stdout)
+    assert len(shown) == 1 and shown[0]["accuracy"] == 0.7 and shown[0]["best"] is True
