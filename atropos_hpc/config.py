@@ -1,12 +1,10 @@
-"""The typed config of a run, and the checks that span several keys.
+"""The typed config of a run.
 
 Every value's default and meaning stands here and in configs/; Hydra merges files and command line into these classes, so that an
-unknown key or a wrong type is refused while composing. What a type cannot say, `problems` does.
+unknown key or a wrong type is refused while composing. What a type cannot say, atropos_hpc.checks does.
 """
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, get_origin
@@ -219,211 +217,10 @@ class Config:
 
 
 def register() -> None:
-    """Let Hydra know the classes (configs/config.yaml names them as `base`), the launchers, and the sweeps as a group of that name."""
-    from hydra_plugins.atropos_hpc_launcher import launcher
-
+    """Let Hydra know the classes (configs/config.yaml names them as `base`), and the sweeps as a group of that name."""
     ConfigStore.instance().store(name="base", node=Config)
-    launcher.register()
     for path in sorted(SWEEPS.glob("*.yaml")):
         ConfigStore.instance().store(group="sweep", name=path.stem, node=OmegaConf.load(path), package="_global_", provider="sweeps/")
-
-
-# --- the checks -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with the config: the key to change, and what is wrong with its value."""
-
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}"
-
-
-CHOICES = {
-    "model.dtype": ("bfloat16", "float32"),
-    "model.attention": ("sdpa", "flash_attention_2", "eager"),
-    "algorithm.advantage": ("grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"),
-    "algorithm.loss": ("vanilla", "gspo", "cispo", "sapo", "gpg", "clip_cov", "kl_cov"),
-    "algorithm.aggregation": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
-    "algorithm.kl_estimator": ("k1", "k2", "k3", "abs"),
-    "algorithm.kl_in": ("loss", "reward"),
-    "algorithm.old_log_probs": ("behaviour", "recompute"),
-    "algorithm.correction.weights": ("none", "token", "sequence"),
-    "trainer.backend": ("verl", "deepspeed"),
-    "trainer.schedule": ("constant", "cosine"),
-    "policy.update_mode": ("keep", "wait", "abort"),
-    "trajectories.server": ("durable", "atropos"),
-    "wandb.mode": ("disabled", "offline", "online"),
-    "launch.allocation": ("local", "het", "split", "single"),
-}
-
-AT_LEAST = {
-    "model.max_length": 2,
-    "model.lora.rank": 0,
-    "model.lora.alpha": 1,
-    "environment.group_size": 1,
-    "environment.workers": 1,
-    "environment.concurrency": 1,
-    "algorithm.batch_size": 1,
-    "algorithm.kl_coef": 0,
-    "algorithm.kl_horizon": 1,
-    "algorithm.entropy_coef": 0,
-    "algorithm.clip_low": 0,
-    "algorithm.clip_high": 0,
-    "algorithm.clip_dual": 1,
-    "trainer.steps": 1,
-    "trainer.learning_rate": 0,
-    "trainer.warmup_steps": 0,
-    "trainer.weight_decay": 0,
-    "trainer.tokens_per_micro_batch": 1,
-    "trainer.checkpoint_every": 1,
-    "trainer.keep_checkpoints": 1,
-    "trainer.keep_checkpoints_every": 0,
-    "rollout.servers": 1,
-    "rollout.tensor_parallel": 1,
-    "rollout.max_sequences": 1,
-    "staleness.max": 0,
-    "policy.keep": 1,
-    "trajectories.max_body_bytes": 1 << 16,
-    "evaluation.every": 0,
-    "launch.restarts": 0,
-    "launch.requeues": 0,
-    "launch.minutes": 1,
-    "launch.signal_s": 0,
-    "roles.trainer.nodes": 1,
-    "roles.trainer.ranks_per_node": 1,
-    "roles.trainer.cpus_per_task": 1,
-    "roles.trainer.gpus_per_node": 0,
-    "roles.rollout.nodes": 1,
-    "roles.rollout.cpus_per_task": 1,
-    "roles.rollout.gpus_per_node": 0,
-}
-
-# algorithm.correction.rejection, by verl's names, and how a number or a range is written there
-REJECTIONS = tuple(f"{kind}_k{k}" for kind in ("token", "seq_sum", "seq_mean", "seq_max") for k in (1, 2, 3) if f"{kind}{k}" != "seq_max1")
-RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"
-
-# what DeepSpeed's JSON could say, and another key does
-DEEPSPEED_OWN = {
-    "train_batch_size": "algorithm.batch_size", "train_micro_batch_size_per_gpu": "trainer.tokens_per_micro_batch",
-    "gradient_accumulation_steps": "trainer.tokens_per_micro_batch", "gradient_clipping": "trainer.grad_clip",
-    "optimizer": "trainer.learning_rate", "scheduler": "trainer.schedule", "bf16": "model.dtype", "fp16": "model.dtype",
-}  # fmt: skip
-
-# algorithm.loss_options of each loss, by verl's names
-LOSS_OPTIONS = {
-    "sapo": ("tau_pos", "tau_neg"),
-    "clip_cov": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"),
-    "kl_cov": ("kl_cov_ratio", "ppo_kl_coef"),
-}
-
-ABOVE_ZERO = (
-    "trainer.grad_clip",
-    "rollout.memory_utilization",
-    "environment.request_timeout_s",
-    "policy.poll_s",
-    "evaluation.timeout_s",
-    "launch.backoff_s",
-    "launch.start_timeout_s",
-    "launch.step_timeout_s",
-    "launch.save_timeout_s",
-    "launch.grace_s",
-)
-
-
-def problems(config: Config) -> list[Problem]:
-    """Everything wrong that the config alone shows, each with its key. Looks at no file and starts nothing."""
-    return [*_single_values(config), *_combinations(config)]
-
-
-def _single_values(config: Config) -> Iterator[Problem]:
-    for key, choices in CHOICES.items():
-        if (value := lookup(config, key)) not in choices:
-            yield Problem(key, f"{value!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
-    for key, least in AT_LEAST.items():
-        if not (value := lookup(config, key)) >= least:
-            yield Problem(key, f"{value} is less than {least}")
-    for key in ABOVE_ZERO:
-        if not (value := lookup(config, key)) > 0:
-            yield Problem(key, f"{value} is not above 0")
-
-
-def _combinations(config: Config) -> Iterator[Problem]:
-    environment, algorithm, trainer = config.environment, config.algorithm, config.trainer
-    if environment.group_size == 1 and algorithm.advantage in CHOICES["algorithm.advantage"]:
-        nothing = f"1 leaves algorithm.advantage={algorithm.advantage} nothing to compare a sequence with; at least 2"
-        yield Problem("environment.group_size", nothing)
-    yield from _algorithm(algorithm)
-    if environment.group_size > 0 and algorithm.batch_size % environment.group_size:
-        whole = f"whole groups of {environment.group_size} (environment.group_size)"
-        yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not {whole}")
-    if trainer.tokens_per_micro_batch < config.model.max_length:
-        longest = f"one sequence of model.max_length={config.model.max_length} tokens"
-        yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold {longest}")
-    yield from _deepspeed(config)
-    if config.model.path is None and config.model.make is None:
-        yield Problem("model.path", "is needed: a model's directory, or its name on the hub")
-    if not environment.target.rpartition(":")[0]:
-        yield Problem("environment.target", f"{environment.target!r} is not of the form package.module:Class")
-    if config.rollout.memory_utilization > 1:
-        yield Problem("rollout.memory_utilization", f"{config.rollout.memory_utilization} is more than the whole memory")
-    ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
-    if config.trajectories.server == "atropos" and ranks > 1:
-        yield Problem("trajectories.server", f"atropos serves one trainer rank, roles.trainer has {ranks}; use durable")
-    for key in ("group_size", "max_token_length", "tokenizer_name"):
-        if key in environment.config:
-            where = {"group_size": "environment.group_size", "max_token_length": "model.max_length", "tokenizer_name": "model.path"}[key]
-            yield Problem(f"environment.config.{key}", f"is set by the run; change {where} instead")
-
-
-def _deepspeed(config: Config) -> Iterator[Problem]:
-    given = config.trainer.deepspeed
-    if config.trainer.backend != "deepspeed":
-        if given:
-            yield Problem("trainer.deepspeed", f"is for trainer.backend=deepspeed; this is {config.trainer.backend}")
-        return
-    for key in sorted(given.keys() & DEEPSPEED_OWN.keys()):
-        yield Problem(f"trainer.deepspeed.{key}", f"is set by the run; change {DEEPSPEED_OWN[key]} instead")
-    stage = given.get("zero_optimization", {}).get("stage", 2)
-    if stage not in (1, 2, 3):
-        yield Problem("trainer.deepspeed.zero_optimization.stage", f"{stage!r} is not one of 1, 2, 3")
-    if config.model.lora.rank:
-        yield Problem("model.lora.rank", "an adapter is trained by trainer.backend=verl only")
-
-
-def _algorithm(algorithm: AlgorithmConf) -> Iterator[Problem]:
-    """What the parts of an algorithm ask of one another."""
-    options = LOSS_OPTIONS.get(algorithm.loss, ())
-    for option in [option for option in algorithm.loss_options if option not in options]:
-        yield Problem(f"algorithm.loss_options.{option}", f"algorithm.loss={algorithm.loss} has {', '.join(options) or 'no options'}")
-    if algorithm.loss == "sapo" and algorithm.aggregation != "seq-mean-token-mean":
-        yield Problem("algorithm.aggregation", f"{algorithm.aggregation} is not what sapo does, which is always seq-mean-token-mean")
-    if algorithm.kl_target is not None and not (algorithm.kl_target > 0 and algorithm.kl_coef > 0):
-        yield Problem("algorithm.kl_target", "and algorithm.kl_coef, where the coefficient starts, are both above 0, or the target is null")
-    if algorithm.kl_in == "reward" and not algorithm.kl_coef:
-        yield Problem("algorithm.kl_in", "reward has no effect with algorithm.kl_coef=0")
-    correction = algorithm.correction
-    on = [name for name in ("weights", "rejection") if getattr(correction, name) != "none"]
-    if on and algorithm.old_log_probs != "recompute":
-        why = "compares the learner's log-probs with the servers', and with algorithm.old_log_probs=behaviour the loss's ratio does that"
-        yield Problem(f"algorithm.correction.{on[0]}", f"{why}; it needs recompute")
-    if not re.fullmatch(RANGE, correction.threshold):
-        yield Problem("algorithm.correction.threshold", f"{correction.threshold!r} is neither a number nor a range such as 0.5_2.0")
-    if (correction.rejection == "none") != (correction.rejection_threshold == "none"):
-        yield Problem("algorithm.correction.rejection_threshold", "and algorithm.correction.rejection go together: both, or none")
-    if correction.rejection == "none" or correction.rejection_threshold == "none":
-        return
-    rejections, limits = correction.rejection.split(","), correction.rejection_threshold.split(",")
-    for name in [name for name in rejections if name not in REJECTIONS]:
-        yield Problem("algorithm.correction.rejection", f"{name!r} is not one of {', '.join(REJECTIONS)}{did_you_mean(name, REJECTIONS)}")
-    if len(limits) not in (1, len(rejections)):
-        yield Problem("algorithm.correction.rejection_threshold", f"has {len(limits)} values for {len(rejections)} rejections")
-    for limit in limits:
-        if not re.fullmatch(RANGE, limit) or ("_" in limit and not all(name.endswith("k1") for name in rejections)):
-            yield Problem("algorithm.correction.rejection_threshold", f"{limit!r} is not a number, nor, for a k1, a range such as 0.5_2.0")
 
 
 def lookup(config: Any, key: str) -> Any:
@@ -457,12 +254,6 @@ def open_sections(config: Any = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
         if hasattr(declared.type, "__dataclass_fields__"):
             yield from open_sections(declared.type, f"{prefix}{name}.")
-
-
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the nearest known word, or nothing when none is near."""
-    near = difflib.get_close_matches(wrong, list(known), 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def from_dict(section: Any, values: dict[str, Any]) -> Any:

@@ -24,14 +24,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from atropos_hpc import checks, process
 from atropos_hpc import config as schema
-from atropos_hpc import process
 from atropos_hpc.launch.plan import PointFailed
+from hydra_plugins.atropos_hpc_launcher import launcher
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REFUSED = 2
 
 schema.register()
+launcher.register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
@@ -85,7 +87,7 @@ def explain(error: Exception) -> str:
     if key and re.match(r"Key '.*' (is not in struct|not in)", first):
         if key.rpartition(".")[0] in schema.open_sections():
             return f"{key}: there is no such key yet; +{key}=... adds it"
-        return f"{key}: there is no such key{schema.did_you_mean(key, schema.keys())}"
+        return f"{key}: there is no such key{checks.did_you_mean(key, schema.keys())}"
     if key:
         return f"{key}: {first}"
     return " ".join(str(error).partition("Config search path")[0].split())

@@ -14,6 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from atropos_hpc import checks
 from atropos_hpc import config as schema
 from atropos_hpc.config import Config
 from atropos_hpc.launch import preflight
@@ -83,18 +84,18 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
     ],
 )
 def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> None:
-    found = [str(problem) for problem in schema.problems(composed(override))]
+    found = [str(problem) for problem in checks.problems(composed(override))]
     assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
 
 
 def test_upstreams_server_and_several_ranks_exclude_one_another() -> None:
-    found = schema.problems(composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2"))
+    found = checks.problems(composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2"))
     assert [problem.key for problem in found] == ["trajectories.server"]
 
 
 @pytest.mark.parametrize("override", ["seed=0", *(f"algorithm={name}" for name in ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo"))])
 def test_a_sound_config_has_no_problems(override: str) -> None:
-    assert schema.problems(composed(override)) == []
+    assert checks.problems(composed(override)) == []
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:

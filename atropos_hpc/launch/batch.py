@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atropos_hpc.config import Config, Problem, RoleConf
+from atropos_hpc.checks import Problem
+from atropos_hpc.config import Config, RoleConf
 
 ROLES = ("trainer", "rollout")  # in het jobs the number of the component; the first is the leader, whose first node runs the batch step
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atropos_hpc.config import Config, Problem, RoleConf, did_you_mean
+from atropos_hpc.checks import Problem, did_you_mean
+from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.launch import batch, slurm
 
 LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")

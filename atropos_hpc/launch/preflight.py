@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import Config, Problem, problems
+from atropos_hpc.checks import Problem, problems
+from atropos_hpc.config import Config
 from atropos_hpc.launch import batch, cluster_check
 from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_python
 

@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 import atropos_hpc
 from atropos_hpc import process
-from atropos_hpc.config import Config, Problem
+from atropos_hpc.checks import Problem
+from atropos_hpc.config import Config
 from atropos_hpc.launch import base_model, batch, plan, preflight, slurm
 from atropos_hpc.launch.allocation import Step, local_steps, slurm_steps, trainer_python
 from atropos_hpc.launch.plan import Action

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc import process
-from atropos_hpc.config import Config, Problem
+from atropos_hpc.checks import Problem
+from atropos_hpc.config import Config
 from atropos_hpc.launch import batch, preflight, run, slurm
 from atropos_hpc.observe import report
 from atropos_hpc.run_dir import RunDir, read_json, write_json

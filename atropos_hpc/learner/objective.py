@@ -3,7 +3,8 @@
 Every formula is verl's. What stands here is only the translation of `algorithm.*`, and what its values must be.
 """
 
-from atropos_hpc.config import LOSS_OPTIONS, AlgorithmConf
+from atropos_hpc.checks import LOSS_OPTIONS
+from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
 
 # isort: split

@@ -10,7 +10,8 @@ from atroposlib.envs.base import BaseEnv
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from atropos_hpc.config import EnvironmentConf, ModelConf, Problem, StalenessConf, did_you_mean
+from atropos_hpc.checks import Problem, did_you_mean
+from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf
 from atropos_hpc.rollout.client import VllmServerConfig
 from atropos_hpc.run_dir import RunDir
 
