@@ -64,7 +64,9 @@ def test_what_is_left_out_stays_unknown():
 
 
 def test_json_comes_back_as_it_was_sent():
-    sent = group(3, version=2, messages=[[{"role": "user", "content": "[hé]"}]] * 4, images=["x"], env_id=0, distill_token_ids=[[[1, 2]]])
+    sent = group(
+        3, version=2, messages=[[{"role": "user", "content": "[hé]"}]] * 4, images=["x"], env_id=0, distill_token_ids=[[[1, 2]]] * 4
+    )
     (record,) = decode(json.dumps(sent).encode(), many=False)
     back = json.loads(as_json(record.header(0) + record.payload))
     assert {name: value for name, value in back.items() if value is not None} == sent
@@ -115,6 +117,14 @@ def test_json_comes_back_as_it_was_sent():
         ("policy_versions", group(1, generation_params={"policy_versions": [[1, 2]]})),
         ("policy_versions", group(1, generation_params={"policy_versions": [[2, 1]] * 4})),
         ("policy_versions", group(1, generation_params={"policy_versions": ["1"] * 4})),
+        ("messages", group(1, messages=3)),
+        ("messages", group(1, messages=[{"role": "user", "content": "x"}])),
+        ("messages", group(1, messages=[[{"role": "user"}]])),
+        ("messages", group(1, messages=[[{"content": "x"}]])),
+        ("messages", group(1, messages=[["role content"]])),
+        ("distill_token_ids", group(1, distill_token_ids=[[[1]]])),
+        ("distill_logprobs", group(1, distill_logprobs="x")),
+        ("masks", group(1, masks=[[0, 0, 1, 1, 1, 1]] * 4)),
         ("env_id", group(1, env_id=-1)),
         ("env_id", group(1, env_id="0")),
     ],
@@ -154,6 +164,11 @@ def test_whole_numbers_may_be_written_as_floats():
     assert through({"tokens": [[1.0, 2]], "masks": [[-100.0, 2.0]], "scores": [1]}).tokens.tolist() == [1, 2]
 
 
+def test_ones_may_mark_what_is_trained_where_nothing_else_can_be_meant():
+    got = through({"tokens": [[7, 8, 9]], "masks": [[-100, 1, 1]], "scores": [1]})
+    assert got.trained.tolist() == [False, True, True]
+
+
 def test_arrays_of_a_lease_can_be_written_to():
     got = through(group(1))
     got.tokens[0] = 9
@@ -165,3 +180,12 @@ def test_repeats_have_the_same_hash_whoever_sends_them():
     (again,) = decode(json.dumps(group(1, env_id=5), indent=1).encode(), many=False)
     (other,) = decode(json.dumps(group(1, generation_params={"group_id": "other"})).encode(), many=False)
     assert first.hash == again.hash != other.hash
+
+
+def test_equal_groups_of_one_body_are_told_apart_in_the_same_way_each_time():
+    body = json.dumps([group(1, messages=[[]] * 4)] * 3).encode()
+    records = decode(body, many=True)
+    assert len({record.hash for record in records}) == 3
+    assert [record.hash for record in decode(body, many=True)] == [record.hash for record in records]
+    assert all(read_group(bytearray(r.header(0) + r.payload)).tokens.tolist() == through(group(1)).tokens.tolist() for r in records)
+    assert json.loads(as_json(records[2].header(0) + records[2].payload))["messages"] == [[]] * 4

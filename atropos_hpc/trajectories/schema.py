@@ -9,6 +9,7 @@ JSON of the free-form fields.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -122,9 +123,21 @@ def _meta_start(record: Header | Record) -> int:
 def decode(body: bytes, many: bool, vocabulary: int = ANY_VOCABULARY, max_length: int = ANY_LENGTH) -> list[Record]:
     """The groups of a posted body: one object, or with `many` an array of them. All or none.
 
-    Token ids must be in [0, vocabulary), sequences at most `max_length` tokens long. Raises Refused: 422 with the field's name,
-    400 for what is not JSON. Nothing else is ever raised, whatever the body.
+    Token ids must be in [0, vocabulary), sequences at most `max_length` tokens long. Equal groups of one body are told apart: it is
+    bodies that are sent again. Raises Refused: 422 with the field's name, 400 for what is not JSON. Nothing else is ever raised,
+    whatever the body.
     """
+    records = _decode(body, many, vocabulary, max_length)
+    seen: Counter[int] = Counter()
+    for record in records:
+        first = record.hash
+        if seen[first]:
+            record.tell_apart(seen[first])
+        seen[first] += 1
+    return records
+
+
+def _decode(body: bytes, many: bool, vocabulary: int, max_length: int) -> list[Record]:
     global _parser
     try:
         document = _parser.parse(body)
@@ -186,8 +199,8 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
     if mask_lengths != lengths:
         raise Refused(422, "masks: lengths differ from those of tokens")
     trained = masks != NOT_TRAINED
-    if not (masks == tokens)[trained].all():
-        raise Refused(422, f"masks: each must be {NOT_TRAINED} or the token itself")
+    if not (masks == tokens)[trained].all() and not _all_flags(masks, tokens):
+        raise Refused(422, f"masks: each must be {NOT_TRAINED} or the token itself (or, for every token that is trained, 1)")
     scores = _numbers(value["scores"], "scores")
     if scores.size != len(lengths):
         raise Refused(422, f"scores: {scores.size} for {len(lengths)} sequences")
@@ -223,6 +236,11 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
         env_id=UNKNOWN if env_id is None else env_id,
         oldest=oldest,
     )
+
+
+def _all_flags(masks: NDArray[Any], tokens: NDArray[Any]) -> bool:
+    """Is 1 written for trained tokens, as Atropos' own tests do? Beside a 0, which would be a flag then and not a label, it is refused."""
+    return bool(np.isin(masks, (NOT_TRAINED, 1))[masks != tokens].all() and not (masks == 0).any())
 
 
 def _rows(value: Any, name: str, kind: Literal["i", "d"]) -> tuple[list[int], NDArray[Any]]:
@@ -300,6 +318,11 @@ def _check_free(value: Any, sequences: int) -> int:
             raise Refused(422, "overrides: an array of objects is needed")
         if len(overrides) not in (0, sequences):
             raise Refused(422, f"overrides: {len(overrides)} for {sequences} sequences")
+    _check_messages(value.get("messages"))
+    for name in ("distill_token_ids", "distill_logprobs"):
+        given = value.get(name)
+        if given is not None and not (isinstance(given, (list, simdjson.Array)) and len(given) == sequences):
+            raise Refused(422, f"{name}: an array with one entry for each sequence is needed")
     versions = (value.get("generation_params") or {}).get("policy_versions")
     if versions is None:
         return UNKNOWN
@@ -307,6 +330,22 @@ def _check_free(value: Any, sequences: int) -> int:
     if not isinstance(versions, list) or len(versions) != sequences or not all(v is None or _is_range(v) for v in versions):
         raise Refused(422, "generation_params.policy_versions: [oldest, newest] or null for each sequence")
     return min((v[0] for v in versions if v is not None), default=UNKNOWN)
+
+
+def _check_messages(conversations: Any) -> None:
+    """As Atropos does: arrays of messages, each with a role and a content; what else a message has is its own affair."""
+    if conversations is None:
+        return
+    arrays = (list, simdjson.Array)
+    if not isinstance(conversations, arrays) or not all(isinstance(messages, arrays) for messages in conversations):
+        raise Refused(422, "messages: an array of arrays of messages is needed")
+    for messages in conversations:
+        for message in messages:
+            if not isinstance(message, (dict, simdjson.Object)):
+                raise Refused(422, "messages: a message is an object")
+            for name in ("role", "content"):
+                if name not in message:
+                    raise Refused(422, f"messages: a message without {name}")
 
 
 def _is_range(value: Any) -> bool:
