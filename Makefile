@@ -20,6 +20,7 @@ INSTALL := DS_BUILD_OPS=0 $(UV) pip install --quiet $(UV_WHEELS) --compile-bytec
 
 TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
+TRL := .venv-trl/ready
 
 .PHONY: demo setup apt test lint bench clean
 
@@ -60,10 +61,16 @@ test: setup apt
 	TEST_ROLE=trainer .venv/bin/python -m pytest
 	TEST_ROLE=rollout .venv-rollout/bin/python -m pytest
 
-bench: setup
+# TRL, which one bench compares with, has an environment of its own.
+$(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
+	test -x .venv-trl/bin/python || $(UV) venv --quiet --python .venv/bin/python .venv-trl
+	$(INSTALL) --python .venv-trl/bin/python -r requirements/bench-trl-cpu.txt
+	touch $@
+
+bench: setup $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
 
 # Run directories and the cache of made models stay: they are results.
 clean:
-	rm -rf .venv .venv-rollout build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-rollout .venv-trl build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

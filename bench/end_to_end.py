@@ -1,0 +1,184 @@
+"""A whole run against TRL's GRPOTrainer: wall time until the arithmetic policy answers 0.85 of the held-out problems.
+
+Both sides start from the same base, take the same prompts in the same order, 32 of them by 8 samples a step, the same reward, AdamW with
+the same settings, KL and clip, in float32, on the same cores, one after the other. Ours is `experiment=arithmetic_cpu` as it stands:
+vLLM, environments, trajectory server and learner as processes of their own, one version of staleness allowed. TRL generates
+and trains in turn within one process (bench/trl/grpo.py), with transformers' own generation: it drives no vLLM on a CPU.
+
+The clock runs from the command on. Neither side evaluates while it runs: every KEEP-th version is kept, and judged afterwards by one and
+the same function, the mean probability of the right answer over all held-out problems. `make bench NAME=end_to_end` makes TRL's
+environment; it is no part of the trainer's.
+
+What bounds each side stands in the result too: seconds of a step by part, and CPU seconds by process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.result import Result
+
+STEPS, KEEP, SEED = 120, 5, 0
+BAR = 0.85  # held-out accuracy
+ROOT = Path(__file__).resolve().parent.parent
+TRL = ROOT / ".venv-trl" / "bin" / "python"
+TICK_S, TIMEOUT_S = 0.5, 1800.0
+
+
+@dataclass
+class Side:
+    """What one side's run left: unix times of its start and of each step's end, the weights of some steps, and where its time went."""
+
+    name: str
+    start: float
+    ends: dict[int, float]
+    weights: dict[int, list[Path]]
+    parts: dict[str, float]  # seconds of a step
+    cpu: dict[str, float]  # CPU seconds of the whole run, by process
+
+
+def run_ours(scratch: Path) -> Side:
+    """The experiment itself; every version that it publishes stays on disk."""
+    directory = scratch / "ours"
+    overrides = [f"run_dir={directory}", f"seed={SEED}", f"trainer.steps={STEPS}", "policy.keep=1000", "evaluation.every=0",
+                 "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
+    start, cpu = run([sys.executable, "-m", "atropos_hpc.train", *overrides], scratch / "ours.log")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    phases = {key.removeprefix("time/"): sum(line[key] for line in lines[1:]) / (STEPS - 1) for key in lines[0] if "time/" in key}
+    versions = {int(path.name.partition("-")[0]): path for path in (directory / "policy").iterdir() if path.is_dir()}
+    ends = {step: (path / "manifest.json").stat().st_mtime for step, path in versions.items() if step}
+    kept = {step: list(path.glob("*.safetensors")) for step, path in versions.items() if step and step % KEEP == 0}
+    return Side("atropos_hpc", start, ends, kept, phases, cpu)
+
+
+def run_trl(scratch: Path, base: Path) -> Side:
+    """GRPOTrainer with what experiment=arithmetic_cpu says."""
+    if not TRL.exists():
+        raise FileNotFoundError(f"{TRL} is missing: `make bench NAME=end_to_end` makes TRL's environment")
+    out = scratch / "trl"
+    out.mkdir()
+    conf = composed()
+    options = {
+        "base": base, "out": out, "steps": STEPS, "keep": KEEP, "seed": SEED, "batch": conf.algorithm.batch_size,
+        "group": conf.environment.group_size, "learning-rate": conf.trainer.learning_rate, "kl": conf.algorithm.kl_coef,
+        "clip": conf.algorithm.clip_low,
+    }  # fmt: skip
+    command = [str(TRL), str(Path(__file__).parent / "trl" / "grpo.py"), *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+    start, cpu = run(command, scratch / "trl.log")
+    times = json.loads((out / "times.json").read_text())
+    parts = {name: seconds / STEPS for name, seconds in times["seconds"].items()}
+    kept = {step: [out / f"weights-{step}.safetensors"] for step in range(KEEP, STEPS + 1, KEEP)}
+    return Side("TRL", start, {int(step): end for step, end in times["steps"].items()}, kept, parts, cpu)
+
+
+def composed() -> Any:
+    """The config of experiment=arithmetic_cpu."""
+    from hydra import compose, initialize_config_dir
+
+    from atropos_hpc.config import register
+
+    register()
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        return compose("config", [f"seed={SEED}"])
+
+
+def run(command: list[str], log: Path) -> tuple[float, dict[str, float]]:
+    """Run a command to its end. -> unix time of its start, CPU seconds of it and its descendants by program."""
+    start = time.time()
+    seen: dict[int, tuple[str, float]] = {}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        while process.poll() is None:
+            if time.time() - start > TIMEOUT_S:
+                process.kill()
+            seen.update(descendants(process.pid))
+            time.sleep(TICK_S)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+    cpu: Counter[str] = Counter()
+    for name, seconds in seen.values():
+        cpu[name] += seconds
+    return start, dict(cpu)
+
+
+def descendants(root: int) -> dict[int, tuple[str, float]]:
+    """{pid: (program, CPU seconds so far)} of a process and all below it, from /proc."""
+    parents, found = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # gone meanwhile
+                continue
+            name = arguments[arguments.index("-m") + 1] if "-m" in arguments else Path(arguments[min(1, len(arguments) - 1)]).name
+            parents[int(entry.name)] = int(fields[1])
+            found[int(entry.name)] = name, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def below(pid: int) -> bool:
+        return pid == root or (pid in parents and below(parents[pid]))
+
+    return {pid: what for pid, what in found.items() if below(pid)}
+
+
+def judged(side: Side, base: Path) -> dict[int, float]:
+    """Held-out accuracy of each kept version."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from atropos_hpc.environments.addition import problems
+    from atropos_hpc.environments.make_base import accuracy
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    curve = {}
+    for step, files in sorted(side.weights.items()):
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        unknown = model.load_state_dict(weights, strict=False)
+        assert not unknown.unexpected_keys and set(unknown.missing_keys) <= {"lm_head.weight"}, unknown  # tied to the embedding
+        curve[step] = accuracy(model, problems(held_out=True))[0]
+    return curve
+
+
+def row_of(side: Side, curve: dict[int, float]) -> dict[str, Any]:
+    reached = next((step for step, value in curve.items() if value >= BAR), None)
+    if reached is None:
+        raise RuntimeError(f"{side.name} did not reach {BAR} in {STEPS} steps: {curve}")
+    wall = side.ends[STEPS] - side.start
+    return {
+        "side": side.name,
+        "until step 1, s": side.ends[1] - side.start,
+        "s per step": (side.ends[STEPS] - side.ends[1]) / (STEPS - 1),
+        f"steps to {BAR}": reached,
+        f"s to {BAR}": side.ends[reached] - side.start,
+        "of it after step 1": side.ends[reached] - side.ends[1],
+        f"accuracy after {STEPS}": curve[STEPS],
+        "cores busy": sum(side.cpu.values()) / wall,
+    }
+
+
+def main() -> Result:
+    from omegaconf import OmegaConf
+
+    from atropos_hpc.launch.base_model import ensure
+
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        base = Path(ensure(OmegaConf.to_object(composed().model), sys.executable, scratch / "make_base.log"))
+        sides = [run_trl(scratch, base), run_ours(scratch)]
+        curves = {side.name: judged(side, base) for side in sides}
+    rows = [row_of(side, curves[side.name]) for side in sides]
+    details = {"seconds of a step": {s.name: s.parts for s in sides}, "CPU seconds": {s.name: s.cpu for s in sides}, "accuracy": curves}
+    result = Result(rows, details=details)
+    theirs, ours = rows
+    result.at_least(f"wall time to {BAR}, TRL / ours", theirs[f"s to {BAR}"] / ours[f"s to {BAR}"], 2.0)
+    result.at_least("s per step, TRL / ours", theirs["s per step"] / ours["s per step"], 2.0)
+    return result
