@@ -94,6 +94,25 @@ DEEPSPEED_OWN = {
     "optimizer": "trainer.learning_rate", "scheduler": "trainer.schedule", "bf16": "model.dtype", "fp16": "model.dtype",
 }  # fmt: skip
 
+# trainer.fsdp_config and trainer.optim, by verl's names; and those of which another key of ours decides
+FSDP_CONFIG = (
+    "entropy_checkpointing", "entropy_from_logits_chunk_size", "entropy_from_logits_with_chunking", "forward_prefetch", "fsdp_size",
+    "full_determinism", "mixed_precision", "optimizer_offload", "pad_to_length", "pad_to_length_bucket", "param_offload",
+    "reshard_after_forward", "ulysses_sequence_parallel_size", "use_no_sync_for_gradient_accumulation", "use_torch_compile", "wrap_policy",
+)  # fmt: skip
+OPTIM = (
+    "betas", "lr_warmup_steps_ratio", "min_lr_ratio", "num_cycles", "optimizer", "optimizer_impl", "override_optimizer_config",
+    "zero_indexed_step",
+)  # fmt: skip
+VERL_OWN = {
+    "fsdp_config.offload_policy": "trainer.offload", "fsdp_config.model_dtype": "model.dtype", "fsdp_config.dtype": "model.dtype",
+    "fsdp_config.max_token_len_per_gpu": "trainer.tokens_per_micro_batch", "fsdp_config.strategy": "trainer.backend",
+    "fsdp_config.seed": "seed", "optim.lr": "trainer.learning_rate", "optim.weight_decay": "trainer.weight_decay",
+    "optim.lr_warmup_steps": "trainer.warmup_steps", "optim.lr_scheduler_type": "trainer.schedule",
+    "optim.warmup_style": "trainer.schedule", "optim.clip_grad": "trainer.grad_clip", "optim.grad_clip": "trainer.grad_clip",
+    "optim.total_training_steps": "trainer.steps",
+}  # fmt: skip
+
 # algorithm.loss_options of each loss, by verl's names
 LOSS_OPTIONS = {
     "sapo": ("tau_pos", "tau_neg"),
@@ -144,7 +163,10 @@ def _combinations(config: Config) -> Iterator[Problem]:
     if trainer.tokens_per_micro_batch < config.model.max_length:
         longest = f"one sequence of model.max_length={config.model.max_length} tokens"
         yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold {longest}")
+    yield from _verl(config)
     yield from _deepspeed(config)
+    if config.model.attention == "flash_attention_2" and config.model.dtype == "float32":
+        yield Problem("model.attention", "flash_attention_2 computes in bfloat16, and model.dtype is float32; use sdpa")
     if config.model.path is None and config.model.make is None:
         yield Problem("model.path", "is needed: a model's directory, or its name on the hub")
     if not environment.target.rpartition(":")[0]:
@@ -160,6 +182,31 @@ def _combinations(config: Config) -> Iterator[Problem]:
             yield Problem(f"environment.config.{key}", f"is set by the run; change {where} instead")
 
 
+def _verl(config: Config) -> Iterator[Problem]:
+    """What verl's engine and optimizer cannot be asked for."""
+    trainer, ranks = config.trainer, config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
+    engine, optim = trainer.fsdp_config, trainer.optim
+    for section, given, known in (("fsdp_config", engine, FSDP_CONFIG), ("optim", optim, OPTIM)):
+        for key in sorted(given.keys() - set(known)):
+            owner = VERL_OWN.get(f"{section}.{key}")
+            wrong = f"is set by the run; change {owner} instead" if owner else f"is not one of {', '.join(known)}{did_you_mean(key, known)}"
+            yield Problem(f"trainer.{section}.{key}", wrong)
+    if trainer.backend != "verl" and engine:
+        yield Problem("trainer.fsdp_config", f"is for trainer.backend=verl; this is {trainer.backend}")
+    if "param_dtype" in (engine.get("mixed_precision") or {}):
+        yield Problem("trainer.fsdp_config.mixed_precision.param_dtype", "is set by the run; change model.dtype instead")
+    for key in ("param_offload", "optimizer_offload"):
+        if trainer.offload and engine.get(key):
+            yield Problem(f"trainer.fsdp_config.{key}", "and trainer.offload are two ways of the same; keep one")
+    parallel = engine.get("ulysses_sequence_parallel_size", 1)
+    for key, value in (("ulysses_sequence_parallel_size", parallel), ("fsdp_size", engine.get("fsdp_size", -1))):
+        if value != -1 and (not isinstance(value, int) or value < 1 or ranks % value):
+            yield Problem(f"trainer.fsdp_config.{key}", f"{value!r} does not divide the {ranks} ranks of roles.trainer")
+    if parallel != 1 and config.model.attention != "flash_attention_2":
+        wrong = f"{parallel} with model.attention={config.model.attention} would let each rank attend to its own part of a sequence only"
+        yield Problem("trainer.fsdp_config.ulysses_sequence_parallel_size", f"{wrong}; use flash_attention_2")
+
+
 def _deepspeed(config: Config) -> Iterator[Problem]:
     given = config.trainer.deepspeed
     if config.trainer.backend != "deepspeed":
@@ -168,9 +215,13 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
         return
     for key in sorted(given.keys() & DEEPSPEED_OWN.keys()):
         yield Problem(f"trainer.deepspeed.{key}", f"is set by the run; change {DEEPSPEED_OWN[key]} instead")
-    stage = given.get("zero_optimization", {}).get("stage", 2)
+    zero = given.get("zero_optimization", {})
+    stage = zero.get("stage", 2) if isinstance(zero, dict) else zero
     if stage not in (1, 2, 3):
         yield Problem("trainer.deepspeed.zero_optimization.stage", f"{stage!r} is not one of 1, 2, 3")
+    optim = {"optimizer": "AdamW", "optimizer_impl": "torch.optim", **config.trainer.optim}
+    if (optim["optimizer"], optim["optimizer_impl"]) != ("AdamW", "torch.optim"):
+        yield Problem("trainer.optim.optimizer", "ZeRO shards the state of torch's AdamW only; use trainer.backend=verl for another")
     if config.model.lora.rank:
         yield Problem("model.lora.rank", "an adapter is trained by trainer.backend=verl only")
 

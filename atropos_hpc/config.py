@@ -90,6 +90,8 @@ class TrainerConf:
     keep_checkpoints: int = 2
     keep_checkpoints_every: int = 0
     threads: Optional[int] = None
+    fsdp_config: Dict[str, Any] = field(default_factory=dict)
+    optim: Dict[str, Any] = field(default_factory=dict)
     deepspeed: Dict[str, Any] = field(default_factory=dict)
 
 

@@ -81,11 +81,36 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         ("algorithm.correction.weights=token", "algorithm.correction.weights", "needs recompute"),
         ("algorithm.correction.threshold=much", "algorithm.correction.threshold", "range"),
         ("algorithm.correction.rejection_threshold=2", "algorithm.correction.rejection_threshold", "go together"),
+        ("+trainer.fsdp_config.param_ofload=true", "trainer.fsdp_config.param_ofload", "did you mean param_offload?"),
+        ("+trainer.fsdp_config.offload_policy=true", "trainer.fsdp_config.offload_policy", "change trainer.offload"),
+        ("+trainer.fsdp_config.fsdp_size=3", "trainer.fsdp_config.fsdp_size", "does not divide the 1 ranks"),
+        ("+trainer.fsdp_config.mixed_precision={param_dtype: bf16}", "trainer.fsdp_config.mixed_precision.param_dtype", "model.dtype"),
+        ("+trainer.optim.lr=1", "trainer.optim.lr", "change trainer.learning_rate"),
+        ("+trainer.optim.momentum=0.9", "trainer.optim.momentum", "override_optimizer_config"),
+        ("+trainer.deepspeed.bf16.enabled=true", "trainer.deepspeed", "trainer.backend=deepspeed"),
+        ("model.attention=flash_attention_2", "model.attention", "model.dtype is float32"),
     ],
 )
 def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> None:
     found = [str(problem) for problem in checks.problems(composed(override))]
     assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
+
+
+@pytest.mark.parametrize(
+    "overrides, key, says",
+    [
+        (["roles.trainer.nodes=2", "+trainer.fsdp_config.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size", "sdpa"),
+        (["trainer.offload=true", "+trainer.fsdp_config.param_offload=true"], "trainer.fsdp_config.param_offload", "keep one"),
+        (["trainer=deepspeed", "+trainer.fsdp_config.forward_prefetch=true"], "trainer.fsdp_config", "trainer.backend=verl"),
+        (["trainer=deepspeed", "+trainer.optim.optimizer=SGD"], "trainer.optim.optimizer", "AdamW"),
+        (["trainer=deepspeed", "+trainer.deepspeed.gradient_clipping=1"], "trainer.deepspeed.gradient_clipping", "trainer.grad_clip"),
+        (["trainer=deepspeed", "trainer.deepspeed.zero_optimization.stage=0"], "zero_optimization.stage", "1, 2, 3"),
+        (["trainer=deepspeed", "model.lora.rank=8"], "model.lora.rank", "trainer.backend=verl"),
+    ],
+)
+def test_what_excludes_one_another_in_the_trainer(overrides: list[str], key: str, says: str) -> None:
+    found = [str(problem) for problem in checks.problems(composed(*overrides))]
+    assert len(found) == 1 and key in found[0] and says in found[0], found
 
 
 def test_upstreams_server_and_several_ranks_exclude_one_another() -> None:

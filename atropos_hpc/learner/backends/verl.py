@@ -123,9 +123,10 @@ class VerlBackend:
         optimizer = self._policy.optimizer
         fresh = not optimizer.state
         weights, moments = get_state_dict(self.module, optimizer, options=self._saved)
-        if fresh:  # an empty step was taken to invent Adam's state, and left its mark in the live optimizer
+        if fresh:  # an empty step was taken to invent the optimizer's state, and left its mark in the live optimizer
             for state in optimizer.state.values():
-                state["step"].zero_()
+                if "step" in state:
+                    state["step"].zero_()
         return {"model": weights, "optimizer": moments["state"]}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
@@ -163,7 +164,9 @@ class VerlBackend:
 
 
 def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[str, Any]:
-    """verl's configs of an engine."""
+    """verl's configs of an engine. trainer.fsdp_config and trainer.optim come on top, less what checks.py refuses there."""
+    precision = {"param_dtype": DTYPES[model.dtype], "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    engine = {"use_torch_compile": False, "entropy_from_logits_with_chunking": True, **trainer.fsdp_config}
     return dict(
         model_config=HFModelConfig(
             path=str(model.path),
@@ -180,11 +183,9 @@ def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[st
             strategy="fsdp2",
             forward_only=not trainable,
             offload_policy=trainer.offload,
-            use_torch_compile=False,
             use_remove_padding=True,
-            entropy_from_logits_with_chunking=True,
             model_dtype="fp32",
-            mixed_precision={"param_dtype": DTYPES[model.dtype], "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+            **{**engine, "mixed_precision": precision | dict(engine.get("mixed_precision") or {})},
         ),
         optimizer_config=FSDPOptimizerConfig(
             lr=trainer.learning_rate,
@@ -193,6 +194,7 @@ def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[st
             lr_scheduler_type=trainer.schedule,
             lr_warmup_steps=trainer.warmup_steps,
             total_training_steps=trainer.steps,
+            **trainer.optim,
         ),
         checkpoint_config=CheckpointConfig(),
     )
