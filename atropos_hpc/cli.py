@@ -1,23 +1,132 @@
 """`atropos-hpc`: what one does to a run besides starting it.
 
-atropos-hpc validate [OVERRIDE ...]   everything that would be refused, without starting anything
-atropos-hpc export RUN OUT            the newest checkpoint's weights as a Hugging Face directory
-atropos-hpc stop RUN                  save a checkpoint, then end the run; the same command resumes it
-atropos-hpc report SWEEP [--json]     one row per point of a sweep (or for one run): state, step, figures, and which is best
+Each command is a function below that returns the exit code: 0 done, 1 it could not be, 2 what was asked for makes no sense. What a command
+needs is imported in it: `status` has to be there at once, on any login node.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from atropos_hpc import rendezvous
 from atropos_hpc.run_dir import RunDir, read_json
 
+LOOK_S = 2.0  # between two looks of a live status
 
-def validate(overrides: Sequence[str]) -> int:
-    """Compose and check as `atropos_hpc.train` would with these overrides. 0: nothing wrong; 2: said what."""
+
+def status(options: argparse.Namespace) -> int:
+    """Who takes part, how far it is, how it does, and what it waits for."""
+    from atropos_hpc.observe import status as observe
+
+    if options.json:
+        print(json.dumps(observe.of(options.directory), indent=1))
+        return 0
+    from rich.console import Console
+
+    from atropos_hpc.observe import screen
+
+    terminal = Console()
+    found = observe.of(options.directory)
+    if options.once or not terminal.is_terminal:
+        terminal.width = terminal.width if terminal.is_terminal else 160
+        terminal.print(screen.draw(found))
+        return 0
+    from rich.live import Live
+
+    with Live(screen.draw(found), console=terminal, auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(screen.draw(observe.of(options.directory)), refresh=True)
+            time.sleep(LOOK_S)
+
+
+def report(options: argparse.Namespace) -> int:
+    """The points of a sweep as a table, and everything there is to see as one page."""
+    from atropos_hpc.observe import report as observe
+
+    rows = [observe.row(point) for point in observe.with_job_states(observe.found(options.directory))]
+    best = observe.best(rows)
+    if options.json:
+        print(json.dumps([{**row, "best": row is best} for row in rows], indent=1))
+        return 0
+    print(observe.table(rows))
+    try:
+        from atropos_hpc.observe import page
+    except ImportError as error:
+        print(f"no page was drawn ({error}): `pip install 'atropos-hpc[login]'` has what it needs", file=sys.stderr)
+        return 0
+    try:
+        written = page.write(options.directory, rows, options.out or options.directory / "report")
+    except OSError as error:
+        print(f"no page was drawn: cannot write {error.filename}: {error.strerror}; --out names another directory", file=sys.stderr)
+        return 1
+    print(f"\n{written}, with its figures beside it as PNG files")
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """What the members of a run have logged."""
+    from atropos_hpc.observe import logs as observe
+
+    return observe.show(_run(options.run), options.member, options.follow, options.lines, options.attempt)
+
+
+def samples(options: argparse.Namespace) -> int:
+    """What the policy said, from version to version."""
+    from atropos_hpc.observe import samples as observe
+
+    found = observe.read(_run(options.run), options.version, options.last)
+    if options.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    elif found:
+        observe.show(found)
+    else:
+        print(f"{options.run} has no samples{' of that version' if options.version is not None else ''} yet", file=sys.stderr)
+    return 0 if found else 1
+
+
+def stop(options: argparse.Namespace) -> int:
+    """Leave the request to stop. The supervisor and the learner do the rest, wherever they run."""
+    from atropos_hpc import rendezvous
+
+    run = _run(options.run)
+    if not rendezvous.Roster(run.roster).members("supervisor"):
+        print(f"nothing runs in {run.path}", file=sys.stderr)
+        return 1
+    rendezvous.ask(run, "stop", by="atropos-hpc stop")
+    print(f"asked: the learner saves a checkpoint, and the run in {run.path} ends; `atropos-hpc resume {run.path}` goes on from there")
+    return 0
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Go on where the last durable step left it, with the config it has."""
+    from atropos_hpc.launch import resume as launch
+
+    return launch.resume(_run(options.run), options.overrides)
+
+
+def export(options: argparse.Namespace) -> int:
+    """See learner/export.py."""
+    run = _run(options.run)
+    try:
+        from atropos_hpc.learner.checkpoint import BadCheckpoint  # needs torch, which a login node may not have
+        from atropos_hpc.learner.export import export as write
+    except ImportError as error:
+        print(f"{error}: export needs the trainer's environment (roles.trainer.python)", file=sys.stderr)
+        return 2
+    try:
+        done = write(run, options.out, options.step)
+    except (OSError, ValueError, BadCheckpoint) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{options.out}: the weights after step {done}")
+    return 0
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Compose and check as `atropos_hpc.train` would with these overrides. 2: said what is wrong."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -27,10 +136,10 @@ def validate(overrides: Sequence[str]) -> int:
     from atropos_hpc.launch import preflight
     from atropos_hpc.train import CONFIGS, explain
 
-    given = any(override.startswith("run_dir=") for override in overrides)
+    given = any(override.startswith("run_dir=") for override in options.overrides)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = OmegaConf.to_object(compose("config", [*overrides, *([] if given else ["run_dir=runs/new"])]))
+            config = OmegaConf.to_object(compose("config", [*options.overrides, *([] if given else ["run_dir=runs/new"])]))
     except (HydraException, OmegaConfBaseException) as error:
         print(explain(error), file=sys.stderr)
         return 2
@@ -44,78 +153,131 @@ def validate(overrides: Sequence[str]) -> int:
     return 2 if found else 0
 
 
-def stop(path: Path) -> int:
-    """Leave the request to stop. The supervisor and the learner do the rest, wherever they run."""
-    run = RunDir(path)
-    if not read_json(run.run_json):
-        print(f"{path} is not a run directory: it has no run.json", file=sys.stderr)
-        return 2
-    if not rendezvous.Roster(run.roster).members("supervisor"):
-        print(f"nothing runs in {path}", file=sys.stderr)
-        return 1
-    rendezvous.ask(run, "stop", by="atropos-hpc stop")
-    print(f"asked: the learner saves a checkpoint, and the run in {path} ends")
+def doctor(options: argparse.Namespace) -> int:
+    """What works here, what is missing, and how to get it."""
+    from atropos_hpc.launch import doctor as launch
+
+    return launch.examine(options.overrides)
+
+
+def completion(_options: argparse.Namespace) -> int:
+    """What bash has to read for completion; zsh understands it after `bashcompinit`."""
+    names = " ".join(name for name, _, _ in COMMANDS)
+    print(COMPLETION.format(commands=names), end="")
     return 0
 
 
-def report(directory: Path, as_json: bool) -> int:
-    """Print the points of a sweep. 1 when there is none."""
-    from atropos_hpc.observe import report
-
-    points = report.points(directory)
-    if not points:
-        print(f"{directory} holds no jobs.json and no run directory", file=sys.stderr)
-        return 1
-    rows = [report.row(point) for point in report.with_job_states(points)]
-    best = report.best(rows)
-    if as_json:
-        print(json.dumps([{**row, "best": row is best} for row in rows], indent=1))
-    else:
-        print(report.table(rows))
-    return 0
+COMPLETION = """\
+# eval "$(atropos-hpc completion)", in ~/.bashrc; in ~/.zshrc after `autoload -U bashcompinit && bashcompinit`
+_atropos_hpc() {{
+    local word=${{COMP_WORDS[COMP_CWORD]}}
+    if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "{commands}" -- "$word"))
+    elif [ "${{COMP_WORDS[1]}}" = logs ] && [ "$COMP_CWORD" -eq 3 ]; then
+        local logs=("${{COMP_WORDS[2]}}"/logs/latest/*.log)
+        logs=("${{logs[@]##*/}}")
+        COMPREPLY=($(compgen -W "${{logs[*]%.log}}" -- "$word"))
+    else COMPREPLY=($(compgen -d -- "$word")); fi
+}}
+complete -o filenames -F _atropos_hpc atropos-hpc
+"""
 
 
-def export(path: Path, out: Path, step: int | None) -> int:
-    """See learner/export.py. 0: written; 2: said what is in the way."""
-    run = RunDir(path)
-    if not read_json(run.run_json):
-        print(f"{path} is not a run directory: it has no run.json", file=sys.stderr)
-        return 2
-    try:
-        from atropos_hpc.learner.checkpoint import BadCheckpoint  # needs torch, which a login node may not have
-        from atropos_hpc.learner.export import export as write
-    except ImportError as error:
-        print(f"{error}: export needs the trainer's environment (roles.trainer.python)", file=sys.stderr)
-        return 2
-    try:
-        done = write(run, out, step)
-    except (OSError, ValueError, BadCheckpoint) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{out}: the weights after step {done}")
-    return 0
+def _directory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="RUN|SWEEP", help="a run's directory, or a sweep's")
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    _directory(parser)
+    parser.add_argument("--once", action="store_true", help="print it and end; also what happens where there is no terminal")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    _directory(parser)
+    parser.add_argument("--json", action="store_true", help="the table as JSON, and no page")
+    parser.add_argument("--out", type=Path, help="where the page goes; else to report/ in the directory")
+
+
+def _one_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
+
+
+def _logs(parser: argparse.ArgumentParser) -> None:
+    _one_run(parser)
+    parser.add_argument("member", nargs="?", default="", metavar="MEMBER", help="such as trainer-0 or server; else all")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as they grow")
+    parser.add_argument("-n", "--lines", type=int, default=20, help="of each, from the end (20)")
+    parser.add_argument("--attempt", type=int, help="of which attempt; else the newest")
+
+
+def _samples(parser: argparse.ArgumentParser) -> None:
+    _one_run(parser)
+    parser.add_argument("--version", type=int, help="of this policy version only")
+    parser.add_argument("-n", "--last", type=int, default=5, help="the newest so many (5)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _resume(parser: argparse.ArgumentParser) -> None:
+    _one_run(parser)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what may change: trainer.steps=300 launch.minutes=120")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _one_run(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
+    parser.add_argument("--step", type=int, help="of which step; else the newest")
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train")
+
+
+Command = tuple[str, str, Callable[[argparse.ArgumentParser], Any]]
+COMMANDS: tuple[Command, ...] = (
+    ("status", "how a run goes, live, or each point of a sweep", _status),
+    ("report", "a sweep's points as a table, and a page with every figure", _report),
+    ("logs", "what the members of a run have logged", _logs),
+    ("samples", "prompts, completions and scores, by policy version", _samples),
+    ("stop", "save a checkpoint, then end the run", _one_run),
+    ("resume", "go on from the last durable step, here or as a new job", _resume),
+    ("export", "a checkpoint's weights as a Hugging Face directory", _export),
+    ("validate", "everything that would be refused, without starting anything", _overrides),
+    ("doctor", "this machine, the cluster and both environments: what works, what is missing", _overrides),
+    ("completion", "a script for the shell's completion", lambda _: None),
+)
+
+
+class _Refused(Exception):
+    """What the command was given is not what it needs."""
+
+
+def _run(path: Path) -> RunDir:
+    """The run in that directory. Raises _Refused."""
+    from atropos_hpc.observe.report import is_run
+
+    if not is_run(path):
+        raise _Refused(f"{path} is not a run's directory: " + ("it holds no run.json" if path.exists() else "it does not exist"))
+    return RunDir(path.resolve())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from atropos_hpc.observe.report import NotOne
+
     parser = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("validate", help="everything that would be refused, without starting anything")
-    check.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train")
-    end = commands.add_parser("stop", help="save a checkpoint, then end the run")
-    end.add_argument("run", type=Path, metavar="RUN", help="the run directory")
-    rows = commands.add_parser("report", help="one row per point of a sweep, or for one run")
-    rows.add_argument("directory", type=Path, metavar="SWEEP", help="the sweep's directory, or a run directory")
-    rows.add_argument("--json", action="store_true", help="as JSON")
-    written = commands.add_parser("export", help="a checkpoint's weights as a Hugging Face directory")
-    written.add_argument("run", type=Path, metavar="RUN", help="the run directory")
-    written.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
-    written.add_argument("--step", type=int, help="of which step; else the newest")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about, add_arguments in COMMANDS:
+        add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + "."))
     options = parser.parse_args(arguments)
-    if options.command == "validate":
-        return validate(options.overrides)
-    if options.command == "export":
-        return export(options.run, options.out, options.step)
-    return stop(options.run) if options.command == "stop" else report(options.directory, options.json)
+    try:
+        return int(globals()[options.command](options))
+    except (NotOne, _Refused) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

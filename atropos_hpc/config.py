@@ -213,6 +213,7 @@ class Config:
     trajectories: TrajectoriesConf = field(default_factory=TrajectoriesConf)
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
     wandb: WandbConf = field(default_factory=WandbConf)
+    tensorboard: bool = False
     cluster: ClusterConf = field(default_factory=ClusterConf)
     launch: LaunchConf = field(default_factory=LaunchConf)
     roles: RolesConf = field(default_factory=RolesConf)

@@ -10,12 +10,13 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 STALE_RETRIES = 20  # reads of a file that was replaced under us, 50 ms apart
+TAIL_BYTES = 1 << 16  # the first look at a long file's end
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ class RunDir:
     def evaluations(self) -> Path:
         """One JSON line per held-out evaluation."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def activity(self) -> Path:
+        """What members did over time: observe/activity.py."""
+        return self.path / "activity.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Some of the sequences that were trained on: observe/samples.py."""
+        return self.path / "samples.jsonl"
 
     @property
     def done(self) -> Path:
@@ -185,8 +196,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
+    return _parsed(data.split(b"\n"))
+
+
+def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` whole JSON lines, read from the file's end, however long it is; [] when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            at, data = file.seek(0, os.SEEK_END), b""
+            while at > 0 and data.count(b"\n") <= count + 1:
+                step = min(at, max(TAIL_BYTES, len(data)))
+                at -= step
+                file.seek(at)
+                data = file.read(step) + data
+    except FileNotFoundError:
+        return []
+    whole = data if at == 0 else data.partition(b"\n")[2]
+    return _parsed(whole.split(b"\n")[-count - 2 :])[-count:]
+
+
+def _parsed(data: Iterable[bytes]) -> list[dict[str, Any]]:
     lines = []
-    for line in data.split(b"\n"):
+    for line in data:
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -71,7 +71,7 @@ def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highes
 def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atropos_hpc.cli", "report"]
     nothing = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 1 and "no jobs.json" in nothing.stderr
+    assert nothing.returncode == 2 and "neither a run's directory nor a sweep's" in nothing.stderr
     row = point(tmp_path, 0)
     trained(row, 4, 0.5, accuracy=0.7)
     write_json(tmp_path / "jobs.json", [row])

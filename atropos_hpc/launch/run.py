@@ -28,6 +28,7 @@ from atropos_hpc.launch.allocation import Step, local_steps, slurm_steps, traine
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.split import RolloutJob
 from atropos_hpc.launch.supervisor import Supervisor
+from atropos_hpc.observe.activity import Activity
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.run_dir import RunDir, read_json, write_json
@@ -158,8 +159,11 @@ def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
             log.error("%s", error)
             return 1
 
+        activity = Activity(run)
+
         def watch(members: dict[str, Any]) -> Action | None:
             console.show(members)
+            activity.note(members)
             return rollout_job.look() if rollout_job is not None else None
 
         supervisor = Supervisor(run, config.launch, steps, watch, job)
@@ -171,6 +175,8 @@ def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
         summary = summarize(run)
         write_json(run.summary, summary)
         console.end(action.name.lower(), summary)
+        if config.wandb.mode == "offline" and action is not Action.REQUEUE:
+            log.info("to send this run to W&B, from a machine with a network: wandb sync %s", run.path / "wandb" / "offline-run-*")
     return action
 
 

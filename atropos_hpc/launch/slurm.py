@@ -13,8 +13,10 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from atropos_hpc.launch.batch import Group
+if TYPE_CHECKING:  # it brings Hydra, which `atropos-hpc status` has no time for
+    from atropos_hpc.launch.batch import Group
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Job:
     """The job whose batch step this process is, and the nodes each role got."""
 
     id: str  # the leader's, for a heterogeneous job
-    groups: Mapping[str, Group]
+    groups: "Mapping[str, Group]"
 
     def fate(self, nodes: Sequence[str]) -> str | None:
         """Why a step on these nodes may have ended: "preempted", "cancelled", "node lost", or None when Slurm knows of no reason."""

@@ -80,7 +80,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     from atropos_hpc.learner.loop import Batches, Conf, train
     from atropos_hpc.learner.publishing import Publishing
     from atropos_hpc.learner.together import Together
-    from atropos_hpc.observe.metrics import Metrics
+    from atropos_hpc.observe.metrics import Metrics, sinks
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
     if trainer.threads is not None:
@@ -112,7 +112,8 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
             wandb_project=wandb.project,
             wandb_group=wandb.group or "",
         )
-    metrics = Metrics(run, wandb, backend.step_count) if rank == 0 else None
+    at = backend.step_count
+    metrics = Metrics(run, sinks(run, wandb, config["tensorboard"], at), at) if rank == 0 else None
     publishing = Publishing(run.policy, policy.keep, model.dtype)
     batches = Batches(leasing, rank, world, config["staleness"]["max"])
     conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])

@@ -135,6 +135,7 @@ def train(
                     checkpoints.save(backend, {"kl_coef": kl.value})
                 _acknowledge(client, checkpoints.durable(), backend.rank)
             if metrics is not None:
+                metrics.sample(version, conf.trainer.steps, groups)
                 metrics.write(version + 1, _figures(batch.statistics.metrics(), updated, phases.take(), server, conf.staleness_max))
             together.check()
         _save_now(backend, client, checkpoints, publishing, kl)

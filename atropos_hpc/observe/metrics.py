@@ -1,4 +1,4 @@
-"""The figures of a run: one line per optimizer step in metrics.jsonl, the same to W&B, and the time each phase took.
+"""The figures of a run: one line per optimizer step in metrics.jsonl, the same to W&B or TensorBoard, and the time each phase took.
 
 metrics.jsonl is the source for status, report and summary. A step that is done again after a crash replaces its old line, so
 every step stands there once.
@@ -6,12 +6,15 @@ every step stands there once.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from atropos_hpc.config import WandbConf
-from atropos_hpc.run_dir import RunDir, append_line, read_json, read_lines, write_file
+from atropos_hpc.observe import samples
+from atropos_hpc.observe.sinks import Sink, TensorBoard, Wandb
+from atropos_hpc.run_dir import RunDir, append_line, read_lines, write_file
+from atropos_hpc.trajectories.schema import Group
 
 
 class Phases:
@@ -40,12 +43,12 @@ class Phases:
 class Metrics:
     """The writer, on the learner's rank 0. `resume_at`: the step the learner starts from; lines after it are of lost steps."""
 
-    def __init__(self, run: RunDir, wandb: WandbConf, resume_at: int) -> None:
-        self.run = run
-        kept = [line for line in read_lines(run.metrics) if line["step"] <= resume_at]
-        write_file(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+    def __init__(self, run: RunDir, sinks: Sequence[Sink], resume_at: int) -> None:
+        self.run, self._sinks = run, sinks
+        for path, key in ((run.metrics, "step"), (run.samples, "version")):  # what is trained on at version k makes step k + 1
+            kept = [line for line in read_lines(path) if line[key] < resume_at + (key == "step")]
+            write_file(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
         self._evaluations = 0
-        self._wandb = _start_wandb(run, wandb, resume_at) if wandb.mode != "disabled" else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One step's figures; with the accuracy of the last held-out evaluation, and its version, if one has come in since the last."""
@@ -53,36 +56,44 @@ class Metrics:
         if evaluations:
             values = {**values, "accuracy": evaluations[-1]["accuracy"], "accuracy_version": evaluations[-1]["version"]}
         append_line(self.run.metrics, {"step": step, "time": time.time(), **values})
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
+        for sink in self._sinks:
+            sink.figures(step, values)
+
+    def sample(self, version: int, steps: int, groups: Sequence[Group]) -> None:
+        """Keep some of what is trained on at this version, now and then in a run of so many steps."""
+        if not groups or not samples.due(version, steps):
+            return
+        lines = samples.choose(groups[0], version)
+        for line in lines:
+            append_line(self.run.samples, line)
+        if self._sinks:
+            rows = samples.decoded(lines, self.run.config()["model"]["path"])
+            for sink in self._sinks:
+                sink.samples(rows)
 
     def _new_evaluations(self) -> list[dict[str, Any]]:
-        """What has come in since the last call; passed on to W&B at the version it is of."""
+        """What has come in since the last call; passed on at the version it is of."""
         lines = read_lines(self.run.evaluations)
         new = [line for line in lines[self._evaluations :] if line.get("accuracy") is not None]
         self._evaluations = len(lines)
-        if self._wandb is not None:
-            for line in new:
-                self._wandb.log({"step": line["version"], "evaluation/accuracy": line["accuracy"], **line["metrics"]})
+        for line in new:
+            for sink in self._sinks:
+                sink.evaluation(line)
         return new
 
     def close(self) -> None:
-        """Pass on what is left, and end the W&B run."""
-        if self._wandb is not None:
+        """Pass on what is left, and end the sinks."""
+        if self._sinks:
             self._new_evaluations()
-            self._wandb.finish()
+        for sink in self._sinks:
+            sink.close()
 
 
-def _start_wandb(run: RunDir, conf: WandbConf, resume_at: int) -> Any:
-    """One W&B run per training run, over all its restarts: its id is the run's."""
-    import wandb  # slow, and only where it is used
-
-    about = read_json(run.run_json)
-    started = wandb.init(
-        mode=conf.mode,  # type: ignore[arg-type]  # one of the three, says the config check
-        project=conf.project, entity=conf.entity, group=conf.group, tags=conf.tags, id=about["id"], resume="allow",
-        name=run.path.name, dir=str(run.path), config=about["config"],
-    )  # fmt: skip
-    started.define_metric("step")
-    started.define_metric("*", step_metric="step")
-    return started
+def sinks(run: RunDir, wandb: WandbConf, tensorboard: bool, resume_at: int) -> list[Sink]:
+    """Those that the config asks for."""
+    chosen: list[Sink] = []
+    if wandb.mode != "disabled":
+        chosen.append(Wandb(run, wandb))
+    if tensorboard:
+        chosen.append(TensorBoard(run, resume_at))
+    return chosen

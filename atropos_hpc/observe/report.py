@@ -1,83 +1,153 @@
 """A sweep at a glance: one row per point, from what lies in the run directories and what Slurm says of the jobs."""
 
 import os
+import shutil
 import socket
+import statistics
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.rendezvous import DEAD_S
+from atropos_hpc.run_dir import RunDir, last_lines, read_json
 
+RECENT = 50  # steps whose pace counts
 ENDED = ("complete", "failed", "stopped", "lost", "cancelled")
 COLUMNS = ("", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory")
+
+
+class NotOne(Exception):
+    """The directory is neither a run's nor a sweep's; the message says what it is instead."""
 
 
 def points(directory: Path) -> list[dict[str, Any]]:
     """The rows of a sweep's jobs.json; without one, one row for each run directory at or below `directory`. [] when there is none."""
     if rows := read_json(directory / "jobs.json"):
         return list(rows)
-    runs = [directory] if (directory / "run.json").exists() else sorted(path.parent for path in directory.glob("*/run.json"))
-    return [{"num": i, "overrides": [], "run_dir": str(run), "job": None, "steps": None} for i, run in enumerate(runs)]
+    runs = [directory] if is_run(directory) else sorted((path.parent for path in directory.glob("*/run.json")), key=_by_number)
+    return [{"num": i, "overrides": [], "run_dir": str(run), "job": read_json(RunDir(run).holder).get("job"), "steps": None}
+            for i, run in enumerate(runs)]  # fmt: skip
+
+
+def found(directory: Path) -> list[dict[str, Any]]:
+    """`points`, of a directory that has to have some. Raises NotOne."""
+    if not directory.exists():
+        raise NotOne(f"there is no {directory}")
+    if not directory.is_dir():
+        raise NotOne(f"{directory} is a file; give the directory of a run (run_dir=...) or of a sweep")
+    rows = points(directory)
+    if not rows:
+        is_what = "is empty" if not any(directory.iterdir()) else "holds no jobs.json and no run.json, here or one level below"
+        raise NotOne(f"{directory} {is_what}: it is neither a run's directory nor a sweep's")
+    return rows
+
+
+def is_run(directory: Path) -> bool:
+    """Is it a run's directory? run.json comes a little after the rest, once the base model is there."""
+    return (directory / "run.json").exists() or ((directory / "secret").exists() and (directory / "rendezvous").is_dir())
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    return (int(path.name) if path.name.isdigit() else -1, path.name)
 
 
 def with_job_states(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with its job's state in the queue under "queue": None when it has none, or Slurm does not know it any more."""
+    """The rows, each with its job's state in the queue under "queue": None where Slurm does not know the job (any more). No such key
+    where Slurm cannot be asked.
+    """
+    rows = list(rows)
+    jobs = [row["job"] for row in rows if row["job"]]
+    if not jobs or shutil.which("squeue") is None:
+        return rows
     from atropos_hpc.launch import slurm
 
-    rows = list(rows)
     try:
-        states = slurm.states(row["job"] for row in rows if row["job"])
-    except slurm.SlurmError:  # no Slurm here: the run directories tell the rest
-        states = {}
+        states = slurm.states(jobs)
+    except slurm.SlurmError:  # the run directories tell the rest
+        return rows
     return [{**row, "queue": states.get(row["job"])} for row in rows]
 
 
 def row(point: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one point. Those that are not there yet are None.
+    """The figures of one point. Those that are not there yet are None. Cheap: files that grow are read from their ends.
 
-    state: queued | starting | running | complete | failed | stopped | cancelled | lost (no process and no last word).
+    state: queued | requeued | starting | running | complete | failed | stopped | cancelled | lost (no process and no last word).
     """
     run = RunDir(Path(point["run_dir"]))
-    lines, evaluations = read_lines(run.metrics), [e for e in read_lines(run.evaluations) if e.get("accuracy") is not None]
+    lines = last_lines(run.metrics, RECENT)
+    evaluations = [e for e in last_lines(run.evaluations, RECENT) if e.get("accuracy") is not None]
     last = lines[-1] if lines else {}
     steps = point.get("steps") or read_json(run.run_json).get("config", {}).get("trainer", {}).get("steps")
+    state = state_of(run, point, steps, bool(lines))
     return {
         "point": point["num"],
         "overrides": point["overrides"],
         "run_dir": point["run_dir"],
         "job": point["job"],
-        "state": _state(run, point, steps, bool(lines)),
+        "state": state,
         "step": last.get("step", 0),
         "steps": steps,
+        "eta_s": eta(lines, steps) if state == "running" else None,
         "reward": last.get("reward"),
         "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
         "kl": last.get("kl_reference"),
+        "staleness": last.get("staleness_mean"),
+        "tokens_per_s": rate(lines, "tokens"),
     }
 
 
-def _state(run: RunDir, point: dict[str, Any], steps: int | None, trained: bool) -> str:
+def eta(lines: list[dict[str, Any]], steps: int | None) -> float | None:
+    """Seconds until the last step, at the pace of these; their median, so that one step with an evaluation in it does not count."""
+    known = [line["time/step"] for line in lines if "time/step" in line]
+    return None if not known or steps is None else statistics.median(known) * max(0, steps - lines[-1]["step"])
+
+
+def rate(lines: list[dict[str, Any]], key: str) -> float | None:
+    """A figure per second of these steps; the first of a start is left out where there are others: it has the start's waits in it."""
+    of = [line for line in lines if key in line and "time/step" in line]
+    of = of[1:] or of
+    seconds = sum(line["time/step"] for line in of)
+    return sum(line[key] for line in of) / seconds if seconds else None
+
+
+def state_of(run: RunDir, point: dict[str, Any], steps: int | None, trained: bool) -> str:
+    """One word for how a run goes, from its files, and Slurm's word ("queue") where the point has it."""
     if (done := read_json(run.done)) and (steps is None or done["version"] >= steps):
         return "complete"
     queue = point.get("queue")
     if queue in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
         return "queued"
-    if queue in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") or (not point["job"] and _held_here(run)):
+    asked = bool(point["job"]) and "queue" in point
+    if queue in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") or (not asked and is_held(run)):
         return "running" if trained else "starting"
     if queue == "CANCELLED":
         return "cancelled"
-    attempts = sorted((run.path / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
-    outcome = read_json(attempts[-1] / "attempt.json").get("outcome") if attempts else None
+    attempt = attempts(run)[-1:]
+    outcome = read_json(attempt[0] / "attempt.json").get("outcome") if attempt else None
     if outcome in ("stop", "fail"):
         return {"stop": "stopped", "fail": "failed"}[outcome]
+    if outcome == "requeue" and not asked:
+        return "requeued"
     if queue is not None:
         return "failed"
-    return "lost" if point["job"] or attempts else "queued"
+    return "lost" if attempt or asked else "queued"
 
 
-def _held_here(run: RunDir) -> bool:
-    """Does the process that noted itself as the run's holder live on this machine?"""
+def attempts(run: RunDir) -> list[Path]:
+    """The log directories of the run's attempts, in order."""
+    return sorted((run.path / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+
+
+def is_held(run: RunDir) -> bool:
+    """Does the process live that noted itself as the run's holder? On another machine, its roster is fresh."""
     holder = read_json(run.holder)
-    return holder.get("host") == socket.gethostname() and os.path.exists(f"/proc/{holder.get('pid')}")  # noqa: PTH110
+    if holder.get("host") == socket.gethostname():
+        return os.path.exists(f"/proc/{holder.get('pid')}")  # noqa: PTH110
+    try:
+        return bool(holder) and time.time() - run.roster.stat().st_mtime < DEAD_S
+    except OSError:
+        return False
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

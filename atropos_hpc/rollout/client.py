@@ -136,6 +136,7 @@ class VllmServer(APIServer):
     async def _generate(self, prompt: list[int], sampling: dict[str, Any], *, logprobs: int, text: bool) -> dict[str, Any]:
         answer = await self._post(prompt, sampling, logprobs=logprobs, text=text)
         record(answer["choices"], float(sampling.get("temperature", 1.0)))
+        self.pool.generated += sum(len(choice["token_ids"]) for choice in answer["choices"])
         return answer
 
     async def _post(self, prompt: list[int], sampling: dict[str, Any], *, logprobs: int | None, text: bool) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Pool:
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.outstanding: Counter[str] = Counter()
+        self.generated = 0  # tokens, in all
         self._roster = Roster(run.roster)
         self._servers = self._roster.servers()  # URL -> version
         self._token = run.token()

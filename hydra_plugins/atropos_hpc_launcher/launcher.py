@@ -79,6 +79,7 @@ class SlurmLauncher(Launcher):
                 del cfg["hydra"]
                 cfg.run_dir = str(run_dir)
             config: Any = OmegaConf.to_object(cfg)
+            config.wandb.group = config.wandb.group or Path(str(self.config.hydra.sweep.dir)).name
             points.append(Point(num, list(overrides), config, run_dir))
         return points
 

@@ -1,0 +1,70 @@
+"""`atropos-hpc resume RUN`: go on with the config that the run has in its run.json, changed only where one says so.
+
+A run of this machine goes on here, in this process. One of Slurm's becomes a new job, in its place in the table of its sweep.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atropos_hpc.config import Config
+from atropos_hpc.launch import run, slurm, sweep
+from atropos_hpc.observe import report
+from atropos_hpc.run_dir import RunDir, read_json
+from atropos_hpc.train import explain
+
+
+def resume(directory: RunDir, overrides: Sequence[str]) -> int:
+    """train.py's exit code; 2 when there is nothing to resume, or it runs, or an override is refused."""
+    known = read_json(directory.run_json).get("config")
+    if not known:
+        print(f"{directory.path} has no run.json yet: start it again with the command that started it", file=sys.stderr)
+        return 2
+    try:
+        config = changed(known, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        print(explain(error), file=sys.stderr)
+        return 2
+    sweep_dir, row = _place(directory.path)
+    (point,) = report.with_job_states([row])
+    state = report.state_of(directory, point, config.trainer.steps, trained=True)
+    if state in ("running", "queued") and (point["job"] or report.is_held(directory)):
+        where = f"job {point['job']}" if point["job"] else "here, or on another machine"
+        print(f"{directory.path} is {state} already ({where}); nothing was started", file=sys.stderr)
+        return 2
+    if state == "complete":
+        steps = f"{config.trainer.steps} steps"
+        print(f"{directory.path} is complete at {steps}; `atropos-hpc resume {directory.path} trainer.steps=...` adds some")
+        return 0
+    if config.launch.allocation == "local":
+        return run.launch(config, directory.path, lambda: slurm.requeue(os.environ["SLURM_JOB_ID"]))
+    sweep.on_slurm([sweep.Point(row["num"], row["overrides"], config, directory.path)], sweep_dir, slots=0)
+    return 0
+
+
+def changed(known: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of a run with some keys changed. Raises Hydra's and OmegaConf's errors for an override that cannot be."""
+    cfg = OmegaConf.merge(OmegaConf.structured(Config), known)
+    if cfg.model.make is not None:
+        cfg.model.path = None  # the cache may have been emptied since; what is made again is the same
+    for each in OverridesParser.create().parse_overrides(list(overrides)):
+        OmegaConf.update(cfg, each.key_or_group, each.value(), merge=True)
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config
+
+
+def _place(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory whose table of jobs the run stands in, and its row; the run's own directory when it was not submitted by a sweep."""
+    for directory in (path.parent, path):
+        for row in read_json(directory / "jobs.json") or ():
+            if Path(row["run_dir"]) == path:
+                return directory, row
+    return path, report.points(path)[0]
