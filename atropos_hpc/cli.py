@@ -133,7 +133,7 @@ def validate(options: argparse.Namespace) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from atropos_hpc.config import Config
-    from atropos_hpc.launch import preflight
+    from atropos_hpc.launch import memory, preflight
     from atropos_hpc.train import CONFIGS, explain
 
     given = any(override.startswith("run_dir=") for override in options.overrides)
@@ -150,6 +150,8 @@ def validate(options: argparse.Namespace) -> int:
     for problem in found:
         print(problem, file=sys.stderr)
     print(f"{len(found)} to change" if found else "nothing wrong was found")
+    if (estimate := memory.told(config)) is not None:
+        print(f"memory, estimated: {estimate}")
     return 2 if found else 0
 
 
