@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +167,11 @@ def test_three_and_three_steps_give_the_weights_of_six(uninterrupted: RunDir, mo
     assert [(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run.metrics)] == same
 
 
-def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("newest", ["whole", "damaged"])
+def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
+    uninterrupted: RunDir, model: Path, tmp_path: Path, newest: str
+) -> None:
+    """Lost are the steps since the newest checkpoint, or, where that one turns out to be damaged, since the one before."""
     run = new_run(tmp_path, model)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
@@ -174,11 +179,26 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(uninter
         wait_for("step 5", "the learner", lambda: len(read_lines(run.metrics)) == 5, 120)
         first[0].signal(signal.SIGKILL)
         assert ended(run, first) == [-signal.SIGKILL]
-        assert read_json(run.checkpoints / "latest.json")["step"] == 4
+        latest = read_json(run.checkpoints / "latest.json")
+        assert latest["step"] == 4
+        if newest == "damaged":
+            next((run.checkpoints / latest["directory"]).glob("*.distcp")).unlink()
         post(url, run.token(), [group(seed) for seed in range(5 * GROUPS, STEPS * GROUPS)])
         assert ended(run, learn(run)) == [0]
+    assert ("going back to step-2" in (run.logs / "trainer-0.log").read_text()) == (newest == "damaged")
     assert weights(run) == weights(uninterrupted)
     assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, STEPS + 1))
+
+
+def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_story(
+    uninterrupted: RunDir, model: Path, tmp_path: Path
+) -> None:
+    run = new_run(tmp_path, model)
+    shutil.copytree(uninterrupted.trajectories, run.trajectories, dirs_exist_ok=True)  # of a run that has done all its steps
+    with trajectory_server(run):
+        assert ended(run, learn(run)) == [2]
+    log = (run.logs / "trainer-0.log").read_text()
+    assert "batch 0 was acknowledged" in log and "older than what was acknowledged" in log
 
 
 @pytest.mark.parametrize("backend", ["verl", "deepspeed"])

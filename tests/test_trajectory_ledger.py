@@ -122,15 +122,16 @@ def test_an_acknowledged_batch_frees_its_segment():
     assert led.live == {1: 2} and not led.batches
 
 
-def test_a_learner_that_resumes_acknowledges_what_its_checkpoint_holds():
+def test_a_learner_that_resumes_may_still_go_back_further():
     led = ledger()
     add(led, *(item(gid) for gid in range(6)))
     for batch in range(3):
         led.apply({"event": "batch", "batch": batch, "groups": [2 * batch, 2 * batch + 1], "version": batch})
-    led.apply({"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": 2}})
-    assert list(led.batches) == [2] and led.formed == 3
-    led.apply({"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": 0}})
-    assert list(led.batches) == [2] and led.formed == 3
+    for step in (2, 0):
+        led.apply({"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": step}})
+        assert list(led.batches) == [0, 1, 2] and led.formed == 3
+    led.apply({"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": 7}})
+    assert led.formed == 7
 
 
 def test_queue_size_counts_what_waits_to_be_trained_on():

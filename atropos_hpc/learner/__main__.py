@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
+GONE = (
+    "{}. The checkpoint that training went back to is older than what was acknowledged: newer ones are damaged, or were taken away. Restore"
+    " one of them; or, to go on from this one with new groups, move the run's trajectories/ away"
+)
 LEASE_PATIENCE_S = 600.0  # how long the trajectory server may be away
 
 
@@ -62,8 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError:
         log.exception("this cannot work with the present config")
         return REFUSED
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        if getattr(error, "status", None) == HTTPStatus.GONE:
+            log.error("%s", GONE.format(error))
+            return REFUSED
         return 1
     finally:
         member.leave()

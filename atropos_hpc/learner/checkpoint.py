@@ -71,6 +71,8 @@ class Checkpoints:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Stored, Future[None]] | None = None
         self._newly_durable: int | None = None
+        self._last: int | None = None  # the newest durable step that is known to be whole
+        self.safe = 0  # nobody goes back to before this step, even if the newest checkpoint turns out to be damaged
 
     def save(self, backend: Backend, progress: dict[str, Any]) -> None:
         """Start to save `backend` and `progress` (JSON values), after waiting for the save before. Returns when copies are made.
@@ -118,6 +120,7 @@ class Checkpoints:
             return None
         name, manifest = chosen[0]
         self._load(backend, self.root / name, manifest)
+        self._last = manifest["step"]
         log.info("continuing from checkpoint %s", name)
         progress: dict[str, Any] = manifest["progress"]
         return progress
@@ -185,6 +188,8 @@ class Checkpoints:
             what = error or (f"not written after {self.timeout_s:.0f} s" if late else "another rank could not write it")
             raise CheckpointFailed(f"checkpoint {target.path}: {what}") from error
         self._newly_durable = target.step
+        self.safe = (self._last or 0) if self.keep > 1 else target.step
+        self._last = target.step
 
 
 def find(root: Path, step: int | None = None) -> tuple[Path, dict[str, Any]]:

@@ -5,7 +5,7 @@
     3. log-probs of the old policy and of the frozen reference, where the groups lack them; what these say about weights and rewards
     4. update: forward, loss, backward, optimizer
     5. publish the new version, in the background of the next step
-    6. checkpoint now and then, in the background; acknowledge the batches that a checkpoint has made durable
+    6. checkpoint now and then, in the background; acknowledge the batches that the checkpoint before it already holds
     7. write the figures
 
 Batch k is trained at policy version k and makes version k + 1. A learner that dies goes back to its last durable step s, and
@@ -133,7 +133,7 @@ def train(
             with phases("checkpoint"):
                 if (version + 1) % conf.trainer.checkpoint_every == 0:
                     checkpoints.save(backend, {"kl_coef": kl.value})
-                _acknowledge(client, checkpoints.durable(), backend.rank)
+                _acknowledge(client, checkpoints.durable(), checkpoints.safe, backend.rank)
             if metrics is not None:
                 metrics.sample(version, conf.trainer.steps, groups)
                 metrics.write(version + 1, _figures(batch.statistics.metrics(), updated, phases.take(), server, conf.staleness_max))
@@ -151,10 +151,10 @@ def train(
     return True
 
 
-def _acknowledge(client: TrajectoryClient, durable: int | None, rank: int) -> None:
-    """Tell the trajectory server that all batches before a durable step are in weights that survive."""
-    if durable is not None and durable > 0 and rank == 0:
-        client.ack(durable - 1)
+def _acknowledge(client: TrajectoryClient, durable: int | None, safe: int, rank: int) -> None:
+    """When a step has become durable, tell the trajectory server which batches nobody will go back to before."""
+    if durable is not None and safe > 0 and rank == 0:
+        client.ack(safe - 1)
 
 
 def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoints, publishing: Publishing, kl: Coefficient) -> None:
@@ -167,7 +167,7 @@ def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoin
     if durable != backend.step_count:
         checkpoints.save(backend, {"kl_coef": kl.value})
         durable = checkpoints.wait()
-    _acknowledge(client, durable, backend.rank)
+    _acknowledge(client, durable, checkpoints.safe, backend.rank)
 
 
 def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: Together) -> None:

@@ -136,7 +136,7 @@ class TrajectoryClient:
     ) -> None:
         """Say what a batch is, and from which policy version training goes on. May be said again; the queue stays.
 
-        `starting_step` acknowledges all batches before it. 0 as `max_token_len` or `vocab_size`: no limit.
+        0 as `max_token_len` or `vocab_size`: no limit.
         """
         self._registered = {
             "batch_size": batch_size,
@@ -170,7 +170,7 @@ class TrajectoryClient:
                 return None
 
     def ack(self, batch: int) -> None:
-        """All batches up to this one are durable in a checkpoint."""
+        """All batches up to this one are in weights that survive; nobody will go back to before them."""
         self._connection.call("POST", f"/ack?batch={batch}")
 
     def status(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Registration(msgspec.Struct):
     wandb_project: str | None = ""
     checkpoint_dir: str = ""
     save_checkpoint_interval: int = 0
-    starting_step: int = 0  # the policy version that training starts or resumes from: batches before it are durable
+    starting_step: int = 0  # the policy version that training starts or resumes from
     num_steps: int = -1
     vocab_size: int = 0  # 0: not told
 
@@ -129,7 +129,8 @@ class Ledger:
         kind = event["event"]
         if kind == "register":
             self.registration = msgspec.convert(event["data"], Registration)
-            self._durable_until(self.registration.starting_step)
+            # A learner that resumes there may still find its checkpoint damaged, and go back to the one before: nothing is forgotten yet.
+            self.formed = max(self.formed, self.registration.starting_step)
         elif kind == "environment":
             environment = msgspec.convert(event["data"], Environment)
             self.environments[environment.env_id : environment.env_id + 1] = [environment]
@@ -145,23 +146,15 @@ class Ledger:
             self.formed = event["batch"] + 1
             self.version = event["version"]
         elif kind == "ack":
-            self._acknowledge(event["batch"])
+            for batch in [batch for batch in self.batches if batch <= event["batch"]]:
+                for item in self.batches.pop(batch):
+                    self._forget(item)
         elif kind == "reset":
             self._clear()
             self.presence.clear()
             self.known.clear()
         else:
             raise ValueError(f"unknown event {kind!r}: was this journal written by a newer version?")
-
-    def _durable_until(self, step: int) -> None:
-        """A learner that resumes from step k has made all batches before k durable, whether or not it came to say so."""
-        self._acknowledge(step - 1)
-        self.formed = max(self.formed, step)
-
-    def _acknowledge(self, batch: int) -> None:
-        for k in [k for k in self.batches if k <= batch]:
-            for item in self.batches.pop(k):
-                self._forget(item)
 
     def _enqueue(self, item: Item) -> None:
         self.queue[item.gid] = item

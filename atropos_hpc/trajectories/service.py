@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 60.0  # for one lease; a learner asks again
 LOOK_AGAIN_S = 1.0  # how often a waiting lease looks for what no arrival announces: a share that is not waited for any longer
-ACKNOWLEDGED = "batch {} was acknowledged: a checkpoint already holds it; the next batch is {}"
+ACKNOWLEDGED = "batch {} was acknowledged as part of a checkpoint, and is gone; the next batch is {}"
 
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ class Service:
             return ledger.batches[batch]
 
     async def acknowledge(self, batch: int) -> dict[str, Any]:
-        """All batches up to this one are durable in a checkpoint."""
+        """All batches up to this one are in weights that survive; nobody will go back to before them."""
         if batch >= self.ledger.formed:
             raise Refused(409, f"batch {batch} has not been formed; the next batch is {self.ledger.formed}")
         if any(k <= batch for k in self.ledger.batches):
@@ -202,7 +202,8 @@ class Service:
         ledger = self.ledger
         if self._handed_out is not None and self._handed_out in ledger.batches:
             await self.acknowledge(self._handed_out)
-        k = min(ledger.batches, default=ledger.formed)
+        first = ledger.registration.starting_step if ledger.registration else 0
+        k = min((batch for batch in ledger.batches if batch >= first), default=ledger.formed)
         ledger.version = k
         items = await self._form(k, oldest=0, version=k)
         if items is None:

@@ -1,0 +1,279 @@
+"""The trajectory server beside Atropos' own run-api, on the same groups, in one run.
+
+(a) Push and pull: groups of 8 x 2048 tokens are posted, plain and gzipped, and taken again in batches of 64 sequences. Sequences per
+    CPU second of the server's process; the client's time does not count. Ours asks for the token and has each group on disk (fdatasync)
+    before it answers; it is pulled as the learner does, by /lease. Rounds of the two alternate.
+(b) /status-env and /status with 5000 groups in the queue: what every environment asks ten times a second. Milliseconds, as its client
+    sees them.
+(c) Memory per queued group of 8 x 2048: growth of the server's resident set.
+(d) What other requests wait while a batch of 1024 sequences is pulled: /status is asked without pause meanwhile. Milliseconds.
+
+run-api comes from the rollout environment, ours from the one that runs this.
+"""
+
+import gzip
+import http.client
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atropos_hpc.config import Config
+from atropos_hpc.launch.allocation import rollout_python
+from atropos_hpc.rendezvous import wait_for
+from atropos_hpc.rollout.agent import free_port
+from atropos_hpc.run_dir import RunDir, read_json, write_json
+from bench.result import Result
+
+SEQUENCES, LENGTH = 8, 2048  # of a group
+BATCH = 64  # sequences
+ROUNDS = 5
+GROUPS = {"run-api": 16, "ours": 320}  # pushed and pulled per round: about as many CPU seconds each
+DEPTH = 5000
+QUEUED = {"run-api": 100, "ours": 4000}  # groups over which memory is taken
+LARGE_BATCH = 1024
+STATUS_CALLS = 200
+TICKS = os.sysconf("SC_CLK_TCK")
+PLACE = b"000000000000"  # what is different in each group
+
+
+@dataclass
+class Server:
+    """A running server, and one connection to it."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+    token: str | None  # None: run-api
+
+    def __post_init__(self) -> None:
+        self.connection = self.connect()
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+
+    def call(self, method: str, path: str, body: Any = None, gzipped: bool = False, on: http.client.HTTPConnection | None = None) -> bytes:
+        headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if gzipped else {})
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        connection = on or self.connection
+        connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), headers)
+        response = connection.getresponse()
+        answer = response.read()
+        assert response.status in (200, 204), (path, response.status, answer[:300])
+        return answer
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def resident_bytes(self) -> int:
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def register(self, batch_size: int) -> None:
+        """A trainer, its first look at the (empty) queue, and an environment, on a server that has forgotten everything."""
+        self.call("GET", "/reset_data")
+        self.call("POST", "/register", {
+            "wandb_group": "", "wandb_project": "", "batch_size": batch_size, "max_token_len": 1 << 20, "checkpoint_dir": "",
+            "save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1000,
+        })  # fmt: skip
+        self.call("GET", "/batch")
+        environment = {"max_token_length": LENGTH, "desired_name": "e", "weight": 1.0, "group_size": SEQUENCES}
+        assert json.loads(self.call("POST", "/register-env", environment))["env_id"] == 0
+
+    def pull(self, batch: int, sequences: int) -> None:
+        """Batch number `batch`, as a trainer gets it; then it is done with."""
+        if self.token is None:
+            assert sum(len(group["scores"]) for group in json.loads(self.call("GET", "/batch"))["batch"]) == sequences
+        else:
+            assert self.call("GET", f"/lease?batch={batch}&rank=0&world=1")
+            self.call("POST", f"/ack?batch={batch}")
+
+
+@contextmanager
+def started(command: list[str], port: Callable[[], int | None], token: str | None, cwd: Path) -> Iterator[Server]:
+    with (cwd / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd)
+    try:
+        yield Server(process, wait_for("a server that listens", command[2], port, 120), token)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@contextmanager
+def run_api(directory: Path) -> Iterator[Server]:
+    number = free_port("127.0.0.1")
+    command = [rollout_python(Config()), "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(number)]
+
+    def listens() -> int | None:
+        connection = http.client.HTTPConnection("127.0.0.1", number, timeout=5)
+        try:
+            connection.request("GET", "/")
+            return number if connection.getresponse().status == 200 else None
+        except OSError:
+            return None
+
+    with started(command, listens, None, directory) as server:
+        yield server
+
+
+@contextmanager
+def ours(directory: Path) -> Iterator[Server]:
+    run = RunDir(directory / "run")
+    run.create()
+    limits = {"server": "durable", "max_body_bytes": 64 << 20}
+    write_json(run.run_json, {"config": {"cluster": {"host": None}, "model": {"max_length": 1 << 20}, "trajectories": limits}})
+    command = [sys.executable, "-m", "atropos_hpc.trajectories.server", "--run-dir", str(run.path)]
+
+    def listens() -> int | None:
+        url = read_json(run.members / "trajectories-local-0.json").get("url")
+        return int(url.rpartition(":")[2]) if url else None
+
+    with started(command, listens, run.token(), directory) as server:
+        yield server
+
+
+def body(sequences: int, length: int) -> bytes:
+    """A group as JSON, as environments post it. `numbered` makes many of it."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 150_000, (sequences, length))
+    masks = np.where(np.arange(length) < length // 4, -100, tokens)
+    log_probs = np.where(masks == -100, 1.0, -rng.random((sequences, length)).round(6))
+    return json.dumps({
+        "tokens": tokens.tolist(), "masks": masks.tolist(), "scores": rng.random(sequences).tolist(),
+        "inference_logprobs": log_probs.tolist(), "generation_params": {"group_id": PLACE.decode()}, "env_id": 0,
+    }).encode()  # fmt: skip
+
+
+def numbered(template: bytes, number: int) -> bytes:
+    return template.replace(PLACE, b"%012d" % number)
+
+
+def push_and_pull(server: Server, template: bytes, groups: int, gzipped: bool) -> float:
+    """Sequences per CPU second of the server."""
+    server.register(BATCH)
+    spent, each_batch = 0.0, BATCH // SEQUENCES
+    for batch in range(groups // each_batch):
+        bodies = [numbered(template, batch * each_batch + i) for i in range(each_batch)]
+        bodies = [gzip.compress(each, 1) for each in bodies] if gzipped else bodies
+        before = server.cpu_s()
+        for each in bodies:
+            server.call("POST", "/scored_data", each, gzipped)
+        server.pull(batch, BATCH)
+        spent += server.cpu_s() - before
+    return groups * SEQUENCES / spent
+
+
+def call_ms(server: Server, method: str, path: str, body: Any = None) -> float:
+    """Median over STATUS_CALLS."""
+    times = []
+    for _ in range(STATUS_CALLS):
+        before = time.perf_counter()
+        server.call(method, path, body)
+        times.append(time.perf_counter() - before)
+    return statistics.median(times) * 1000
+
+
+def at_depth(server: Server) -> tuple[float, float]:
+    """(/status-env, /status) in ms, with DEPTH groups queued."""
+    server.register(1 << 19)
+    template = body(SEQUENCES, 8)
+    for start in range(0, DEPTH, 100):
+        many = b"[" + b",".join(numbered(template, start + i) for i in range(100)) + b"]"
+        server.call("POST", "/scored_data_list", many)
+    assert json.loads(server.call("GET", "/status"))["queue_size"] == DEPTH
+    return call_ms(server, "GET", "/status-env", {"env_id": 0}), call_ms(server, "GET", "/status")
+
+
+def memory_per_group(server: Server, template: bytes, groups: int) -> float:
+    """Bytes of resident memory that a queued group takes, after so many that buffers have their size."""
+    server.register(1 << 19)
+    for number in range(groups // 2):
+        server.call("POST", "/scored_data", numbered(template, number))
+    before = server.resident_bytes()
+    for number in range(groups // 2, groups + groups // 2):
+        server.call("POST", "/scored_data", numbered(template, number))
+    return max(os.sysconf("SC_PAGE_SIZE"), server.resident_bytes() - before) / groups
+
+
+def waits_of_others(server: Server, template: bytes) -> tuple[list[float], float]:
+    """(ms of each /status asked while a large batch is pulled, s that the batch took)."""
+    server.register(LARGE_BATCH)
+    for number in range(LARGE_BATCH // SEQUENCES):
+        server.call("POST", "/scored_data", numbered(template, number))
+    taken: list[float] = []
+
+    def pull() -> None:
+        # A process of its own: this one must not wait for itself.
+        path, token = ("/batch" if server.token is None else "/lease?batch=0&rank=0&world=1"), server.token or ""
+        program = (
+            "import http.client, sys, time; c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=300); t = time.time();"
+            "c.request('GET', sys.argv[2], headers={'Authorization': 'Bearer ' + sys.stdin.read()});"
+            "r = c.getresponse(); assert r.status == 200\nwhile r.read(1 << 20): pass\nprint(time.time() - t)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(server.port), path], input=token, capture_output=True, text=True, check=True
+        )
+        taken.append(float(done.stdout))
+
+    thread, other, waits = threading.Thread(target=pull), server.connect(), []
+    thread.start()
+    while thread.is_alive():
+        before = time.perf_counter()
+        server.call("GET", "/status", on=other)
+        waits.append((time.perf_counter() - before) * 1000)
+    thread.join()
+    return waits, taken[0]
+
+
+def main() -> Result:
+    template = body(SEQUENCES, LENGTH)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch, run_api(Path(scratch)) as upstream, ours(Path(scratch)) as mine:
+        servers = {"run-api": upstream, "ours": mine}
+        ratios: dict[str, list[float]] = {}
+        for kind, gzipped in (("plain", False), ("gzip", True)):
+            rates: dict[str, list[float]] = {name: [] for name in servers}
+            for _ in range(ROUNDS):
+                for name, server in servers.items():
+                    rates[name].append(push_and_pull(server, template, GROUPS[name], gzipped))
+            ratios[kind] = sorted(a / b for a, b in zip(rates["ours"], rates["run-api"], strict=True))
+            rows.append({
+                "what": f"sequences per CPU s, {kind}", **{name: statistics.median(found) for name, found in rates.items()},
+                "ratio": statistics.median(ratios[kind]), "least": ratios[kind][0], "greatest": ratios[kind][-1],
+            })  # fmt: skip
+        status = {name: at_depth(server) for name, server in servers.items()}
+        for index, path in enumerate(("/status-env", "/status")):
+            a, b = status["run-api"][index], status["ours"][index]
+            rows.append({"what": f"{path} at depth {DEPTH}, ms", "run-api": a, "ours": b, "ratio": a / b, "least": "", "greatest": ""})
+        memory = {name: memory_per_group(server, template, QUEUED[name]) for name, server in servers.items()}
+        a, b = memory["run-api"], memory["ours"]
+        rows.append({"what": "bytes per queued group", "run-api": a, "ours": b, "ratio": a / b, "least": "", "greatest": ""})
+        longest: dict[str, list[float]] = {}
+        for name, server in servers.items():
+            found = [waits_of_others(server, template) for _ in range(1 if server is upstream else ROUNDS)]
+            longest[name] = sorted(max(waits) for waits, _ in found)
+            rows.append({
+                "what": f"longest wait beside a batch of {LARGE_BATCH}, ms; it took {statistics.median(s for _, s in found):.2f} s",
+                "run-api": "", "ours": "", name: statistics.median(longest[name]), "ratio": "",
+                "least": longest[name][0], "greatest": longest[name][-1],
+            })  # fmt: skip
+    result = Result(rows, details={"load": os.getloadavg()[1], "cpus": os.cpu_count()})
+    result.at_least("sequences per CPU second over run-api's, plain", statistics.median(ratios["plain"]), 28)
+    result.at_least("sequences per CPU second over run-api's, gzip", statistics.median(ratios["gzip"]), 20)
+    result.at_least("run-api's /status-env at depth 5000 over ours", status["run-api"][0] / status["ours"][0], 5)
+    result.at_least("run-api's memory per queued group over ours", memory["run-api"] / memory["ours"], 500)
+    result.at_most("ms that another request waits beside a batch of 1024, median of rounds", statistics.median(longest["ours"]), 20)
+    return result
