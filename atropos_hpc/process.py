@@ -5,14 +5,19 @@ signal when its parent dies (`die_with_parent`), so that a killed parent leaves 
 is handed the grandchildren whose parent was killed, and ends them (`end_orphans`).
 """
 
+import asyncio
 import ctypes
+import logging
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 DONE, REFUSED, STOPPED = 0, 2, 75  # exit codes with which a member says how it ended; anything else is a crash
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
@@ -114,6 +119,19 @@ def children_of(pid: int) -> list[int]:
         except FileNotFoundError:  # a thread that ended meanwhile
             pass
     return found
+
+
+async def until_asked(work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work` to its end, or cancel it on TERM or INT. Returns whether it came to its end; raises what it raises."""
+    task = asyncio.ensure_future(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log.info("asked to end")
+        return False
+    return True
 
 
 def backoff(base_s: float, restarts: int) -> float:

@@ -54,10 +54,7 @@ class Member:
         with self._write:
             self.state.update(state)
             self.state["beat"] += 1
-            try:
-                write_json(self.path, self.state, durable=False)
-            except OSError as error:
-                log.warning("cannot write %s: %s", self.path, error)
+            _tell(self.path, self.state)
 
     @contextmanager
     def waiting(self, what: str, whom: str) -> Iterator[None]:
@@ -114,7 +111,7 @@ class Leader:
         if changed or now - self._written > BEAT_S:
             self.beat += 1
             self._written = now
-            write_json(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members}, durable=False)
+            _tell(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members})
         return members
 
     def ended(self, *names: str) -> None:
@@ -122,7 +119,15 @@ class Leader:
         for name in names:
             state = read_json(self.run.members / f"{name}.json")
             if state:
-                write_json(self.run.members / f"{name}.json", {**state, "state": "ended", "waiting": None}, durable=False)
+                _tell(self.run.members / f"{name}.json", {**state, "state": "ended", "waiting": None})
+
+
+def _tell(path: Path, state: dict[str, Any]) -> None:
+    """Write what only tells of this moment. A full disk is logged, and no reason to end; the next beat writes it again."""
+    try:
+        write_json(path, state, durable=False)
+    except OSError as error:
+        log.warning("cannot write %s: %s", path, error)
 
 
 def _without_beats(members: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

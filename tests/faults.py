@@ -130,11 +130,18 @@ def damage_rendezvous(started: Started, dice: random.Random) -> str:
 def damage_checkpoint(started: Started, dice: random.Random) -> str:
     """Cut or remove a file of the newest checkpoint, and kill the learner, which must go back to the one before."""
     named = read_json(started.run.checkpoints / "latest.json").get("directory")
-    files = sorted((started.run.checkpoints / named).iterdir()) if named else []
-    harm = _damage(dice.choice(files), dice, flip=False) if files else "nothing there yet"
+    if sum(map(whole, started.run.checkpoints.glob("step-*"))) < 2:
+        return "too few there"
+    harm = _damage(dice.choice(sorted((started.run.checkpoints / named).iterdir())), dice, flip=False)
     with contextlib.suppress(KeyError):
         os.kill(dict(members(started))["trainer-trainer0-0"], signal.SIGKILL)
     return harm
+
+
+def whole(checkpoint: Path) -> bool:
+    """Is everything there that its manifest names?"""
+    files = read_json(checkpoint / "manifest.json").get("files", [])
+    return bool(files) and all((checkpoint / f["file"]).exists() and (checkpoint / f["file"]).stat().st_size == f["bytes"] for f in files)
 
 
 def _damage(path: Path, dice: random.Random, flip: bool = True) -> str:
@@ -210,11 +217,14 @@ def small_filesystem(path: Path) -> Iterator[bool]:
             subprocess.run(["umount", "--lazy", str(path)], check=False)
 
 
-def harass(started: Started, dice: random.Random, minutes: float, gap: tuple[float, float], disk: bool) -> list[Done]:
-    """Faults for so many minutes, beginning with the first step. Raises AssertionError, with the story, when the run does not get on."""
+def harass(started: Started, dice: random.Random, minutes: float, gap: tuple[float, float], disk: bool, done: list[Done]) -> None:
+    """Faults for so many minutes, beginning with the first step; each is put down in `done`.
+
+    Raises AssertionError, with the story, when the run does not get on.
+    """
     kinds = [fault for fault in FAULTS if disk or fault is not fill_disk]
     started.step(1)
-    end, done = time.monotonic() + 60 * minutes, list[Done]()
+    end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         fault = dice.choices(kinds, [FAULTS[kind] for kind in kinds])[0]
         note = Done(fault.__name__, "", last_step(started))
@@ -227,7 +237,6 @@ def harass(started: Started, dice: random.Random, minutes: float, gap: tuple[flo
         recover(started, done, time.time())
         time.sleep(dice.uniform(*gap))
     recover(started, done, time.time())
-    return done
 
 
 def recover(started: Started, done: list[Done], since: float) -> None:
@@ -351,7 +360,7 @@ def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path,
         done: list[Done] = []
         try:
             try:
-                done = harass(started, dice, minutes, gap, disk)
+                harass(started, dice, minutes, gap, disk, done)
                 steps = finish(started)
                 started.assert_nothing_is_left()
                 found = violations(started, steps)

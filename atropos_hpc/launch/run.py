@@ -171,13 +171,21 @@ def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
         if rollout_job is not None and action is not Action.REQUEUE:
             rollout_job.end(at_once=action is not Action.FINISH)
         record = {"started": started, "ended": time.time(), "outcome": action.name.lower(), "events": supervisor.events}
-        write_json(attempt / "attempt.json", record)
+        _keep(attempt / "attempt.json", record)
         summary = summarize(run)
-        write_json(run.summary, summary)
+        _keep(run.summary, summary)
         console.end(action.name.lower(), summary)
         if config.wandb.mode == "offline" and action is not Action.REQUEUE:
             log.info("to send this run to W&B, from a machine with a network: wandb sync %s", run.path / "wandb" / "offline-run-*")
     return action
+
+
+def _keep(path: Path, record: dict[str, Any]) -> None:
+    """Write what is only told afterwards: a full disk does not change how a run has ended."""
+    try:
+        write_json(path, record)
+    except OSError as error:
+        log.error("cannot write %s: %s", path, error)
 
 
 def _steps(config: Config, run: RunDir, job: slurm.Job | None, attempt: Path) -> list[Step]:

@@ -219,7 +219,12 @@ class Supervisor:
         if self.leads:
             what = "Slurm takes the nodes" if action is Action.REQUEUE else "asked to stop"
             log.warning("%s: the learner saves a checkpoint, at most %.0f s (%s)", what, self.launch.save_timeout_s, action.value)
-            rendezvous.ask(self.run, "stop")
+            try:
+                rendezvous.ask(self.run, "stop")
+            except OSError as error:  # a full disk; TERM tells the learner the same
+                log.warning("cannot write the request to stop: %s", error)
+                for child in self.steps["trainer"].children:
+                    child.signal(signal.SIGTERM)
 
     def _end_all(self) -> None:
         """TERM, then KILL, to every process of the run, the trajectory server last; then to what they may have left."""

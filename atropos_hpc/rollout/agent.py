@@ -29,7 +29,7 @@ from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
-from atropos_hpc.process import DONE, REFUSED, backoff
+from atropos_hpc.process import DONE, REFUSED, STOPPED, backoff
 from atropos_hpc.rendezvous import Member, Roster, own_host
 from atropos_hpc.run_dir import RunDir
 
@@ -40,7 +40,7 @@ HEALTH_TIMEOUT_S = 5.0
 HEALTH_EVERY_S = 5.0
 UNHEALTHY_S = 60.0  # a server that was up and has not answered for this long is ended, and started again
 TAKE_OVER_S = 60.0  # nodes start at different times
-HEALTHY_S = 300.0  # a child that has run this long starts its restarts anew
+HEALTHY_S = 300.0  # a child that has run this long, or while a newer policy came, has got on: its restarts are counted anew
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Kept:
     child: process.Child | None = None
     restarts: int = 0
     due: float = 0.0
+    policy: Published | None = None  # the newest version when it was started
     finished: bool = False  # ended with success: not started again
 
 
@@ -150,7 +151,8 @@ class Agent:
             log.info("%s has done its work", kept.name)
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        kept.restarts = 0 if lived > HEALTHY_S else kept.restarts
+        if lived > HEALTHY_S or (kept.policy is not None and self.follower.newest != kept.policy):
+            kept.restarts = 0
         end_of_log = process.tail(self.run.logs / f"{kept.name}.log")
         if code == REFUSED or kept.restarts >= self.launch.restarts:
             self.refused = f"{kept.name} {how}, and is not started again after {kept.restarts} restarts; the end of its log:\n{end_of_log}"
@@ -162,7 +164,7 @@ class Agent:
             how,
             lived,
             pause,
-            f"; the end of its log:\n{end_of_log}" if code > 0 else "",
+            f"; the end of its log:\n{end_of_log}" if code > 0 and code != STOPPED else "",
         )
         kept.restarts += 1
         kept.due = time.monotonic() + pause
@@ -175,6 +177,7 @@ class Agent:
             kept.url = f"http://{self.host}:{port}"
             arguments += ["--port", str(port)]
         command = [sys.executable, "-m", kept.module, "--run-dir", str(self.run.path), *arguments]
+        kept.policy = self.follower.newest
         kept.child = process.start(kept.name, command, self.run.logs / f"{kept.name}.log")
         log.info("started %s, pid %d", kept.name, kept.child.pid)
 
@@ -269,16 +272,6 @@ def free_port(host: str) -> int:
     return port
 
 
-async def _work(agent: Agent) -> None:
-    task = asyncio.create_task(agent.work())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        log.info("asked to end")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the agent; the exit code is 2 when restarting it would be no use."""
     process.die_with_parent(signal.SIGTERM)
@@ -290,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_stderr()
     agent = Agent(RunDir(options.run_dir), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
     try:
-        asyncio.run(_work(agent))
+        asyncio.run(process.until_asked(agent.work()))
     finally:
         agent.end()
     if agent.refused is not None:

@@ -24,7 +24,7 @@ from typing import Any
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, EvaluationConf, ModelConf, StalenessConf, from_dict
 from atropos_hpc.observe.console import log_to_stderr
-from atropos_hpc.process import DONE, REFUSED
+from atropos_hpc.process import DONE, REFUSED, STOPPED
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.run_dir import RunDir, append_line, read_lines
 
@@ -182,19 +182,6 @@ class Evaluator:
         append_line(self.run.evaluations, {**line, "wall_s": round(time.time() - start, 3), "time": time.time()})
 
 
-async def until_asked(evaluator: Evaluator) -> bool:
-    """`work`, cancelled by TERM. Whether it came to its end."""
-    task = asyncio.create_task(evaluator.work())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        log.info("asked to end")
-        return False
-    return True
-
-
 def main() -> int:
     process.die_with_parent(signal.SIGKILL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,14 +193,14 @@ def main() -> int:
     from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
 
     try:
-        complete = asyncio.run(until_asked(Evaluator(run, member)))
+        complete = asyncio.run(process.until_asked(Evaluator(run, member).work()))
     except TargetError as error:
         for problem in error.problems:
             log.error("%s", problem)
         member.leave(error=str(error))
         return REFUSED
     member.leave(complete=complete)
-    return DONE
+    return DONE if complete else STOPPED
 
 
 if __name__ == "__main__":

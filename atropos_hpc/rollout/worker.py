@@ -25,7 +25,7 @@ import numpy as np
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, from_dict
 from atropos_hpc.observe.console import log_to_stderr
-from atropos_hpc.process import DONE, REFUSED
+from atropos_hpc.process import DONE, REFUSED, STOPPED
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.run_dir import RunDir
 
@@ -86,17 +86,6 @@ async def work(run: RunDir, member: Member, index: int) -> None:
         await env.leave()
 
 
-async def until_asked(run: RunDir, member: Member, index: int) -> None:
-    """`work`, cancelled by TERM."""
-    task = asyncio.create_task(work(run, member, index))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        log.info("asked to end")
-
-
 def main() -> int:
     process.die_with_parent(signal.SIGKILL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,14 +107,14 @@ def main() -> int:
     from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
 
     try:
-        asyncio.run(until_asked(run, member, options.index))
+        complete = asyncio.run(process.until_asked(work(run, member, options.index)))
     except TargetError as error:
         for problem in error.problems:
             log.error("%s", problem)
         member.leave(error=str(error))
         return REFUSED
     member.leave()
-    return DONE
+    return DONE if complete else STOPPED
 
 
 if __name__ == "__main__":

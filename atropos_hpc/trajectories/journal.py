@@ -68,6 +68,7 @@ class Journal:
         self._pending: list[_Waiting] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._failures = 0  # since the last write that succeeded
         self._thread: threading.Thread | None = None
 
     def replay(self) -> Iterator[tuple[Place, Header, memoryview]]:
@@ -172,7 +173,9 @@ class Journal:
             try:
                 places = self._commit([record for record, _, _ in batch])
             except Exception as failure:  # whatever it was, the senders must hear of it
-                log.error("cannot write the journal in %s: %s", self.directory, failure)
+                self._failures += 1
+                if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a full disk lasts
+                    log.error("cannot write the journal in %s (%d times): %s", self.directory, self._failures, failure)
                 error = NotWritten(f"the journal in {self.directory} cannot be written: {failure}; nothing was kept, send it again later")
             self._loop.call_soon_threadsafe(_tell, batch, places, error)
 
@@ -198,7 +201,7 @@ class Journal:
             except OSError as error:
                 log.error("cannot cut segment %d back to byte %d: %s; trying again before the next write", segment, durable, error)
             raise
-        self._dirty = False
+        self._dirty, self._failures = False, 0
         self._tail = (segment, at)
         return places[-len(records) :]
 

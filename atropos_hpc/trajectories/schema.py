@@ -8,6 +8,7 @@ Payload of a record: scores f64[G] | lengths u32[G] | tokens i32[N] | f32[N] for
 JSON of the free-form fields.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -339,13 +340,12 @@ def _check_messages(conversations: Any) -> None:
     arrays = (list, simdjson.Array)
     if not isinstance(conversations, arrays) or not all(isinstance(messages, arrays) for messages in conversations):
         raise Refused(422, "messages: an array of arrays of messages is needed")
-    for messages in conversations:
-        for message in messages:
-            if not isinstance(message, (dict, simdjson.Object)):
-                raise Refused(422, "messages: a message is an object")
-            for name in ("role", "content"):
-                if name not in message:
-                    raise Refused(422, f"messages: a message without {name}")
+    for message in itertools.chain.from_iterable(conversations):
+        if not isinstance(message, (dict, simdjson.Object)):
+            raise Refused(422, "messages: a message is an object")
+        for name in ("role", "content"):
+            if name not in message:
+                raise Refused(422, f"messages: a message without {name}")
 
 
 def _is_range(value: Any) -> bool:
