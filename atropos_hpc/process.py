@@ -3,23 +3,27 @@
 Each child leads a process group of its own, so that what it starts can be ended with it. Each child also asks the kernel for a
 signal when its parent dies (`die_with_parent`), so that a killed parent leaves nothing behind; and a parent that `adopt_orphans`
 is handed the grandchildren whose parent was killed, and ends them (`end_orphans`).
+
+Every member writes its stacks into its log on USR1 (`stacks_on_request`); who finds that one hangs asks for them (`request_stacks`).
 """
 
 import asyncio
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-DONE, REFUSED, STOPPED = 0, 2, 75  # exit codes with which a member says how it ended; anything else is a crash
+DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75  # exit codes with which a member says how it ended; anything else is a crash
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -121,9 +125,41 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def stacks_on_request() -> None:
+    """Have USR1 write the stacks of all threads to stderr, which is the member's log; also of one that is stuck in C."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+
+
+def tasks_on_request(then: Callable[[], None] | None = None) -> None:
+    """`stacks_on_request`, and those of the running event loop's tasks, if it still turns; then call `then`."""
+
+    def tell() -> None:
+        for task in asyncio.all_tasks():
+            task.print_stack(limit=8, file=sys.stderr)
+        if then is not None:
+            then()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
+
+
+def request_stacks(pid: int) -> bool:
+    """Ask a process for its stacks, if it listens: USR1 would end one that does not. Returns whether it was asked."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        if caught >> (signal.SIGUSR1 - 1) & 1:
+            os.kill(pid, signal.SIGUSR1)
+            return True
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return False
+
+
 async def until_asked(work: Coroutine[Any, Any, None]) -> bool:
     """Run `work` to its end, or cancel it on TERM or INT. Returns whether it came to its end; raises what it raises."""
     task = asyncio.ensure_future(work)
+    tasks_on_request()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
@@ -132,6 +168,14 @@ async def until_asked(work: Coroutine[Any, Any, None]) -> bool:
         log.info("asked to end")
         return False
     return True
+
+
+def descendants_of(pid: int) -> list[int]:
+    """The pids of `pid`'s children, their children, and so on."""
+    try:
+        return [found for child in children_of(pid) for found in (child, *descendants_of(child))]
+    except FileNotFoundError:
+        return []
 
 
 def backoff(base_s: float, restarts: int) -> float:

@@ -30,6 +30,7 @@ TABLE = {
     ("trainer", "stopped"): Action.STOP,
     ("trainer", "crashed"): Action.RESTART,
     ("trainer", "crashed too often"): Action.FAIL,
+    ("trainer", "hung too often"): Action.REQUEUE,  # on Slurm: perhaps other nodes are better
     ("trainer", "refused"): Action.FAIL,
     ("agent", "preempted"): Action.REQUEUE,
     ("agent", "node lost"): Action.DROP,
@@ -37,6 +38,7 @@ TABLE = {
     ("agent", "stopped"): Action.RESTART,
     ("agent", "crashed"): Action.RESTART,
     ("agent", "crashed too often"): Action.DROP,
+    ("agent", "hung too often"): Action.DROP,
     ("agent", "refused"): Action.FAIL,
     ("last agent", "preempted"): Action.REQUEUE,
     ("last agent", "node lost"): Action.REQUEUE,
@@ -44,11 +46,13 @@ TABLE = {
     ("last agent", "stopped"): Action.RESTART,
     ("last agent", "crashed"): Action.RESTART,
     ("last agent", "crashed too often"): Action.FAIL,
+    ("last agent", "hung too often"): Action.REQUEUE,
     ("last agent", "refused"): Action.FAIL,
     ("trajectories", "preempted"): Action.REQUEUE,
     ("trajectories", "stopped"): Action.RESTART,
     ("trajectories", "crashed"): Action.RESTART,
     ("trajectories", "crashed too often"): Action.FAIL,
+    ("trajectories", "hung too often"): Action.REQUEUE,
     ("trajectories", "refused"): Action.FAIL,
 }
 

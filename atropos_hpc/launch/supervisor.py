@@ -2,7 +2,7 @@
 
 start every step
 until the run is over:
-    look at the members, and publish the roster
+    look at the members, and publish the roster; ask who hangs for its stacks, and end it
     for each step that has ended: apply plan.TABLE
     start what is due again
     once the run is to end early (a person's wish, Slurm's warning, preemption): wait for the learner, which saves
@@ -26,6 +26,7 @@ from atropos_hpc.config import LaunchConf
 from atropos_hpc.launch import plan
 from atropos_hpc.launch.allocation import Step
 from atropos_hpc.launch.plan import Action
+from atropos_hpc.launch.watchdog import DUMP_S, Progress, Silence, waits
 from atropos_hpc.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Running:
     due: float | None = 0.0  # when to start it; None while it runs, and when it is not to be started any more
     restarts: int = 0  # since the last progress
     progress: Any = None
+    hung: bool = False  # it was found hanging, and ended
 
     @property
     def wanted(self) -> bool:
@@ -69,6 +71,7 @@ class Supervisor:
         self.steps = {step.name: Running(step) for step in steps}
         self.leader = rendezvous.Leader(run)
         self.events: list[dict[str, Any]] = []  # what died and what was done, for the summary
+        self.silence, self.learning = Silence(), Progress(launch.start_timeout_s, launch.step_timeout_s)
         self.wishes = 0  # signals to stop, so far
         self.warned = False  # by Slurm, of the time limit or of preemption
         self.ending: Action | None = None  # how the run ends once the learner has saved
@@ -103,12 +106,42 @@ class Supervisor:
             if end in (Action.FINISH, Action.FAIL):
                 return end
             self._begin_ending(end)
+        self._end_what_hangs(members)
         for running in self.steps.values():
             if (end := self._look_at(running)) is not None:
                 return end
             if running.due is not None and time.monotonic() >= running.due:
                 self._start(running)
         return None
+
+    def _end_what_hangs(self, members: dict[str, Any]) -> None:
+        """Have each step that hangs tell its stacks, and end it; `_look_at` then sees to the rest."""
+        own = [m for m in members.values() if m["kind"] in ("trainer", "agent", "trajectories")]
+        found = {m["name"]: (m, "has given no sign for too long") for m in self.silence.hung(own)}
+        ranks = [m for m in own if m["kind"] == "trainer" and m["alive"]]
+        if (missing := self.learning.missing_s(ranks)) is not None:
+            found |= {m["name"]: (m, f"has been in state {m['state']}, step {m['step']}, for {missing:.0f} s") for m in ranks}
+        for member, why in found.values():
+            running = next((r for r in self.steps.values() if r.children and _belongs(member, r.step)), None)
+            if running is None or running.hung:
+                continue
+            log.error("%s %s: it tells its stacks in its log, and is ended", member["name"], why)
+            self._tell_waits()
+            running.hung = True
+            self._ask_for_stacks([running])
+            for child in running.children:
+                child.signal(signal.SIGKILL)
+
+    def _ask_for_stacks(self, steps: list[Running]) -> None:
+        """Under Slurm these processes are sruns, which pass the signal on. An agent passes it on to all on its node."""
+        for running in steps:
+            for child in running.children:
+                process.request_stacks(child.pid)
+        time.sleep(DUMP_S)
+
+    def _tell_waits(self) -> None:
+        for line in waits(self.leader.members.values(), time.time()):
+            log.error("%s", line)
 
     def _start(self, running: Running) -> None:
         """Start all processes of a step. The step id tells this start's members from an earlier one's."""
@@ -119,7 +152,7 @@ class Supervisor:
                 log.warning("%s is not started yet: %s", running.step.name, error)
                 running.due = time.monotonic() + SLURM_AWAY_S
                 return
-        running.due, running.started, running.progress = None, time.monotonic(), self._progress()
+        running.due, running.started, running.progress, running.hung = None, time.monotonic(), self._progress(), False
         identity = f"{running.step.name}-{time.time_ns()}"
         for each in running.step.processes:
             variables = {**each.variables, "ATROPOS_HPC_STEP": identity, "PYTHONUNBUFFERED": "1"}
@@ -138,6 +171,8 @@ class Supervisor:
         died = next((child for child in running.children if child.poll()), running.children[0])
         code = died.poll()
         assert code is not None
+        if code == process.STUCK:
+            self._shake_up(running)
         process.end(running.children, self.launch.grace_s if done or code == process.STOPPED else 0.5)
         process.end_orphans(child for other in self.steps.values() for child in other.children)
         running.children = []
@@ -146,7 +181,19 @@ class Supervisor:
             running.restarts = 0
         fate = self.job.fate(step.nodes) if self.job is not None else None
         ended = plan.how_it_ended(step.kind, code, done=done, tries_left=self.launch.restarts - running.restarts, fate=fate)
+        if ended == "crashed too often" and self.job is not None and (running.hung or code == process.STUCK):
+            ended = "hung too often"
         return self._apply(running, died, code, ended)
+
+    def _shake_up(self, stuck: Running) -> None:
+        """The learner waited in vain: the others tell what they wait for, and their stacks; then the rollout nodes start anew, too."""
+        self._tell_waits()
+        others = [running for running in self.steps.values() if running is not stuck]
+        self._ask_for_stacks(others)
+        for running in others:
+            if running.step.kind == "agent":
+                for child in running.children:
+                    child.signal(signal.SIGTERM)
 
     def _apply(self, running: Running, died: process.Child, code: int, ended: str) -> Action | None:
         """The table's answer to a step that has ended; what ends the run waits for the learner, where there still is one."""

@@ -1,7 +1,8 @@
 """One learner rank: `python -m atropos_hpc.learner --run-dir DIR`, with RANK, WORLD_SIZE, ... (or Slurm's) in its environment.
 
 Joins the others through the rendezvous, builds the backend, goes back to the last durable step, and trains. Exit codes: 0 the run
-is complete; 75 it was asked to stop, and has saved; 2 the config cannot work, and starting again is no use; 1 anything else.
+is complete; 75 it was asked to stop, and has saved; 70 somebody it waited for did not deliver in time; 2 the config cannot work, and
+starting again is no use; 1 anything else.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from atropos_hpc.config import (
     from_dict,
 )
 from atropos_hpc.observe.console import log_to_stderr
-from atropos_hpc.process import DONE, REFUSED, STOPPED
+from atropos_hpc.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.rendezvous import Member, Roster, own_host, wait_for
 from atropos_hpc.run_dir import RunDir
 
@@ -49,6 +50,7 @@ def variable(name: str, slurm: str, default: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Be one rank, from start to end."""
     process.die_with_parent(signal.SIGKILL)
+    process.stacks_on_request()
     parser = argparse.ArgumentParser(description="One rank of the learner.")
     parser.add_argument("--run-dir", type=Path, required=True)
     run = RunDir(parser.parse_args(arguments).run_dir)
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError:
         log.exception("this cannot work with the present config")
         return REFUSED
+    except TimeoutError:
+        log.exception("waited in vain")
+        return STUCK
     except BaseException as error:
         traceback.print_exc()
         if getattr(error, "status", None) == HTTPStatus.GONE:

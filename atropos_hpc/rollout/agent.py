@@ -25,6 +25,7 @@ import aiohttp
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
 from atropos_hpc.launch.leader import LeaderWatch
+from atropos_hpc.launch.watchdog import DUMP_S, Silence
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
@@ -94,6 +95,7 @@ class Agent:
 
     async def work(self) -> None:
         """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
+        process.tasks_on_request(ask_all_for_stacks)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)) as self.http:
             following, watching = asyncio.create_task(self.follow()), asyncio.create_task(self.watch_others())
             try:
@@ -117,10 +119,19 @@ class Agent:
             await asyncio.sleep(self.policy.poll_s)
 
     async def watch_others(self) -> None:
-        """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies."""
-        leader, roster, since = LeaderWatch(self.run), Roster(self.run.roster), time.monotonic()
+        """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
+        children that hang.
+        """
+        leader, roster, since, silence = LeaderWatch(self.run), Roster(self.run.roster), time.monotonic(), Silence()
         while True:
             await asyncio.to_thread(leader.look)
+            members = roster.read().get("members", {}).values()
+            children = {kept.child.pid: kept.child for kept in self.others if kept.child is not None}
+            for member in silence.hung(m for m in members if m["node"] == self.node and m["pid"] in children):
+                log.error("%s has given no sign for too long: it tells its stacks in its log, and is ended", member["name"])
+                process.request_stacks(member["pid"])
+                await asyncio.sleep(DUMP_S)
+                children[member["pid"]].signal(signal.SIGKILL)
             if not comes_first(self.index, roster.members("agent")):
                 since = time.monotonic()
             if self.evaluates and (self.index == 0 or time.monotonic() - since > TAKE_OVER_S):
@@ -210,7 +221,10 @@ class Agent:
             pass
         silent = time.monotonic() - (server.answered if server.up else child.started)
         if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):
-            log.error("%s has not answered /health for %.0f s: it is ended", server.name, silent)
+            log.error("%s has not answered /health for %.0f s: it tells its stacks in its log, and is ended", server.name, silent)
+            for pid in (child.pid, *process.descendants_of(child.pid)):
+                process.request_stacks(pid)
+            await asyncio.sleep(DUMP_S)
             child.signal(signal.SIGKILL)
         await asyncio.sleep(0.5)
 
@@ -253,6 +267,12 @@ class Agent:
         while process.end_orphans([]):
             pass
         self.member.leave(servers=[], **state)
+
+
+def ask_all_for_stacks() -> None:
+    """All on this node: the servers with their engines, the workers, the evaluator."""
+    for pid in process.descendants_of(os.getpid()):
+        process.request_stacks(pid)
 
 
 def comes_first(index: int, agents: list[dict[str, Any]]) -> bool:

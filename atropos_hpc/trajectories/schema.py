@@ -340,7 +340,7 @@ def _check_messages(conversations: Any) -> None:
     arrays = (list, simdjson.Array)
     if not isinstance(conversations, arrays) or not all(isinstance(messages, arrays) for messages in conversations):
         raise Refused(422, "messages: an array of arrays of messages is needed")
-    for message in itertools.chain.from_iterable(conversations):
+    for message in itertools.chain.from_iterable(conversations):  # type: ignore[arg-type]  # the parser's arrays can be gone through
         if not isinstance(message, (dict, simdjson.Object)):
             raise Refused(422, "messages: a message is an object")
         for name in ("role", "content"):

@@ -267,6 +267,7 @@ async def serve(run: RunDir, node: str) -> None:
     stop = asyncio.Event()
     for number_ in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number_, stop.set)
+    process.tasks_on_request()
     server = listen(run, f"trajectories-{node}-0", host)  # before Member, which overwrites the record of the port
     member = Member(run, "trajectories", node)
     try:
