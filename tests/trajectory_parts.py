@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import aiohttp
@@ -116,6 +118,30 @@ def with_service(
         await service.close()
 
     asyncio.run(run())
+
+
+@contextmanager
+def serving(directory: Path, max_body_bytes: int = 1 << 20) -> Iterator[tuple[Service, int]]:
+    """A service over `directory` behind HTTP, in a thread of its own: (service, port)."""
+    made: Queue[tuple[Service, int, asyncio.AbstractEventLoop, asyncio.Event]] = Queue()
+
+    async def run() -> None:
+        service, over = Service(directory), asyncio.Event()
+        listener = socket.create_server(("127.0.0.1", 0))
+        runner = await start(application(service, TOKEN, max_body_bytes), listener)
+        made.put((service, listener.getsockname()[1], asyncio.get_running_loop(), over))
+        await over.wait()
+        await runner.cleanup()
+        await service.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    service, port, loop, over = made.get(timeout=30)
+    try:
+        yield service, port
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(30)
 
 
 def make_run(path: Path, **trajectories: Any) -> RunDir:

@@ -11,7 +11,7 @@ dropped, because it is too stale.
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -38,25 +38,24 @@ class Item(NamedTuple):
     oldest: int  # policy version, or UNKNOWN
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class Registration(msgspec.Struct):
     """What a trainer says in /register. Everything but the first two has a default here, so that a curl can do it."""
 
-    batch_size: int  # sequences
-    max_token_len: int  # longest sequence; 0: no limit
-    wandb_group: str | None = ""
-    wandb_project: str | None = ""
-    checkpoint_dir: str = ""
-    save_checkpoint_interval: int = 0
-    starting_step: int = 0  # the policy version that training starts or resumes from
-    num_steps: int = -1
-    vocab_size: int = 0  # 0: not told
-
-    def problem(self) -> str | None:
-        if not 0 < self.batch_size < 1 << 20:
-            return f"batch_size: {self.batch_size} is not in [1, {1 << 20})"
-        if self.starting_step < 0:
-            return "starting_step: negative"
-        return None
+    batch_size: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)]  # sequences
+    max_token_len: Count  # longest sequence; 0: no limit
+    wandb_group: Text | None = ""
+    wandb_project: Text | None = ""
+    checkpoint_dir: Text = ""
+    save_checkpoint_interval: Number = 0
+    starting_step: Count = 0  # the policy version that training starts or resumes from
+    num_steps: Number = -1
+    vocab_size: Count = 0  # 0: not told
 
 
 class Environment(msgspec.Struct):

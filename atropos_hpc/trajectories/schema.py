@@ -210,7 +210,7 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
     flags, floats = 0, []
     for bit, name in enumerate(FLOATS):
         given = value.get(name)
-        if given is None or (hasattr(given, "__len__") and len(given) == 0):
+        if given is None or (isinstance(given, (list, simdjson.Array)) and len(given) == 0):
             continue
         float_lengths, numbers = _rows(given, name, "d")
         if float_lengths != lengths:

@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ import orjson
 
 from atropos_hpc.trajectories import schema
 from atropos_hpc.trajectories.journal import SEGMENT_BYTES, Damaged, Journal, NotWritten, Place
-from atropos_hpc.trajectories.ledger import Environment, Item, Ledger, Presence, Registration, share_out
+from atropos_hpc.trajectories.ledger import Count, Environment, Item, Ledger, Presence, Registration, Share, Text, share_out
 from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, SNAPSHOT, Record
 from atropos_hpc.trajectories.schema import Refused
 
@@ -34,19 +34,19 @@ T = TypeVar("T")
 class EnvironmentRequest(msgspec.Struct):
     """The body of /register-env. `member` is ours: the same member registering again keeps its env_id."""
 
-    max_token_length: int
-    desired_name: str | None = None
-    weight: float | None = 1.0
-    group_size: int = 1
-    min_batch_allocation: float | None = None
-    member: str | None = None
+    max_token_length: Count
+    desired_name: Text | None = None
+    weight: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = 1.0
+    group_size: Count = 1
+    min_batch_allocation: Share | None = None
+    member: Text | None = None
 
 
 class StatusRequest(msgspec.Struct):
     """The body of /status-env and /disconnect-env. `in_flight` is ours: sequences being generated."""
 
-    env_id: int
-    in_flight: int | None = None
+    env_id: Count
+    in_flight: Count | None = None
 
 
 def parse(body: bytes, into: type[T]) -> T:
@@ -130,8 +130,6 @@ class Service:
 
     async def register(self, body: bytes) -> dict[str, Any]:
         registration = parse(body, Registration)
-        if problem := registration.problem():
-            raise Refused(422, problem)
         async with self._forming:
             await self._record("register", data=msgspec.to_builtins(registration))
         self._retire()
