@@ -165,7 +165,8 @@ def wrong_fields(value: Any) -> set[str]:
         return found | {"tokens", "masks", "scores", "inference_logprobs"}  # what the others are compared with is wrong
     masks = value.get("masks")
     alike = _rows(masks, _whole) and [len(row) for row in masks] == [len(row) for row in tokens]
-    if not alike or any(m not in (-100, t) for mask, row in zip(masks, tokens, strict=True) for m, t in zip(mask, row, strict=True)):
+    pairs = [pair for mask, row in zip(masks, tokens, strict=True) for pair in zip(mask, row, strict=True)] if alike else []
+    if not alike or not (all(label in (-100, token) for label, token in pairs) or all(label in (-100, 1) for label, _ in pairs)):
         found.add("masks")
     scores = value.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens) or not all(_finite(score) for score in scores):

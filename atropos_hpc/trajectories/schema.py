@@ -200,7 +200,7 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
     if mask_lengths != lengths:
         raise Refused(422, "masks: lengths differ from those of tokens")
     trained = masks != NOT_TRAINED
-    if not (masks == tokens)[trained].all() and not _all_flags(masks, tokens):
+    if not (masks == tokens)[trained].all() and not _all_flags(masks):
         raise Refused(422, f"masks: each must be {NOT_TRAINED} or the token itself (or, for every token that is trained, 1)")
     scores = _numbers(value["scores"], "scores")
     if scores.size != len(lengths):
@@ -239,9 +239,9 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
     )
 
 
-def _all_flags(masks: NDArray[Any], tokens: NDArray[Any]) -> bool:
-    """Is 1 written for trained tokens, as Atropos' own tests do? Beside a 0, which would be a flag then and not a label, it is refused."""
-    return bool(np.isin(masks, (NOT_TRAINED, 1))[masks != tokens].all() and not (masks == 0).any())
+def _all_flags(masks: NDArray[Any]) -> bool:
+    """Is 1 written for every token that is trained, as Atropos' own tests do? With a 0 among them, it could mean anything."""
+    return bool(np.isin(masks, (NOT_TRAINED, 1)).all())
 
 
 def _rows(value: Any, name: str, kind: Literal["i", "d"]) -> tuple[list[int], NDArray[Any]]:
@@ -257,6 +257,8 @@ def _rows(value: Any, name: str, kind: Literal["i", "d"]) -> tuple[list[int], ND
         flat = _buffer(value, name, kind)
     else:
         elements = [x for row in rows for x in row]
+        if kind == "i":  # 12.0 where 12 was meant
+            elements = [int(x) if type(x) is float and x.is_integer() else x for x in elements]
         if any(type(x) is not int and (kind == "i" or type(x) is not float) for x in elements):
             raise Refused(422, f"{name}: not {'whole ' if kind == 'i' else ''}numbers")
         try:
