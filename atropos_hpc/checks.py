@@ -195,6 +195,8 @@ def _verl(config: Config) -> Iterator[Problem]:
         yield Problem("trainer.fsdp_config", f"is for trainer.backend=verl; this is {trainer.backend}")
     if "param_dtype" in (engine.get("mixed_precision") or {}):
         yield Problem("trainer.fsdp_config.mixed_precision.param_dtype", "is set by the run; change model.dtype instead")
+    if engine.get("entropy_checkpointing") and not config.algorithm.entropy_coef:
+        yield Problem("trainer.fsdp_config.entropy_checkpointing", "is for an entropy in the loss, and algorithm.entropy_coef is 0")
     for key in ("param_offload", "optimizer_offload"):
         if trainer.offload and engine.get(key):
             yield Problem(f"trainer.fsdp_config.{key}", "and trainer.offload are two ways of the same; keep one")

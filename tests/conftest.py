@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from atropos_hpc.run_dir import RunDir
+
 ROLE = os.environ.get("TEST_ROLE") or ("rollout" if importlib.util.find_spec("vllm") else "trainer")
 ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
 NEEDS = {"trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")}, "rollout": {"vllm": ("vllm", "atroposlib")}}
@@ -33,3 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # Whole runs and clusters, killed at moments that a busy machine shifts: one more try, which pytest reports as a rerun.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """An empty run directory."""
+    made = RunDir(tmp_path / "run")
+    made.create()
+    return made
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer and random weights, for the learner."""
+    from learner_ranks import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("small-model"), layers=1)

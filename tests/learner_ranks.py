@@ -1,8 +1,11 @@
-"""For the tests of the learner: a tiny model, made-up groups, and functions run on forked ranks over gloo."""
+"""For the tests of the learner: a tiny model, made-up groups, steps on them, and functions run on forked ranks over gloo."""
 
+import contextlib
+import importlib
 import os
 import random
 import signal
+import sys
 import tempfile
 import traceback
 import warnings
@@ -15,11 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from atropos_hpc.learner.batch import Batch, make_batch
 from atropos_hpc.trajectories.schema import Group
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 VOCABULARY = 131
-RANK_SECONDS = 100
+MAX_LENGTH = 150  # above that of any group made here
+RANK_SECONDS = 240
 
 
 def tiny_model(directory: Path, tied: bool = False, layers: int = 2) -> Path:
@@ -38,7 +43,8 @@ def tiny_model(directory: Path, tied: bool = False, layers: int = 2) -> Path:
 def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`work(rank, world, *arguments)` in `world` forked processes with a process group; what each returned, via torch.save.
 
-    Forked, because importing verl takes seconds. A rank that fails or takes too long fails the test with its traceback.
+    Forked, because importing verl takes seconds. What ranks had to import all the same is imported here afterwards, once, so that the
+    next ones find it there. A rank that fails or takes too long fails the test with its traceback.
     """
     with tempfile.TemporaryDirectory() as scratch:
         children = {}
@@ -57,7 +63,15 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
                     os.kill(other, signal.SIGKILL)
         errors = [f"rank {path.suffix}:\n{path.read_text()}" for path in sorted(Path(scratch).glob("error.*"))]
         assert not failed, "\n".join(errors) or "a rank was killed: it took too long"
+        _import((Path(scratch) / "imported").read_text().split())
         return [torch.load(Path(scratch) / f"result.{rank}", weights_only=False) for rank in range(world)]
+
+
+def _import(names: list[str]) -> None:
+    for name in names:
+        if name.startswith(("torch.", "transformers.", "verl.", "deepspeed.", "networkx.")):
+            with contextlib.suppress(Exception):  # what cannot stand alone has come with another, or does not matter
+                importlib.import_module(name)
 
 
 def _reap(children: dict[int, int]) -> tuple[int, int]:
@@ -70,7 +84,7 @@ def _reap(children: dict[int, int]) -> tuple[int, int]:
 
 
 def _run_rank(rank: int, world: int, scratch: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    code = 1
+    code, known = 1, set(sys.modules)
     try:
         signal.alarm(RANK_SECONDS)
         warnings.simplefilter("ignore")
@@ -80,6 +94,8 @@ def _run_rank(rank: int, world: int, scratch: Path, work: Callable[..., Any], ar
         torch.save(work(rank, world, *arguments), scratch / f"result.{rank}")
         dist.barrier()
         dist.destroy_process_group()
+        if rank == 0:
+            (scratch / "imported").write_text("\n".join(name for name in sys.modules if name not in known))
         code = 0
     except BaseException:  # the parent shows it
         (scratch / f"error.{rank}").write_text(traceback.format_exc())
@@ -127,3 +143,27 @@ def make_groups(seed: int = 0) -> list[Group]:
 def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:
     """A flat per-token array, cut into the group's sequences."""
     return np.split(values, np.cumsum(group.lengths)[:-1])
+
+
+def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
+    """The batch of the backend's present step, dealt to the ranks group by group, with the log-probs that an update needs."""
+    groups, copies = make_groups(backend.step_count)[backend.data_rank :: backend.data_world], backend.world // backend.data_world
+    batch = make_batch(groups, backend._algorithm, tokens_per_micro_batch, MAX_LENGTH, 0, copies)
+    batch.set_old_log_probs(backend.log_probs(batch))
+    batch.set_reference_log_probs(backend.reference_log_probs(batch))
+    return batch
+
+
+def train(backend: Any, steps: int, tokens_per_micro_batch: int = 4096) -> list[dict[str, float]]:
+    """That many steps; what each reported."""
+    return [backend.update(one_batch(backend, tokens_per_micro_batch)) for _ in range(steps)]
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of a state's tensors, put together from all ranks."""
+    return {name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone() for name, tensor in tensors.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit-equal, tensor by tensor."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

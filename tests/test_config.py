@@ -85,6 +85,7 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         ("+trainer.fsdp_config.offload_policy=true", "trainer.fsdp_config.offload_policy", "change trainer.offload"),
         ("+trainer.fsdp_config.fsdp_size=3", "trainer.fsdp_config.fsdp_size", "does not divide the 1 ranks"),
         ("+trainer.fsdp_config.mixed_precision={param_dtype: bf16}", "trainer.fsdp_config.mixed_precision.param_dtype", "model.dtype"),
+        ("+trainer.fsdp_config.entropy_checkpointing=true", "trainer.fsdp_config.entropy_checkpointing", "algorithm.entropy_coef"),
         ("+trainer.optim.lr=1", "trainer.optim.lr", "change trainer.learning_rate"),
         ("+trainer.optim.momentum=0.9", "trainer.optim.momentum", "override_optimizer_config"),
         ("+trainer.deepspeed.bf16.enabled=true", "trainer.deepspeed", "trainer.backend=deepspeed"),

@@ -12,50 +12,34 @@ import pytest
 pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
+import learner_ranks  # noqa: E402
 import torch  # noqa: E402
-from learner_ranks import make_groups, on_ranks, tiny_model  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, same, whole  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner import checkpoint  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
-from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.learner.checkpoint import CheckpointFailed, Checkpoints  # noqa: E402
 from atropos_hpc.run_dir import RunDir, read_json  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), layers=1)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    run.create()
-    return run
-
-
 def backend_of(path: Path, learning_rate: float = 1e-3) -> VerlBackend:
     trainer = TrainerConf(learning_rate=learning_rate, warmup_steps=2, schedule="cosine", steps=20)
-    return VerlBackend(ModelConf(path=str(path), dtype="float32", max_length=150), trainer, AlgorithmConf(kl_coef=0), 0, reference=False)
+    model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH)
+    return VerlBackend(model, trainer, AlgorithmConf(kl_coef=0), 0, reference=False)
 
 
 def train(backend: VerlBackend, steps: int) -> list[dict[str, float]]:
+    """Steps, with what each generator of random numbers gave before."""
     metrics = []
     for _ in range(steps):
-        batch = make_batch(make_groups(backend.step_count)[backend.rank :: backend.world], AlgorithmConf(), 4096, 150, 0)
-        batch.set_old_log_probs(backend.log_probs(batch))
-        drawn = [float(torch.rand(())), random.random(), float(np.random.rand())]
-        metrics.append({**backend.update(batch), **{f"drawn{i}": value for i, value in enumerate(drawn)}})
+        drawn = {"drawn0": float(torch.rand(())), "drawn1": random.random(), "drawn2": float(np.random.rand())}
+        metrics.append({**learner_ranks.train(backend, 1)[0], **drawn})
     return metrics
 
 
 def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
-    return {name: tensor.full_tensor().clone() for name, tensor in backend.module.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return whole(backend.module.state_dict())
 
 
 def two_steps_saved(rank: int, world: int, path: Path, run: RunDir) -> Any:
@@ -73,35 +57,40 @@ def two_steps_saved(rank: int, world: int, path: Path, run: RunDir) -> Any:
 
 
 def resumed(rank: int, world: int, path: Path, run: RunDir, steps: int = 2, save: bool = False) -> Any:
+    """Goes on from the newest checkpoint for some steps, and saves, if asked."""
     random.seed(99)
     backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
     progress = checkpoints.load_latest(backend)
-    assert backend.step_count == 2 and progress == {"gids": [1, 2], "note": "two"}
-    loaded = weights_of(backend)
+    assert progress == {"gids": [1, 2], "note": "two"}
+    loaded, start = weights_of(backend), backend.step_count
+    metrics = train(backend, steps)
     if save:
         checkpoints.save(backend, progress)
         checkpoints.wait()
-    return loaded, train(backend, steps), weights_of(backend)
+    return loaded, metrics, weights_of(backend), start
 
 
-def test_a_resume_is_bit_equal(model_path: Path, run: RunDir) -> None:
-    at_save, metrics, after = on_ranks(1, two_steps_saved, model_path, run)[0]
-    loaded, again, end = on_ranks(1, resumed, model_path, run)[0]
-    assert same(at_save, loaded)
+def test_a_resume_is_bit_equal(small_model: Path, run: RunDir) -> None:
+    at_save, metrics, after = on_ranks(1, two_steps_saved, small_model, run)[0]
+    loaded, again, end, start = on_ranks(1, resumed, small_model, run)[0]
+    assert start == 2 and same(at_save, loaded)
     assert metrics == again and same(after, end)
 
 
-def test_other_numbers_of_ranks(model_path: Path, run: RunDir) -> None:
-    both = on_ranks(2, two_steps_saved, model_path, run)
+def test_other_numbers_of_ranks(small_model: Path, run: RunDir) -> None:
+    both = on_ranks(2, two_steps_saved, small_model, run)
     at_save, metrics, after = both[0]
-    ranks = on_ranks(2, resumed, model_path, run)
+    ranks = on_ranks(2, resumed, small_model, run)
     assert [rank[1] for rank in ranks] == [rank[1] for rank in both] and same(after, ranks[0][2]), "2 ranks again: bit-equal"
-    loaded, on_one, _ = on_ranks(1, resumed, model_path, run, 1, True)[0]
-    assert same(at_save, loaded) and on_one[0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
-    assert on_one[0]["lr"] == metrics[0]["lr"]
-    loaded, on_two, _ = on_ranks(2, resumed, model_path, run, 1)[0]
-    assert same(at_save, loaded) and on_two[0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
-    assert read_json(run.checkpoints / "latest.json") == {"step": 2, "directory": "step-2-1"}
+
+    # 2 ranks -> 1, which takes a step and saves -> 2 again, each compared with the run that was never stopped
+    loaded, on_one, end, _ = on_ranks(1, resumed, small_model, run, 1, True)[0]
+    assert same(at_save, loaded) and on_one[0]["lr"] == metrics[0]["lr"]
+    assert on_one[0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+    loaded, on_two, _, start = on_ranks(2, resumed, small_model, run, 1)[0]
+    assert start == 3 and same(end, loaded) and on_two[0]["lr"] == metrics[1]["lr"]
+    assert on_two[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-6)
+    assert read_json(run.checkpoints / "latest.json") == {"step": 3, "directory": "step-3-0"}
 
 
 def saved_at_zero(rank: int, world: int, path: Path, run: RunDir) -> Any:
@@ -119,8 +108,8 @@ def saved_at_zero(rank: int, world: int, path: Path, run: RunDir) -> Any:
     return [*ends, weights_of(backend)]
 
 
-def test_saving_before_the_first_step_changes_nothing(model_path: Path, run: RunDir) -> None:
-    never, saved, resumed_from_it = on_ranks(1, saved_at_zero, model_path, run)[0]
+def test_saving_before_the_first_step_changes_nothing(small_model: Path, run: RunDir) -> None:
+    never, saved, resumed_from_it = on_ranks(1, saved_at_zero, small_model, run)[0]
     assert same(never, saved) and same(never, resumed_from_it)
 
 
@@ -130,9 +119,9 @@ def another_rate(rank: int, world: int, path: Path, run: RunDir) -> float:
     return train(backend, 1)[0]["lr"]
 
 
-def test_the_learning_rate_is_the_configs(model_path: Path, run: RunDir) -> None:
-    _, metrics, _ = on_ranks(1, two_steps_saved, model_path, run)[0]
-    assert on_ranks(1, another_rate, model_path, run)[0] == pytest.approx(500 * metrics[0]["lr"])
+def test_the_learning_rate_is_the_configs(small_model: Path, run: RunDir) -> None:
+    _, metrics, _ = on_ranks(1, two_steps_saved, small_model, run)[0]
+    assert on_ranks(1, another_rate, small_model, run)[0] == pytest.approx(500 * metrics[0]["lr"])
 
 
 class Numbers:

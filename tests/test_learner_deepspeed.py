@@ -11,154 +11,162 @@ pytest.importorskip("deepspeed")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from learner_ranks import make_groups, on_ranks, tiny_model  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, same, train, whole  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend, described  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
-from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.policy.publish import snapshot, write_shards  # noqa: E402
 from atropos_hpc.run_dir import RunDir  # noqa: E402
 
 FSDP2 = 0  # where a ZeRO stage is meant
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), layers=1)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    run.create()
-    return run
+SMALL_BUDGET = 150  # tokens: several micro-batches per step
 
 
 def backend_of(path: Path, stage: int, dtype: str = "float32") -> VerlBackend:
     own = {"deepspeed": {"zero_optimization": {"stage": stage}}} if stage else {}
     trainer = TrainerConf(learning_rate=1e-3, warmup_steps=2, schedule="cosine", steps=20, gradient_checkpointing=False, **own)
-    model = ModelConf(path=str(path), dtype=dtype, max_length=150)
+    model = ModelConf(path=str(path), dtype=dtype, max_length=MAX_LENGTH)
     return (DeepSpeedBackend if stage else VerlBackend)(model, trainer, AlgorithmConf(kl_coef=0.05), 0)
 
 
-def train(backend: VerlBackend, steps: int) -> list[dict[str, float]]:
-    metrics = []
-    for _ in range(steps):
-        batch = make_batch(make_groups(backend.step_count)[backend.rank :: backend.world], AlgorithmConf(), 150, 150, 0)
-        batch.set_old_log_probs(backend.log_probs(batch))
-        batch.set_reference_log_probs(backend.reference_log_probs(batch))
-        metrics.append(backend.update(batch))
-    return metrics
+def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
+    return whole(backend.weights())
 
 
-def whole(backend: VerlBackend) -> dict[str, torch.Tensor]:
-    return {name: tensor.full_tensor().clone() for name, tensor in backend.weights().items()}
-
-
-def gradients(rank: int, world: int, path: Path, stage: int) -> Any:
-    """Of the first step, in several micro-batches; what that step reports."""
+def gradients(rank: int, world: int, path: Path, stages: list[int]) -> dict[int, Any]:
+    """Of the first step with each, in several micro-batches; what that step reports."""
     from deepspeed.utils import safe_get_full_grad
 
-    backend = backend_of(path, stage)
-    step, kept = backend._policy.optimizer_step, {}
+    made = {}
+    for stage in stages:
+        backend = backend_of(path, stage)
+        step, kept = backend._policy.optimizer_step, {}
 
-    def keep() -> float:
-        for name, parameter in backend.module.named_parameters():
-            kept[name] = (safe_get_full_grad(parameter) if stage else parameter.grad.full_tensor()).double().clone()
-        return step()
+        def keep(backend: Any = backend, step: Any = step, kept: Any = kept, stage: int = stage) -> float:
+            for name, parameter in backend.module.named_parameters():
+                kept[name] = (safe_get_full_grad(parameter) if stage else parameter.grad.full_tensor()).double().clone()
+            return step()
 
-    backend._policy.optimizer_step = keep
-    return kept, train(backend, 1)[0]
+        backend._policy.optimizer_step = keep
+        metrics = train(backend, 1, SMALL_BUDGET)[0]
+        made[stage] = kept, metrics
+    return made
 
 
-def test_gradients_are_those_of_the_other_backend(model_path: Path) -> None:
-    want, metrics = on_ranks(2, gradients, model_path, FSDP2)[0]
+def test_gradients_are_those_of_the_other_backend(small_model: Path) -> None:
+    found = on_ranks(2, gradients, small_model, [FSDP2, 1, 2, 3])[0]
+    want, metrics = found.pop(FSDP2)
     norm = torch.sqrt(sum((g**2).sum() for g in want.values()))
-    for world, stage in ((2, 1), (2, 2), (2, 3), (1, 2)):
-        got, others = on_ranks(world, gradients, model_path, stage)[0]
+    cases = {**{(2, stage): case for stage, case in found.items()}, (1, 2): on_ranks(1, gradients, small_model, [2])[0][2]}
+    assert len(cases) == 4
+    for case, (got, others) in cases.items():
         assert got.keys() == want.keys()
-        assert float(torch.sqrt(sum(((got[name] - g) ** 2).sum() for name, g in want.items())) / norm) < 1e-5, (world, stage)
-        assert others == pytest.approx(metrics, rel=1e-5, abs=1e-6), (world, stage)
+        assert float(torch.sqrt(sum(((got[name] - g) ** 2).sum() for name, g in want.items())) / norm) < 1e-5, case
+        assert others == pytest.approx(metrics, rel=1e-5, abs=1e-6), case
 
 
-def saved(rank: int, world: int, path: Path, run: RunDir, stage: int) -> Any:
-    backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=3)
-    train(backend, 3)
-    at_save = whole(backend)
-    checkpoints.save(backend, {})
-    metrics = train(backend, 2)
-    assert checkpoints.wait() == 3
-    return at_save, metrics, whole(backend)
-
-
-def resumed(rank: int, world: int, path: Path, run: RunDir, stage: int, save: bool = False) -> Any:
-    backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=3)
-    checkpoints.load_latest(backend)
-    assert backend.step_count == 3
-    loaded = whole(backend)
-    if save:
+def uninterrupted(rank: int, world: int, path: Path, runs: dict[int, RunDir]) -> dict[int, Any]:
+    """Each stage: three steps, a checkpoint, three more. -> the weights at the checkpoint, what the later steps reported, the end."""
+    made = {}
+    for stage, run in runs.items():
+        backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=9)
+        train(backend, 3, SMALL_BUDGET)
+        at_save = weights_of(backend)
         checkpoints.save(backend, {})
-        checkpoints.wait()
-    return loaded, train(backend, 2), whole(backend)
+        metrics = train(backend, 3, SMALL_BUDGET)
+        assert checkpoints.wait() == 3
+        made[stage] = at_save, metrics, weights_of(backend)
+    return made
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resume(model_path: Path, run: RunDir, stage: int) -> None:
-    at_save, metrics, end = on_ranks(2, saved, model_path, run, stage)[0]
-    loaded, again, last = on_ranks(2, resumed, model_path, run, stage)[0]
-    assert again == metrics and all(torch.equal(last[name], end[name]) for name in end), "2 ranks again: bit-equal"
-    for world, other in ((1, stage), (2, 4 - stage), (2, FSDP2)):  # fewer ranks; ranks again, from what one has saved; the other backend
-        loaded, elsewhere, _ = on_ranks(world, resumed, model_path, run, other, True)[0]
-        assert all(torch.equal(loaded[name], at_save[name]) for name in at_save), (world, other)
-        assert [m["loss"] for m in elsewhere] == pytest.approx([m["loss"] for m in metrics], abs=1e-6), (world, other)
-        assert [m["lr"] for m in elsewhere] == [m["lr"] for m in metrics]
+def resumed(rank: int, world: int, path: Path, chain: list[tuple[RunDir, int, int, bool]]) -> list[Any]:
+    """For each run directory, with a stage of its own and in order: go on from its newest checkpoint for some steps, and save, if asked.
+
+    -> the weights as loaded, what the steps reported, the weights in the end.
+    """
+    made = []
+    for run, stage, steps, save in chain:
+        backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=9)
+        checkpoints.load_latest(backend)
+        loaded = weights_of(backend)
+        metrics = train(backend, steps, SMALL_BUDGET)
+        if save:
+            checkpoints.save(backend, {})
+            checkpoints.wait()
+        made.append((loaded, metrics, weights_of(backend)))
+    return made
+
+
+def test_resume_on_other_numbers_of_ranks_other_stages_and_the_other_backend(small_model: Path, tmp_path: Path) -> None:
+    stages = (1, 2, 3)
+    runs = {stage: RunDir(tmp_path / str(stage)) for stage in stages}
+    for run in runs.values():
+        run.create()
+    exact = on_ranks(2, uninterrupted, small_model, runs)[0]
+    cases = [(stage, own) for stage in stages for own in (stage, stage % 3 + 1, FSDP2)]
+    again = on_ranks(2, resumed, small_model, [(runs[stage], own, 3, False) for stage, own in cases])[0]
+    for (stage, own), (loaded, metrics, end) in zip(cases, again, strict=True):
+        at_save, want, last = exact[stage]
+        assert same(loaded, at_save), (stage, own)
+        if own == stage:
+            assert metrics == want and same(end, last), f"stage {stage}, 2 ranks again: bit-equal"
+        assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in want], abs=1e-6), (stage, own)
+        assert [m["lr"] for m in metrics] == [m["lr"] for m in want]
+
+    # 2 ranks -> 1, which takes a step and saves -> 2 again, each compared with the run that was never stopped
+    on_one = on_ranks(1, resumed, small_model, [(runs[stage], stage, 1, True) for stage in stages])[0]
+    on_two = on_ranks(2, resumed, small_model, [(runs[stage], stage, 1, False) for stage in stages])[0]
+    for stage, one, two in zip(stages, on_one, on_two, strict=True):
+        at_save, want, _ = exact[stage]
+        assert same(one[0], at_save) and same(two[0], one[2]), stage
+        assert one[1][0]["loss"] == pytest.approx(want[0]["loss"], abs=1e-6), stage
+        assert two[1][0]["loss"] == pytest.approx(want[1]["loss"], abs=1e-6), stage
 
 
 def saved_at_zero(rank: int, world: int, path: Path, run: RunDir, stage: int) -> Any:
     backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=1)
     checkpoints.save(backend, {})
     checkpoints.wait()
-    train(backend, 2)
+    train(backend, 2, SMALL_BUDGET)
     again = backend_of(path, stage)
     checkpoints.load_latest(again)
-    train(again, 2)
-    return whole(backend), whole(again)
+    train(again, 2, SMALL_BUDGET)
+    return weights_of(backend), weights_of(again)
 
 
-def test_a_checkpoint_before_the_first_step(model_path: Path, run: RunDir) -> None:
-    one, other = on_ranks(1, saved_at_zero, model_path, run, 2)[0]
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_a_checkpoint_before_the_first_step(small_model: Path, run: RunDir) -> None:
+    one, other = on_ranks(1, saved_at_zero, small_model, run, 2)[0]
+    assert same(one, other)
 
 
-def published(rank: int, world: int, path: Path, directory: Path, stage: int) -> Any:
-    backend = backend_of(path, stage)
-    train(backend, 1)
-    shot = snapshot(backend.module, torch.float32, backend.weights())
-    write_shards(shot, directory, dist.new_group(backend="gloo"))
-    return whole(backend)
+def published(rank: int, world: int, path: Path, directory: Path, stages: tuple[int, ...]) -> Any:
+    group, made = dist.new_group(backend="gloo"), {}
+    for stage in stages:
+        backend = backend_of(path, stage)
+        train(backend, 1, SMALL_BUDGET)
+        write_shards(snapshot(backend.module, torch.float32, backend.weights()), directory / f"{stage}-1", group)
+        made[stage] = weights_of(backend)
+    return made
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_what_is_published(model_path: Path, tmp_path: Path, stage: int) -> None:
-    weights = on_ranks(2, published, model_path, tmp_path / "1-1", stage)[0]
-    stored: dict[str, torch.Tensor] = {}
-    for path in (tmp_path / "1-1").glob("*.safetensors"):
-        stored |= load_file(path)
-    assert stored.keys() == load_file(model_path / "model.safetensors").keys()
-    assert all(torch.equal(stored[name], weights[name]) for name in stored)
+def test_what_is_published(small_model: Path, tmp_path: Path) -> None:
+    for stage, weights in on_ranks(2, published, small_model, tmp_path, (2, 3))[0].items():
+        stored = {name: tensor for path in (tmp_path / f"{stage}-1").glob("*.safetensors") for name, tensor in load_file(path).items()}
+        assert stored.keys() == load_file(small_model / "model.safetensors").keys()
+        assert all(torch.equal(stored[name], weights[name]) for name in stored), stage
 
 
 def in_bfloat16(rank: int, world: int, path: Path) -> Any:
     backend = backend_of(path, 2, "bfloat16")
-    metrics = train(backend, 2)
+    metrics = train(backend, 2, SMALL_BUDGET)
     return metrics, {p.dtype for p in backend.module.parameters()}, {t.dtype for t in backend.state_dict()["model"].values()}
 
 
-def test_bfloat16_keeps_float32_for_the_optimizer(model_path: Path) -> None:
-    metrics, computing, kept = on_ranks(2, in_bfloat16, model_path)[0]
+def test_bfloat16_keeps_float32_for_the_optimizer(small_model: Path) -> None:
+    metrics, computing, kept = on_ranks(2, in_bfloat16, small_model)[0]
     assert computing == {torch.bfloat16} and kept == {torch.float32} and all(m["grad_norm"] > 0 for m in metrics)
 
 

@@ -9,13 +9,12 @@ pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
 import torch  # noqa: E402
-from learner_ranks import make_groups, on_ranks, tiny_model  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, one_batch, train, whole  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
-from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.learner.publishing import Publishing  # noqa: E402
 from atropos_hpc.policy import adapter  # noqa: E402
@@ -23,41 +22,18 @@ from atropos_hpc.policy.store import PolicyStore, verify  # noqa: E402
 from atropos_hpc.run_dir import RunDir, read_json, write_json  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), layers=1)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    run.create()
-    return run
-
-
 def backend_of(path: Path, targets: tuple[str, ...] = ()) -> VerlBackend:
-    model = ModelConf(path=str(path), dtype="float32", max_length=150, lora=LoraConf(rank=4, alpha=8, targets=list(targets)))
+    model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH, lora=LoraConf(rank=4, alpha=8, targets=list(targets)))
     return VerlBackend(model, TrainerConf(learning_rate=1e-2, steps=20), AlgorithmConf(kl_coef=0.01), 0)
 
 
-def one_batch(backend: VerlBackend) -> Any:
-    batch = make_batch(make_groups(backend.step_count)[backend.rank :: backend.world], AlgorithmConf(), 4096, 150, 0)
-    batch.set_old_log_probs(backend.log_probs(batch))
-    batch.set_reference_log_probs(backend.reference_log_probs(batch))
-    return batch
-
-
-def train(backend: VerlBackend, steps: int) -> list[dict[str, float]]:
-    return [backend.update(one_batch(backend)) for _ in range(steps)]
-
-
-def whole(backend: VerlBackend) -> dict[str, torch.Tensor]:
-    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in backend.module.state_dict().items()}
+def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
+    return whole(backend.module.state_dict())
 
 
 def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir) -> Any:
     backend, checkpoints = backend_of(path, ("q_proj", "v_proj", "down_proj")), Checkpoints(run, keep=2)
-    before = whole(backend)
+    before = weights_of(backend)
     first = train(backend, 2)
     publishing = Publishing(run.policy, 2, "bfloat16")
     publishing.publish(backend, 2)
@@ -68,22 +44,22 @@ def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir) -> An
     tokens = [tuple(ids.tolist()) for ids in batch.tensors["input_ids"].unbind()]
     log_probs = dict(zip(tokens, [row.clone() for row in backend.log_probs(batch).unbind()], strict=True))
     reference = dict(zip(tokens, [row.clone() for row in batch.tensors["ref_log_prob"].unbind()], strict=True))
-    after = whole(backend)
+    after = weights_of(backend)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    return moved, first, train(backend, 2), whole(backend), log_probs, reference
+    return moved, first, train(backend, 2), weights_of(backend), log_probs, reference
 
 
 def resumed(rank: int, world: int, path: Path, run: RunDir) -> Any:
     backend, checkpoints = backend_of(path, ("q_proj", "v_proj", "down_proj")), Checkpoints(run, keep=2)
     checkpoints.load_latest(backend)
-    return train(backend, 2), whole(backend)
+    return train(backend, 2), weights_of(backend)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(model_path: Path, run: RunDir, world: int) -> None:
+def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(small_model: Path, run: RunDir, world: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    ranks = on_ranks(world, two_steps_and_two_more, model_path, run)
+    ranks = on_ranks(world, two_steps_and_two_more, small_model, run)
     moved, first, metrics, end, _, _ = ranks[0]
     assert len(moved) == 6 and all(".lora_" in name for name in moved), moved
     assert first[0]["kl_reference"] == pytest.approx(0, abs=1e-6) and metrics[1]["kl_reference"] > 1e-4
@@ -94,8 +70,8 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(model_path
     assert read_json(published.directory / "manifest.json")["kind"] == "adapter"
     assert {path.name for path in published.directory.iterdir()} == {"manifest.json", adapter.FILE, adapter.CONFIG}
     tensors, config = load_file(published.directory / adapter.FILE), read_json(published.directory / adapter.CONFIG)
-    merged = adapter.merge([load_file(model_path / "model.safetensors")], tensors, config)
-    exact = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64, attn_implementation="eager")
+    merged = adapter.merge([load_file(small_model / "model.safetensors")], tensors, config)
+    exact = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float64, attn_implementation="eager")
     for which, weights in ((5, None), (4, merged[0])):
         if weights is not None:
             exact.load_state_dict({name: tensor.double() for name, tensor in weights.items()}, strict=False)
@@ -106,22 +82,22 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(model_path
                     want = exact(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
                 assert float((got - want[-len(got) :]).abs().max()) < 1e-5 or len(tokens) == 2, "a filler's are of no account"
 
-    again, weights = on_ranks(world, resumed, model_path, run)[0]
+    again, weights = on_ranks(world, resumed, small_model, run)[0]
     assert again == metrics and all(torch.equal(weights[name], end[name]) for name in end), "bit-equal"
     keys = FileSystemReader(run.checkpoints / "step-2-0").read_metadata().state_dict_metadata
     assert all(".lora_" in key or key.startswith("random.") for key in keys), keys
 
 
-def test_peft_reads_what_is_published(model_path: Path, run: RunDir) -> None:
+def test_peft_reads_what_is_published(small_model: Path, run: RunDir) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    on_ranks(1, two_steps_and_two_more, model_path, run)
+    on_ranks(1, two_steps_and_two_more, small_model, run)
     published = PolicyStore(run.policy).latest()
     assert published is not None
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), str(published.directory))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32), str(published.directory))
     merged = adapter.merge(
-        [load_file(model_path / "model.safetensors")],
+        [load_file(small_model / "model.safetensors")],
         load_file(published.directory / adapter.FILE),
         read_json(published.directory / adapter.CONFIG),
     )[0]
@@ -131,18 +107,18 @@ def test_peft_reads_what_is_published(model_path: Path, run: RunDir) -> None:
         adapter.merge([{}], load_file(published.directory / adapter.FILE), read_json(published.directory / adapter.CONFIG))
 
 
-def test_an_export_merges_the_adapter(model_path: Path, run: RunDir, tmp_path: Path) -> None:
+def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: Path) -> None:
     from atropos_hpc.environments.make_base import make_tokenizer
     from atropos_hpc.learner.export import export
 
-    on_ranks(2, two_steps_and_two_more, model_path, run)
-    make_tokenizer().save_pretrained(model_path)
-    model = {"path": str(model_path), "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}}
+    on_ranks(2, two_steps_and_two_more, small_model, run)
+    make_tokenizer().save_pretrained(small_model)
+    model = {"path": str(small_model), "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}}
     write_json(run.run_json, {"id": "test", "config": {"model": model}})
     assert export(run, tmp_path / "out") == 2
     published = PolicyStore(run.policy).latest()
     assert published is not None
     tensors, config = load_file(published.directory / adapter.FILE), read_json(published.directory / adapter.CONFIG)
-    (merged,) = adapter.merge([load_file(model_path / "model.safetensors")], tensors, config)
+    (merged,) = adapter.merge([load_file(small_model / "model.safetensors")], tensors, config)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == merged.keys() and all(written[name].equal(merged[name]) for name in merged)

@@ -128,7 +128,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     at = backend.step_count
     metrics = Metrics(run, sinks(run, wandb, config["tensorboard"], at), at) if rank == 0 else None
     publishing = Publishing(run.policy, policy.keep, model.dtype)
-    batches = Batches(leasing, rank, world, config["staleness"]["max"])
+    batches = Batches(leasing, backend.data_rank, backend.data_world, config["staleness"]["max"])
     conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])
     kl = Coefficient(algorithm, progress.get("kl_coef"))
     try:

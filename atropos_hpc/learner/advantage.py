@@ -24,21 +24,21 @@ OVER_BATCH = ("gpg", "reinforce_plus_plus_baseline")
 ESTIMATORS = (*IN_GROUP, *OVER_BATCH)
 
 
-def relative(scores: Sequence[Scores], trained: Sequence[Counts], estimator: str, normalize_by_std: bool) -> list[Scores]:
+def relative(scores: Sequence[Scores], trained: Sequence[Counts], estimator: str, normalize_by_std: bool, copies: int = 1) -> list[Scores]:
     """Advantages of this rank's groups, float64 [G] for each, from their scores, [G], and numbers of trained tokens, [G].
 
-    Collective for an estimator of OVER_BATCH: what `group_relative` gives is then
+    `copies`: how many ranks have each group. Collective for an estimator of OVER_BATCH: what `group_relative` gives is then
       gpg: multiplied by sequences / sequences whose score is not 0 (arXiv 2504.02546);
       reinforce_plus_plus_baseline: whitened over all trained tokens (arXiv 2501.03262).
     """
     groups = [group_relative(s, estimator, normalize_by_std, t) for s, t in zip(scores, trained, strict=True)]
     if estimator == "gpg":
-        sequences, scored = _over_ranks(sum(map(len, scores)), sum(int(np.count_nonzero(s)) for s in scores))
+        sequences, scored = _over_ranks([sum(map(len, scores)), sum(int(np.count_nonzero(s)) for s in scores)], copies)
         groups = [group * sequences / max(1, scored) for group in groups]
     if estimator == "reinforce_plus_plus_baseline":
         pairs = list(zip(groups, trained, strict=True))
         sums = [(float(t.sum()), float(a @ t), float(a * a @ t)) for a, t in pairs]
-        tokens, total, squares = _over_ranks(*np.sum(sums, axis=0)) if sums else _over_ranks(0, 0, 0)
+        tokens, total, squares = _over_ranks(np.sum(sums, axis=0) if sums else [0, 0, 0], copies)
         if tokens > 1:
             mean = total / tokens
             variance = (squares - total * mean) / (tokens - 1)
@@ -91,11 +91,11 @@ def _estimator(name: str, normalize_by_std: bool) -> Callable[[Scores, Counts], 
     return compute
 
 
-def _over_ranks(*sums: float) -> list[float]:
+def _over_ranks(sums: Sequence[float], copies: int) -> list[float]:
     import torch
     import torch.distributed as dist
 
     totals = torch.tensor([float(value) for value in sums], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(totals)
-    return [float(total) for total in totals]
+    return [float(total) / copies for total in totals]

@@ -103,6 +103,7 @@ class Batch:
     statistics: Statistics = field(repr=False)  # over all ranks
     given_reference: torch.Tensor = field(repr=False)  # jagged [B, response], NaN in sequences without
     kept: NDArray[np.bool_] = field(repr=False)  # of this rank's sequences, which have something to train
+    copies: int = 1  # ranks that have the same sequences as this one, itself included
 
     def set_old_log_probs(self, own: torch.Tensor) -> None:
         """Take the learner's own log-probs, jagged [B, response], for the sequences that have no old ones yet."""
@@ -122,14 +123,17 @@ class Batch:
             self.tensors["ref_log_prob"] = torch.nested.nested_tensor_from_jagged(values, given.offsets())  # type: ignore[attr-defined]
 
 
-def make_batch(groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_micro_batch: int, max_length: int, version: int) -> Batch:
+def make_batch(
+    groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_micro_batch: int, max_length: int, version: int, copies: int = 1
+) -> Batch:
     """The batch of this rank's groups (there may be none). Every rank must call it at the same step.
 
-    `version` is the learner's policy version, for the staleness; `max_length` is model.max_length, which counts as truncated.
+    `version` is the learner's policy version, for the staleness; `max_length` is model.max_length, which counts as truncated; `copies`:
+    how many ranks have each group (more than one, where ranks share sequences).
     Raises ValueError, on all ranks, if any has a sequence longer than `tokens_per_micro_batch`, which could never be trained.
     """
-    sequences = flatten(groups, algorithm)
-    totals = over_ranks(statistics(groups, sequences, max_length, version))
+    sequences = flatten(groups, algorithm, copies=copies)
+    totals = over_ranks(statistics(groups, sequences, max_length, version), copies)
     longest = int(totals.maxima["longest_trained"])
     if longest > tokens_per_micro_batch:
         raise ValueError(
@@ -148,13 +152,14 @@ def make_batch(groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_mic
         statistics=totals,
         given_reference=_response(sequences.reference, fillers, of_response),
         kept=sequences.kept,
+        copies=copies,
     )
     if not batch.needs_reference:
         batch.tensors["ref_log_prob"] = batch.given_reference
     return batch
 
 
-def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArray[np.float64] | None = None) -> Sequences:
+def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArray[np.float64] | None = None, copies: int = 1) -> Sequences:
     """The groups' trained sequences, in order. Collective for some of `algorithm.advantage` (see `advantage.relative`).
 
     A group's own token-level advantages take the place of those from its scores. `set_advantage_to_zero`, of a sequence or of the
@@ -162,7 +167,7 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArra
     taken off the scores.
     """
     if not groups:
-        _advantages(groups, algorithm, np.zeros(0), [])
+        _advantages(groups, algorithm, np.zeros(0), [], copies)
         whole, real, flags = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
         return Sequences(whole, whole, real, whole, flags, real, real, real, flags)
     lengths = np.concatenate([group.lengths for group in groups]).astype(np.int64)
@@ -180,7 +185,7 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArra
 
     of_group = np.cumsum([len(group.lengths) for group in groups])[:-1]
     counts = np.split(np.add.reduceat(trained, begins, dtype=np.int64), of_group)
-    advantages, still = _advantages(groups, algorithm, np.zeros(len(lengths)) if penalties is None else penalties, counts)
+    advantages, still = _advantages(groups, algorithm, np.zeros(len(lengths)) if penalties is None else penalties, counts, copies)
 
     def log_probs(name: str) -> NDArray[np.floating]:
         unknown = np.float32(np.nan)
@@ -238,14 +243,18 @@ def statistics(groups: Sequence[Group], sequences: Sequences, max_length: int, v
     return Statistics({name: float(value) for name, value in sums.items()}, {name: float(value) for name, value in maxima.items()})
 
 
-def over_ranks(local: Statistics) -> Statistics:
-    """The same numbers over all ranks of the default process group, which must take host tensors (gloo, alone or beside nccl)."""
+def over_ranks(local: Statistics, copies: int = 1) -> Statistics:
+    """The same numbers over all ranks of the default process group, which must take host tensors (gloo, alone or beside nccl).
+
+    `copies`: how many ranks have each group, and count it.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return local
     sums = torch.tensor(list(local.sums.values()), dtype=torch.float64)
     maxima = torch.tensor(list(local.maxima.values()), dtype=torch.float64)
     dist.all_reduce(sums)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    sums /= copies
     return Statistics(dict(zip(local.sums, sums.tolist(), strict=True)), dict(zip(local.maxima, maxima.tolist(), strict=True)))
 
 
@@ -302,13 +311,18 @@ def _response(values: NDArray[Any], fillers: int, of_response: torch.Tensor) -> 
 
 
 def _advantages(
-    groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArray[np.float64], trained: Sequence[NDArray[np.int64]]
+    groups: Sequence[Group],
+    algorithm: AlgorithmConf,
+    penalties: NDArray[np.float64],
+    trained: Sequence[NDArray[np.int64]],
+    copies: int,
 ) -> tuple[NDArray[np.float64], int]:
     """Of every token, and the number of groups that have none but zeros. `trained`: tokens of each sequence of each group."""
     of_group = np.cumsum([len(group.scores) for group in groups])[:-1]
     rewards = [group.scores - penalty for group, penalty in zip(groups, np.split(penalties, of_group), strict=False)]
     scored = [i for i, group in enumerate(groups) if group.advantages is None]
-    estimated = relative([rewards[i] for i in scored], [trained[i] for i in scored], algorithm.advantage, algorithm.normalize_by_std)
+    scores, tokens = [rewards[i] for i in scored], [trained[i] for i in scored]
+    estimated = relative(scores, tokens, algorithm.advantage, algorithm.normalize_by_std, copies)
     of_scores = dict(zip(scored, estimated, strict=True))
     rows, still = [np.zeros(0)], 0
     for i, group in enumerate(groups):

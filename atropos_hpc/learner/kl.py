@@ -56,7 +56,7 @@ def penalize(batch: Batch, groups: Sequence[Group], algorithm: AlgorithmConf, co
     of_sequence = torch.segment_reduce(each, "sum", lengths=tensors["response_mask"].offsets().diff()).numpy() * coefficient
     penalties = np.zeros(len(batch.kept))
     penalties[batch.kept] = of_sequence[: batch.kept.sum()]
-    advantages = torch.from_numpy(flatten(groups, algorithm, penalties).advantages)
+    advantages = torch.from_numpy(flatten(groups, algorithm, penalties, batch.copies).advantages)
     own = tensors["advantages"]
     fillers = own.values()[len(advantages) :]
     tensors["advantages"] = torch.nested.nested_tensor_from_jagged(torch.cat([advantages, fillers]), own.offsets())

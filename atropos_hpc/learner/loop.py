@@ -49,7 +49,7 @@ class Conf:
 
 
 class Batches:
-    """This rank's groups of each batch, leased in a thread, one batch ahead. `client` is the thread's own."""
+    """This rank's groups of each batch, leased in a thread, one batch ahead: share `rank` of `world`. `client` is the thread's own."""
 
     def __init__(self, client: TrajectoryClient, rank: int, world: int, staleness_max: int) -> None:
         self.client, self.rank, self.world, self.staleness_max = client, rank, world, staleness_max
@@ -117,7 +117,8 @@ def train(
             if version + 1 < conf.trainer.steps:
                 batches.ask(version + 1, version)
             with phases("batch"):
-                batch = make_batch(groups, conf.algorithm, conf.trainer.tokens_per_micro_batch, conf.model.max_length, version)
+                budget, copies = conf.trainer.tokens_per_micro_batch, backend.world // backend.data_world
+                batch = make_batch(groups, conf.algorithm, budget, conf.model.max_length, version, copies)
             with phases("log_probs"):
                 if batch.needs_log_probs:
                     batch.set_old_log_probs(backend.log_probs(batch))

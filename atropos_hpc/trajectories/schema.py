@@ -193,7 +193,7 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
     if min(lengths) < 1:
         raise Refused(422, f"tokens: sequence {lengths.index(0)} is empty")
     if max(lengths) > max_length:
-        raise Refused(422, f"tokens: a sequence of {max(lengths)} tokens, at most {max_length} are allowed")
+        raise Refused(422, f"tokens: a sequence of {max(lengths)} tokens, at most {max_length} are allowed (model.max_length)")
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise Refused(422, f"tokens: ids must be in [0, {vocabulary}), found {tokens.min()} to {tokens.max()}")
     mask_lengths, masks = _rows(value["masks"], "masks", "i")

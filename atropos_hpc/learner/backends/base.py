@@ -16,6 +16,8 @@ class Backend(Protocol):
 
     rank: int
     world: int
+    data_rank: int  # which share of a batch this rank trains, of `data_world`: ranks that share sequences (Ulysses) have the same
+    data_world: int
     vocab_size: int
 
     @property

@@ -69,6 +69,8 @@ class VerlBackend:
             vars(transformer_impl)["logprobs_from_logits"] = _log_probs_from_logits
         transformers_logging.disable_progress_bar()  # a log file is no terminal
         self._policy = self._build_policy(model, trainer)
+        self._policy.is_mp_src_rank_with_outputs = lambda: True  # the gradient norm, too, on ranks that share sequences
+        self.data_rank, self.data_world = self._policy.get_data_parallel_rank(), self._policy.get_data_parallel_size()
         if not algorithm.entropy_coef:  # the entropy is only a metric then: don't keep its graph, which is as large as the logits
             self._policy.compute_entropy_from_logits = torch.no_grad()(self._policy.compute_entropy_from_logits)
         self._lora = model.lora.rank > 0
