@@ -32,8 +32,8 @@ def card(run: RunDir, step: int) -> str:
 
 # {run.path.name}, after step {step}
 
-Trained from {base}{lora}, by {algorithm["advantage"]} with the {algorithm["loss"]} loss on `{environment["target"]}`, {trainer["steps"]} steps
-of {algorithm["batch_size"]} sequences in groups of {environment["group_size"]}.
+Trained from {base}{lora}, by {algorithm["advantage"]} with the {algorithm["loss"]} loss on `{environment["target"]}`,
+{trainer["steps"]} steps of {algorithm["batch_size"]} sequences in groups of {environment["group_size"]}.
 
 ## Results
 
