@@ -262,14 +262,20 @@ def _run(path: Path) -> RunDir:
     return RunDir(path.resolve())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    from atropos_hpc.observe.report import NotOne
-
-    parser = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about, add_arguments in COMMANDS:
         add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + "."))
-    options = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. What it refuses is said in one line."""
+    from atropos_hpc.observe.report import NotOne
+
+    options = parser().parse_args(arguments)
     try:
         return int(globals()[options.command](options))
     except (NotOne, _Refused) as error:

@@ -1,5 +1,6 @@
 """LoRA: only the adapter is trained, published and saved, and what is published on top of the base is what was trained."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from learner_ranks import MAX_LENGTH, on_ranks, one_batch, train, whole  # noqa:
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: E402
 
+from atropos_hpc import config as schema  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.learner.publishing import Publishing  # noqa: E402
 from atropos_hpc.policy import adapter  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, verify  # noqa: E402
-from atropos_hpc.run_dir import RunDir, read_json, write_json  # noqa: E402
+from atropos_hpc.run_dir import RunDir, append_line, read_json, write_json  # noqa: E402
 
 
 def backend_of(path: Path, targets: tuple[str, ...] = ()) -> VerlBackend:
@@ -114,8 +116,13 @@ def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: 
     on_ranks(2, two_steps_and_two_more, small_model, run)
     make_tokenizer().save_pretrained(small_model)
     model = {"path": str(small_model), "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}}
-    write_json(run.run_json, {"id": "test", "config": {"model": model}})
+    config = dataclasses.asdict(schema.Config(run_dir=str(run.path)))
+    config["model"] |= model
+    write_json(run.run_json, {"id": "test", "config": config})
+    append_line(run.evaluations, {"version": 2, "accuracy": 0.25, "sequences": 10})
     assert export(run, tmp_path / "out") == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a LoRA adapter of rank 4, merged" in card and "| 2 | 0.250 | 10 |" in card
     published = PolicyStore(run.policy).latest()
     assert published is not None
     tensors, config = load_file(published.directory / adapter.FILE), read_json(published.directory / adapter.CONFIG)

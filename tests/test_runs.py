@@ -4,6 +4,7 @@ The base model is made once per machine (the cache keeps it); every run here tak
 """
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,7 +15,8 @@ import pytest
 from run_parts import Started
 
 from atropos_hpc.launch.allocation import PACKAGE_HOME
-from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.observe import samples, status
+from atropos_hpc.run_dir import RunDir, read_json, read_lines
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
@@ -44,6 +46,22 @@ def assert_complete(started: Started, steps: int) -> None:
     started.assert_nothing_is_left()
 
 
+def assert_the_story_can_be_read(started: Started, killed: str) -> None:
+    """What people look at afterwards, on what a real run has left: the status, the page, what the policy said."""
+    found = status.of(started.run.path)
+    assert found["state"] == "complete" and found["step"] == found["steps"] and found["tokens_per_s"]["trainer"] > 0
+    assert {member["kind"] for member in found["members"]} >= {"supervisor", "trajectories", "trainer", "agent", "environment"}
+    events = [line["name"] for line in read_lines(started.run.activity) if line.get("event") == "started again"]
+    assert killed in events
+    subprocess.run([sys.executable, "-m", "atropos_hpc.cli", "report", str(started.run.path)], check=True, stdout=subprocess.DEVNULL)
+    page = (started.run.path / "report" / "report.html").read_text()
+    assert f"{killed} was started" in page and (started.run.path / "report" / "timeline.png").exists()
+    versions = [line["version"] for line in read_lines(started.run.samples)]
+    assert sorted(set(versions)) == list(range(found["steps"])) and versions == sorted(versions)
+    (best, *_) = samples.read(started.run, version=0, last=2)
+    assert re.fullmatch(r"\d\d\+\d\d=", best["prompt"]) and best["policy_versions"] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "victim, noted_in", [("server-0-0", "agent-0"), ("environment-0", "agent-0"), ("trajectories", "supervisor"), ("agent", "supervisor")]
 )
@@ -63,6 +81,7 @@ def test_a_killed_rank_restarts_from_the_last_durable_step(start: Callable[..., 
     assert_complete(started, 8)
     assert "continuing from checkpoint" in started.log("trainer-0")
     assert read_json(started.run.summary)["restarts"] == 1
+    assert_the_story_can_be_read(started, "trainer-trainer0-0")
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: Callable[..., Started]) -> None:
@@ -143,12 +162,14 @@ def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(start: Cal
 
 
 def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[..., Started]) -> None:
-    started = start(4, "wandb.mode=offline")
+    started = start(4, "wandb.mode=offline", "tensorboard=true")
     started.step(2)
     os.kill(started.pid("trainer"), signal.SIGKILL)
     assert_complete(started, 4)
     runs = list((started.run.path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and {path.name.rpartition("-")[2] for path in runs} == {read_json(started.run.run_json)["id"]}
+    assert f"wandb sync {started.run.path}/wandb/offline-run-*" in started.output.read_text()
+    assert list((started.run.path / "tensorboard").glob("events.*"))
 
 
 def test_an_environment_of_the_users_own_runs_unmodified(start: Callable[..., Started]) -> None:

@@ -81,14 +81,15 @@ def told(config: Config) -> str | None:
     except (OSError, ValueError, KeyError):
         return None
     trainer, weights, cache = (bytes_ / 2**30 for bytes_ in (found.trainer, found.weights, found.cache_of_one))
-    return f"trainer {trainer:.2g} GiB per rank; a server's weights {weights:.2g} GiB, {cache:.2g} GiB of KV cache for a sequence of full length"
+    server = f"a server {weights:.2g} GiB of weights, {cache:.2g} GiB of KV cache per sequence of full length"
+    return f"trainer {trainer:.2g} GiB per rank; {server}"
 
 
 def estimate(config: Config, model: Sizes) -> Estimate:
     """What each GPU of either role will hold."""
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
     lora, tokens = config.model.lora.rank > 0, config.trainer.tokens_per_micro_batch
-    # sharded: the weights, with gradient and moments unless an adapter is trained; and the frozen reference, which an adapter needs no copy for
+    # sharded: the weights; unless an adapter is trained, gradient and moments too, and the frozen reference, of which it needs no copy
     held = model.total * (MASTER if lora else MASTER + ADAM + MASTER)
     if config.trainer.offload:
         held = 0

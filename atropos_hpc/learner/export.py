@@ -2,7 +2,7 @@
 
   1. The newest durable checkpoint (or the one of a given step) is checked and read, whole, into this process.
   2. transformers loads the base model, and its weights are replaced; a LoRA adapter is merged into them.
-  3. transformers saves model and tokenizer beside OUT, under a temporary name, which becomes OUT in the end.
+  3. transformers saves model and tokenizer beside OUT, under a temporary name, which becomes OUT in the end. A model card goes with them.
 
 Needs the trainer's environment, and host memory for two copies of the model in float32. No process of the run is needed.
 """
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atropos_hpc.config import ModelConf, from_dict
 from atropos_hpc.learner.checkpoint import find
+from atropos_hpc.observe.card import card
 from atropos_hpc.policy import adapter
 from atropos_hpc.run_dir import RunDir
 
@@ -51,6 +52,7 @@ def export(run: RunDir, out: Path, step: int | None = None) -> int:
     try:
         model.to(DTYPES[conf.dtype]).save_pretrained(temporary)
         AutoTokenizer.from_pretrained(conf.path, trust_remote_code=conf.trust_remote_code).save_pretrained(temporary)
+        (temporary / "README.md").write_text(card(run, int(manifest["step"])))
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

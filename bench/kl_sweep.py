@@ -1,0 +1,58 @@
+"""A sweep over the KL coefficient, on a private Slurm cluster with the real parts: does the coefficient do what it is for?
+
+KL 0, 0.001, 0.01 and 0.1, two seeds each, on the arithmetic task; the mean KL to the reference over the last tenth of the steps has to fall
+as the coefficient grows. The report's page of the sweep is drawn, too.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from atropos_hpc.observe import page, report, series
+from atropos_hpc.run_dir import read_json
+from bench.result import Result
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+COEFFICIENTS = (0.0, 0.001, 0.01, 0.1)
+SEEDS = (0, 1)
+STEPS = 48
+PATIENCE_S = 1500.0
+
+
+def main() -> Result:
+    from slurm_cluster import Cluster
+
+    points = [f"algorithm.kl_coef={','.join(map(str, COEFFICIENTS))}", f"seed={','.join(map(str, SEEDS))}"]
+    quick = ["evaluation.every=24", "environment.config.eval_problems=300", "trainer.checkpoint_every=24", f"trainer.steps={STEPS}",
+             "model.make_options.seed=0", "cluster.shared=[/]", "roles.rollout.cpus_per_task=4", "hydra.launcher.slots=1"]  # fmt: skip
+    kept = tempfile.mkdtemp(prefix="kl_sweep-")
+    with tempfile.TemporaryDirectory() as scratch, Cluster(Path(scratch) / "cluster", nodes=2) as cluster:
+        sweep = Path(kept) / "sweep"
+        command = [sys.executable, "-m", "atropos_hpc.train", "-m", "hydra/launcher=submitit_slurm", f"run_dir={sweep}", *points, *quick]
+        subprocess.run(command, env=cluster.env, check=True, timeout=300, cwd=kept)
+        deadline = time.monotonic() + PATIENCE_S
+        jobs = {row["job"] for row in read_json(sweep / "jobs.json")}
+        while any(state not in ("COMPLETED", "FAILED", "CANCELLED") for job, state in cluster.jobs().items() if job in jobs):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {PATIENCE_S:.0f} s for the sweep's {len(jobs)} jobs, in vain; its runs are in {sweep}")
+            time.sleep(2.0)
+        found = [report.row(row) for row in report.found(sweep)]
+        print(report.table(found))
+        print(page.write(sweep, found, sweep / "report"))
+    runs = [series.read(Path(row["run_dir"])) for row in found]
+    rows = [{"kl_coef": coefficient,
+             "KL to the reference": statistics.mean(run.final("kl_reference") for run in of),
+             "its spread over seeds": max(run.final("kl_reference") for run in of) - min(run.final("kl_reference") for run in of),
+             "accuracy, held out": statistics.mean(run.accuracy for run in of),
+             "reward": statistics.mean(run.final("reward") for run in of)}
+            for (coefficient,), of in series.grouped(runs, ["algorithm.kl_coef"]).items()]  # fmt: skip
+    result = Result(rows, details={"steps": STEPS, "seeds": len(SEEDS), "points": len(found)})
+    result.at_least("points that are complete", sum(row["state"] == "complete" for row in found), len(COEFFICIENTS) * len(SEEDS))
+    for low, high in ((0.0, 0.01), (0.01, 0.1), (0.0, 0.1)):
+        by = {row["kl_coef"]: row["KL to the reference"] for row in rows}
+        result.at_most(f"KL at a coefficient of {high}, of that at {low}", by[high] / by[low], 1.0)
+    return result

@@ -1,0 +1,116 @@
+"""The pages hold: links lead somewhere, every command parses and composes, the config page is what the config is, the example loads."""
+
+import contextlib
+import io
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_config import composed
+
+from atropos_hpc import cli
+from atropos_hpc.config import Config
+from atropos_hpc.launch import preflight
+from atropos_hpc.launch.allocation import rollout_python
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"^ {4}(?P<command>(?:\S*/)?(?:atropos-hpc|python|make|sbatch)\b.*)$", re.M)
+
+
+def commands() -> list[str]:
+    """Every command that a page shows, one line each, without what stands behind a #."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", "", page.read_text())
+        found += [match["command"].partition(" #")[0].strip() for match in COMMAND.finditer(text)]
+    for path in (ROOT / "configs" / "experiment").glob("*.yaml"):
+        found += re.findall(r"^# +(python -m .*)$", path.read_text(), re.M)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        target, _, anchor = link.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue  # no network is asked for a test
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{page.name}: {link}"
+        if anchor:
+            titles = [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+                      for title in re.findall(r"^#+ (.*)$", there.read_text(), re.M)]  # fmt: skip
+            assert anchor in titles, f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse_and_compose(command: str) -> None:
+    """They are not run here: whole runs are other tests' matter, and Slurm's or a GPU cluster's some of them."""
+    words = shlex.split(re.sub(r"\[--?\w+( \w+)?\]|\.\.\.$", "", command))
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        assert all("=" in word or word in targets for word in arguments), command
+    elif program == "sbatch":
+        assert (ROOT / arguments[0]).exists(), command
+        composes(arguments[1:])
+    elif program == "atropos-hpc":
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                options = cli.parser().parse_args(arguments)
+            except SystemExit:
+                pytest.fail(f"{command}: {said.getvalue()}")
+        composes(getattr(options, "overrides", []) if options.command != "resume" else [])
+    elif arguments[:2] == ["-m", "atropos_hpc.train"]:
+        composes(arguments[2:])
+    else:
+        assert (ROOT / arguments[0]).exists() or arguments[:2] == ["-m", "bench"], command
+
+
+def composes(overrides: list[str]) -> None:
+    """What follows the program composes; of a multirun, every point does."""
+    overrides = [each for each in overrides if each not in ("-m", "--multirun") and not each.startswith("hydra")]
+    overrides = [re.sub(r"^cluster=(my_site|MY_SITE)$", "cluster=generic_slurm", each) for each in overrides]
+    overrides = [each for each in overrides if not each.startswith("run_dir=")]
+    values = []
+    for each in OverridesParser.create().parse_overrides(overrides):
+        swept = list(each.sweep_string_iterator()) if each.is_sweep_override() else None
+        values.append([f"{each.key_or_group}={value}" for value in swept] if swept else [each.input_line])
+    for point in itertools.islice(itertools.product(*values), 12):
+        composed(*(each for each in point if each is not None))
+
+
+def test_the_config_page_is_what_the_config_is() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "make_config.py"), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.run
+def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S)
+    path = tmp_path / "my_env.py"
+    path.write_text(code)
+    python = rollout_python(Config())
+    if not Path(python).exists():
+        pytest.skip("needs the rollout role's environment; `make setup` makes it")
+    assert preflight._environment(python, f"{path}:LettersEnv", '{"letter": "a"}') == []
+    (problem,) = preflight._environment(python, f"{path}:LettersEnv", '{"leter": "a"}')
+    assert problem.key == "environment.config.leter" and "letter" in problem.message
+
+
+def test_every_command_of_the_tool_is_in_some_page() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for name, _, _ in cli.COMMANDS:
+        assert f"atropos-hpc {name}" in text, name
+
+
+def test_completion_is_a_script_that_bash_can_read() -> None:
+    script = subprocess.run([sys.executable, "-m", "atropos_hpc.cli", "completion"], capture_output=True, text=True, check=True).stdout
+    probe = f"{script}\nCOMP_WORDS=(atropos-hpc st); COMP_CWORD=1; _atropos_hpc; echo ${{COMPREPLY[@]}}"
+    assert subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True).stdout.split() == ["status", "stop"]
