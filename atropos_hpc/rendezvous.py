@@ -26,6 +26,7 @@ from atropos_hpc.run_dir import RunDir, read_json, write_json
 log = logging.getLogger(__name__)
 
 BEAT_S = 2.0
+REPUBLISH = "republish"  # a request: a reader cannot use the newest policy version
 DEAD_S = 30.0  # without a new beat; also how long a node may stall on a busy filesystem
 
 
