@@ -114,9 +114,13 @@ class StalenessConf:
 
 @dataclass
 class PolicyConf:
+    sync: str = "full"
+    anchor_every: int = 16
     keep: int = 2
+    max_bytes: Optional[int] = None
     update_mode: str = "keep"
     poll_s: float = 0.5
+    cache: str = "/dev/shm"
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """How the members of a run find each other and are seen alive: small files on the shared filesystem.
 
-A member writes one file of its own, members/<name>.json, and raises its beat every few seconds. Only the leader (the
-supervisor) lists that directory; it publishes what it sees as roster.json, which everybody else reads. So the cost per member
-is constant, whatever their number. Life is judged by beats that change, on the reader's own clock: clocks of nodes differ.
+A member has one file of its own, members/<name>.json: replaced when its state changes, and touched every few seconds to show that it
+lives. Only the leader (the supervisor) looks at that directory; it publishes what it sees as roster.json, which everybody else reads.
+So the cost per member is constant, whatever their number: both the leader's rounds and the members' looks at the roster become rarer as
+there are more of them (with a thousand, seconds apart). In between, the leader notices by the directory's own time that some state has
+changed, and by inode numbers, which a listing has, whose. Life is judged by changes of a file's time, on the reader's own clock: clocks
+of nodes differ.
 
 Requests go the other way: `ask` leaves requests/<what>.json, which the member concerned notices and answers in its state.
 """
@@ -11,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import random
 import socket
 import struct
 import threading
@@ -21,12 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.run_dir import RunDir, read_json, write_file, write_json
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 2.0
-DEAD_S = 30.0  # without a new beat; also how long a node may stall on a busy filesystem
+BEAT_S = 5.0  # between a member's signs of life
+DEAD_S = 30.0  # without one; also how long a node may stall on a busy filesystem
+ROSTER_BEAT_S = 2.0  # the roster's own, at least that often
+ROUND_S = 0.005  # per member, between the leader's rounds over all of them
+READ_S = 0.003  # per member, between a reader's looks at the roster
+FEW = 20  # members, for whom all this costs nothing: then nobody waits for anything
+REPUBLISH = "republish"  # a request: a reader cannot use the newest policy version
 
 
 class Member:
@@ -41,9 +50,10 @@ class Member:
         self.path = run.members / f"{self.name}.json"
         self._write = threading.Lock()
         self._stop = threading.Event()
+        self._told = False  # does the file have the state?
         self.state: dict[str, Any] = {
             "name": self.name, "kind": kind, "node": node, "host": socket.gethostname(), "pid": os.getpid(),
-            "started": time.time(), "state": "starting", "waiting": None, "beat": 0, **state,
+            "started": time.time(), "state": "starting", "waiting": None, **state,
         }  # fmt: skip
         self.update()
         self._thread = threading.Thread(target=self._keep_beating, name="beat", daemon=True)
@@ -53,8 +63,7 @@ class Member:
         """Change the state and write it at once. A full disk is logged, and tried again with the next beat."""
         with self._write:
             self.state.update(state)
-            self.state["beat"] += 1
-            _tell(self.path, self.state)
+            self._told = _tell(self.path, self.state)
 
     @contextmanager
     def waiting(self, what: str, whom: str) -> Iterator[None]:
@@ -72,8 +81,24 @@ class Member:
         self.update(**{"state": "ended", "waiting": None, **state})
 
     def _keep_beating(self) -> None:
-        while not self._stop.wait(BEAT_S):
+        while not self._stop.wait(jittered(BEAT_S)):
+            try:
+                if self._told:
+                    os.utime(self.path)
+                    continue
+            except OSError:
+                pass
             self.update()
+
+
+@dataclass
+class _Seen:
+    """A member's file as the leader has last looked at it."""
+
+    inode: int
+    stamp: int  # its time, ns
+    since: float  # when that was new, monotonic
+    state: dict[str, Any]
 
 
 @dataclass
@@ -83,36 +108,73 @@ class Leader:
     run: RunDir
     beat: int = 0
     members: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _seen: dict[str, tuple[int, float]] = field(default_factory=dict)  # name -> (beat, when it changed, monotonic)
+    _files: dict[str, _Seen] = field(default_factory=dict)
+    _changed: int = -1  # the directory's time, ns
+    _round: float = 0.0  # when the next one is due, monotonic
     _written: float = 0.0
 
     def look(self) -> dict[str, dict[str, Any]]:
-        """Read the members, judge who lives, write the roster if anything but beats changed (or a beat is due)."""
+        """Read what has changed, judge who lives, write the roster if anything but that has (or its own beat is due)."""
         now = time.monotonic()
-        members: dict[str, dict[str, Any]] = {}
-        for name in sorted(os.listdir(self.run.members)):
-            if name.startswith(".") or not name.endswith(".json"):
-                continue
-            try:
-                state = read_json(self.run.members / name)
-            except (OSError, ValueError) as error:
-                log.warning("member file %s: %s", name, error)
-                continue
-            if not state:
-                continue
-            beat, since = self._seen.get(state["name"], (-1, now))
-            if (state["beat"], state["pid"]) != (beat, self.members.get(state["name"], state)["pid"]):
-                since = now
-            self._seen[state["name"]] = (state["beat"], since)
-            state["alive"] = state["state"] != "ended" and now - since < DEAD_S
-            members[state["name"]] = state
-        changed = _without_beats(members) != _without_beats(self.members)
+        if now >= self._round:
+            self._look_at_all(now)
+            self._round = now + (jittered(ROUND_S * len(self._files)) if len(self._files) > FEW else 0.0)
+        else:
+            self._look_for_changes(now)
+        members = {}
+        for file in sorted(self._files):
+            seen = self._files[file]
+            if seen.state:
+                alive = seen.state["state"] != "ended" and now - seen.since < DEAD_S
+                members[seen.state["name"]] = {**seen.state, "alive": alive}
+        changed = members != self.members
         self.members = members
-        if changed or now - self._written > BEAT_S:
+        if (changed and now - self._written > READ_S * self._crowd()) or now - self._written > ROSTER_BEAT_S:
             self.beat += 1
             self._written = now
             _tell(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members})
         return members
+
+    def _crowd(self) -> int:
+        return len(self._files) if len(self._files) > FEW else 0
+
+    def _look_at_all(self, now: float) -> None:
+        """A round: every file's time, and the content of those that have changed or been touched."""
+        found = {}
+        for entry in self._list():
+            known = self._files.get(entry.name)
+            try:
+                status = entry.stat()
+            except OSError:
+                continue
+            if known is not None and (known.inode, known.stamp) == (status.st_ino, status.st_mtime_ns) and known.state:
+                found[entry.name] = known
+            else:
+                found[entry.name] = _Seen(status.st_ino, status.st_mtime_ns, now, self._read(entry) or (known.state if known else {}))
+        self._files = found
+
+    def _look_for_changes(self, now: float) -> None:
+        """Between rounds: files that were replaced or are new. (An inode used twice in a row is noticed by the next round.)"""
+        changed = self.run.members.stat().st_mtime_ns
+        if changed == self._changed:
+            return
+        self._changed = changed
+        for entry in self._list():
+            known = self._files.get(entry.name)
+            if (known is None or known.inode != entry.inode()) and (state := self._read(entry)):
+                self._files[entry.name] = _Seen(entry.inode(), 0, now, state)
+
+    def _list(self) -> list["os.DirEntry[str]"]:
+        with os.scandir(self.run.members) as entries:
+            return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
+
+    def _read(self, entry: "os.DirEntry[str]") -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = read_json(self.run.members / entry.name)
+        except (OSError, ValueError) as error:
+            log.warning("member file %s: %s", entry.name, error)
+            return {}
+        return state
 
     def ended(self, *names: str) -> None:
         """Mark members whose processes are known to have ended, so that nobody waits DEAD_S for them."""
@@ -122,16 +184,19 @@ class Leader:
                 _tell(self.run.members / f"{name}.json", {**state, "state": "ended", "waiting": None})
 
 
-def _tell(path: Path, state: dict[str, Any]) -> None:
+def _tell(path: Path, state: dict[str, Any]) -> bool:
     """Write what only tells of this moment. A full disk is logged, and no reason to end; the next beat writes it again."""
     try:
-        write_json(path, state, durable=False)
+        write_file(path, json.dumps(state, separators=(",", ":")).encode(), durable=False)
     except OSError as error:
         log.warning("cannot write %s: %s", path, error)
+        return False
+    return True
 
 
-def _without_beats(members: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: {k: v for k, v in state.items() if k != "beat"} for name, state in members.items()}
+def jittered(seconds: float) -> float:
+    """About as long, so that many who do the same do not do it at the same time."""
+    return seconds * random.uniform(0.8, 1.2)
 
 
 class Roster:
@@ -141,9 +206,16 @@ class Roster:
         self.path = path
         self._stamp: tuple[int, int] | None = None
         self._content: dict[str, Any] = {}
+        self._next = 0.0  # when to look again, monotonic
 
     def read(self) -> dict[str, Any]:
-        """The newest roster, {} before the first. An unreadable one is passed over: the last good one stays."""
+        """The newest roster, {} before the first. An unreadable one is passed over: the last good one stays.
+
+        In a crowd it is looked at now and then only.
+        """
+        now = time.monotonic()
+        if now < self._next:
+            return self._content
         try:
             with self.path.open("rb") as file:  # opened, not just looked at: NFS then asks the server
                 status = os.fstat(file.fileno())
@@ -155,6 +227,8 @@ class Roster:
             self._content = {}
         except (OSError, ValueError) as error:
             log.warning("roster %s: %s; keeping the one known", self.path, error)
+        if (crowd := len(self._content.get("members", ()))) > FEW:
+            self._next = now + jittered(READ_S * crowd)
         return self._content
 
     def members(self, kind: str, alive: bool = True) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import xxhash
 from aiohttp import web
 
 from atropos_hpc.config import Config
+from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.process import PARENT
 from atropos_hpc.rendezvous import Leader
 from atropos_hpc.rollout.pool import GENERATE
@@ -86,8 +87,7 @@ def publish(run: RunDir, weights: Path, version: int, attempt: int = 1) -> Path:
     shutil.copy(weights, directory / "part-0.safetensors")
     data = weights.read_bytes()
     files = [{"file": "part-0.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}]
-    write_json(directory / "manifest.json", {"version": version, "attempt": attempt, "kind": "full", "files": files})
-    return directory
+    return PolicyStore(run.policy).commit(version, attempt, files).directory
 
 
 class FakeServer:

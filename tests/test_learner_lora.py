@@ -15,7 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: E402
 
 from atropos_hpc import config as schema  # noqa: E402
-from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, TrainerConf  # noqa: E402
+from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, PolicyConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.learner.publishing import Publishing  # noqa: E402
@@ -37,7 +37,7 @@ def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir) -> An
     backend, checkpoints = backend_of(path, ("q_proj", "v_proj", "down_proj")), Checkpoints(run, keep=2)
     before = weights_of(backend)
     first = train(backend, 2)
-    publishing = Publishing(run.policy, 2, "bfloat16")
+    publishing = Publishing(run.policy, PolicyConf(), "bfloat16")
     publishing.publish(backend, 2)
     checkpoints.save(backend, {})
     publishing.wait()

@@ -23,6 +23,7 @@ from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E4
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.policy import publish as publish_module  # noqa: E402
+from atropos_hpc.policy import share as share_module  # noqa: E402
 from atropos_hpc.policy.publish import PublishFailed, snapshot, write_shards  # noqa: E402
 from atropos_hpc.policy.store import file_digest  # noqa: E402
 
@@ -122,7 +123,7 @@ def fails_to_write(rank: int, world: int, directory: Path) -> None:
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
     group = dist.new_group(backend="gloo")
     if rank == 1:
-        publish_module.os.fsync = _no_space
+        share_module.os.fsync = _no_space
     for _ in range(2):  # and it doesn't hang the next one either
         with pytest.raises(PublishFailed, match=r"model-00002-of-00002.*No space left"):
             write_shards(snapshot(module), directory, group)

@@ -1,16 +1,37 @@
 """A reader of the store sees whole versions only, whatever happened to the publisher."""
 
 import os
+import random
 import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
 
 from atropos_hpc import run_dir
+from atropos_hpc.policy import mirror
+from atropos_hpc.policy import store as store_module
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.store import BadVersion, PolicyStore, Published, verify
+from atropos_hpc.policy.store import (
+    LEASE_S,
+    BadVersion,
+    File,
+    Key,
+    Lease,
+    Manifest,
+    NoRoom,
+    PolicyStore,
+    Published,
+    Superseded,
+    routes,
+    verify,
+)
 from atropos_hpc.run_dir import RunDir, write_file
+from bench.policy_crash import KINDS, MEMORY, Learner, try_points, weights
 
 
 @pytest.fixture
@@ -30,6 +51,23 @@ def publish(store: PolicyStore, version: int, attempt: int = 1, content: bytes |
     return store.commit(version, attempt, files)
 
 
+@pytest.fixture
+def follow(store: PolicyStore, tmp_path: Path) -> Iterator[Callable[..., Follower]]:
+    """Followers, each with a copy of its own."""
+    made: list[Follower] = []
+
+    def begin(store: PolicyStore, **options: Any) -> Follower:
+        cache = tmp_path / f"memory-{len(made)}"
+        cache.mkdir()
+        made.append(Follower(store, cache, f"reader-{len(made)}", **options))
+        return made[-1]
+
+    yield begin
+    for follower in made:
+        follower.close()
+        assert os.listdir(follower.mirror.root.parent) == [], "its memory is free again"
+
+
 def test_latest_is_what_was_committed_last(store: PolicyStore) -> None:
     assert store.latest() is None
     published = publish(store, 3)
@@ -37,17 +75,19 @@ def test_latest_is_what_was_committed_last(store: PolicyStore) -> None:
     verify(published)
 
 
-def test_versions_of_a_later_attempt_are_newer_even_after_going_back(store: PolicyStore) -> None:
-    before, after = publish(store, 12, attempt=1), publish(store, 10, attempt=store.next_attempt())
+def test_versions_of_a_later_attempt_are_newer_even_after_going_back(store: PolicyStore, follow: Callable[..., Follower]) -> None:
+    before = publish(store, 12, attempt=store.claim())
+    follower = follow(store)
+    assert follower.look() == before
+    after = publish(store, 10, attempt=store.claim())
     assert after > before and after.attempt == 2
-    follower = Follower(store)
-    follower.newest = before
     assert follower.look() == after
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
-def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(store: PolicyStore, harm: str) -> None:
-    follower = Follower(store)
+def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(store: PolicyStore, follow: Callable[..., Follower], harm: str) -> None:
+    complaints: list[Published] = []
+    follower = follow(store, complain=lambda version, why: complaints.append(version))
     publish(store, 1)
     good = follower.look()
     bad = publish(store, 2)
@@ -64,18 +104,182 @@ def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(store: Polic
         (bad.directory / "manifest.json").unlink()
     with pytest.raises(BadVersion, match=r"manifest\.json" if harm == "manifest" else r"model-1\.safetensors"):
         verify(bad)
-    assert follower.look() == good and follower.bad
+    assert follower.look() == good and follower.bad and not complaints
+    follower._look_again = 0
+    assert follower.look() == good and complaints == [bad], "asked for again, when reading it again has not helped"
     follower._look_again = 0
     newer = publish(store, 3)
     assert follower.look() == newer and follower.bad is None
 
 
-def test_retire_keeps_the_newest_and_sweeps_what_is_incomplete(store: PolicyStore) -> None:
+def names(store: PolicyStore) -> list[str]:
+    return sorted(name for name in os.listdir(store.root) if name[0].isdigit())
+
+
+def test_what_is_retired_is_first_not_found_any_more_and_then_removed(store: PolicyStore) -> None:
     for version in range(5):
         publish(store, version)
     store.begin(7, 1)  # a publisher that was killed
-    store.retire(keep=2)
-    assert sorted(name for name in os.listdir(store.root) if name != "latest.json") == ["3-1", "4-1"]
+    store.retire(2, attempt=1)
+    assert names(store) == ["0-1", "1-1", "2-1", "3-1", "4-1"]
+    with pytest.raises(BadVersion, match="no readable manifest"):
+        store.manifest((1, 2))
+    store.retire(2, attempt=1)
+    assert names(store) == ["3-1", "4-1"]
+
+
+def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(store: PolicyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in range(5):
+        publish(store, version)
+    reads, dies = Lease(store.root, "a"), Lease(store.root, "b")
+    reads.take(["1-1"])
+    dies.take(["2-1"])
+    for _ in range(3):
+        store.retire(1, attempt=1)
+    assert names(store) == ["1-1", "2-1", "4-1"]
+    now = time.monotonic()
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: now + LEASE_S + 1)
+    reads.renew()
+    for _ in range(2):
+        store.retire(1, attempt=1)
+    assert names(store) == ["1-1", "4-1"]
+    reads.take([])
+    store.retire(1, attempt=1)
+    store.retire(1, attempt=1)
+    assert names(store) == ["4-1"]
+
+
+def test_no_two_starts_have_the_same_attempt_and_the_older_may_not_publish(store: PolicyStore) -> None:
+    first, second = PolicyStore(store.root), PolicyStore(store.root)
+    attempts = [first.claim(), second.claim(), first.claim()]
+    assert attempts == [1, 2, 3]
+    publish(store, 4, attempt=3)
+    with pytest.raises(Superseded, match="attempt 3 publishes here now; this is attempt 2"):
+        publish(second, 5, attempt=2)
+    latest = store.latest()
+    assert latest is not None and latest.key == (3, 4)
+    second.retire(1, attempt=2)
+    assert "4-3" in names(store)
+
+
+def test_a_publish_that_would_not_fit_is_refused_before_it_writes(store: PolicyStore) -> None:
+    publish(store, 1, content=b"x" * 1000)
+    store.check_room(1000, limit=4000)
+    with pytest.raises(NoRoom, match=r"policy\.max_bytes is 4000"):
+        store.check_room(3000, limit=4000)
+    with pytest.raises(NoRoom, match="has .* left"):
+        store.check_room(1 << 60, limit=None)
+
+
+def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[Key], Manifest]:
+    """Manifests of versions 0, 1, ...: F full, B full with a delta too, D delta, - lost. Files of 100 bytes, deltas of 10."""
+
+    def manifest(key: Key) -> Manifest:
+        kind = kinds[key[1]]
+        if kind == "-":
+            raise BadVersion("lost")
+        deltas = (File("x.delta", 10, "", "x"),) if kind in "BD" else ()
+        base = (1, key[1] - 1) if deltas else None
+        return Manifest(key[1], 1, "delta" if kind == "D" else "full", (File("x", 100, ""),), base, deltas)
+
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("kinds", "have", "ways"),
+    [
+        ("F", None, [(0, [])]),
+        ("FDD", None, [(0, [1, 2])]),
+        ("FDD", 1, [(None, [2]), (0, [1, 2])]),
+        ("FDDB", 2, [(None, [3]), (3, [])]),  # everything is there, but the delta is less
+        ("FDDB", None, [(3, [])]),
+        ("F" + "D" * 12, 0, [(None, list(range(1, 13))), (0, list(range(1, 13)))]),
+        ("F" + "D" * 10 + "B", 0, [(11, []), (None, list(range(1, 12)))]),  # here it is not
+        ("F-DB", 1, [(None, [2, 3]), (3, [])]),
+        ("F-DB", 0, [(3, [])]),  # it cannot be chained, and is read whole
+        ("FDD", 5, [(0, [1, 2])]),
+    ],
+)
+def test_the_shortest_way_to_a_version_comes_first(kinds: str, have: int | None, ways: list[tuple[int | None, list[int]]]) -> None:
+    found = routes(chain(kinds), (1, len(kinds) - 1), None if have is None else (1, have))
+    shown = [(way.start.version if way.start else None, [step.version for step in way.deltas]) for way in found]
+    assert sorted(shown, key=str) == sorted(ways, key=str)
+    assert found[0].bytes == min(way.bytes for way in found)
+
+
+def test_a_version_without_a_way_is_bad() -> None:
+    with pytest.raises(BadVersion, match="neither from a full version nor from the one at hand: lost"):
+        routes(chain("F-D"), (1, 2), (1, 0))
+
+
+@pytest.fixture
+def quick() -> Iterator[PolicyStore]:
+    """A store in memory, for many versions."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
+        run = RunDir(Path(scratch))
+        run.create()
+        yield PolicyStore(run.policy)
+
+
+def test_two_hundred_versions_with_random_misses_are_exact(quick: PolicyStore, follow: Callable[..., Follower]) -> None:
+    store = quick
+    learner, follower, rng = Learner(store.root, anchor_every=16), follow(store), random.Random(0)
+    read = 0
+    for version in range(200):
+        learner.publish(version)
+        if rng.random() < 0.3:
+            newest = follower.look()
+            assert newest is not None and newest.version == version
+            parts = weights(learner.attempt, version)
+            for number, part in enumerate(parts):
+                assert (newest.directory / f"model-{number}.safetensors").read_bytes() == part.bytes.tobytes()
+            read += 1
+    assert read > 40
+    assert len(names(store)) <= 2 * 16 + 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_crash_no_reader_is_wrong_and_the_run_goes_on(kind: str) -> None:
+    """A sample of bench/policy_crash.py, which tries 500 points of each kind."""
+    tried = try_points(kind, range(1000, 1020))
+    assert tried["wrong answers"] == 0 and tried["did not go on"] == []
+
+
+def test_hashes_are_what_keeps_a_reader_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crash tests can fail: without the comparison, damaged files are served."""
+    same = type("Same", (str,), {"__ne__": lambda *_: False, "__eq__": lambda *_: True, "__hash__": None})()
+    monkeypatch.setattr(mirror, "read_into", lambda *arguments: real(*arguments) and same)
+    monkeypatch.setattr(mirror, "xxh3", lambda data: same)
+    with pytest.raises((AssertionError, ValueError, IndexError)):
+        tried = try_points("damaged file", range(60))
+        assert tried["wrong answers"] == 0
+
+
+real = mirror.read_into
+
+
+def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained_of(
+    store: PolicyStore, follow: Callable[..., Follower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, complaints = Learner(store.root), list[Published]()
+    follower = follow(store, complain=lambda version, why: complaints.append(version))
+    learner.publish(0)
+    status = os.statvfs(store.root)
+    full = type("Full", (), {"f_bavail": 0, "f_frsize": status.f_frsize})
+    monkeypatch.setattr(mirror.os, "statvfs", lambda path: full)
+    newest = follower.look()
+    assert newest is not None and newest.directory == store.root / "0-1"
+    monkeypatch.undo()
+    learner.publish(1)
+    monkeypatch.setattr(mirror.os, "statvfs", lambda path: full)
+    for _ in range(2):
+        follower._look_again = 0
+        assert follower.look() == newest
+    assert "see policy.cache" in str(follower.bad) and [version.version for version in complaints] == [1]
+    learner.publish(1, in_full=True)
+    follower._look_again = 0
+    newest = follower.look()
+    assert newest is not None and newest.directory == store.root / "1-1"
 
 
 def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStore) -> None:
@@ -108,13 +312,12 @@ def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStor
         verify(latest)
         assert latest.version in (1, 2)
     assert points > 15
-    store.retire(keep=1)
     assert store.latest() != old
 
 
-def test_a_follower_outlives_a_store_that_vanishes(store: PolicyStore) -> None:
+def test_a_follower_outlives_a_store_that_vanishes(store: PolicyStore, follow: Callable[..., Follower]) -> None:
     publish(store, 1)
-    follower = Follower(store)
+    follower = follow(store)
     good = follower.look()
     gone = publish(store, 2)
     shutil.rmtree(gone.directory)

@@ -8,7 +8,7 @@ import pytest
 
 from atropos_hpc import rendezvous
 from atropos_hpc.rendezvous import Leader, Member, Roster, ask, asked, wait_for, withdraw
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.run_dir import RunDir, write_json
 
 
 @pytest.fixture
@@ -82,3 +82,32 @@ def test_requests_are_left_seen_and_withdrawn(run: RunDir) -> None:
     assert (asked(run, "stop") or {})["by"] == "a test"
     withdraw(run, "stop")
     assert asked(run, "stop") is None
+
+
+def test_in_a_crowd_a_change_is_seen_between_rounds_and_rounds_are_rare(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous.threading.Thread, "start", lambda thread: None)  # no beats: 300 threads have nothing to do here
+    monkeypatch.setattr(rendezvous, "ROUND_S", 1.0)
+    monkeypatch.setattr(rendezvous, "READ_S", 0.0)
+    leader, roster = Leader(run), Roster(run.roster)
+    members = [Member(run, "agent", f"n{i}", servers=[]) for i in range(300)]
+    leader.look()
+    assert len(roster.members("agent")) == 300
+    rounds = []
+    monkeypatch.setattr(leader, "_look_at_all", rounds.append)
+    members[7].update(servers=[{"url": "http://a", "version": 3}])
+    Member(run, "trajectories", "n0", url="http://t")
+    leader.look()
+    assert roster.servers() == {"http://a": 3} and roster.trajectory_server() == "http://t"
+    assert not rounds
+
+
+def test_a_crowd_looks_at_the_roster_now_and_then(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    roster = Roster(run.roster)
+    members = {f"agent-{i}-0": {"kind": "agent", "alive": True, "servers": []} for i in range(1000)}
+    write_json(run.roster, {"beat": 1, "members": members})
+    assert len(roster.members("agent")) == 1000
+    write_json(run.roster, {"beat": 2, "members": members})
+    assert roster.read()["beat"] == 1
+    now = time.monotonic()
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now + 1000 * rendezvous.READ_S * 1.2)
+    assert roster.read()["beat"] == 2

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from run_parts import Started
 
 from atropos_hpc.launch.allocation import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
-from atropos_hpc.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.policy.store import read_manifest
+from atropos_hpc.run_dir import read_json, read_lines
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
@@ -136,6 +138,18 @@ def test_two_of_everything_strictly_on_policy_with_evaluations(start: Callable[.
     summary = read_json(started.run.summary)
     assert summary["accuracy_before"] == lines[0]["accuracy"] and summary["accuracy_after"] == lines[1]["accuracy"]
     assert summary["stale_sequences"] == 0
+
+
+def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(start: Callable[..., Started]) -> None:
+    small_steps = ["model.dtype=bfloat16", "trainer.learning_rate=1e-6", "staleness.max=0", "rollout.servers=2"]
+    started = start(8, "policy.sync=delta", "policy.anchor_every=4", "policy.keep=6", *small_steps)
+    started.step(3)
+    os.kill(started.pid("server-0-1"), signal.SIGKILL)
+    assert_complete(started, 8)
+    assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
+    kinds = {path.parent.name: read_manifest(path.parent).kind for path in started.run.policy.glob("*-*/manifest.json")}
+    assert kinds["8-1"] == kinds["4-1"] == "full" and kinds["7-1"] == kinds["6-1"] == kinds["5-1"] == "delta"
+    assert "is not used" not in started.log("agent-0")
 
 
 def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:

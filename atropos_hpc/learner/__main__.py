@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from atropos_hpc.config import (
 )
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.process import DONE, REFUSED, STOPPED, STUCK
-from atropos_hpc.rendezvous import Member, Roster, own_host, wait_for
+from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, asked, own_host, wait_for, withdraw
 from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     from atropos_hpc.learner.checkpoint import Checkpoints
     from atropos_hpc.learner.kl import Coefficient
     from atropos_hpc.learner.loop import Batches, Conf, train
-    from atropos_hpc.learner.publishing import Publishing
+    from atropos_hpc.learner.publishing import Publishing, Readers
     from atropos_hpc.learner.together import Together
     from atropos_hpc.observe.metrics import Metrics, sinks
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
@@ -127,7 +128,8 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
         )
     at = backend.step_count
     metrics = Metrics(run, sinks(run, wandb, config["tensorboard"], at), at) if rank == 0 else None
-    publishing = Publishing(run.policy, policy.keep, model.dtype)
+    readers = Readers(partial(asked, run, REPUBLISH), partial(withdraw, run, REPUBLISH), lambda alarm: member.update(alarm=alarm))
+    publishing = Publishing(run.policy, policy, model.dtype, readers)
     batches = Batches(leasing, backend.data_rank, backend.data_world, config["staleness"]["max"])
     conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])
     kl = Coefficient(algorithm, progress.get("kl_coef"))

@@ -1,7 +1,7 @@
 """Push a published policy version into one running vLLM server.
 
-pause -> start -> update (the server reads and checks the files) -> finish (it applies them) -> resume. Requests in flight are frozen
-meanwhile, and go on with the new weights (mode "keep"). The server end is `vllm_engine`.
+start -> update (the server maps and checks the files, and goes on with its requests) -> pause -> finish (it applies them) -> resume.
+Requests in flight are frozen between pause and resume, and go on with the new weights (mode "keep"). The server end is `vllm_engine`.
 """
 
 import asyncio
@@ -68,10 +68,10 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
                 await asyncio.sleep(0.2 * tried)
         raise Stuck(f"{url} was paused for version {version} and does not resume: it has to be started again")
 
+    await start()
+    await post("/update_weights", {"update_info": {"directory": str(directory), "version": version}})
     try:
         await post("/pause", mode=mode)
-        await start()
-        await post("/update_weights", {"update_info": {"directory": str(directory), "version": version}})
         await post("/finish_weight_update", {"weight_version": str(version)})
     finally:
         await resume()

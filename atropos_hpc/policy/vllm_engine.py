@@ -4,17 +4,19 @@ vLLM imports this module in each of its worker processes, because `WorkerExtensi
 registers the engine. One update then is
 
   start   nothing to prepare
-  update  read every shard into host memory, and compare sizes and hashes with the manifest. Nothing of the model is touched: a version
-          that fails here leaves the old weights and the old version number in place
+  update  map every file of the node's copy into memory, or read those of the store itself, and compare sizes and hashes with the manifest.
+          Nothing of the model is touched: a version that fails here leaves the old weights and the old version number in place
           (an adapter becomes full weights here, on top of the base model's files)
   finish  hand the tensors to vLLM's layer-by-layer reload, which splits and packs them as at start-up
 
 Should `finish` fail, the model is partly old and partly new, and the worker ends itself: no answer may come from half of a version.
-Each worker reads the whole version: host memory needed meanwhile is the size of the checkpoint, times tensor parallelism.
+All workers of a node map the same copy. Without one each reads the whole version: host memory needed meanwhile is the size of the
+checkpoint, times tensor parallelism.
 """
 
 import json
 import logging
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,15 +32,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
 from atropos_hpc.policy import adapter
+from atropos_hpc.policy.share import tensors_of
+from atropos_hpc.policy.store import BadVersion, read_manifest
 
 log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handler
 
 BACKEND = "disk"
 EXIT_HALF_APPLIED = 70
-
-
-class BadVersion(Exception):
-    """A version that must not be served: incomplete, damaged, or not the one announced."""
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass
@@ -110,38 +114,54 @@ def read_version(directory: Path, version: int, base: str) -> list[dict[str, tor
     The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when anything is not as the manifest
     says.
     """
-    try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadVersion(f"{directory.name}: no readable manifest.json: {error}") from error
-    if manifest["version"] != version or manifest["kind"] not in ("full", "adapter"):
-        raise BadVersion(f"{directory.name}: {manifest['kind']} version {manifest['version']}, where version {version} was announced")
+    manifest = read_manifest(directory)
+    if manifest.version != version or manifest.kind not in ("full", "adapter"):
+        raise BadVersion(f"{directory.name}: {manifest.kind} version {manifest.version}, where version {version} was announced")
     shards, described = [], {}
-    for entry in manifest["files"]:
-        shard = f"{entry['file']} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
+    for file in manifest.files:
+        shard = f"{file.file} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
         try:
-            data = (directory / entry["file"]).read_bytes()
-        except OSError as error:
+            data = _content(directory / file.file, file.bytes, manifest.local)
+        except (OSError, ValueError) as error:
             raise BadVersion(f"{shard}: {error}") from error
-        if len(data) != entry["bytes"]:
-            raise BadVersion(f"{shard}: {len(data)} bytes, the manifest says {entry['bytes']}")
-        if (digest := xxhash.xxh3_64_hexdigest(data)) != entry["xxh3"]:
-            raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {entry['xxh3']}")
+        if len(data) != file.bytes:
+            raise BadVersion(f"{shard}: {len(data)} bytes, the manifest says {file.bytes}")
+        if (digest := xxhash.xxh3_64_hexdigest(data)) != file.xxh3:
+            raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {file.xxh3}")
         try:
-            if entry["file"] == adapter.CONFIG:
-                described = json.loads(data)
+            if file.file == adapter.CONFIG:
+                described = json.loads(bytes(data))
             else:
-                shards.append(safetensors.torch.load(data))
-        except Exception as error:  # the library's own error types are many
-            raise BadVersion(f"{shard}: cannot be read: {error}") from error
+                shards.append(_tensors(data))
+        except (ValueError, KeyError) as error:
+            raise BadVersion(f"{shard}: cannot be read: {error!r}") from error
     if not any(shards):
         raise BadVersion(f"{directory.name}: no tensors")
-    if manifest["kind"] == "full":
+    if manifest.kind == "full":
         return shards
     try:
         return adapter.merge((safetensors.torch.load_file(path) for path in adapter.base_files(base)), shards[0], described)
     except (OSError, ValueError, KeyError) as error:
         raise BadVersion(f"{directory.name}: this adapter does not fit the base model: {error!r}") from error
+
+
+def _content(path: Path, size: int, local: bool) -> Any:
+    """A file's bytes, writable for torch's sake. Of a `local` copy, which nobody changes, a private map of them."""
+    with path.open("rb") as file:
+        if local and size:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        return bytearray(file.read())
+
+
+def _tensors(data: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, without a copy."""
+    found = {}
+    for name, (dtype, shape, start, end) in tensors_of(data).items():
+        kind = DTYPES[dtype]
+        count = (end - start) // kind.itemsize
+        flat = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
+        found[name] = flat.reshape(shape)
+    return found
 
 
 def pack_output_layers(model: torch.nn.Module) -> None:

@@ -31,7 +31,7 @@ from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
 from atropos_hpc.process import DONE, REFUSED, STOPPED, backoff
-from atropos_hpc.rendezvous import Member, Roster, own_host
+from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, ask, own_host
 from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ class Agent:
             Kept(f"environment-{first + i}", "atropos_hpc.rollout.worker", ("--index", str(first + i))) for i in range(environment.workers)
         ]
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)  # somebody has to
-        self.follower = Follower(PolicyStore(run.policy))
         self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
+        self.follower = Follower(PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain)
         self.refused: str | None = None
 
     async def work(self) -> None:
@@ -117,6 +117,10 @@ class Agent:
         while True:
             await asyncio.to_thread(self.follower.look)
             await asyncio.sleep(self.policy.poll_s)
+
+    def complain(self, version: Published, why: str) -> None:
+        """Have the learner publish a version anew."""
+        ask(self.run, REPUBLISH, key=version.key, why=f"{self.member.name}: {why}")
 
     async def watch_others(self) -> None:
         """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
@@ -266,6 +270,7 @@ class Agent:
         process.end((kept.child for kept in [*self.servers, *self.others] if kept.child is not None), self.launch.grace_s)
         while process.end_orphans([]):
             pass
+        self.follower.close()
         self.member.leave(servers=[], **state)
 
 
