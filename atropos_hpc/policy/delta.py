@@ -72,7 +72,7 @@ def apply(delta: Any, target: Bytes) -> None:
     try:
         for start, count, width, coded, changes, *sizes in chunks:
             gaps, values = (
-                np.frombuffer(decompressor.decompress(view[begin : begin + size], max_output_size=length), np.uint8)
+                np.frombuffer(_plain(decompressor, view[begin : begin + size], length), np.uint8)
                 for begin, size, length in ((at, sizes[0], coded), (at + sizes[0], sizes[1], changes * width))
             )
             at += sum(sizes)
@@ -97,6 +97,13 @@ def changed_share(old: Bytes, new: Bytes, runs: Sequence[Run]) -> float:
             seen += len(before[block])
             changed += int(np.count_nonzero(before[block] != after[block]))
     return changed / seen if seen else 0.0
+
+
+def _plain(decompressor: zstandard.ZstdDecompressor, frame: memoryview, length: int) -> bytes:
+    """What a frame of `length` bytes holds. A damaged frame may claim any length, and zstd would make room for it first."""
+    if (claimed := zstandard.frame_content_size(frame)) != length:
+        raise BadDelta(f"a frame of {claimed} bytes, where {length} were to be expected")
+    return decompressor.decompress(frame)
 
 
 def _head(view: memoryview, length: int) -> tuple[list[list[int]], int]:
