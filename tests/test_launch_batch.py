@@ -187,25 +187,28 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
     from hydra_plugins.atropos_hpc_launcher.launcher import SlurmLauncher
 
     schema.register()
-    common = [
-        "run_dir=/runs",
-        "launch=het",
-        "+roles.trainer.sbatch.exclusive=true",
-        "trainer.steps=7",
-        "environment.config={eval_problems: 3}",
+    common = ["run_dir=/runs", "launch=het", "+roles.trainer.sbatch.exclusive=true", "trainer.steps=7",
+              "environment.config={eval_problems: 3}"]  # fmt: skip
+    sweeps = [
+        [["algorithm.kl_coef=0.5", "seed=3"], ["algorithm.kl_coef=0", "seed=4"], ["algorithm.kl_coef=1", "staleness=on_policy"]],
+        [["seed=5", "wandb.group=seed-${seed}"], ["seed=6", "wandb.group=seed-${seed}"]],
+        [["environment.config={eval_problems: 4}"], ["seed=1", "environment.config={}"], ["model.path=null", "seed=2"]],
     ]
-    points = [[*common, "algorithm.kl_coef=0.5", "seed=3"], [*common, "algorithm.kl_coef=0", "staleness=on_policy"]]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", common, RunMode.MULTIRUN)
         launcher: Launcher = SlurmLauncher(slots=0)
         launcher.setup(hydra_context=HydraContext(loader, None), task_function=None, config=master)  # type: ignore[arg-type]
-        for overrides in points:
-            short, whole = launcher._composed(overrides), loader.load_sweep_config(master, overrides)  # type: ignore[attr-defined]
-            for cfg in (short, whole):
-                OmegaConf.set_struct(cfg, False)
-                del cfg["hydra"]
-            assert OmegaConf.to_object(short) == OmegaConf.to_object(whole)
+        for sweep in sweeps:
+            points = launcher._points([[*common, *overrides] for overrides in sweep], 0)  # type: ignore[attr-defined]
+            for point, overrides in zip(points, sweep, strict=True):
+                whole = loader.load_sweep_config(master, [*common, *overrides])
+                OmegaConf.set_struct(whole, False)
+                del whole["hydra"]
+                whole.run_dir, whole.wandb.group = f"/runs/{point.num}", whole.wandb.group or "runs"
+                assert point.config == OmegaConf.to_object(whole) and point.run_dir == Path(f"/runs/{point.num}")
+                assert isinstance(point.config.algorithm.kl_coef, float)
+        assert len(launcher.shared) < sum(map(len, sweeps))  # type: ignore[attr-defined]
 
 
 def test_a_slurm_allocation_without_a_job_is_refused_with_what_to_do(tmp_path: Path) -> None:

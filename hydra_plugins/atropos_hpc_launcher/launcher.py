@@ -7,8 +7,10 @@ sys.modules, so the dataclasses need their annotations evaluated.)
 """
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -45,6 +47,27 @@ class GridConf(BasicSweeperConf):
     _target_: str = "hydra_plugins.atropos_hpc_launcher.launcher.GridSweeper"
 
 
+class Shared:
+    """What points of a sweep have in common: as a node, which knows the types of values and what refers to what, and as an object."""
+
+    def __init__(self, node: DictConfig, leaves: Iterable[str]) -> None:
+        self.node = node
+        self.config: Any = OmegaConf.to_object(node)
+        raw = OmegaConf.to_container(node)
+        self.referring = [key for key in leaves if _holds("${", _at(raw, key))]
+
+    def with_values(self, values: "dict[str, Any]") -> Any:
+        """A config of its own, with these values of leaves."""
+        config = copy.deepcopy(self.config)
+        for key, value in values.items():
+            OmegaConf.update(self.node, key, value)
+        for key in [*values, *self.referring]:
+            value, (section, _, name) = OmegaConf.select(self.node, key), key.rpartition(".")
+            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            setattr(attrgetter(section)(config) if section else config, name, value)
+        return config
+
+
 class SlurmLauncher(Launcher):
     """One sbatch call per point. `slots`: how many of them run at once; 0: as many as Slurm lets."""
 
@@ -56,13 +79,17 @@ class SlurmLauncher(Launcher):
 
         self.hydra_context, self.config = hydra_context, config
         self.leaves = frozenset(leaves())
-        self.shared: dict[tuple[str, ...], DictConfig] = {}
+        # with other names of the points' directories, these may hold the overrides, which only Hydra itself can tell
+        self.numbered = OmegaConf.to_container(config.hydra.sweep, resolve=False) == SWEEP_NAMES
+        self.shared: dict[tuple[str, ...], Shared] = {}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from atropos_hpc.launch import sweep
 
-        sweep_dir = Path(str(self.config.hydra.sweep.dir)).absolute()
-        return _returns(sweep.on_slurm(self._points(job_overrides, initial_job_idx), sweep_dir, self.slots))
+        return _returns(sweep.on_slurm(self._points(job_overrides, initial_job_idx), self._directory(), self.slots))
+
+    def _directory(self) -> Path:
+        return Path(str(self.config.hydra.sweep.dir)).absolute()
 
     def _points(self, job_overrides: Sequence[Sequence[str]], first: int) -> "list[Any]":
         """Every point with its own config, composed here: what is changed in files after the submission changes nothing."""
@@ -70,33 +97,54 @@ class SlurmLauncher(Launcher):
 
         points = []
         for num, overrides in enumerate(job_overrides, first):
-            cfg = self._composed(overrides)
-            with open_dict(cfg):
-                cfg.hydra.job.id = cfg.hydra.job.num = num
-            run_dir = Path(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)).absolute()
-            HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
-            with read_write(cfg), open_dict(cfg):
-                del cfg["hydra"]
-                cfg.run_dir = str(run_dir)
-            config: Any = OmegaConf.to_object(cfg)
-            config.wandb.group = config.wandb.group or Path(str(self.config.hydra.sweep.dir)).name
-            points.append(Point(num, list(overrides), config, run_dir))
+            config = self._config(num, overrides)
+            config.wandb.group = config.wandb.group or self._directory().name
+            points.append(Point(num, list(overrides), config, Path(config.run_dir)))
         return points
 
-    def _composed(self, overrides: Sequence[str]) -> DictConfig:
-        """What Hydra composes, 0.15 s each. Most points of a sweep differ in plain values only: these are put into a copy of the point
-        before that shares all the rest, as Hydra itself does it.
-        """
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        default_names = OmegaConf.to_container(self.config.hydra.sweep, resolve=False) == SWEEP_NAMES  # else a name may hold the overrides
-        plain = [each for each in parsed if default_names and each.type is OverrideType.CHANGE and each.key_or_group in self.leaves]
-        rest = tuple(str(each.input_line) for each in parsed if each not in plain)
-        if rest not in self.shared:
-            self.shared[rest] = self.hydra_context.config_loader.load_sweep_config(self.config, list(rest))
-        cfg = copy.deepcopy(self.shared[rest])
-        for each in plain:
-            OmegaConf.update(cfg, each.key_or_group, each.value(), merge=True)
+    def _config(self, num: int, overrides: Sequence[str]) -> Any:
+        """What Hydra composes, 0.15 s each. Most points differ in plain values only: these are put into a copy of what the points share."""
+        if not self.numbered or any("${hydra:" in override for override in overrides):
+            return OmegaConf.to_object(self._composed(num, overrides))
+        parsed = [_parsed(override) for override in overrides]
+        plain = {each.key_or_group: each.value() for each in parsed if self._is_plain(each)}
+        rest = [str(each.input_line) for each in parsed if not self._is_plain(each)]
+        alike = (*rest, *plain)
+        if alike not in self.shared:
+            self.shared[alike] = Shared(self._composed(num, rest), self.leaves)
+        return self.shared[alike].with_values({**plain, "run_dir": str(self._directory() / str(num))})
+
+    def _is_plain(self, each: Override) -> bool:
+        return each.type is OverrideType.CHANGE and each.key_or_group in self.leaves and not isinstance(each.value(), (dict, list))
+
+    def _composed(self, num: int, overrides: Sequence[str]) -> DictConfig:
+        """The config of a point as Hydra itself makes it, without Hydra's own section."""
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(cfg):
+            cfg.hydra.job.id = cfg.hydra.job.num = num
+        run_dir = Path(str(cfg.hydra.sweep.dir), str(cfg.hydra.sweep.subdir)).absolute()
+        HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+            cfg.run_dir = str(run_dir)
         return cfg
+
+
+@functools.cache
+def _parsed(override: str) -> Override:
+    """The points of a sweep share most of their overrides, and parsing one takes a millisecond."""
+    return OverridesParser.create().parse_override(override)
+
+
+def _at(values: Any, key: str) -> Any:
+    return functools.reduce(lambda value, part: value[part], key.split("."), values)
+
+
+def _holds(text: str, values: Any) -> bool:
+    """Is `text` in one of the strings in there?"""
+    if isinstance(values, (dict, list)):
+        return any(_holds(text, each) for each in (values.values() if isinstance(values, dict) else values))
+    return isinstance(values, str) and text in values
 
 
 class GridSweeper(BasicSweeper):
@@ -112,8 +160,7 @@ class LocalLauncher(SlurmLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from atropos_hpc.launch import sweep
 
-        sweep_dir = Path(str(self.config.hydra.sweep.dir)).absolute()
-        return _returns(sweep.here(self._points(job_overrides, initial_job_idx), sweep_dir, max(1, self.slots)))
+        return _returns(sweep.here(self._points(job_overrides, initial_job_idx), self._directory(), max(1, self.slots)))
 
 
 def _returns(outcomes: "list[Any]") -> "list[JobReturn]":
