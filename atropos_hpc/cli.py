@@ -146,7 +146,7 @@ def validate(options: argparse.Namespace) -> int:
     assert isinstance(config, Config)
     run_dir = Path(config.run_dir).absolute()
     previous = read_json(RunDir(run_dir).run_json).get("config", {})
-    found = preflight.check(config, run_dir, previous, on_slurm=config.launch.allocation != "local")
+    found = preflight.check(config, run_dir, previous, on_slurm=config.launch.allocation != "local", imports=True)
     for problem in found:
         print(problem, file=sys.stderr)
     print(f"{len(found)} to change" if found else "nothing wrong was found")

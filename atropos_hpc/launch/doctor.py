@@ -139,9 +139,11 @@ def _role(config: Config, role: str, python: str) -> Iterator[Finding]:
     if container:
         yield Finding(area, None, f"in {container}, which cannot be looked into from here")
         return
-    wrong = preflight.interpreter(role, python)
+    wrong = preflight.interpreter(config, role)
     for problem in wrong:
         yield Finding(area, False, problem.message, f"or point {problem.key} at an environment that has it")
     if not wrong:
-        versions = ", ".join(f"{module} {version}*" if version else module for module, (_, version) in preflight.NEEDED[role].items())
+        versions = ", ".join(
+            f"{module} {version}.*" if version else module for module, (_, version) in preflight.needed(config, role).items()
+        )
         yield Finding(area, True, f"{python}: {versions}")

