@@ -39,7 +39,8 @@ launcher.register()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def app(cfg: DictConfig) -> None:
     """One run: of a single start, or one point of a multirun."""
-    from atropos_hpc.launch import run, slurm
+    from atropos_hpc import slurm
+    from atropos_hpc.launch import run
 
     run_dir = Path(HydraConfig.get().runtime.output_dir).absolute()
     cfg.run_dir = str(run_dir)

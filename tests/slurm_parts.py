@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
 from atropos_hpc import process
 from atropos_hpc.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.slurm import merged
 
 TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
 
@@ -61,8 +60,6 @@ class Submitted:
         until(f"step {step}", lambda: (self.steps() or [0])[-1] >= step, seconds, self.story)
 
     def state(self) -> str:
-        from atropos_hpc.launch.slurm import merged
-
         return merged([state for name, state in self.cluster.jobs().items() if name.split("+")[0] == self.job] or ["GONE"])
 
     def ends(self, state: str = "COMPLETED", seconds: float = 120) -> None:
@@ -99,9 +96,14 @@ class Submitted:
         return f"job {self.job}, steps {self.steps()}\n{self.cluster.story()}\n" + "\n".join(tails)
 
 
+def submission(directory: Path, *overrides: str) -> list[str]:
+    """The command of `submit`."""
+    return [*TRAIN, "-m", "hydra/launcher=submitit_slurm", f"run_dir={directory}", *QUICK, *overrides]
+
+
 def submit(cluster: Cluster, directory: Path, *overrides: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
     """A multirun through the launcher, with `directory` as the sweep's."""
-    command = [*TRAIN, "-m", "hydra/launcher=submitit_slurm", f"run_dir={directory}", *QUICK, *overrides]
+    command = submission(directory, *overrides)
     done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=300, check=False, cwd=directory.parent)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -123,14 +125,11 @@ def sbatch(cluster: Cluster, directory: Path, template: str, *arguments: str, op
     return done.stdout.strip()
 
 
+def node_of(run: Submitted, role: str) -> str:
+    """The first node that a role has got, from the supervisor's log."""
+    text = run.log("supervisor").split(f"{role} on ")[1]
+    return text.split(",")[0].split(";")[0].split()[0]
+
+
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-
-
-def eventually(look: Callable[[], Any], seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if look():
-            return True
-        time.sleep(0.2)
-    return False

@@ -56,8 +56,8 @@ def learner(path: Path) -> int:
 
 
 def agent(path: Path, index: str) -> int:
-    from atropos_hpc.launch.leader import LeaderWatch
     from atropos_hpc.rendezvous import Member
+    from atropos_hpc.rollout.leader import LeaderWatch
     from atropos_hpc.run_dir import RunDir
 
     terms: list[int] = []
@@ -70,6 +70,7 @@ def agent(path: Path, index: str) -> int:
         time.sleep(0.2)
         watch.look()
     member.leave()
+    watch.last_look()
     return 0
 
 

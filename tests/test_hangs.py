@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc import process, rendezvous
+from atropos_hpc import process, rendezvous, watchdog
 from atropos_hpc.config import LaunchConf
-from atropos_hpc.launch import watchdog
 from atropos_hpc.launch.allocation import Process, Step
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.launch.watchdog import Progress, Silence, waits
 from atropos_hpc.run_dir import RunDir
+from atropos_hpc.watchdog import Progress, Silence, waits
 
 # A member that is at step 3, and then does one of these
 HANGS = {

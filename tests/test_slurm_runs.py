@@ -4,6 +4,8 @@ seconds; test_slurm_training.py has the same with the real ones.
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, until
-from slurm_parts import Submitted, kill, require_slurm, sbatch, stand_in, submit, submitted
+from slurm_parts import Submitted, kill, node_of, require_slurm, sbatch, stand_in, submission, submit, submitted
 
 from atropos_hpc.run_dir import read_json, read_lines
 
@@ -79,6 +81,21 @@ def test_waiting_shows_progress_and_fails_when_a_point_does(cluster: Cluster, tm
     assert done.returncode == 1 and "point 1: failed" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_waiting_goes_on_while_slurm_starts_a_job_again(cluster: Cluster, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    command = submission(sweep, "trainer.steps=40", "launch.wait=true", *stand_in(tmp_path))
+    with subprocess.Popen(command, env=cluster.env, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as waiting:
+        rows = until("the table", lambda: read_json(sweep / "jobs.json"), 60, cluster.story)
+        run = Submitted(cluster, Path(rows[0]["run_dir"]), rows[0]["job"])
+        run.reach(7)
+        cluster.command("scancel", "--batch", "--signal=USR2", run.job)
+        run.is_requeued()
+        assert waiting.poll() is None
+        run.completes(40, attempts=2)
+        said = waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 0 and "queued" in said and "step 40/40" in said, said
+
+
 def with_scripts(cluster: Cluster) -> dict[str, str]:
     return {**cluster.env, "PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}"}
 
@@ -122,19 +139,15 @@ def test_the_split_templates_meet_in_the_run_directory(cluster: Cluster, tmp_pat
 
 
 def test_the_sweep_template_submits_from_a_job(cluster: Cluster, tmp_path: Path) -> None:
-    overrides = [
-        "seed=0",
-        "algorithm.kl_coef=0,0.1",
-        "trainer.steps=3",
-        "roles.trainer.mem=1G",
-        "roles.rollout.mem=1G",
-        "cluster.shared=[/]",
-    ]
+    overrides = ["seed=0", "algorithm.kl_coef=0,0.1", "trainer.steps=3", "roles.trainer.mem=1G", "roles.rollout.mem=1G",
+                 "cluster.shared=[/]"]  # fmt: skip
     sbatch(cluster, tmp_path, "sweep_kl.sbatch", f"run_dir={tmp_path / 'sweep'}", *overrides, *evaluations_off(), *stand_in(tmp_path),
            options=("--mem=1G",))  # fmt: skip
     rows = until("two points", lambda: len(found := read_json(tmp_path / "sweep" / "jobs.json")) == 2 and found, 60, cluster.story)
-    for row in rows:
-        Submitted(cluster, Path(row["run_dir"]), row["job"]).completes(3)
+    points = [Submitted(cluster, Path(row["run_dir"]), row["job"]) for row in rows]
+    for point in points:
+        point.completes(3)
+    assert [point.run.config()["algorithm"]["kl_coef"] for point in points] == [0, 0.1]
 
 
 def evaluations_off() -> list[str]:
@@ -179,6 +192,7 @@ def test_a_job_of_a_template_requeues_itself_too(cluster: Cluster, tmp_path: Pat
     cluster.command("scancel", "--batch", "--signal=USR2", run.job)
     run.is_requeued()
     run.completes(40, attempts=2)
+    assert cluster.job(run.job)["Restarts"] == "1"
 
 
 def test_the_warning_before_the_time_limit_comes_in_time(cluster: Cluster, tmp_path: Path) -> None:
@@ -195,10 +209,9 @@ def test_the_warning_before_the_time_limit_comes_in_time(cluster: Cluster, tmp_p
 def test_requeues_without_progress_are_limited(cluster: Cluster, tmp_path: Path) -> None:
     run = submitted(cluster, tmp_path / "sweep", "trainer.steps=300", "trainer.checkpoint_every=300", "launch.requeues=0",
                     "launch.save_timeout_s=0.1", *stand_in(tmp_path))  # fmt: skip
-    for _ in range(1):
-        run.reach(2)
-        cluster.command("scancel", "--batch", "--signal=USR2", run.job)
-        run.is_requeued()
+    run.reach(2)
+    cluster.command("scancel", "--batch", "--signal=USR2", run.job)
+    run.is_requeued()
     run.ends("FAILED")
     assert "it is not run again" in run.log("supervisor")
     run.leaves_nothing()
@@ -236,10 +249,14 @@ def test_one_node_per_role_and_any_dies_slurm_requeues_and_the_run_resumes(clust
     run.leaves_nothing()
 
 
-def test_the_leaders_node_dies_where_slurm_lets_the_rest_live_and_an_agent_requeues(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("agents", ["live", "are asked to end"])
+def test_the_leaders_node_dies_where_slurm_lets_the_rest_live_and_an_agent_requeues(cluster: Cluster, tmp_path: Path, agents: str) -> None:
     run = submitted(cluster, tmp_path / "sweep", "trainer.steps=400", "roles.trainer.nodes=2", "roles.rollout.nodes=2", *stand_in(tmp_path))
     run.reach(12)
+    pids = [member["pid"] for member in read_json(run.run.roster)["members"].values() if member["kind"] == "agent"]
     cluster.kill_node(node_of(run, "trainer"))
+    for pid in pids if agents == "are asked to end" else ():  # by whatever ends a step whose srun is gone
+        os.kill(pid, signal.SIGTERM)
     run.is_requeued(120)
     at = len(run.steps())
     run.reach(at + 3)
@@ -326,14 +343,15 @@ def test_a_request_to_stop_ends_the_job_with_a_checkpoint(cluster: Cluster, tmp_
 
 
 def test_runs_share_nodes_without_clashing(cluster: Cluster, tmp_path: Path) -> None:
-    small = ["roles.trainer.sbatch.nodelist=n0", "roles.rollout.sbatch.nodelist=n1", "+roles.trainer.sbatch.x=null"][:2]
-    submit(cluster, tmp_path / "sweep", "seed=0,1,2", "trainer.steps=30", *(f"+{each}" for each in small), *stand_in(tmp_path))
-    for row in json.loads((tmp_path / "sweep" / "jobs.json").read_text()):
-        run = Submitted(cluster, Path(row["run_dir"]), row["job"])
-        run.completes(30) if row["num"] == 2 else run.ends()
-
-
-def node_of(run: Submitted, role: str) -> str:
-    """The first node that a role has got, from the supervisor's log."""
-    text = run.log("supervisor").split(f"{role} on ")[1]
-    return text.split(",")[0].split(";")[0].split()[0]
+    together = ["+roles.trainer.sbatch.nodelist=n0", "+roles.rollout.sbatch.nodelist=n1"]
+    submit(cluster, tmp_path / "sweep", "seed=0,1,2", "trainer.steps=60", *together, *stand_in(tmp_path))
+    rows = json.loads((tmp_path / "sweep" / "jobs.json").read_text())
+    runs = [Submitted(cluster, Path(row["run_dir"]), row["job"]) for row in rows]
+    for run in runs:
+        run.ends()
+        assert run.steps() == list(range(1, 61)), run.story()
+    for run in runs:
+        run.leaves_nothing()
+    spans = [(lines[0]["time"], lines[-1]["time"]) for lines in (read_lines(run.run.metrics) for run in runs)]
+    assert max(start for start, _ in spans) < min(end for _, end in spans)  # all three at once
+    assert all("trainer on n0; rollout on n1" in run.log("supervisor") for run in runs)

@@ -42,15 +42,9 @@ def script(config: Config, output: str, command: str, slot: str | None = None) -
     if launch.allocation == "het":
         # Slurm lets a component outlive a node only if it has two nodes or more, and wants the option for all or for none
         no_kill = {"no_kill": config.roles.trainer.nodes > 1 and config.roles.rollout.nodes > 1}
-        sections = [
-            {**common, **no_kill, **options(config, "trainer")},
-            {
-                "job_name": f"{name}.rollout",
-                **no_kill,
-                **config.cluster.sbatch,
-                **options(config, "rollout"),
-            },  # one name: a deadlock of singletons
-        ]
+        # a name of its own: of one name for both components, a singleton would wait for itself
+        rollout = {"job_name": f"{name}.rollout", **no_kill, **config.cluster.sbatch, **options(config, "rollout")}
+        sections = [{**common, **no_kill, **options(config, "trainer")}, rollout]
     elif launch.allocation == "single":
         sections = [{**common, "no_kill": config.roles.rollout.nodes > 1, **widest(config)}]
     else:

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from atropos_hpc import slurm
 from atropos_hpc.checks import Problem, did_you_mean
 from atropos_hpc.config import Config, RoleConf
-from atropos_hpc.launch import batch, slurm
+from atropos_hpc.launch import batch
 
 LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 TEST_TIMEOUT_S = 60.0

@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from atropos_hpc import slurm
 from atropos_hpc.config import Config
-from atropos_hpc.launch import base_model, cluster_check, preflight, slurm
+from atropos_hpc.launch import base_model, cluster_check, preflight
 from atropos_hpc.launch.allocation import rollout_python, trainer_python
 from atropos_hpc.train import CONFIGS, explain
 

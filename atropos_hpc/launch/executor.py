@@ -8,7 +8,8 @@ from typing import Any
 from submitit.core import core, utils
 from submitit.slurm import slurm as submitit_slurm
 
-from atropos_hpc.launch import batch, slurm
+from atropos_hpc import slurm
+from atropos_hpc.launch import batch
 
 
 class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):

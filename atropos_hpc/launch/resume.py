@@ -14,8 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from atropos_hpc import slurm
 from atropos_hpc.config import Config
-from atropos_hpc.launch import run, slurm, sweep
+from atropos_hpc.launch import run, sweep
 from atropos_hpc.observe import report
 from atropos_hpc.run_dir import RunDir, read_json
 from atropos_hpc.train import explain

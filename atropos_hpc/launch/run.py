@@ -20,11 +20,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import atropos_hpc
-from atropos_hpc import process
+from atropos_hpc import process, slurm
 from atropos_hpc.checks import Problem
 from atropos_hpc.config import Config
-from atropos_hpc.launch import base_model, batch, plan, preflight, slurm
+from atropos_hpc.launch import base_model, batch, plan, preflight
 from atropos_hpc.launch.allocation import Step, local_steps, slurm_steps, trainer_python
+from atropos_hpc.launch.job import Job, ours, start_again
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.split import RolloutJob
 from atropos_hpc.launch.supervisor import Supervisor
@@ -49,7 +50,7 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     action = _launch(config, run_dir)
     if action is Action.REQUEUE:
         try:
-            requeue()
+            start_again(requeue)
         except slurm.SlurmError as error:
             print(f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes", file=sys.stderr)
     return EXIT[action] if isinstance(action, Action) else action
@@ -115,7 +116,7 @@ def _held(run: RunDir) -> Iterator[None]:
         yield
 
 
-def _job(config: Config) -> slurm.Job | None:
+def _job(config: Config) -> Job | None:
     """The Slurm job that this process is the batch step of; None for a run on this machine.
 
     Raises ValueError, "key: message", when there is none and there should be, or when it is not what the config says.
@@ -127,14 +128,10 @@ def _job(config: Config) -> slurm.Job | None:
         raise ValueError(
             f"launch.allocation: {kind} needs a job: submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
         )
-    job = slurm.Job(os.environ["SLURM_JOB_ID"], batch.granted(config, os.environ, slurm.expand))
-    kept = batch.clean(os.environ)
-    for name in set(os.environ) - set(kept):
-        del os.environ[name]
-    return job
+    return ours(batch.granted(config, os.environ, slurm.expand))
 
 
-def _run(config: Config, run: RunDir, job: slurm.Job | None) -> Action | int:
+def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
     started = time.time()
     run.create()
     attempt = run.new_attempt()
@@ -188,7 +185,7 @@ def _keep(path: Path, record: dict[str, Any]) -> None:
         log.error("cannot write %s: %s", path, error)
 
 
-def _steps(config: Config, run: RunDir, job: slurm.Job | None, attempt: Path) -> list[Step]:
+def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[Step]:
     if job is None:
         return local_steps(config, run.path)
     nodes = "; ".join(f"{role} on {', '.join(group.nodes)}" for role, group in job.groups.items())
@@ -196,7 +193,7 @@ def _steps(config: Config, run: RunDir, job: slurm.Job | None, attempt: Path) ->
     return slurm_steps(config, run.path, job.groups, job.addresses(config.cluster.host), attempt)
 
 
-def _given_up(config: Config, run: RunDir, attempt: Path, job: slurm.Job | None) -> bool:
+def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
     """Note this start, and tell whether Slurm has started the run too often without progress."""
     durable = read_json(run.checkpoints / "latest.json").get("step", 0)
     write_json(attempt / "start.json", {"job": job.id if job else None, "durable": durable})

@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process
+from atropos_hpc import process, slurm
 from atropos_hpc.config import Config, from_dict
-from atropos_hpc.launch import batch, slurm
+from atropos_hpc.launch import batch
 from atropos_hpc.launch.allocation import agent_step
 from atropos_hpc.launch.batch import Group
+from atropos_hpc.launch.job import ours, start_again
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import log_to_stderr
@@ -137,16 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wait_for(f"{run.run_json}", "the trainer job's supervisor", there, LEADER_S, poll_s=2.0)
     config: Config = from_dict(Config, run.config())
     node, index = slurm.expand(os.environ["SLURM_JOB_NODELIST"])[0], int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
-    job = slurm.Job(os.environ["SLURM_JOB_ID"], {"rollout": Group((node,), os.environ["SLURM_JOB_ID"])})
-    kept = batch.clean(os.environ)
-    for name in set(os.environ) - set(kept):
-        del os.environ[name]
+    job = ours({"rollout": Group((node,), os.environ["SLURM_JOB_ID"])})
     step = agent_step(config, run.path, job.groups["rollout"], node, job.addresses(config.cluster.host), run.logs.resolve(), index)
     following = Following(run, config.trainer.steps, config.launch.start_timeout_s)
     action = Supervisor(run, config.launch, [step], following.look, job, leads=False).supervise()
     log.info("rollout node %d: %s", index, action.name.lower())
     if action is Action.REQUEUE:
-        slurm.requeue(job.id)
+        start_again(lambda: slurm.requeue(job.id))
     return {Action.FINISH: process.DONE, Action.FAIL: 1}.get(action, process.STOPPED)
 
 

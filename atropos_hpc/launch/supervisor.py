@@ -12,6 +12,7 @@ It is the same on one machine and in a Slurm job, where steps are srun's. The ro
 node: it follows the roster instead of publishing it, and ends with the run.
 """
 
+import contextlib
 import logging
 import re
 import signal
@@ -19,24 +20,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atropos_hpc import process, rendezvous
 from atropos_hpc.config import LaunchConf
 from atropos_hpc.launch import plan
 from atropos_hpc.launch.allocation import Step
+from atropos_hpc.launch.job import Job
 from atropos_hpc.launch.plan import Action
-from atropos_hpc.launch.watchdog import DUMP_S, Progress, Silence, waits
 from atropos_hpc.run_dir import RunDir, read_json
-
-if TYPE_CHECKING:
-    from atropos_hpc.launch.slurm import Job
+from atropos_hpc.slurm import SlurmError
+from atropos_hpc.watchdog import DUMP_S, Progress, Silence, waits
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 SLURM_AWAY_S = 5.0  # between tries while Slurm does not answer
+FILES_AWAY_S = 600.0  # how long the run directory may be unusable: a full disk, a filesystem that is being repaired
 HEALTHY_S = 300.0  # a step that has run this long has made progress: its restarts are counted anew
+WHY = {Action.REQUEUE: "Slurm takes the nodes", Action.STOP: "asked to stop", Action.FAIL: "the run cannot go on"}
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Running:
     children: list[process.Child] = field(default_factory=list)
     started: float = 0.0
     due: float | None = 0.0  # when to start it; None while it runs, and when it is not to be started any more
+    leave_by: float | None = None  # once one process has left in peace: until when the others may take to follow
     restarts: int = 0  # since the last progress
     progress: Any = None
     hung: bool = False  # it was found hanging, and ended
@@ -65,7 +68,7 @@ class Supervisor:
 
     def __init__(
         self, run: RunDir, launch: LaunchConf, steps: list[Step], watch: Callable[[dict[str, Any]], Action | None],
-        job: "Job | None" = None, leads: bool = True,
+        job: Job | None = None, leads: bool = True,
     ) -> None:  # fmt: skip
         self.run, self.launch, self.watch, self.job, self.leads = run, launch, watch, job, leads
         self.steps = {step.name: Running(step) for step in steps}
@@ -73,12 +76,16 @@ class Supervisor:
         self.events: list[dict[str, Any]] = []  # what died and what was done, for the summary
         self.silence, self.learning = Silence(), Progress(launch.start_timeout_s, launch.step_timeout_s)
         self.wishes = 0  # signals to stop, so far
-        self.warned = False  # by Slurm, of the time limit or of preemption
+        self.warned = False  # by Slurm, of the time limit
         self.ending: Action | None = None  # how the run ends once the learner has saved
         self.patience = 0.0  # until when it may take to save, monotonic
+        self.away_since: float | None = None  # the run directory, monotonic
 
     def supervise(self) -> Action:
-        """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL; no process of the run is left when it does."""
+        """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL; no process of the run is left when it does.
+
+        Raises OSError when the run directory has been unusable for FILES_AWAY_S.
+        """
         process.adopt_orphans()
         if self.leads:
             rendezvous.withdraw(self.run, "stop")
@@ -88,23 +95,40 @@ class Supervisor:
         end: Action | None = None
         try:
             while end is None:
-                end = self._look() or self._meet_wishes()
+                end = self._round()
                 time.sleep(TICK_S)
         finally:
+            member.update(state="ending")
+            self._publish()
             self._end_all()
             member.leave(outcome=end.name.lower() if end else None)
-            if self.leads:
-                self.leader.look()
+            self._publish()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return end
 
+    def _round(self) -> Action | None:
+        """One look at everything. While the run directory cannot be used, only what people and Slurm ask for is met."""
+        try:
+            end = self._meet_wishes() or self._look()
+        except OSError as error:
+            now = time.monotonic()
+            if self.away_since is None:
+                log.error("the run directory cannot be used: %s; it is tried again for %.0f s", error, FILES_AWAY_S)
+                self.away_since = now
+            if now - self.away_since > FILES_AWAY_S:
+                raise
+            return None
+        self.away_since = None
+        return end
+
     def _look(self) -> Action | None:
-        """One round over members and steps."""
+        """Members, then steps: how the run ends, once that is decided."""
         members = self.leader.look() if self.leads else {}
-        if (end := self.watch(members)) is not None:
-            if end in (Action.FINISH, Action.FAIL):
-                return end
+        end = self.watch(members)
+        if end is Action.FINISH:
+            return end
+        if end is not None:
             self._begin_ending(end)
         self._end_what_hangs(members)
         for running in self.steps.values():
@@ -143,47 +167,70 @@ class Supervisor:
         for line in waits(self.leader.members.values(), time.time()):
             log.error("%s", line)
 
+    def _publish(self) -> None:
+        """The roster, once more; at the end of a run it no longer matters whether it can be written."""
+        if self.leads:
+            with contextlib.suppress(OSError):
+                self.leader.look()
+
+    # --- steps
+
     def _start(self, running: Running) -> None:
         """Start all processes of a step. The step id tells this start's members from an earlier one's."""
         if self.job is not None and running.step.nodes and running.started:
             try:
                 self.job.end_step(running.step.name)  # its srun may have been killed without it
-            except RuntimeError as error:  # Slurm does not answer; sooner or later it will
+            except SlurmError as error:  # Slurm does not answer; sooner or later it will
                 log.warning("%s is not started yet: %s", running.step.name, error)
                 running.due = time.monotonic() + SLURM_AWAY_S
                 return
-        running.due, running.started, running.progress, running.hung = None, time.monotonic(), self._progress(), False
+        running.progress, running.hung = self._progress(), False
         identity = f"{running.step.name}-{time.time_ns()}"
         for each in running.step.processes:
             variables = {**each.variables, "ATROPOS_HPC_STEP": identity, "PYTHONUNBUFFERED": "1"}
             running.children.append(process.start(each.name, each.command, self.run.logs / f"{each.name}.log", variables))
+        running.due, running.started, running.leave_by = None, time.monotonic(), None
         where = f" on {', '.join(running.step.nodes)}" if running.step.nodes else ""
         log.info("started %s%s, pid %s", running.step.name, where, ", ".join(str(child.pid) for child in running.children))
 
     def _look_at(self, running: Running) -> Action | None:
         """What has become of a step: None while it runs or may run again, or while the learner saves; else how the run ends."""
-        codes = [child.poll() for child in running.children]
-        if not running.children or all(code is None for code in codes):
+        if all(child.poll() is None for child in running.children):  # there may be none
             return None
-        step, done = running.step, bool(read_json(self.run.done))
-        if None in codes and (done or not any(codes)):
-            return None  # ranks leave one after the other
-        died = next((child for child in running.children if child.poll()), running.children[0])
-        code = died.poll()
-        assert code is not None
+        done = bool(read_json(self.run.done))
+        died = self._first_dead(running, done)
+        if died is None:
+            return None
+        code = died.process.returncode
         if code == process.STUCK:
             self._shake_up(running)
-        process.end(running.children, self.launch.grace_s if done or code == process.STOPPED else 0.5)
-        process.end_orphans(child for other in self.steps.values() for child in other.children)
-        running.children = []
-        self.leader.ended(*(name for name, member in self.leader.members.items() if _belongs(member, step)))
+        self._clear_away(running, self.launch.grace_s if done or code == process.STOPPED else 0.5)
         if self._progress() != running.progress or time.monotonic() - running.started > HEALTHY_S:
             running.restarts = 0
-        fate = self.job.fate(step.nodes) if self.job is not None else None
-        ended = plan.how_it_ended(step.kind, code, done=done, tries_left=self.launch.restarts - running.restarts, fate=fate)
+        fate = self.job.fate(running.step.nodes) if self.job is not None else None
+        ended = plan.how_it_ended(running.step.kind, code, done=done, tries_left=self.launch.restarts - running.restarts, fate=fate)
         if ended == "crashed too often" and self.job is not None and (running.hung or code == process.STUCK):
             ended = "hung too often"
-        return self._apply(running, died, code, ended)
+        end = self._apply(running, died, ended)
+        running.children = []
+        return end
+
+    def _first_dead(self, running: Running, done: bool) -> process.Child | None:
+        """The process whose end is the end of its step; None while the step goes on: ranks leave in peace one after the other."""
+        ended = [child for child in running.children if child.poll() is not None]
+        failed = [child for child in ended if child.poll()]
+        if len(ended) < len(running.children) and (done or not failed):
+            now = time.monotonic()
+            running.leave_by = running.leave_by or now + self.launch.save_timeout_s
+            if now < running.leave_by:
+                return None
+        return (failed or ended)[0]
+
+    def _clear_away(self, running: Running, grace_s: float) -> None:
+        """End what is left of a step, and tell the others that its members are gone."""
+        process.end(running.children, grace_s)
+        process.end_orphans(child for other in self.steps.values() for child in other.children)
+        self.leader.ended(*(name for name, member in self.leader.members.items() if _belongs(member, running.step)))
 
     def _shake_up(self, stuck: Running) -> None:
         """The learner waited in vain: the others tell what they wait for, and their stacks; then the rollout nodes start anew, too."""
@@ -195,32 +242,31 @@ class Supervisor:
                 for child in running.children:
                     child.signal(signal.SIGTERM)
 
-    def _apply(self, running: Running, died: process.Child, code: int, ended: str) -> Action | None:
-        """The table's answer to a step that has ended; what ends the run waits for the learner, where there still is one."""
-        kind = running.step.kind
+    def _apply(self, running: Running, died: process.Child, ended: str) -> Action | None:
+        """The table's answer to a step that has ended. What ends the run waits for the learner to save, where there still is one."""
+        kind, code = running.step.kind, died.process.returncode
         others = [other for other in self.steps.values() if other.step.kind == "agent" and other is not running and other.wanted]
         action = plan.TABLE["last agent" if kind == "agent" and not others else kind, ended]
         if self.ending is not None and action is not Action.FINISH and kind != "trajectories":
             if kind == "trainer" and code != process.STOPPED:
                 log.error("the learner ended with exit code %d instead of saving; the end of its log:\n%s", code, process.tail(died.log))
             return self.ending if kind == "trainer" else None
-        self._tell(died, code, ended, action)
+        self._tell(died, ended, action)
         if action is Action.RESTART:
             running.due = time.monotonic() + process.backoff(self.launch.backoff_s, running.restarts)
             running.restarts += 1
-            return None
-        if action is Action.DROP:
-            return None
-        if action in (Action.STOP, Action.REQUEUE) and kind != "trainer":
+        elif action is Action.FINISH or kind == "trainer":
+            return action
+        elif action is not Action.DROP:
             self._begin_ending(action)
-            return None
-        return action
+        return None
 
-    def _tell(self, died: process.Child, code: int, ended: str, action: Action) -> None:
+    def _tell(self, died: process.Child, ended: str, action: Action) -> None:
         """Log what ended, how, and what is done about it; with the end of its log when it went wrong."""
         if action is Action.FINISH:
             log.info("the learner is done")
             return
+        code = died.process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
         if action is Action.RESTART:
@@ -246,8 +292,10 @@ class Supervisor:
         """A first signal asks the learner for a checkpoint and gives it time; a second one to stop ends the run at once."""
         if self.warned:
             self._begin_ending(Action.REQUEUE)
-        if self.wishes:
+        if self.wishes and self.ending is None:
             self._begin_ending(Action.STOP)
+            if self.job is not None and self.job.fate(()) == "preempted":
+                self.ending = Action.REQUEUE
         if self.ending is None:
             return None
         trainer = self.steps.get("trainer")
@@ -264,8 +312,7 @@ class Supervisor:
             return
         self.ending, self.patience = action, time.monotonic() + self.launch.save_timeout_s
         if self.leads:
-            what = "Slurm takes the nodes" if action is Action.REQUEUE else "asked to stop"
-            log.warning("%s: the learner saves a checkpoint, at most %.0f s (%s)", what, self.launch.save_timeout_s, action.value)
+            log.warning("%s: the learner saves a checkpoint, at most %.0f s (%s)", WHY[action], self.launch.save_timeout_s, action.value)
             try:
                 rendezvous.ask(self.run, "stop")
             except OSError as error:  # a full disk; TERM tells the learner the same

@@ -5,6 +5,7 @@ Nothing is queued before every point has passed the checks. The table is jobs.js
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process
+from atropos_hpc import process, slurm
 from atropos_hpc.checks import Problem
 from atropos_hpc.config import Config
-from atropos_hpc.launch import batch, preflight, run, slurm
+from atropos_hpc.launch import batch, preflight, run
 from atropos_hpc.observe import report
 from atropos_hpc.run_dir import RunDir, read_json, write_json
 
@@ -41,8 +42,11 @@ class Point:
         return str(self.run_dir)
 
     def requeue(self) -> None:
-        """Go through submitit's own protocol: its handler of this signal asks for `checkpoint`, and requeues the job."""
-        os.kill(os.getpid(), signal.SIGUSR2)
+        """Go through submitit's own protocol: its handler of this signal asks for `checkpoint`, requeues the job, and exits."""
+        try:
+            signal.raise_signal(signal.SIGUSR2)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise slurm.SlurmError(str(error)) from None
 
     def checkpoint(self) -> Any:
         """What submitit is to call after the requeue: the same again, which resumes in the same directory."""
@@ -201,7 +205,7 @@ def _refuse(points: Iterable[Point], on_slurm: bool) -> None:
     found: dict[Problem, list[int]] = {}
     for point in points:
         previous = read_json(RunDir(point.run_dir).run_json).get("config", {})
-        for problem in preflight.check(point.config, point.run_dir, previous, on_slurm):
+        for problem in preflight.check(point.config, point.run_dir, previous, on_slurm, imports=on_slurm):
             found.setdefault(problem, []).append(point.num)
     if not found:
         return

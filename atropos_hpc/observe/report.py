@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc import slurm
 from atropos_hpc.rendezvous import DEAD_S
 from atropos_hpc.run_dir import RunDir, last_lines, read_json
 
@@ -60,8 +61,6 @@ def with_job_states(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     jobs = [row["job"] for row in rows if row["job"]]
     if not jobs or shutil.which("squeue") is None:
         return rows
-    from atropos_hpc.launch import slurm
-
     try:
         states = slurm.states(jobs)
     except slurm.SlurmError:  # the run directories tell the rest

@@ -24,15 +24,15 @@ import aiohttp
 
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
-from atropos_hpc.launch.leader import LeaderWatch
-from atropos_hpc.launch.watchdog import DUMP_S, Silence
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
 from atropos_hpc.process import DONE, REFUSED, STOPPED, backoff
 from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, ask, own_host
+from atropos_hpc.rollout.leader import LeaderWatch
 from atropos_hpc.run_dir import RunDir
+from atropos_hpc.watchdog import DUMP_S, Silence
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class Agent:
             Kept(f"environment-{first + i}", "atropos_hpc.rollout.worker", ("--index", str(first + i))) for i in range(environment.workers)
         ]
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)  # somebody has to
+        self.leader = LeaderWatch(run)
         self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
         self.follower = Follower(PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain)
         self.refused: str | None = None
@@ -126,9 +127,9 @@ class Agent:
         """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
         children that hang.
         """
-        leader, roster, since, silence = LeaderWatch(self.run), Roster(self.run.roster), time.monotonic(), Silence()
+        roster, since, silence = Roster(self.run.roster), time.monotonic(), Silence()
         while True:
-            await asyncio.to_thread(leader.look)
+            await asyncio.to_thread(self.leader.look)
             members = roster.read().get("members", {}).values()
             children = {kept.child.pid: kept.child for kept in self.others if kept.child is not None}
             for member in silence.hung(m for m in members if m["node"] == self.node and m["pid"] in children):
@@ -272,6 +273,7 @@ class Agent:
             pass
         self.follower.close()
         self.member.leave(servers=[], **state)
+        self.leader.last_look()
 
 
 def ask_all_for_stacks() -> None:

@@ -1,0 +1,98 @@
+"""Talking to Slurm: asking its commands, reading what they print, the states of jobs and nodes.
+
+Everything is asked of the controller (squeue, scontrol, sinfo), never of the accounting, which many sites lack.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+
+COMMAND_TIMEOUT_S = 60.0
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+class SlurmError(RuntimeError):
+    """A command of Slurm's failed; the message has what it said."""
+
+
+def ask(*command: str, env: Mapping[str, str] | None = None) -> str:
+    """The output of one of Slurm's commands. Raises SlurmError."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False, env=env)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"{command[0]}: {error}") from None
+    if done.returncode:
+        raise SlurmError(f"{shlex.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout.strip()
+
+
+def expand(nodelist: str) -> list[str]:
+    """The names in a node list such as n[0-3,7]."""
+    return ask("scontrol", "show", "hostnames", nodelist).split() if nodelist and nodelist != "(null)" else []
+
+
+def records(text: str) -> list[dict[str, str]]:
+    """What `scontrol -o show` prints: one record per line, of words key=value.
+
+    >>> records("JobId=7 JobState=RUNNING Reason=None\\nJobId=8 JobState=PENDING")[1]["JobState"]
+    'PENDING'
+    """
+    return [dict(re.findall(r"(?:^|\s)([\w:/]+)=(\S*)", line)) for line in text.splitlines() if line.strip()]
+
+
+# --- nodes and jobs
+
+
+def unreachable(nodes: Sequence[str]) -> bool:
+    """Has the controller lost any of these nodes? Raises SlurmError."""
+    states = ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
+    return any(state.endswith("*") or state.startswith("down") for state in states)
+
+
+def requeue(job: str) -> None:
+    """Have Slurm start a job again, all components of it, from the batch step on. Slurm lets it wait about two minutes."""
+    ask("scontrol", "requeue", job)
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """The state of each job that the controller still remembers; of several components or array tasks, the one that counts. One call.
+
+    Raises SlurmError when the controller does not answer.
+    """
+    wanted = set(jobs)
+    if not wanted:
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in ask("squeue", "--me", "-h", "--states=all", "-o", "%i|%T").splitlines():
+        name, state = line.split("|")
+        number = re.split(r"[+_]", name)[0]
+        if number in wanted:
+            found.setdefault(number, []).append(state)
+    return {number: merged(of) for number, of in found.items()}
+
+
+def merged(of: Sequence[str]) -> str:
+    """The state of a job from its components': what still goes on comes before what has ended, and failure before success.
+
+    >>> merged(["COMPLETED", "RUNNING"]), merged(["COMPLETED", "NODE_FAIL"]), merged(["COMPLETED"] * 2), merged(["PENDING"] * 2)
+    ('RUNNING', 'NODE_FAIL', 'COMPLETED', 'PENDING')
+    """
+    going = [state for state in of if state not in ENDED]
+    if going:
+        return "RUNNING" if "RUNNING" in going or len(going) < len(of) else going[0]
+    return next((state for state in of if state != "COMPLETED"), "COMPLETED")
+
+
+def is_here() -> bool:
+    """Are Slurm's commands on this machine?"""
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def answers() -> bool:
+    """Is there a controller that answers?"""
+    try:
+        return bool(ask("sinfo", "-h", "-o", "%R"))
+    except SlurmError:
+        return False

@@ -1,0 +1,100 @@
+"""The supervisor with real processes, and no learner, server or Slurm: small programs end as the real ones do."""
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_hpc.config import LaunchConf
+from atropos_hpc.launch import job
+from atropos_hpc.launch.allocation import Process, Step
+from atropos_hpc.launch.plan import Action
+from atropos_hpc.launch.supervisor import Supervisor
+from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.slurm import SlurmError
+
+QUICK = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
+FOR_EVER = "import time; time.sleep(600)"
+SAVES = """
+import os, pathlib, sys, time
+while not pathlib.Path({requests!r}, "stop.json").exists():
+    time.sleep(0.05)
+pathlib.Path({saved!r}).touch()
+sys.exit(75)
+"""
+
+
+def step(kind: str, *programs: str) -> Step:
+    processes = (Process(f"{kind}-{i}", (sys.executable, "-c", each), {"ATROPOS_HPC_NODE": kind}) for i, each in enumerate(programs))
+    return Step(kind, kind, tuple(processes))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    run.new_attempt()
+    return run
+
+
+def supervise(run: RunDir, *steps: Step, watch: Callable[[dict[str, Any]], Action | None] = lambda _: None) -> Action:
+    return Supervisor(run, QUICK, list(steps), watch).supervise()
+
+
+def test_the_learner_saves_before_a_run_fails_for_want_of_rollout_nodes(run: RunDir, tmp_path: Path) -> None:
+    learner = SAVES.format(requests=str(run.requests), saved=str(tmp_path / "saved"))
+    assert supervise(run, step("agent", "import sys; sys.exit(1)"), step("trainer", learner)) is Action.FAIL
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_learner_that_does_not_save_in_time_is_ended(run: RunDir) -> None:
+    assert supervise(run, step("agent", "import sys; sys.exit(2)"), step("trainer", FOR_EVER)) is Action.FAIL
+
+
+def test_a_rank_that_stays_when_the_others_have_left_does_not_hold_the_run(run: RunDir) -> None:
+    write_json(run.done, {"version": 1})
+    assert supervise(run, step("trainer", "pass", FOR_EVER)) is Action.FINISH
+
+
+def test_a_run_directory_that_is_away_for_a_moment_ends_nothing(run: RunDir) -> None:
+    program = f"import time; time.sleep(3); open({str(run.done)!r}, 'w').write('{{\"version\": 1}}')"
+    started, away = time.monotonic(), run.members.with_name("away")
+
+    def watch(_members: dict[str, Any]) -> None:
+        if not away.exists() and time.monotonic() - started < 1:
+            run.members.rename(away)
+
+    def back() -> None:
+        time.sleep(1.5)
+        shutil.rmtree(run.members, ignore_errors=True)
+        away.rename(run.members)
+
+    thread = threading.Thread(target=back)
+    thread.start()
+    assert supervise(run, step("trainer", program), watch=watch) is Action.FINISH
+    thread.join()
+    assert read_json(run.members / "supervisor-trainer0-0.json")["outcome"] == "finish"
+
+
+def test_a_requeue_is_tried_until_the_controller_is_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(job, "REQUEUE_PAUSE_S", 0.01)
+    answers = iter([SlurmError("scontrol: Unable to contact slurm controller"), None])
+
+    def requeue() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    job.start_again(requeue)
+    assert "Unable to contact" in capsys.readouterr().err
+    monkeypatch.setattr(job, "REQUEUE_S", 0.05)
+
+    def refused() -> None:
+        raise SlurmError("scontrol: Requested operation is presently disabled")
+
+    with pytest.raises(SlurmError, match="disabled"):
+        job.start_again(refused)
