@@ -94,6 +94,15 @@ def test_validate_asks_the_cluster_too(cluster: Cluster, tmp_path: Path) -> None
     assert bad.returncode == 2 and "cluster.partition: there is no partition gpu" in bad.stderr
 
 
+def test_accounts_that_a_partition_refuses_are_named() -> None:
+    from test_config import composed
+
+    config = composed("launch=het", "cluster.partition=gpu", "cluster.account=physics")
+    partition = cluster_check.Partition("gpu", True, True, 1e9, 1e9, (), {}, {"account": ("physics",)})
+    found = list(cluster_check._limits(config, "roles.trainer", cluster_check.batch.options(config, "trainer"), partition))
+    assert [str(problem) for problem in found] == ["roles.trainer.account: partition gpu is not for physics"]
+
+
 def test_het_jobs_need_the_backfill_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     from test_config import composed
 

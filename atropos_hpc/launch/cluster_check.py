@@ -22,6 +22,8 @@ LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 TEST_TIMEOUT_S = 60.0
 # what sbatch says also where nodes are only down or drained, and will come back; whether they can do it at all has been looked at before
 AWAY = ("Requested node configuration is not available", "Required node not available")
+# a word of what sbatch says -> the key to change
+BLAMED = {"qos": "cluster.qos", "account": "cluster.account", "partition": "cluster.partition", "time limit": "launch.minutes"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Partition:
     default: bool
     minutes: float  # limit; infinite when there is none
     max_nodes: float
-    accounts: tuple[str, ...]  # that may use it; () for all
-    qos: tuple[str, ...]
     nodes: tuple[Nodes, ...]
+    only: dict[str, tuple[str, ...]]  # "account", "qos" -> those that may use it, where not all may
+    never: dict[str, tuple[str, ...]]  # "account", "qos" -> those that may not
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def look() -> Cluster:
         name = record["PartitionName"]
         partitions[name] = Partition(
             name, record["State"] == "UP", record["Default"] == "YES", minutes(record["MaxTime"]), _number(record["MaxNodes"]),
-            _names(record.get("AllowAccounts", "ALL")), _names(record.get("AllowQos", "ALL")), tuple(nodes.get(name, ())),
+            tuple(nodes.get(name, ())), _names(record, "Allow"), _names(record, "Deny"),
         )  # fmt: skip
     conf = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", slurm.ask("scontrol", "show", "config"), re.M))
     return Cluster(partitions, conf.get("SchedulerType", ""), int(conf.get("MaxArraySize", "1001")))
@@ -109,8 +111,9 @@ def _number(text: str) -> float:
     return float(text) if text.isdigit() else float("inf")
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return () if text == "ALL" else tuple(text.split(","))
+def _names(record: dict[str, str], what: str) -> dict[str, tuple[str, ...]]:
+    found = {"account": record.get(f"{what}Accounts", "ALL"), "qos": record.get(f"{what}Qos", "ALL")}
+    return {option: tuple(names.split(",")) for option, names in found.items() if names not in ("ALL", "(null)", "NONE")}
 
 
 def _shared(config: Config, run_dir: Path) -> Iterator[Problem]:
@@ -168,11 +171,12 @@ def _limits(config: Config, prefix: str, asked: dict[str, object], partition: Pa
         yield Problem("launch.minutes", f"{config.launch.minutes} are more than the {partition.minutes:.0f} that {here} allows")
     if nodes > partition.max_nodes:
         yield Problem(f"{prefix}.nodes", f"{nodes} are more than the {partition.max_nodes:.0f} that {here} gives one job")
-    for option, allowed in (("account", partition.accounts), ("qos", partition.qos)):
-        value = asked[option]
-        if allowed and value not in allowed:
-            where = f"{prefix}.{option}"
-            yield Problem(where, f"{here} is for {', '.join(allowed)} only" + (f", not for {value}" if value else ""))
+    for option in ("account", "qos"):
+        value, only, never = asked[option], partition.only.get(option), partition.never.get(option, ())
+        if only and value not in only:
+            yield Problem(f"{prefix}.{option}", f"{here} is for {', '.join(only)} only" + (f", not for {value}" if value else ""))
+        if value in never:
+            yield Problem(f"{prefix}.{option}", f"{here} is not for {value}")
 
 
 def _hardware(config: Config, prefix: str, conf: RoleConf, asked: dict[str, object], partition: Partition) -> Iterator[Problem]:
@@ -244,5 +248,15 @@ def _test(key: str, text: str) -> list[Problem]:
             return [Problem("cluster", f"sbatch --test-only did not answer within {TEST_TIMEOUT_S:.0f} s")]
     if done.returncode == 0 or any(words in done.stderr for words in AWAY):
         return []
-    said = [line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines()]
-    return [Problem(key, f"sbatch refuses it: {'; '.join(said)}")]
+    said = "; ".join(line.partition("error: ")[2] or line for line in done.stderr.strip().splitlines())
+    return [Problem(blamed(said) or key, f"sbatch refuses it: {said}")]
+
+
+def blamed(said: str) -> str | None:
+    """The key that sbatch's words are about, if they are about one. What only the accounting knows, only sbatch can tell.
+
+    >>> blamed("Batch job submission failed: Invalid account or account/partition combination specified")
+    'cluster.account'
+    >>> blamed("unrecognized option '--exclusve'")
+    """
+    return next((key for word, key in BLAMED.items() if word in said.lower()), None)
