@@ -1,13 +1,11 @@
 """Mistakes are refused before anything starts: one readable message, the key, the nearest valid one, exit code 2."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +15,6 @@ from omegaconf import OmegaConf
 from atropos_hpc import checks
 from atropos_hpc import config as schema
 from atropos_hpc.config import Config
-from atropos_hpc.launch import preflight
 from atropos_hpc.train import CONFIGS
 
 FIRST_FILES = {  # a group's first file explains every value of the section; the rest stand in config.yaml itself
@@ -132,66 +129,10 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-# --- refused by looking at files
-
-
-def found_by_preflight(config: Config, run_dir: Path, previous: dict[str, Any] | None = None) -> list[str]:
-    config.roles.rollout.python = sys.executable  # whether it has vLLM is another test's matter
-    found = preflight.check(config, run_dir, previous or {})
-    return [str(problem) for problem in found if not problem.key.startswith(("roles.", "environment.target"))]
-
-
-def test_a_missing_model_directory(tmp_path: Path) -> None:
-    found = found_by_preflight(composed(f"model.path={tmp_path}/nothing"), tmp_path / "run")
-    assert found == [f"model.path: there is no {tmp_path}/nothing"]
-
-
-def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 16}))
-    (tmp_path / "tokenizer.json").write_text("{}")
-    found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
-    assert len(found) == 1 and found[0].startswith("model.max_length: 32 tokens are more than the model's 16")
-
-
-def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    assert any(line.startswith("run_dir: ") for line in found_by_preflight(composed(), tmp_path))
-
-
-def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_path: Path) -> None:
-    before = dataclasses.asdict(composed())
-    assert found_by_preflight(composed("trainer.steps=999", "launch.restarts=1", "wandb.project=x"), tmp_path, before) == []
-    found = found_by_preflight(composed("algorithm.kl_coef=0.5"), tmp_path, before)
-    assert found == ["algorithm.kl_coef: is 0.5, but the run in this run_dir was started with 0.001"]
-
-
-def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
-    config = composed("roles.trainer.python=/no/python")
-    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
-    assert "make setup" in keys["roles.trainer.python"]
-    config = composed(f"roles.rollout.python={sys.executable}")
-    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
-    assert "vllm" in keys["roles.rollout.python"]
-
-
-@pytest.mark.parametrize(
-    "overrides, key, says",
-    [
-        (["environment.target=atropos_hpc.environments.arithmetic:ArithmeticEnvironment"], "environment.target", "ArithmeticEnv"),
-        (["environment.target=no_such_package.module:Env"], "environment.target", "no_such_package"),
-        (["+environment.config.eval_problem=3"], "environment.config.eval_problem", "did you mean eval_problems?"),
-    ],
-)
-def test_the_environment_class_is_loaded_where_it_will_run(tmp_path: Path, overrides: list[str], key: str, says: str) -> None:
-    found = {problem.key: problem.message for problem in preflight.check(composed(*overrides), tmp_path / "run", {})}
-    assert says in found.get(key, ""), found
-
-
 # --- the login node
 
 
-def test_help_and_a_refusal_import_no_torch_ray_verl_or_vllm_and_are_quick(tmp_path: Path) -> None:
-    program = """
+LOGIN_NODE = """
 import resource, runpy, sys
 sys.argv = ["atropos_hpc.train", *sys.argv[1:]]
 try:
@@ -202,12 +143,20 @@ usage = resource.getrusage(resource.RUSAGE_SELF)
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm", "transformers", "wandb"})
 print("MEASURED", usage.ru_utime + usage.ru_stime, heavy)
 """
+
+
+def on_a_login_node(*arguments: str, cwd: Path) -> tuple[str, float, str]:
+    """Run the command in a process that says what it has imported: its output, its seconds of CPU, and the heavy modules as a list."""
+    done = subprocess.run([sys.executable, "-c", LOGIN_NODE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=True)
+    seconds, heavy = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED")).split(maxsplit=2)[1:]
+    return done.stdout, float(seconds), heavy
+
+
+def test_help_and_a_refusal_import_no_torch_ray_verl_or_vllm_and_are_quick(tmp_path: Path) -> None:
     for arguments in (["--help"], ["roles.rollout.python=/no/python", "algorithm.kl_coef=-1"]):
-        command = [sys.executable, "-c", program, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
-        measured = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED")).split(maxsplit=2)
-        assert measured[2] == "[]"
-        assert float(measured[1]) < 1.5, f"{measured[1]} s of CPU for {arguments}"
+        _, seconds, heavy = on_a_login_node(*arguments, cwd=tmp_path)
+        assert heavy == "[]"
+        assert seconds < 1.5, f"{seconds} s of CPU for {arguments}"
 
 
 # --- the files of the config

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import CONFIGS, composed
+from test_config import CONFIGS, composed, on_a_login_node
 
 from atropos_hpc.launch import allocation, batch, plan
 from atropos_hpc.launch.batch import Group
@@ -137,21 +137,14 @@ def test_every_end_of_every_step_has_an_action() -> None:
 
 
 def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
-    program = """
-import runpy, sys
-sys.argv = ["atropos_hpc.train", *sys.argv[1:]]
-try:
-    runpy.run_module("atropos_hpc.train", run_name="__main__")
-except SystemExit:
-    pass
-import submitit, atropos_hpc.launch.executor  # what a real submission has in addition
-print("HEAVY", sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm", "transformers", "wandb"}))
-"""
     from slurm_parts import QUICK, stand_in
 
-    command = [sys.executable, "-c", program, "-m", "hydra/launcher=submitit_slurm", f"run_dir={tmp_path / 'sweep'}", "launch.dry_run=true"]
-    done = subprocess.run([*command, *QUICK, *stand_in(tmp_path)], capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
-    assert "HEAVY []" in done.stdout and "#SBATCH hetjob" in done.stdout
+    arguments = ["-m", "hydra/launcher=submitit_slurm", f"run_dir={tmp_path / 'sweep'}", "launch.dry_run=true"]
+    said, _, heavy = on_a_login_node(*arguments, *QUICK, *stand_in(tmp_path), cwd=tmp_path)
+    assert heavy == "[]" and "#SBATCH hetjob" in said
+    # what a real submission has in addition
+    program = "import sys, submitit, atropos_hpc.launch.executor; print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True).stdout == "set()\n"
 
 
 def test_our_launchers_stand_in_for_those_of_the_same_name(tmp_path: Path) -> None:

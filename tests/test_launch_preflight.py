@@ -1,10 +1,15 @@
-"""What is looked at before a run is queued: the roles' interpreters, as their steps will start them."""
+"""What is looked at before a run starts or is queued: files, the roles' interpreters as their steps will start them, the environment."""
 
+import dataclasses
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_config import composed
 
+from atropos_hpc.config import Config
 from atropos_hpc.launch import preflight
 
 
@@ -52,3 +57,55 @@ def test_a_python_that_is_something_else_is_said_to_be(tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\necho this is no Python >&2\nexit 3\n")
     script.chmod(0o755)
     assert "this is no Python" in found(f"roles.trainer.python={script}", imports=False)["roles.trainer.python"]
+
+
+def found_by_preflight(config: Config, run_dir: Path, previous: dict[str, Any] | None = None) -> list[str]:
+    config.roles.rollout.python = sys.executable  # whether it has vLLM is another test's matter
+    found = preflight.check(config, run_dir, previous or {})
+    return [str(problem) for problem in found if not problem.key.startswith(("roles.", "environment.target"))]
+
+
+def test_a_missing_model_directory(tmp_path: Path) -> None:
+    found = found_by_preflight(composed(f"model.path={tmp_path}/nothing"), tmp_path / "run")
+    assert found == [f"model.path: there is no {tmp_path}/nothing"]
+
+
+def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 16}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
+    assert len(found) == 1 and found[0].startswith("model.max_length: 32 tokens are more than the model's 16")
+
+
+def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    assert any(line.startswith("run_dir: ") for line in found_by_preflight(composed(), tmp_path))
+
+
+def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_path: Path) -> None:
+    before = dataclasses.asdict(composed())
+    assert found_by_preflight(composed("trainer.steps=999", "launch.restarts=1", "wandb.project=x"), tmp_path, before) == []
+    found = found_by_preflight(composed("algorithm.kl_coef=0.5"), tmp_path, before)
+    assert found == ["algorithm.kl_coef: is 0.5, but the run in this run_dir was started with 0.001"]
+
+
+def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
+    config = composed("roles.trainer.python=/no/python")
+    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
+    assert "make setup" in keys["roles.trainer.python"]
+    config = composed(f"roles.rollout.python={sys.executable}")
+    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
+    assert "vllm" in keys["roles.rollout.python"]
+
+
+@pytest.mark.parametrize(
+    "overrides, key, says",
+    [
+        (["environment.target=atropos_hpc.environments.arithmetic:ArithmeticEnvironment"], "environment.target", "ArithmeticEnv"),
+        (["environment.target=no_such_package.module:Env"], "environment.target", "no_such_package"),
+        (["+environment.config.eval_problem=3"], "environment.config.eval_problem", "did you mean eval_problems?"),
+    ],
+)
+def test_the_environment_class_is_loaded_where_it_will_run(tmp_path: Path, overrides: list[str], key: str, says: str) -> None:
+    found = {problem.key: problem.message for problem in preflight.check(composed(*overrides), tmp_path / "run", {})}
+    assert says in found.get(key, ""), found
