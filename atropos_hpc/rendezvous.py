@@ -113,10 +113,13 @@ class Leader:
     _round: float = 0.0  # when the next one is due, monotonic
     _written: float = 0.0
 
-    def look(self) -> dict[str, dict[str, Any]]:
-        """Read what has changed, judge who lives, write the roster if anything but that has (or its own beat is due)."""
+    def look(self, at_once: bool = False) -> dict[str, dict[str, Any]]:
+        """Read what has changed, judge who lives, write the roster if anything but that has (or its own beat is due).
+
+        `at_once`: look at all, and write, whatever the crowd: nobody may look again.
+        """
         now = time.monotonic()
-        if now >= self._round:
+        if at_once or now >= self._round:
             self._look_at_all(now)
             self._round = now + (jittered(ROUND_S * len(self._files)) if len(self._files) > FEW else 0.0)
         else:
@@ -129,7 +132,7 @@ class Leader:
                 members[seen.state["name"]] = {**seen.state, "alive": alive}
         changed = members != self.members
         self.members = members
-        if (changed and now - self._written > READ_S * self._crowd()) or now - self._written > ROSTER_BEAT_S:
+        if at_once or (changed and now - self._written > READ_S * self._crowd()) or now - self._written > ROSTER_BEAT_S:
             self.beat += 1
             self._written = now
             _tell(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members})

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from atropos_hpc import rendezvous
-from atropos_hpc.rendezvous import Leader, Member, Roster, ask, asked, wait_for, withdraw
-from atropos_hpc.run_dir import RunDir, write_json
+from atropos_hpc.rendezvous import FEW, Leader, Member, Roster, ask, asked, wait_for, withdraw
+from atropos_hpc.run_dir import RunDir, read_json, write_json
 
 
 @pytest.fixture
@@ -111,3 +111,16 @@ def test_a_crowd_looks_at_the_roster_now_and_then(run: RunDir, monkeypatch: pyte
     now = time.monotonic()
     monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now + 1000 * rendezvous.READ_S * 1.2)
     assert roster.read()["beat"] == 2
+
+
+def test_the_last_look_is_written_at_once_in_a_crowd_too(run: RunDir) -> None:
+    members = [Member(run, "agent", f"n{i}") for i in range(FEW + 5)]
+    leader = Leader(run)
+    try:
+        leader.look()
+        members[3].update(state="ending")
+        leader.look(at_once=True)
+        assert read_json(run.roster)["members"]["agent-n3-0"]["state"] == "ending"
+    finally:
+        for member in members:
+            member.leave()

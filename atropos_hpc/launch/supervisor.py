@@ -138,40 +138,11 @@ class Supervisor:
                 self._start(running)
         return None
 
-    def _end_what_hangs(self, members: dict[str, Any]) -> None:
-        """Have each step that hangs tell its stacks, and end it; `_look_at` then sees to the rest."""
-        own = [m for m in members.values() if m["kind"] in ("trainer", "agent", "trajectories")]
-        found = {m["name"]: (m, "has given no sign for too long") for m in self.silence.hung(own)}
-        ranks = [m for m in own if m["kind"] == "trainer" and m["alive"]]
-        if (missing := self.learning.missing_s(ranks)) is not None:
-            found |= {m["name"]: (m, f"has been in state {m['state']}, step {m['step']}, for {missing:.0f} s") for m in ranks}
-        for member, why in found.values():
-            running = next((r for r in self.steps.values() if r.children and _belongs(member, r.step)), None)
-            if running is None or running.hung:
-                continue
-            log.error("%s %s: it tells its stacks in its log, and is ended", member["name"], why)
-            self._tell_waits()
-            running.hung = True
-            self._ask_for_stacks([running])
-            for child in running.children:
-                child.signal(signal.SIGKILL)
-
-    def _ask_for_stacks(self, steps: list[Running]) -> None:
-        """Under Slurm these processes are sruns, which pass the signal on. An agent passes it on to all on its node."""
-        for running in steps:
-            for child in running.children:
-                process.request_stacks(child.pid)
-        time.sleep(DUMP_S)
-
-    def _tell_waits(self) -> None:
-        for line in waits(self.leader.members.values(), time.time()):
-            log.error("%s", line)
-
     def _publish(self) -> None:
         """The roster, once more; at the end of a run it no longer matters whether it can be written."""
         if self.leads:
             with contextlib.suppress(OSError):
-                self.leader.look()
+                self.leader.look(at_once=True)
 
     # --- steps
 
@@ -232,16 +203,6 @@ class Supervisor:
         process.end_orphans(child for other in self.steps.values() for child in other.children)
         self.leader.ended(*(name for name, member in self.leader.members.items() if _belongs(member, running.step)))
 
-    def _shake_up(self, stuck: Running) -> None:
-        """The learner waited in vain: the others tell what they wait for, and their stacks; then the rollout nodes start anew, too."""
-        self._tell_waits()
-        others = [running for running in self.steps.values() if running is not stuck]
-        self._ask_for_stacks(others)
-        for running in others:
-            if running.step.kind == "agent":
-                for child in running.children:
-                    child.signal(signal.SIGTERM)
-
     def _apply(self, running: Running, died: process.Child, ended: str) -> Action | None:
         """The table's answer to a step that has ended. What ends the run waits for the learner to save, where there still is one."""
         kind, code = running.step.kind, died.process.returncode
@@ -279,6 +240,47 @@ class Supervisor:
     def _progress(self) -> Any:
         """What grows as the run gets on: the newest durable step."""
         return read_json(self.run.checkpoints / "latest.json").get("step")
+
+    # --- what hangs
+
+    def _end_what_hangs(self, members: dict[str, Any]) -> None:
+        """Have each step that hangs tell its stacks, and end it; `_look_at` then sees to the rest."""
+        own = [m for m in members.values() if m["kind"] in ("trainer", "agent", "trajectories")]
+        found = {m["name"]: (m, "has given no sign for too long") for m in self.silence.hung(own)}
+        ranks = [m for m in own if m["kind"] == "trainer" and m["alive"]]
+        if (missing := self.learning.missing_s(ranks)) is not None:
+            found |= {m["name"]: (m, f"has been in state {m['state']}, step {m['step']}, for {missing:.0f} s") for m in ranks}
+        for member, why in found.values():
+            running = next((r for r in self.steps.values() if r.children and _belongs(member, r.step)), None)
+            if running is None or running.hung:
+                continue
+            log.error("%s %s: it tells its stacks in its log, and is ended", member["name"], why)
+            self._tell_waits()
+            running.hung = True
+            self._ask_for_stacks([running])
+            for child in running.children:
+                child.signal(signal.SIGKILL)
+
+    def _shake_up(self, stuck: Running) -> None:
+        """The learner waited in vain: the others tell what they wait for, and their stacks; then the rollout nodes start anew, too."""
+        self._tell_waits()
+        others = [running for running in self.steps.values() if running is not stuck]
+        self._ask_for_stacks(others)
+        for running in others:
+            if running.step.kind == "agent":
+                for child in running.children:
+                    child.signal(signal.SIGTERM)
+
+    def _ask_for_stacks(self, steps: list[Running]) -> None:
+        """Under Slurm these processes are sruns, which pass the signal on. An agent passes it on to all on its node."""
+        for running in steps:
+            for child in running.children:
+                process.request_stacks(child.pid)
+        time.sleep(DUMP_S)
+
+    def _tell_waits(self) -> None:
+        for line in waits(self.leader.members.values(), time.time()):
+            log.error("%s", line)
 
     # --- ending early
 
