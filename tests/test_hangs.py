@@ -36,7 +36,7 @@ def member_program(run: RunDir, kind: str, then: str) -> list[str]:
         process.die_with_parent(signal.SIGKILL)
         process.stacks_on_request()
         member = rendezvous.Member(RunDir(Path({str(run.path)!r})), {kind!r}, "n", rank=0, step=3, state="training")
-        time.sleep(1)
+        time.sleep({2 if kind == "trainer" else 0})  # until the others are where they stay
         here_it_hangs()
     """
     return [sys.executable, "-c", textwrap.dedent(program)]
@@ -57,7 +57,7 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
     monkeypatch.setattr(rendezvous, "BEAT_S", 0.1)
     monkeypatch.setattr(rendezvous, "DEAD_S", 1.5)
     monkeypatch.setattr(watchdog, "HUNG_S", 1.0)
-    commands = {"trainer": member_program(run, "trainer", HANGS[how]), "agent": member_program(run, "agent", "time.sleep(600)")}
+    commands = {"agent": member_program(run, "agent", "time.sleep(600)"), "trainer": member_program(run, "trainer", HANGS[how])}
     steps = [Step(name, name, (Process(name, tuple(command), {"ATROPOS_HPC_NODE": "n"}),)) for name, command in commands.items()]
     conf = LaunchConf(restarts=0, start_timeout_s=30, step_timeout_s=2 if how == "gets no further" else 600, grace_s=1)
     with rendezvous.Member(run, "environment", "n").waiting("a vLLM server", "the node agents"):
