@@ -65,13 +65,14 @@ def room(
     batches up to served + staleness. `formed` is the next batch to be formed; before it come `queued` sequences, then those that the
     others and this worker generate. (`others`, `under_way`: sequences.)
 
-    `workers` all see the same room at once; so each takes no more than its share, rounded up.
+    Room for a part of a group is room for one: groups of other sizes may have left it, and a batch must not wait for ever. `workers` all
+    see the same room at once; so each takes no more than its share, rounded up.
     """
     if served is None:
         return 0
     window = (served + staleness + 1 - formed) * batch_size - queued
     share = -(-window // (group_size * max(1, workers))) * group_size
-    return max(0, min(window - others - under_way, share - under_way) // group_size)
+    return max(0, -(-min(window - others - under_way, share - under_way) // group_size))
 
 
 class RunEnvironment(BaseEnv):

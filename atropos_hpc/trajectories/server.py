@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 NODE = "ATROPOS_HPC_NODE"
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+BODIES = 8  # bodies of the greatest size allowed, that may be under way at once
 INFLATED = 2  # a body may inflate to this times what it may be on the wire
 CHUNK_BYTES = 1 << 20  # of an answer, between two looks at other requests
 DEPTH_S = 2.0  # between two reports of the queue's depth in the rendezvous
@@ -51,6 +52,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def application(service: Service, token: str, max_body_bytes: int) -> web.Application:
     """The aiohttp application; `start` runs it."""
+    under_way = 0  # bytes of bodies that are being received
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -73,13 +75,20 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
         return web.json_response({"detail": why}, status=status, headers=headers)
 
     async def read(request: web.Request) -> bytes:
+        nonlocal under_way
         too_large = f"the body is larger than {max_body_bytes} bytes (trajectories.max_body_bytes)"
         if (request.content_length or 0) > max_body_bytes:
             raise Refused(413, too_large)
+        size = max_body_bytes if request.content_length is None else request.content_length
+        if under_way + size > BODIES * max_body_bytes:
+            raise Refused(429, f"{under_way} bytes are being received already: send it again later")
+        under_way += size
         try:
             body = await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise Refused(413, too_large) from None
+        finally:
+            under_way -= size
         return inflate(body, request.headers.get("Content-Encoding", ""), INFLATED * max_body_bytes)
 
     def answer(value: Any) -> web.Response:
