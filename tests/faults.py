@@ -123,8 +123,8 @@ def damage_policy(started: Started, dice: random.Random) -> str:
 
 
 def damage_rendezvous(started: Started, dice: random.Random) -> str:
-    """The roster or a member's file; their owners write them again."""
-    return _damage(dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]), dice)
+    """Cut or remove the roster or a member's file; their owners write them again."""
+    return _damage(dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]), dice, flip=False)
 
 
 def damage_checkpoint(started: Started, dice: random.Random) -> str:
