@@ -92,6 +92,7 @@ class Agent:
         self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
         self.follower = Follower(PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain)
         self.refused: str | None = None
+        self.waits: dict[str, Any] | None = None  # for what, from whom, since when: as in the member's state
 
     async def work(self) -> None:
         """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
@@ -105,8 +106,9 @@ class Agent:
                     for server in self.servers:
                         self.serve(server)
                     self.report()
-                    if following.done():
-                        following.result()
+                    for task in (following, watching):
+                        if task.done():
+                            task.result()
                     await asyncio.sleep(TICK_S)
             finally:
                 following.cancel()
@@ -120,7 +122,10 @@ class Agent:
 
     def complain(self, version: Published, why: str) -> None:
         """Have the learner publish a version anew."""
-        ask(self.run, REPUBLISH, key=version.key, why=f"{self.member.name}: {why}")
+        try:
+            ask(self.run, REPUBLISH, key=version.key, why=f"{self.member.name}: {why}")
+        except OSError as error:  # a full disk: it is complained again
+            log.warning("cannot ask for version %s anew: %s", version.key, error)
 
     async def watch_others(self) -> None:
         """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
@@ -258,12 +263,29 @@ class Agent:
         ]  # fmt: skip
         newest = self.follower.newest.version if self.follower.newest else None
         children = {kept.name: kept.child.pid for kept in self.others if kept.child is not None}
+        self.note_wait()
         state: dict[str, Any] = {
+            "waiting": self.waits,
             "state": "serving" if all(s["version"] is not None for s in servers) else "starting servers",
             "servers": servers, "policy": newest, "bad_policy": self.follower.bad, "children": children,
         }  # fmt: skip
         if any(self.member.state.get(key) != value for key, value in state.items()):
             self.member.update(**state)
+
+    def note_wait(self) -> None:
+        """The first server that serves nothing yet, and what for."""
+        lacking = next((server for server in self.servers if server.serves is None), None)
+        if lacking is None:
+            self.waits = None
+            return
+        if not lacking.up:
+            what, whom = "its start", lacking.name
+        elif self.follower.newest is None:
+            what, whom = "the first policy version", "the learner"
+        else:
+            what, whom = f"it to take policy version {self.follower.newest.version}", lacking.name
+        if self.waits is None or (self.waits["what"], self.waits["whom"]) != (what, whom):
+            self.waits = {"what": what, "whom": whom, "since": time.time()}
 
     def end(self, **state: Any) -> None:
         """End every child; nothing of this node's stays behind."""
