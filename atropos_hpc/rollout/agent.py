@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_EVERY_S = 5.0
+ENGINE = "/is_sleeping"  # vLLM passes this on to its engine; /health answers although the engine hangs
 UNHEALTHY_S = 60.0  # a server that was up and has not answered for this long is ended, and started again
 TAKE_OVER_S = 60.0  # nodes start at different times
 HEALTHY_S = 300.0  # a child that has run this long, or while a newer policy came, has got on: its restarts are counted anew
@@ -220,7 +221,9 @@ class Agent:
         child = server.child
         assert child is not None
         try:
-            async with self.http.get(f"{server.url}/health") as answer:
+            updating = server.updating is not None and not server.updating.done()  # that has deadlines of its own
+            path = ENGINE if server.up and not updating else "/health"
+            async with self.http.get(server.url + path, headers={"Authorization": f"Bearer {self.token}"}) as answer:
                 if answer.status == 200:
                     if not server.up:
                         log.info("%s is up at %s after %.0f s", server.name, server.url, time.monotonic() - child.started)
@@ -230,7 +233,7 @@ class Agent:
             pass
         silent = time.monotonic() - (server.answered if server.up else child.started)
         if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):
-            log.error("%s has not answered /health for %.0f s: it tells its stacks in its log, and is ended", server.name, silent)
+            log.error("%s has not answered for %.0f s: it tells its stacks in its log, and is ended", server.name, silent)
             for pid in (child.pid, *process.descendants_of(child.pid)):
                 process.request_stacks(pid)
             await asyncio.sleep(DUMP_S)
