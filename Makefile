@@ -22,7 +22,7 @@ TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
 TRL := .venv-trl/ready
 
-.PHONY: demo setup apt test lint bench clean
+.PHONY: demo setup apt test lint bench faults clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -69,6 +69,11 @@ $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
 
 bench: setup $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
+
+# Random faults against a live run: SEED is one number or a range, MINUTES of faults for each.
+MINUTES ?= 2
+faults: setup
+	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES)
 
 # Run directories and the cache of made models stay: they are results.
 clean:

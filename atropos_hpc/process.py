@@ -24,6 +24,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75  # exit codes with which a member says how it ended; anything else is a crash
+KILLED_S = 30.0  # for the end of a process that was killed; a dead filesystem holds them for longer
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -85,7 +86,7 @@ def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] |
 
 
 def end(children: Iterable[Child], grace_s: float) -> None:
-    """TERM to every child's group, KILL to what is left after `grace_s`; returns when all have been reaped."""
+    """TERM to every child's group, KILL to what is left after `grace_s`; returns when all have been reaped (or cannot be)."""
     children = list(children)
     for child in children:
         if child.poll() is None:
@@ -95,7 +96,10 @@ def end(children: Iterable[Child], grace_s: float) -> None:
         time.sleep(0.05)
     for child in children:
         child.signal(signal.SIGKILL)  # also what a child that ended by itself has left in its group
-        child.process.wait()
+        try:
+            child.process.wait(KILLED_S)
+        except subprocess.TimeoutExpired:
+            log.error("%s (pid %d) was killed %.0f s ago and has not ended: it is stuck in the kernel", child.name, child.pid, KILLED_S)
 
 
 def end_orphans(known: Iterable[Child]) -> list[int]:
@@ -107,8 +111,11 @@ def end_orphans(known: Iterable[Child]) -> list[int]:
             continue
         try:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            orphans.append(pid)
+            deadline = time.monotonic() + KILLED_S
+            while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if time.monotonic() < deadline:
+                orphans.append(pid)
         except (ProcessLookupError, ChildProcessError):
             pass
     return orphans

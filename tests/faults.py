@@ -87,6 +87,13 @@ def pause(started: Started, dice: random.Random) -> str:
     return f"{name}, {seconds:.0f} s"
 
 
+def freeze(started: Started, dice: random.Random) -> str:
+    """As `pause`, for ever: somebody has to notice, and end it. (Not an engine: one that hangs in a push is given 10 minutes.)"""
+    name, pid = dice.choice([(name, pid) for name, pid in members(started) if not name.endswith("engine")])
+    os.kill(pid, signal.SIGSTOP)
+    return name
+
+
 def kill_supervisor(started: Started, dice: random.Random) -> str:
     started.process.kill()
     return "supervisor"
@@ -123,8 +130,8 @@ def damage_policy(started: Started, dice: random.Random) -> str:
 
 
 def damage_rendezvous(started: Started, dice: random.Random) -> str:
-    """The roster or a member's file; their owners write them again."""
-    return _damage(dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]), dice)
+    """Cut or remove the roster or a member's file; their owners write them again."""
+    return _damage(dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]), dice, flip=False)
 
 
 def damage_checkpoint(started: Started, dice: random.Random) -> str:
@@ -174,7 +181,7 @@ def drop_connections(started: Started, dice: random.Random) -> str:
 
 
 FAULTS: dict[Callable[[Started, random.Random], str], int] = {  # with their weights
-    kill: 6, terminate: 2, pause: 4, kill_supervisor: 1, stop: 1, fill_disk: 2, damage_policy: 2, damage_rendezvous: 2,
+    kill: 6, terminate: 2, pause: 4, freeze: 1, kill_supervisor: 1, stop: 1, fill_disk: 2, damage_policy: 2, damage_rendezvous: 2,
     damage_checkpoint: 1, drop_connections: 2,
 }  # fmt: skip
 
@@ -392,10 +399,13 @@ def main() -> int:
     parser.add_argument("--seed", default="0", help="one, or a range such as 0-9")
     parser.add_argument("--minutes", type=float, default=2.0, help="of faults, for each seed")
     parser.add_argument("--gap", default="1-10", help="seconds from recovery to the next fault")
+    parser.add_argument("--only", choices=[fault.__name__ for fault in FAULTS], help="no other fault")
     options = parser.parse_args()
     first, _, last = options.seed.partition("-")
     low, _, high = options.gap.partition("-")
     console, failed = Console(width=140), []
+    for fault in FAULTS:
+        FAULTS[fault] *= options.only in (None, fault.__name__)
     for seed in range(int(first), int(last or first) + 1):
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
             if one_seed(seed, options.minutes, (float(low), float(high or low)), Path(scratch), console):

@@ -20,7 +20,7 @@ from atropos_hpc.watchdog import Progress, Silence, waits
 HANGS = {
     "gets no further": "time.sleep(600)",
     "is stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
-    "waited in vain": "sys.exit(process.STUCK)",
+    "waited in vain": "wait_for_the_other(); sys.exit(process.STUCK)",
 }
 
 
@@ -30,6 +30,10 @@ def member_program(run: RunDir, kind: str, then: str) -> list[str]:
         from pathlib import Path
         from atropos_hpc import process, rendezvous
         from atropos_hpc.run_dir import RunDir
+        def wait_for_the_other():
+            while not (member.path.parent / "agent-n-0.json").exists():
+                time.sleep(0.1)
+            time.sleep(3)
         def here_it_hangs():
             {then}
         rendezvous.BEAT_S = 0.1

@@ -53,7 +53,7 @@ def test_what_is_queued_and_under_way_takes_room() -> None:
     assert groups(queued=24) == 5
     assert groups(queued=24, under_way=16, others=8) == 2
     assert groups(under_way=64) == 0
-    assert groups(queued=60) == 0  # half a group of room is none
+    assert groups(queued=60) == 1  # a batch waits for these 4 sequences
     assert groups(queued=640) == 0
 
 

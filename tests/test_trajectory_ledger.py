@@ -5,7 +5,7 @@ import random
 import pytest
 
 from atropos_hpc.trajectories.journal import Place
-from atropos_hpc.trajectories.ledger import SHARE_WAIT_S, SILENT_S, Item, Ledger, Presence, choose_exactly, share_out
+from atropos_hpc.trajectories.ledger import QUIET_S, SHARE_WAIT_S, SILENT_S, Item, Ledger, Presence, choose, share_out
 
 
 def item(gid, sequences=4, tokens=10, env_id=0, oldest=-1, segment=0):
@@ -54,7 +54,7 @@ def test_batches_are_first_in_first_out():
     ],
 )
 def test_mixed_sizes_sum_exactly_and_do_not_stall(sizes, want, chosen):
-    assert choose_exactly([item(gid, size) for gid, size in enumerate(sizes)], want) == chosen
+    assert choose([item(gid, size) for gid, size in enumerate(sizes)], want) == chosen
 
 
 def test_a_batch_is_found_whenever_there_is_one():
@@ -65,9 +65,27 @@ def test_a_batch_is_found_whenever_there_is_one():
         sums = {0}
         for size in sizes:
             sums |= {total + size for total in sums}
-        chosen = choose_exactly([item(gid, size) for gid, size in enumerate(sizes)], want)
+        chosen = choose([item(gid, size) for gid, size in enumerate(sizes)], want)
         assert (chosen is not None) == (want in sums), (sizes, want)
         assert chosen is None or sum(sizes[gid] for gid in chosen) == want
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want", "chosen"),
+    [([3] * 6, 16, [0, 1, 2, 3, 4]), ([12, 8, 8], 16, [1, 2]), ([20], 16, None), ([7, 20, 7], 16, [0, 2]), ([5, 5, 5, 2], 16, [0, 1, 2])],
+)
+def test_sizes_that_never_add_up_fill_a_batch_as_far_as_they_go(sizes, want, chosen):
+    assert choose([item(gid, size) for gid, size in enumerate(sizes)], want, exactly=False) == chosen
+
+
+def test_a_batch_is_short_only_when_no_group_comes_any_more():
+    led = ledger(16)
+    add(led, *(item(gid, 3) for gid in range(6)))
+    led.deliver(0, 100.0)
+    assert led.choose(100.0 + QUIET_S - 1) is None
+    assert led.choose(100.0 + QUIET_S + 1) == [0, 1, 2, 3, 4]
+    led.apply({"event": "batch", "batch": 0, "groups": [0, 1, 2, 3, 4], "version": 0})
+    assert led.choose(200.0) is None, "fewer than a batch are waited for, however long"
 
 
 def test_a_minimum_share_goes_before_older_groups_of_others():

@@ -70,7 +70,7 @@ class Http:
         self.service, self.client = service, client
 
     async def raw(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        data = json.dumps(body).encode() if isinstance(body, dict | list) else body
         response = await self.client.request(method, path, data=data, headers={"Authorization": f"Bearer {TOKEN}"} | (headers or {}))
         return response.status, await response.read()
 

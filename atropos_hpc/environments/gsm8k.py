@@ -4,17 +4,17 @@ The problems come from a Hugging Face dataset (`dataset`, such as openai/gsm8k),
 "answer" (`train_path`, `test_path`), whose answers end in "#### <number>". Without either, from the small sample beside this module.
 """
 
-import asyncio
 import json
 import random
 import re
-import time
 from pathlib import Path
 from typing import Any
 
-from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
+from atroposlib.envs.base import APIServerConfig, ScoredDataGroup
 from math_verify import parse, verify
 from pydantic import Field
+
+from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 SAMPLE = Path(__file__).parent / "data"
 SYSTEM_PROMPT = (
@@ -23,20 +23,18 @@ SYSTEM_PROMPT = (
 NUMBER = re.compile(r"-?\d[\d,]{0,20}(?:\.\d{1,12})?(?:/\d{1,12})?")
 
 
-class GSM8KConfig(BaseEnvConfig):
+class GSM8KConfig(SingleTurnConfig):
     dataset: str | None = Field(default=None, description="Name or directory of a Hugging Face dataset with the splits train and test.")
     dataset_config: str | None = Field(default="main", description="The dataset's configuration.")
     train_path: str | None = Field(default=None, description="JSON-lines file of training problems, instead of a dataset.")
     test_path: str | None = Field(default=None, description="JSON-lines file of held-out problems, instead of a dataset.")
     system_prompt: str = Field(default=SYSTEM_PROMPT, description="What the model is told before the question.")
     max_tokens: int = Field(default=512, ge=1, description="Longest answer, tokens. Less, where max_token_length leaves less.")
-    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature in training.")
     eval_temperature: float = Field(default=0.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy.")
     eval_problems: int | None = Field(default=None, ge=1, description="How many held-out problems an evaluation answers. None: all.")
-    seed: int = Field(default=0, description="Of the order in which training problems come.")
 
 
-class GSM8KEnv(BaseEnv):
+class GSM8KEnv(SingleTurnEnv):
     """One question, `group_size` sampled solutions, reward 1 where the final number is right and 0 elsewhere."""
 
     name = "gsm8k"
@@ -47,11 +45,10 @@ class GSM8KEnv(BaseEnv):
         return GSM8KConfig(max_token_length=1024, group_size=8), [APIServerConfig()]
 
     async def setup(self) -> None:
+        await super().setup()
         self.training, self.held_out = load_problems(self.config)
         self.order = random.Random(self.config.seed)
         self.pending: list[dict[str, str]] = []
-        self.eval_metrics: list[tuple[str, float]] = []
-        self.rewards: list[float] = []
 
     async def get_next_item(self) -> dict[str, str]:
         if not self.pending:  # a new epoch, in another order
@@ -74,28 +71,16 @@ class GSM8KEnv(BaseEnv):
         left = self.tokens_left(prompt)
         if left < 1:
             return None, []  # a question that is too long for this run's max_token_length
-        async with self.server.managed_server(tokenizer=self.tokenizer) as server:
-            await server.completion(prompt=prompt, n=self.config.group_size, max_tokens=left, temperature=self.config.temperature)
-            sampled = server.get_state()["nodes"]
-        texts = [self.tokenizer.decode([t for t in node.masked_tokens if t != -100], skip_special_tokens=True) for node in sampled]
-        rewards = [float(is_right(text, item["answer"])) for text in texts]
-        self.rewards += rewards
-        group = ScoredDataGroup(
-            tokens=[node.tokens for node in sampled],
-            masks=[node.masked_tokens for node in sampled],
-            scores=rewards,
-            inference_logprobs=[node.logprobs for node in sampled],
-        )
-        return group, []
+
+        def reward(node: Any) -> float:
+            answer = self.tokenizer.decode([t for t in node.masked_tokens if t != -100], skip_special_tokens=True)
+            return float(is_right(answer, item["answer"]))
+
+        return await self.sampled(prompt, left, reward), []
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """One answer to each held-out problem, or to the first `eval_problems` of them."""
-        start = time.time()
-        chosen = self.held_out[: self.config.eval_problems]
-        right = await asyncio.gather(*(self._answers_right(problem) for problem in chosen))
-        percent_correct = sum(right) / len(right)
-        self.eval_metrics.append(("eval/percent_correct", percent_correct))
-        await self.evaluate_log({"eval/percent_correct": percent_correct}, start_time=start, end_time=time.time())
+        await self.report_accuracy(self.held_out[: self.config.eval_problems], self._answers_right)
 
     async def _answers_right(self, problem: dict[str, str]) -> bool:
         prompt = self.prompt(problem["question"])
@@ -106,13 +91,6 @@ class GSM8KEnv(BaseEnv):
             prompt=prompt, n=1, max_tokens=left, temperature=self.config.eval_temperature, split="eval"
         )
         return is_right(completion.choices[0].text, problem["answer"])
-
-    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
-        metrics = dict(wandb_metrics or {}) | dict(self.eval_metrics)
-        if self.rewards:
-            metrics["train/percent_correct"] = sum(self.rewards) / len(self.rewards)
-        self.rewards, self.eval_metrics = [], []
-        await super().wandb_log(metrics)
 
 
 def final_number(text: str) -> str | None:

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -104,6 +105,9 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     launch: LaunchConf = from_dict(LaunchConf, config["launch"])
     policy: PolicyConf = from_dict(PolicyConf, config["policy"])
     host = own_host(config["cluster"]["host"])
+    if Path("/sys/class/net", config["cluster"]["host"] or "-").exists():
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", config["cluster"]["host"])
     join(run, member, rank, world, host, launch.start_timeout_s)
     member.update(state="loading")
     backend = backend_class(trainer.backend)(model, trainer, algorithm, config["seed"])
@@ -161,8 +165,12 @@ def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_
 
     timeout = timedelta(seconds=timeout_s + 600)  # ranks load and wait at different speeds; a lost one ends the step anyway
     if rank == 0:
-        store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False, timeout=timeout)
-        member.update(state="joining", store=[host, store.port])
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        port = listener.getsockname()[1]  # bound here, because the store itself would listen on every interface
+        store = dist.TCPStore(
+            host, port, world, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+        )
+        member.update(state="joining", store=[host, port])
     else:
         roster, step_id = Roster(run.roster), member.state["step_id"]
 

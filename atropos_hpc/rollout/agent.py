@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_EVERY_S = 5.0
+ENGINE = "/is_sleeping"  # vLLM passes this on to its engine; /health answers although the engine hangs
 UNHEALTHY_S = 60.0  # a server that was up and has not answered for this long is ended, and started again
 TAKE_OVER_S = 60.0  # nodes start at different times
 HEALTHY_S = 300.0  # a child that has run this long, or while a newer policy came, has got on: its restarts are counted anew
@@ -93,6 +94,7 @@ class Agent:
         self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
         self.follower = Follower(PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain)
         self.refused: str | None = None
+        self.waits: dict[str, Any] | None = None  # for what, from whom, since when: as in the member's state
 
     async def work(self) -> None:
         """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
@@ -106,8 +108,9 @@ class Agent:
                     for server in self.servers:
                         self.serve(server)
                     self.report()
-                    if following.done():
-                        following.result()
+                    for task in (following, watching):
+                        if task.done():
+                            task.result()
                     await asyncio.sleep(TICK_S)
             finally:
                 following.cancel()
@@ -121,7 +124,10 @@ class Agent:
 
     def complain(self, version: Published, why: str) -> None:
         """Have the learner publish a version anew."""
-        ask(self.run, REPUBLISH, key=version.key, why=f"{self.member.name}: {why}")
+        try:
+            ask(self.run, REPUBLISH, key=version.key, why=f"{self.member.name}: {why}")
+        except OSError as error:  # a full disk: it is complained again
+            log.warning("cannot ask for version %s anew: %s", version.key, error)
 
     async def watch_others(self) -> None:
         """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
@@ -216,7 +222,9 @@ class Agent:
         child = server.child
         assert child is not None
         try:
-            async with self.http.get(f"{server.url}/health") as answer:
+            updating = server.updating is not None and not server.updating.done()  # that has deadlines of its own
+            path = ENGINE if server.up and not updating else "/health"
+            async with self.http.get(server.url + path, headers={"Authorization": f"Bearer {self.token}"}) as answer:
                 if answer.status == 200:
                     if not server.up:
                         log.info("%s is up at %s after %.0f s", server.name, server.url, time.monotonic() - child.started)
@@ -226,7 +234,7 @@ class Agent:
             pass
         silent = time.monotonic() - (server.answered if server.up else child.started)
         if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):
-            log.error("%s has not answered /health for %.0f s: it tells its stacks in its log, and is ended", server.name, silent)
+            log.error("%s has not answered for %.0f s: it tells its stacks in its log, and is ended", server.name, silent)
             for pid in (child.pid, *process.descendants_of(child.pid)):
                 process.request_stacks(pid)
             await asyncio.sleep(DUMP_S)
@@ -259,12 +267,29 @@ class Agent:
         ]  # fmt: skip
         newest = self.follower.newest.version if self.follower.newest else None
         children = {kept.name: kept.child.pid for kept in self.others if kept.child is not None}
+        self.note_wait()
         state: dict[str, Any] = {
+            "waiting": self.waits,
             "state": "serving" if all(s["version"] is not None for s in servers) else "starting servers",
             "servers": servers, "policy": newest, "bad_policy": self.follower.bad, "children": children,
         }  # fmt: skip
         if any(self.member.state.get(key) != value for key, value in state.items()):
             self.member.update(**state)
+
+    def note_wait(self) -> None:
+        """The first server that serves nothing yet, and what for."""
+        lacking = next((server for server in self.servers if server.serves is None), None)
+        if lacking is None:
+            self.waits = None
+            return
+        if not lacking.up:
+            what, whom = "its start", lacking.name
+        elif self.follower.newest is None:
+            what, whom = "the first policy version", "the learner"
+        else:
+            what, whom = f"it to take policy version {self.follower.newest.version}", lacking.name
+        if self.waits is None or (self.waits["what"], self.waits["whom"]) != (what, whom):
+            self.waits = {"what": what, "whom": whom, "since": time.time()}
 
     def end(self, **state: Any) -> None:
         """End every child; nothing of this node's stays behind."""

@@ -65,13 +65,14 @@ def room(
     batches up to served + staleness. `formed` is the next batch to be formed; before it come `queued` sequences, then those that the
     others and this worker generate. (`others`, `under_way`: sequences.)
 
-    `workers` all see the same room at once; so each takes no more than its share, rounded up.
+    Room for a part of a group is room for one: groups of other sizes may have left it, and a batch must not wait for ever. `workers` all
+    see the same room at once; so each takes no more than its share, rounded up.
     """
     if served is None:
         return 0
     window = (served + staleness + 1 - formed) * batch_size - queued
     share = -(-window // (group_size * max(1, workers))) * group_size
-    return max(0, min(window - others - under_way, share - under_way) // group_size)
+    return max(0, -(-min(window - others - under_way, share - under_way) // group_size))
 
 
 class RunEnvironment(BaseEnv):
@@ -83,7 +84,7 @@ class RunEnvironment(BaseEnv):
     def __init__(self, config: Any, server_configs: Any, *, member: Member, token: str, staleness: Limits) -> None:
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
-        self.link = TrajectoryLink(self._trajectory_server, token)
+        self.link = TrajectoryLink(self._trajectory_server, token, lambda what: self._wait_for(what, "the trajectory server"))
         self.member, self.counts, self.staleness = member, Counts(), staleness
         self._token = token
         self._losses_seen = 0
@@ -143,8 +144,7 @@ class RunEnvironment(BaseEnv):
     def _show_wait(self, more: int, served: int | None, formed: int) -> None:
         if more or self.workers:
             self._held_since = None
-            if self.member.state["waiting"] is not None:
-                self.member.update(waiting=None)
+            self._wait_for(None, "")
             return
         now = time.time()
         self._held_since = self._held_since or now
@@ -157,8 +157,12 @@ class RunEnvironment(BaseEnv):
             what, whom = f"policy version {needed}, served by all (now {served})", "the learner and the node agents"
         else:
             what, whom = "room for more groups", "the learner"
+        self._wait_for(what, whom, self._held_since)
+
+    def _wait_for(self, what: str | None, whom: str, since: float | None = None) -> None:
+        """Show what this member waits for; None: for nothing."""
         if (self.member.state["waiting"] or {}).get("what") != what:
-            self.member.update(waiting={"what": what, "whom": whom, "since": self._held_since})
+            self.member.update(waiting=what and {"what": what, "whom": whom, "since": since or time.time()})
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -194,6 +198,7 @@ class RunEnvironment(BaseEnv):
         status, answer = await self.link.call("POST", "/register-env", body)
         if status != 200:
             raise RuntimeError(f"the trajectory server refused to register this environment with {status}: {str(answer)[:500]}")
+        self._wait_for(None if answer.get("status") == "success" else "the run's first request for a batch", "the learner")
         return dict(answer)
 
     async def get_server_info(self) -> None:

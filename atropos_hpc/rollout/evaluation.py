@@ -24,8 +24,8 @@ from typing import Any
 from atropos_hpc import process
 from atropos_hpc.config import EnvironmentConf, EvaluationConf, ModelConf, StalenessConf, from_dict
 from atropos_hpc.observe.console import log_to_stderr
-from atropos_hpc.process import DONE, REFUSED, STOPPED
 from atropos_hpc.rendezvous import Member
+from atropos_hpc.rollout.worker import live, quiet_atropos, seed_everything
 from atropos_hpc.run_dir import RunDir, append_line, read_lines
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,6 @@ class Evaluator:
     def build(self) -> Any:
         """The environment. Raises TargetError when it cannot be used as configured."""
         from atropos_hpc.rollout import target
-        from atropos_hpc.rollout.worker import quiet_atropos, seed_everything
 
         seed_everything(self.config["seed"])
         target.plain_chat_templates()
@@ -190,17 +189,7 @@ def main() -> int:
     log_to_stderr()
     run = RunDir(options.run_dir)
     member = Member(run, "evaluator", os.environ.get("ATROPOS_HPC_NODE", "local"))
-    from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
-
-    try:
-        complete = asyncio.run(process.until_asked(Evaluator(run, member).work()))
-    except TargetError as error:
-        for problem in error.problems:
-            log.error("%s", problem)
-        member.leave(error=str(error))
-        return REFUSED
-    member.leave(complete=complete)
-    return DONE if complete else STOPPED
+    return live(member, lambda: Evaluator(run, member).work())
 
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ COMPRESS_FROM = 4096  # bytes
 
 
 class TrajectoryLink:
-    """A connection that outlives the server. `find_url` is asked anew for each attempt: the server may come back on another port."""
+    """A connection that outlives the server. `find_url` is asked anew for each attempt: the server may come back on another port.
 
-    def __init__(self, find_url: Callable[[], str | None], token: str) -> None:
-        self.find_url = find_url
+    `show` is told what is waited for, and None when the wait is over.
+    """
+
+    def __init__(self, find_url: Callable[[], str | None], token: str, show: Callable[[str | None], None] = lambda what: None) -> None:
+        self.find_url, self.show = find_url, show
         self.patience_s = PATIENCE_S
         self.losses = 0  # how often the server went away; after each it may have forgotten us
         self._headers = {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
-        self._away = False
+        self._away = self._shown = False
 
     async def call(self, method: str, path: str, payload: Any = None, *, retry_500: bool = True, once: bool = False) -> tuple[int, Any]:
         """(status, parsed body). Waits while the server is unreachable or out of order; raises TimeoutError after `patience_s`.
@@ -43,6 +46,9 @@ class TrajectoryLink:
             else:
                 try:
                     status, text = await self._request(method, url.rstrip("/") + path, body, headers)
+                    if self._shown:
+                        self._shown = False
+                        self.show(None)
                     self._away = False
                     if status < 500 and status != 429:
                         return status, json.loads(text or "null")
@@ -56,6 +62,9 @@ class TrajectoryLink:
             waited = time.monotonic() - since
             if once or waited > self.patience_s:
                 raise TimeoutError(f"trajectory server: {method} {path} without an answer for {waited:.0f} s; last: {failure}")
+            if not self._shown:
+                self._shown = True
+                self.show(f"an answer to {method} {path}")
             log.warning("waiting for the trajectory server, %s %s, %.0f s: %s", method, path, waited, failure)
             await asyncio.sleep(pause)
             pause = min(pause * 1.6, 5.0)

@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ async def work(run: RunDir, member: Member, index: int) -> None:
         await env.leave()
 
 
+def live(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Do the member's work, until it is done or TERM; returns the exit code."""
+    from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
+
+    try:
+        complete = asyncio.run(process.until_asked(work()))
+    except TargetError as error:
+        for problem in error.problems:
+            log.error("%s", problem)
+        member.leave(error=str(error))
+        return REFUSED
+    member.leave(complete=complete)
+    return DONE if complete else STOPPED
+
+
 def main() -> int:
     process.die_with_parent(signal.SIGKILL)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,17 +120,7 @@ def main() -> int:
     log_to_stderr()
     run = RunDir(options.run_dir)
     member = Member(run, "environment", os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
-    from atropos_hpc.rollout.target import TargetError  # here, for the import takes long: the member is seen while it does
-
-    try:
-        complete = asyncio.run(process.until_asked(work(run, member, options.index)))
-    except TargetError as error:
-        for problem in error.problems:
-            log.error("%s", problem)
-        member.leave(error=str(error))
-        return REFUSED
-    member.leave()
-    return DONE if complete else STOPPED
+    return live(member, lambda: work(run, member, options.index))
 
 
 if __name__ == "__main__":

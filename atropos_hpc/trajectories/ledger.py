@@ -22,6 +22,7 @@ REMEMBERED = 65_536  # payload hashes by which a group sent again is recognised
 SILENT_S = 120.0  # an environment unheard of for so long counts as disconnected
 REPORT_S = 30.0  # how long a reported number of groups in flight is believed
 SHARE_WAIT_S = 10.0  # how long a batch waits for an environment's minimum share after that environment's last group
+QUIET_S = 10.0  # without a new group, after which a batch that cannot be filled exactly is filled as far as whole groups go
 MIN_WEIGHT = 0.01  # Atropos' own: no environment is starved
 SUBSET_GROUPS = 4096  # how many of the oldest groups the exact search looks at
 NOWHERE = Place(-1, 0, 0)  # compared by identity
@@ -87,6 +88,7 @@ class Ledger:
         self.known: dict[int, None] = {}  # payload hashes, oldest first
         self.presence: dict[int, Presence] = {}
         self.repeated = 0
+        self.arrived = float("-inf")  # when the last group came, in the server's monotonic seconds
         self._found: dict[int, Item] = {}  # during replay: every group seen, for the snapshots that name them
         self._clear()
 
@@ -220,6 +222,7 @@ class Ledger:
     def replayed(self, now: float) -> list[int]:
         """The end of a replay. Returns the numbers of groups that are needed and were not found: the journal is damaged then."""
         self._found.clear()
+        self.arrived = now
         self.presence = {environment.env_id: Presence(now) for environment in self.environments}
         return [item.gid for item in self._all_items() if item.place is NOWHERE]
 
@@ -238,7 +241,8 @@ class Ledger:
         """The groups of the next batch: those that came first and sum to exactly the batch size. None: not there yet.
 
         Environments with a minimum share come first with it. A batch waits for such a share only while its environment has
-        delivered within SHARE_WAIT_S; what is missing then, others fill.
+        delivered within SHARE_WAIT_S; what is missing then, others fill. Where the sizes of groups don't add up to a batch (groups of 3
+        and a batch of 16), and none has come for QUIET_S, it is as many whole groups as go in: less than one group short.
         """
         assert self.registration is not None
         want = self.registration.batch_size
@@ -257,10 +261,9 @@ class Ledger:
             delivered = self.presence[env_id].delivered
             if taken < share and delivered is not None and now - delivered < SHARE_WAIT_S:
                 return None
-        if not first:
-            return choose_exactly(self.queue.values(), want)
         favoured = {item.gid for item in first}
-        return choose_exactly((*first, *(item for item in self.queue.values() if item.gid not in favoured)), want)
+        order = (*first, *(item for item in self.queue.values() if item.gid not in favoured)) if first else self.queue.values()
+        return choose(order, want, exactly=now - self.arrived < QUIET_S)
 
     def _shares(self, now: float) -> dict[int, int]:
         """Minimum number of sequences in a batch, by env_id; scaled down when together they are more than a batch."""
@@ -288,6 +291,7 @@ class Ledger:
 
     def deliver(self, env_id: int, now: float) -> None:
         """A group came. It may be a late one of an environment that said goodbye, which stays gone."""
+        self.arrived = now
         presence = self.presence.get(env_id)
         if presence is not None:
             presence.delivered = now
@@ -333,10 +337,11 @@ class Ledger:
         }
 
 
-def choose_exactly(items: Iterable[Item], want: int) -> list[int] | None:
-    """Numbers of groups that sum to exactly `want` sequences, in rising order, or None.
+def choose(items: Iterable[Item], want: int, exactly: bool = True) -> list[int] | None:
+    """Numbers of groups that sum to `want` sequences, in rising order; None where there are none.
 
-    Greedy in the order given; where that misses, an exact subset that uses as few of the later groups as it can.
+    Greedy in the order given; where that misses, a subset that uses as few of the later groups as it can. Unless `exactly`, the
+    greatest sum below `want` will do where `want` cannot be had.
     """
     items = list(items)
     total, chosen = 0, []
@@ -355,13 +360,15 @@ def choose_exactly(items: Iterable[Item], want: int) -> list[int] | None:
         if reachable >> want & 1:
             break
     if not reachable >> want & 1:
-        return None
+        if exactly:
+            return None
+        want = reachable.bit_length() - 1
     chosen = []
     for item, new in reversed(news):
         if new >> want & 1:
             chosen.append(item.gid)
             want -= item.sequences
-    return sorted(chosen)
+    return sorted(chosen) or None
 
 
 def share_out(items: Sequence[Item], world: int) -> list[list[Item]]:

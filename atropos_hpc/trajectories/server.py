@@ -16,8 +16,7 @@ import logging
 import os
 import signal
 import socket
-import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from aiohttp import web
 from isal import isal_zlib
 
 from atropos_hpc import process
+from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir, read_json
 from atropos_hpc.trajectories import schema
@@ -36,7 +36,7 @@ from atropos_hpc.trajectories.service import Service
 log = logging.getLogger(__name__)
 
 NODE = "ATROPOS_HPC_NODE"
-LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+BODIES = 8  # bodies of the greatest size allowed, that may be under way at once
 INFLATED = 2  # a body may inflate to this times what it may be on the wire
 CHUNK_BYTES = 1 << 20  # of an answer, between two looks at other requests
 DEPTH_S = 2.0  # between two reports of the queue's depth in the rendezvous
@@ -51,6 +51,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def application(service: Service, token: str, max_body_bytes: int) -> web.Application:
     """The aiohttp application; `start` runs it."""
+    under_way = 0  # bytes of bodies that are being received
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -73,13 +74,20 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
         return web.json_response({"detail": why}, status=status, headers=headers)
 
     async def read(request: web.Request) -> bytes:
+        nonlocal under_way
         too_large = f"the body is larger than {max_body_bytes} bytes (trajectories.max_body_bytes)"
         if (request.content_length or 0) > max_body_bytes:
             raise Refused(413, too_large)
+        size = max_body_bytes if request.content_length is None else request.content_length
+        if under_way + size > BODIES * max_body_bytes:
+            raise Refused(429, f"{under_way} bytes are being received already: send it again later")
+        under_way += size
         try:
             body = await request.read()
         except web.HTTPRequestEntityTooLarge:
             raise Refused(413, too_large) from None
+        finally:
+            under_way -= size
         return inflate(body, request.headers.get("Content-Encoding", ""), INFLATED * max_body_bytes)
 
     def answer(value: Any) -> web.Response:
@@ -260,6 +268,14 @@ async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
     return runner
 
 
+async def tell_depth(member: Member, depth: Callable[[], dict[str, int]], end: "asyncio.Task[Any]") -> None:
+    """Until `end` has ended, keep the rendezvous told of the queue's depth."""
+    while not (await asyncio.wait([end], timeout=DEPTH_S))[0]:
+        now = depth()
+        if any(member.state.get(name) != value for name, value in now.items()):
+            await asyncio.to_thread(member.update, **now)
+
+
 async def serve(run: RunDir, node: str) -> None:
     """Be the run's trajectory server until TERM."""
     config, token = run.config(), run.token()
@@ -279,15 +295,8 @@ async def serve(run: RunDir, node: str) -> None:
     runner = await start(application(service, token, config["trajectories"]["max_body_bytes"]), server)
     url = url_of(server, host)
     log.info("listening on %s", url)
-    depth: dict[str, int] = service.depth()
-    await asyncio.to_thread(member.update, state="serving", url=url, **depth)
-    while not stop.is_set():
-        try:
-            await asyncio.wait_for(stop.wait(), DEPTH_S)
-        except asyncio.TimeoutError:
-            if (now := service.depth()) != depth:
-                depth = now
-                await asyncio.to_thread(member.update, **depth)
+    await asyncio.to_thread(member.update, state="serving", url=url, **service.depth())
+    await tell_depth(member, service.depth, asyncio.create_task(stop.wait()))
     log.info("ending")
     service.end_waits()
     await runner.cleanup()
@@ -295,14 +304,15 @@ async def serve(run: RunDir, node: str) -> None:
     await asyncio.to_thread(member.leave, **service.depth())
 
 
-def main() -> None:
+def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description: str) -> None:
+    """The process of a trajectory server, this one's or upstream's."""
     process.die_with_parent(signal.SIGKILL)
-    parser = argparse.ArgumentParser(prog="python -m atropos_hpc.trajectories.server", description="A run's trajectory server.")
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    log_to_stderr()
     asyncio.run(serve(RunDir(arguments.run_dir), os.environ.get(NODE, "local")))
 
 
 if __name__ == "__main__":
-    main()
+    main(serve, "A run's trajectory server.")

@@ -25,6 +25,7 @@ from atropos_hpc.trajectories.schema import Refused
 log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 60.0  # for one lease; a learner asks again
+MAX_QUEUED = 1 << 18  # groups; environments that take no notice of queue_size are held up here
 LOOK_AGAIN_S = 1.0  # how often a waiting lease looks for what no arrival announces: a share that is not waited for any longer
 ACKNOWLEDGED = "batch {} was acknowledged as part of a checkpoint, and is gone; the next batch is {}"
 
@@ -262,6 +263,8 @@ class Service:
 
     async def store(self, body: bytes, many: bool) -> int:
         """Journal and queue the posted groups, all or none of them unless the disk fills between. Returns how many there were."""
+        if len(self.ledger.queue) >= MAX_QUEUED:
+            raise Refused(503, f"{len(self.ledger.queue)} groups wait to be trained on, and no more are taken: send it again later")
         registration = self.ledger.registration
         vocabulary = (registration.vocab_size if registration else 0) or schema.ANY_VOCABULARY
         longest = registration.max_token_len if registration else self.max_length

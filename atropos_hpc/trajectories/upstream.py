@@ -6,20 +6,15 @@ For comparison with the durable server. It needs atroposlib, so it runs in the r
 memory: a restart loses it.
 """
 
-import argparse
 import asyncio
 import logging
-import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process
 from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir
-from atropos_hpc.trajectories.server import DEPTH_S, LOG_FORMAT, NODE, authorized, listen, url_of
+from atropos_hpc.trajectories.server import authorized, listen, main, tell_depth, url_of
 
 log = logging.getLogger(__name__)
 
@@ -58,23 +53,15 @@ async def serve(run: RunDir, node: str) -> None:
         url = url_of(listener, host)
         log.info("Atropos' own API listens on %s", url)
         await asyncio.to_thread(member.update, state="serving", url=url)
-    while not (await asyncio.wait([serving], timeout=DEPTH_S))[0]:
+
+    def depth() -> dict[str, int]:
         queue = list(getattr(app.state, "queue", []))
-        depth = {"queued_groups": len(queue), "queued_sequences": sum(len(group["tokens"]) for group in queue)}
-        if any(member.state.get(name) != value for name, value in depth.items()):
-            await asyncio.to_thread(member.update, **depth)
+        return {"queued_groups": len(queue), "queued_sequences": sum(len(group["tokens"]) for group in queue)}
+
+    await tell_depth(member, depth, serving)
     await asyncio.to_thread(member.leave)
     serving.result()
 
 
-def main() -> None:
-    process.die_with_parent(signal.SIGKILL)
-    parser = argparse.ArgumentParser(prog="python -m atropos_hpc.trajectories.upstream", description="Atropos' own trajectory server.")
-    parser.add_argument("--run-dir", type=Path, required=True)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-    asyncio.run(serve(RunDir(arguments.run_dir), os.environ.get(NODE, "local")))
-
-
 if __name__ == "__main__":
-    main()
+    main(serve, "Atropos' own trajectory server.")

@@ -1,0 +1,56 @@
+"""What environments of one question and one answer share: groups from samples, held-out accuracy, and what is logged of both."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
+from pydantic import Field
+
+AT_ONCE = 256  # evaluations that run at the same time
+
+T = TypeVar("T")
+
+
+class SingleTurnConfig(BaseEnvConfig):
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature in training.")
+    seed: int = Field(default=0, description="Of the order in which training problems come.")
+
+
+class SingleTurnEnv(BaseEnv):
+    """A subclass gives the problems, and calls these from its `collect_trajectories` and `evaluate`."""
+
+    async def setup(self) -> None:
+        self.eval_metrics: list[tuple[str, float]] = []
+        self.rewards: list[float] = []
+
+    async def sampled(self, prompt: str, max_tokens: int, reward: Callable[[Any], float]) -> ScoredDataGroup:
+        """`group_size` answers to a prompt, as a group; `reward` is given each one's node."""
+        async with self.server.managed_server(tokenizer=self.tokenizer) as server:
+            await server.completion(prompt=prompt, n=self.config.group_size, max_tokens=max_tokens, temperature=self.config.temperature)
+            nodes = server.get_state()["nodes"]
+        rewards = [float(reward(node)) for node in nodes]
+        self.rewards += rewards
+        return ScoredDataGroup(
+            tokens=[node.tokens for node in nodes],
+            masks=[node.masked_tokens for node in nodes],
+            scores=rewards,
+            inference_logprobs=[node.logprobs for node in nodes],
+        )
+
+    async def report_accuracy(self, problems: Sequence[T], answers_right: Callable[[T], Coroutine[Any, Any, bool]]) -> None:
+        """Ask each problem once, and report eval/percent_correct, a share between 0 and 1."""
+        start, right = time.time(), 0
+        for at in range(0, len(problems), AT_ONCE):
+            right += sum(await asyncio.gather(*map(answers_right, problems[at : at + AT_ONCE])))
+        percent_correct = right / len(problems)
+        self.eval_metrics.append(("eval/percent_correct", percent_correct))
+        await self.evaluate_log({"eval/percent_correct": percent_correct}, start_time=start, end_time=time.time())
+
+    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        metrics = dict(wandb_metrics or {}) | dict(self.eval_metrics)
+        if self.rewards:
+            metrics["train/percent_correct"] = sum(self.rewards) / len(self.rewards)
+        self.rewards, self.eval_metrics = [], []
+        await super().wandb_log(metrics)

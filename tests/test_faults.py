@@ -1,0 +1,43 @@
+"""A live run with the real parts: who gets in, and a sample of random faults (tests/faults.py has them all).
+
+One run serves both, as starting one is what takes time.
+"""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from doors import doors, http_doors, tellers, wrongly_open
+from faults import ENDLESS, SETTINGS, Done, finish, harass, small_filesystem, violations
+from run_parts import Started
+
+pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
+
+
+def test_nobody_gets_in_and_nothing_is_lost(tmp_path: Path) -> None:
+    with small_filesystem(tmp_path / "run") as disk:
+        started = Started(tmp_path, ENDLESS, *SETTINGS)
+        try:
+            started.step(2)
+            root, token = started.process.pid, started.run.token()
+            found = doors(root)
+            elsewhere = [door for door in found if door.address not in ("127.0.0.1", "::1")]
+            assert not elsewhere, "every port is bound to cluster.host, here 127.0.0.1"
+            served = http_doors(started.run)
+            assert len(served) == 3 and {(door.address, door.port) for door in served} <= {(door.address, door.port) for door in found}
+            assert all(len(paths) > 10 for paths in served.values()) and sum(map(len, served.values())) > 60
+            assert wrongly_open(started.run) == []
+            assert tellers(root, token) == []
+            assert started.run.path.stat().st_mode & 0o777 == 0o700 and started.run.secret.stat().st_mode & 0o777 == 0o600
+
+            done: list[Done] = []
+            harass(started, random.Random(0), 0.4, (1, 3), disk, done)
+            assert done
+            steps = finish(started)
+            started.assert_nothing_is_left()
+            assert violations(started, steps) == [], done
+        finally:
+            if started.process.poll() is None:
+                started.process.send_signal(signal.SIGKILL)
+                started.process.wait()
