@@ -139,12 +139,17 @@ def _run_body(run: Series, row: dict[str, Any]) -> str:
     config = "\n".join(f"{key}: {value}" for key, value in model.items())
     made_by = f"<h2>Command</h2><pre>{escape(command(row))}</pre>"
     return (
-        f'<h1>{escape(str(run.path))}</h1><p class="state">{escape(row["state"])}, {escape(_what(run.config))}, '
+        f'<h1>{escape(_name(run.path))}</h1><p class="state">{escape(row["state"])}, {escape(_what(run.config))}, '
         f"begun {time.strftime('%Y-%m-%d %H:%M', time.localtime(about.get('created', 0)))}</p>{facts}"
         f"<!--figures--><h2>Held-out evaluations</h2>{evaluations}"
         + (f"<h2>Restarts</h2>{restarts}" if run.restarts else "")
         + f"{made_by}<h2>Config</h2><details><summary>{len(model)} values</summary><pre>{escape(config)}</pre></details>"
     )
+
+
+def _name(directory: Path) -> str:
+    """The last two parts of its path: which run of which project."""
+    return "/".join(directory.resolve().parts[-2:])
 
 
 def _what(config: dict[str, Any]) -> str:
@@ -168,7 +173,7 @@ def _sweep_body(directory: Path, rows: list[dict[str, Any]], runs: list[Series])
     head = ["point", "state", "step", *(key.rpartition(".")[2] for key in keys), "seed", "reward", "accuracy", "KL", "job", "run directory"]
     best = "" if top is None else f"<h2>Best point: {top['point']}</h2><pre>{escape(command(top))}</pre>"
     return (
-        f'<h1>{escape(str(directory))}</h1><p class="state">{len(rows)} points: '
+        f'<h1>{escape(_name(directory))}</h1><p class="state">{len(rows)} points: '
         f"{', '.join(f'{count} {state}' for state, count in states.items())}; compared: {escape(', '.join(keys) or 'seeds')}</p>{best}"
         f"<!--figures--><h2>Points</h2>{_table(head, shown, None if top is None else rows.index(top))}"
         '<p class="state">Reward and KL are means over the last tenth of the steps; accuracy is the last held-out evaluation\'s.</p>'
