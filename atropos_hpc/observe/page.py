@@ -74,13 +74,13 @@ def _of_sweep(runs: list[Series]) -> dict[str, Figure | None]:
         )
     }  # fmt: skip
     kl = lambda run: run.final("kl_reference")  # noqa: E731
-    drawn["final_accuracy"] = figures.finals(groups, keys, lambda run: run.accuracy, "Final held-out accuracy, by seed", "accuracy")
-    drawn["final_reward"] = figures.finals(groups, keys, lambda run: run.final("reward"), "Final reward, by seed", "reward")
-    drawn["final_kl"] = figures.finals(groups, keys, kl, "Final KL to the reference, by seed", "nats per token")
     for key in keys:
         short = key.rpartition(".")[2]
         drawn[f"{short}_accuracy"] = figures.against(runs, key, lambda run: run.accuracy, f"{short} against accuracy", "accuracy, held out")
         drawn[f"{short}_kl"] = figures.against(runs, key, kl, f"{short} against KL to the reference", "nats per token")
+    drawn["final_accuracy"] = figures.finals(groups, keys, lambda run: run.accuracy, "Final held-out accuracy, by seed", "accuracy")
+    drawn["final_reward"] = figures.finals(groups, keys, lambda run: run.final("reward"), "Final reward, by seed", "reward")
+    drawn["final_kl"] = figures.finals(groups, keys, kl, "Final KL to the reference, by seed", "nats per token")
     return drawn
 
 
@@ -184,4 +184,4 @@ def command(row: dict[str, Any]) -> str:
     """What trains a run again, by itself, in a directory of its own."""
     argv = row["overrides"] or read_json(RunDir(Path(row["run_dir"])).run_json).get("command", [""])[1:]
     overrides = [each for each in argv if "=" in each and not each.startswith(("run_dir=", "hydra"))]
-    return shlex.join(["python", "-m", "atropos_hpc.train", *overrides, f"run_dir=runs/{Path(row['run_dir']).name}-again"])
+    return shlex.join(["python", "-m", "atropos_hpc.train", *overrides, f"run_dir=runs/again-{'-'.join(Path(row['run_dir']).parts[-2:])}"])
