@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.run_dir import RunDir, read_json
+from atropos_hpc.run_dir import RunDir, Unreadable, read_json
 
 LOOK_S = 2.0  # between two looks of a live status
 
@@ -59,6 +59,9 @@ def report(options: argparse.Namespace) -> int:
         return 0
     try:
         written = page.write(options.directory, rows, options.out or options.directory / "report")
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return 0
     except OSError as error:
         print(f"no page was drawn: cannot write {error.filename}: {error.strerror}; --out names another directory", file=sys.stderr)
         return 1
@@ -284,6 +287,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
+    except Unreadable as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -170,13 +170,22 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+class Unreadable(ValueError):
+    """A file that is not what it should be; the message names it."""
+
+
 def read_json(path: Path) -> Any:
-    """The parsed content, or {} when there is no such file. Retries when the file was replaced meanwhile (ESTALE)."""
+    """The parsed content, or {} when there is no such file. Retries when the file was replaced meanwhile (ESTALE).
+
+    Raises Unreadable when it is not JSON.
+    """
     for retry in range(STALE_RETRIES):
         try:
             return json.loads(path.read_bytes() or b"{}")
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            raise Unreadable(f"{path} is not JSON ({error}): it was not written by this program, or is damaged") from None
         except OSError as error:
             if error.errno != errno.ESTALE or retry == STALE_RETRIES - 1:
                 raise

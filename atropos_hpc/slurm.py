@@ -24,7 +24,8 @@ def ask(*command: str, env: Mapping[str, str] | None = None) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}") from None
     if done.returncode:
-        raise SlurmError(f"{shlex.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        said = "; ".join(done.stderr.strip().splitlines()) or f"exit code {done.returncode}"
+        raise SlurmError(f"{shlex.join(command)}: {said}")
     return done.stdout.strip()
 
 

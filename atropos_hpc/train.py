@@ -20,9 +20,9 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then lets errors through
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from atropos_hpc import checks, process
 from atropos_hpc import config as schema
@@ -84,11 +84,15 @@ def explain(error: Exception) -> str:
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__
     first = str(innermost).splitlines()[0]
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: is not of the form key=value (or +key=value; with -m also key=value,value)"
     key = getattr(innermost, "full_key", None)
     if key and re.match(r"Key '.*' (is not in struct|not in)", first):
         if key.rpartition(".")[0] in schema.open_sections():
             return f"{key}: there is no such key yet; +{key}=... adds it"
         return f"{key}: there is no such key{checks.did_you_mean(key, schema.keys())}"
+    if key and isinstance(innermost, MissingMandatoryValue):
+        return f"{key}: has to be given: {key}=..."
     if key:
         return f"{key}: {first}"
     return " ".join(str(error).partition("Config search path")[0].split())

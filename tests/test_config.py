@@ -48,7 +48,7 @@ def train(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -
         ("trainer.steps=many", "trainer.steps", "could not be converted to Integer"),
         ("environment=gsm8kk", "environment/gsm8kk", "gsm8k"),
         ("experiment=nothing", "experiment/nothing", "arithmetic_cpu"),
-        ("trainer.steps", "trainer.steps", "missing EQUAL"),
+        ("trainer.steps", "trainer.steps", "not of the form key=value"),
     ],
 )
 def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: str) -> None:

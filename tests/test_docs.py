@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import re
 import shlex
 import subprocess
@@ -74,7 +73,7 @@ def test_commands_parse_and_compose(command: str) -> None:
 
 
 def composes(overrides: list[str]) -> None:
-    """What follows the program composes; of a multirun, every point does."""
+    """What follows the program composes; of a multirun, the first point and the last do."""
     overrides = [each for each in overrides if each not in ("-m", "--multirun") and not each.startswith("hydra")]
     overrides = [re.sub(r"^cluster=(my_site|MY_SITE)$", "cluster=generic_slurm", each) for each in overrides]
     overrides = [each for each in overrides if not each.startswith("run_dir=")]
@@ -82,7 +81,7 @@ def composes(overrides: list[str]) -> None:
     for each in OverridesParser.create().parse_overrides(overrides):
         swept = list(each.sweep_string_iterator()) if each.is_sweep_override() else None
         values.append([f"{each.key_or_group}={value}" for value in swept] if swept else [each.input_line])
-    for point in itertools.islice(itertools.product(*values), 12):
+    for point in {tuple(each[0] for each in values), tuple(each[-1] for each in values)}:  # the first and the last
         composed(*(each for each in point if each is not None))
 
 

@@ -72,7 +72,7 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
     page, sizes = drawn(tmp_path)
     assert {"kl_coef_accuracy", "kl_coef_kl", "final_kl", "final_accuracy", "accuracy", "reward", "kl"} <= set(sizes)
     assert "compared: algorithm.kl_coef" in page and '<tr class="best"><td>0</td>' in page
-    assert "python -m atropos_hpc.train algorithm.kl_coef=0 seed=0 run_dir=runs/0-again" in page
+    assert f"python -m atropos_hpc.train algorithm.kl_coef=0 seed=0 run_dir=runs/again-{tmp_path.name}-0" in page
 
 
 @pytest.mark.parametrize("steps", [0, 1])

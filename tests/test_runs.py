@@ -112,6 +112,8 @@ def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(start: Callable[..
     started.assert_nothing_is_left()
     stopped_at = len(started.steps())
     assert read_json(started.run.checkpoints / "latest.json")["step"] == stopped_at
+    assert status.of(started.run.path)["state"] == "stopped"
+    started.command = [sys.executable, "-m", "atropos_hpc.cli", "resume", str(started.run.path)]
     started.process = started.start()
     assert_complete(started, 6)
 

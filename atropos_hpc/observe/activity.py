@@ -14,7 +14,8 @@ from atropos_hpc.run_dir import RunDir, append_line
 
 log = logging.getLogger(__name__)
 
-SAMPLE_S = 5.0
+SAMPLE_S, SPARSEST_S = 1.0, 10.0  # between two samples: at first, and in the end
+SLOWER = 1 / 500  # a sample waits for so much of the time since the start: a line is drawn with a few hundred points, however long it is
 
 
 class Activity:
@@ -23,7 +24,7 @@ class Activity:
     def __init__(self, run: RunDir) -> None:
         self.path = run.activity
         self._pids: dict[str, int] = {}
-        self._sampled = 0.0
+        self._started, self._sampled = time.monotonic(), 0.0
         self._write({"event": "attempt", "name": run.logs.resolve().name})
 
     def note(self, members: dict[str, dict[str, Any]]) -> None:
@@ -32,8 +33,9 @@ class Activity:
         for name in sorted(name for name, pid in pids.items() if self._pids.get(name, pid) != pid):
             self._write({"event": "started again", "name": name})
         self._pids |= pids
-        if time.monotonic() - self._sampled >= SAMPLE_S:
-            self._sampled = time.monotonic()
+        now = time.monotonic()
+        if now - self._sampled >= min(SPARSEST_S, max(SAMPLE_S, (now - self._started) * SLOWER)):
+            self._sampled = now
             self._write(sample(members))
 
     def _write(self, line: dict[str, Any]) -> None:

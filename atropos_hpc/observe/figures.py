@@ -6,24 +6,25 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from atropos_hpc.observe import series
-from atropos_hpc.observe.activity import SAMPLE_S
+from atropos_hpc.observe.activity import SPARSEST_S
 from atropos_hpc.observe.series import Groups, Series, Values
 
 WIDE, NARROW = (11.0, 3.3), (5.4, 3.0)  # inches
 POINTS = 400  # of a curve; steps in between are averaged, their range is shaded
 BINS = 330
 BLUE, ORANGE, GREEN, RED, GREY, PURPLE = "#2f6db5", "#d97b29", "#3a923a", "#c03d3e", "#8a8a8a", "#8763b0"
+STARTING = "#d4d4d4"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#845b53", "#d684bd", "#7f7f00", "#17a2b8", "#4c4c4c")
 PHASE_COLORS = {"wait": "#e8c9a0", "batch": "#7aa6d6", "log_probs": "#5588c7", "update": BLUE, "publish": GREEN, "checkpoint": PURPLE,
-                "other": "#dddddd"}  # fmt: skip
-PHASE_WORDS = {"wait": "waiting for data", "batch": "making the batch", "log_probs": "log-probs", "publish": "publishing",
-               "checkpoint": "checkpointing", "other": "starting, evaluating"}  # fmt: skip
+                "other": STARTING}  # fmt: skip
+WORDS = {"wait": "waiting for data", "batch": "making the batch", "log_probs": "log-probs", "publish": "publishing", "update": "training",
+         "checkpoint": "checkpointing", "other": "starting", "registering": "starting", "evaluating version": "evaluating"}  # fmt: skip
 BUSY = {"generating": BLUE, "serving": BLUE, "training": BLUE, "running": BLUE, "evaluating version": PURPLE, "loading": "#7aa6d6",
         "idle": "#e8c9a0", "ended": "#f5f5f5", "silent": RED}  # fmt: skip
 WAITING = ("#e8c9a0", "#dbb27c", "#cf9b58", "#f1dcc1")
-STARTING = "#cccccc"
 
 
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -141,7 +142,7 @@ def timeline(run: Series) -> Figure | None:
         return None
     first = min(min(times), float((run.get("time") - np.nan_to_num(run.get("time/step")))[0]) if len(run.steps) else min(times))
     edges = np.linspace(first, max(times), BINS + 1)
-    hold = max(3 * SAMPLE_S, 2 * (edges[1] - edges[0]))
+    hold = max(2 * SPARSEST_S, 2 * (edges[1] - edges[0]))
     seen = {kind for line in run.activity for kind in line["states"]}
     kinds = [kind for kind in ("server", "environment", "evaluator", "trajectories") if kind in seen]
     rows: dict[str, dict[str, Values]] = {"learner": series.phases(run, edges)}
@@ -150,21 +151,21 @@ def timeline(run: Series) -> Figure | None:
     unit, seconds = ("hours", 3600.0) if edges[-1] - edges[0] > 3 * 3600 else ("minutes", 60.0)
     x = (edges - edges[0]) / seconds
     axes: Any = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    legend: dict[str, str] = {}
+    legend: dict[str, list[str]] = {}  # colour -> what it stands for
     for each, (name, shares) in zip(axes, rows.items(), strict=True):
         below = np.zeros(BINS)
         for state, color in _colored(name, shares):
             each.bar(x[:-1], shares[state], np.diff(x), below, color=color, align="edge", linewidth=0)
             below += shares[state]
-            legend.setdefault(PHASE_WORDS.get(state, state), color)
+            legend.setdefault(color, []).append(WORDS.get(state, state))
         each.set(ylim=(0, 1), xlim=(x[0], x[-1]), yticks=[])
         each.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         each.spines[["top", "right", "left"]].set_visible(False)
         each.tick_params(labelsize=8)
         _marks(each, run, lambda when: (when - edges[0]) / seconds)
     axes[-1].set_xlabel(f"{unit} since the start" + ("; dashed: something was started again" if run.restarts else ""), fontsize=8)
-    handles = [Figure().add_subplot().bar([0], [0], color=color)[0] for color in legend.values()]
-    figure.legend(handles, legend.keys(), loc="outside right center", fontsize=8, frameon=False)
+    handles = [Patch(color=color) for color in legend]
+    figure.legend(handles, [",\n".join(dict.fromkeys(of)) for of in legend.values()], loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from atropos_hpc import process
+from atropos_hpc.observe import report
 from atropos_hpc.run_dir import RunDir
 
 LOOK_S = 0.5
@@ -15,6 +16,10 @@ def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None
     folder = run.logs if attempt is None else run.path / "logs" / f"attempt-{attempt}"
     found = matching(folder, member)
     if not found and not follow:
+        if not folder.exists():
+            there = ", ".join(path.name.removeprefix("attempt-") for path in report.attempts(run)) or "none"
+            print(f"{run.path} has no attempt {attempt}; there are: {there}", file=sys.stderr)
+            return 1
         known = ", ".join(sorted(path.name.removesuffix(".log") for path in folder.glob("*.log")))
         print(f"{folder} has no log of {member or 'anybody'}" + (f"; it has {known}" if known else ""), file=sys.stderr)
         return 1

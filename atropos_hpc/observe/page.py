@@ -74,13 +74,13 @@ def _of_sweep(runs: list[Series]) -> dict[str, Figure | None]:
         )
     }  # fmt: skip
     kl = lambda run: run.final("kl_reference")  # noqa: E731
-    drawn["final_accuracy"] = figures.finals(groups, keys, lambda run: run.accuracy, "Final held-out accuracy, by seed", "accuracy")
-    drawn["final_reward"] = figures.finals(groups, keys, lambda run: run.final("reward"), "Final reward, by seed", "reward")
-    drawn["final_kl"] = figures.finals(groups, keys, kl, "Final KL to the reference, by seed", "nats per token")
     for key in keys:
         short = key.rpartition(".")[2]
         drawn[f"{short}_accuracy"] = figures.against(runs, key, lambda run: run.accuracy, f"{short} against accuracy", "accuracy, held out")
         drawn[f"{short}_kl"] = figures.against(runs, key, kl, f"{short} against KL to the reference", "nats per token")
+    drawn["final_accuracy"] = figures.finals(groups, keys, lambda run: run.accuracy, "Final held-out accuracy, by seed", "accuracy")
+    drawn["final_reward"] = figures.finals(groups, keys, lambda run: run.final("reward"), "Final reward, by seed", "reward")
+    drawn["final_kl"] = figures.finals(groups, keys, kl, "Final KL to the reference, by seed", "nats per token")
     return drawn
 
 
@@ -139,12 +139,17 @@ def _run_body(run: Series, row: dict[str, Any]) -> str:
     config = "\n".join(f"{key}: {value}" for key, value in model.items())
     made_by = f"<h2>Command</h2><pre>{escape(command(row))}</pre>"
     return (
-        f'<h1>{escape(str(run.path))}</h1><p class="state">{escape(row["state"])}, {escape(_what(run.config))}, '
+        f'<h1>{escape(_name(run.path))}</h1><p class="state">{escape(row["state"])}, {escape(_what(run.config))}, '
         f"begun {time.strftime('%Y-%m-%d %H:%M', time.localtime(about.get('created', 0)))}</p>{facts}"
         f"<!--figures--><h2>Held-out evaluations</h2>{evaluations}"
         + (f"<h2>Restarts</h2>{restarts}" if run.restarts else "")
         + f"{made_by}<h2>Config</h2><details><summary>{len(model)} values</summary><pre>{escape(config)}</pre></details>"
     )
+
+
+def _name(directory: Path) -> str:
+    """The last two parts of its path: which run of which project."""
+    return "/".join(directory.resolve().parts[-2:])
 
 
 def _what(config: dict[str, Any]) -> str:
@@ -168,7 +173,7 @@ def _sweep_body(directory: Path, rows: list[dict[str, Any]], runs: list[Series])
     head = ["point", "state", "step", *(key.rpartition(".")[2] for key in keys), "seed", "reward", "accuracy", "KL", "job", "run directory"]
     best = "" if top is None else f"<h2>Best point: {top['point']}</h2><pre>{escape(command(top))}</pre>"
     return (
-        f'<h1>{escape(str(directory))}</h1><p class="state">{len(rows)} points: '
+        f'<h1>{escape(_name(directory))}</h1><p class="state">{len(rows)} points: '
         f"{', '.join(f'{count} {state}' for state, count in states.items())}; compared: {escape(', '.join(keys) or 'seeds')}</p>{best}"
         f"<!--figures--><h2>Points</h2>{_table(head, shown, None if top is None else rows.index(top))}"
         '<p class="state">Reward and KL are means over the last tenth of the steps; accuracy is the last held-out evaluation\'s.</p>'
@@ -179,4 +184,4 @@ def command(row: dict[str, Any]) -> str:
     """What trains a run again, by itself, in a directory of its own."""
     argv = row["overrides"] or read_json(RunDir(Path(row["run_dir"])).run_json).get("command", [""])[1:]
     overrides = [each for each in argv if "=" in each and not each.startswith(("run_dir=", "hydra"))]
-    return shlex.join(["python", "-m", "atropos_hpc.train", *overrides, f"run_dir=runs/{Path(row['run_dir']).name}-again"])
+    return shlex.join(["python", "-m", "atropos_hpc.train", *overrides, f"run_dir=runs/again-{'-'.join(Path(row['run_dir']).parts[-2:])}"])

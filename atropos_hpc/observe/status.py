@@ -48,7 +48,7 @@ def of_run(point: dict[str, Any]) -> dict[str, Any]:
     steps = config.get("trainer", {}).get("steps")
     state = report.state_of(run, point, steps, bool(lines))
     evaluations = [line for line in last_lines(run.evaluations, report.RECENT) if line.get("accuracy") is not None]
-    members = list(_members(run, going=state in ("running", "starting")))
+    members = list(_members(run, going=state in ("running", "starting") or report.is_held(run)))
     accuracy = {key: evaluations[-1][key] for key in ("version", "accuracy", "sequences")} if evaluations else None
     return {
         "run_dir": str(run.path), "state": state, "job": point["job"], "slurm": point.get("queue"),
@@ -58,7 +58,7 @@ def of_run(point: dict[str, Any]) -> dict[str, Any]:
         "seconds_per_step": 1 / pace if (pace := _pace(lines)) else None,
         "figures": {name: last.get(key) for name, key in FIGURES.items()}, "evaluation": accuracy,
         "queue": _queue(members, last), "versions": _versions(run, members, last),
-        "tokens_per_s": _rates(lines, members), "time_shares": shares(lines),
+        "tokens_per_s": _rates(lines, members), "time_shares": shares(lines[1:] or lines),
         "members": members, "waits": [_wait(member) for member in members if member["waiting"]], "warnings": warnings(run),
     }  # fmt: skip
 
