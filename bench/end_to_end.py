@@ -82,10 +82,9 @@ def composed() -> Any:
     """The config of experiment=arithmetic_cpu."""
     from hydra import compose, initialize_config_dir
 
-    from atropos_hpc.config import register
+    from atropos_hpc import train  # registers what the files build on
 
-    register()
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+    with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
         return compose("config", [f"seed={SEED}"])
 
 
