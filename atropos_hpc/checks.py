@@ -226,8 +226,6 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
     optim = {"optimizer": "AdamW", "optimizer_impl": "torch.optim", **config.trainer.optim}
     if (optim["optimizer"], optim["optimizer_impl"]) != ("AdamW", "torch.optim"):
         yield Problem("trainer.optim.optimizer", "ZeRO shards the state of torch's AdamW only; use trainer.backend=verl for another")
-    if config.model.lora.rank:
-        yield Problem("model.lora.rank", "an adapter is trained by trainer.backend=verl only")
 
 
 def _algorithm(algorithm: AlgorithmConf) -> Iterator[Problem]:

@@ -103,7 +103,6 @@ def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> N
         (["trainer=deepspeed", "+trainer.optim.optimizer=SGD"], "trainer.optim.optimizer", "AdamW"),
         (["trainer=deepspeed", "+trainer.deepspeed.gradient_clipping=1"], "trainer.deepspeed.gradient_clipping", "trainer.grad_clip"),
         (["trainer=deepspeed", "trainer.deepspeed.zero_optimization.stage=0"], "zero_optimization.stage", "1, 2, 3"),
-        (["trainer=deepspeed", "model.lora.rank=8"], "model.lora.rank", "trainer.backend=verl"),
     ],
 )
 def test_what_excludes_one_another_in_the_trainer(overrides: list[str], key: str, says: str) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: E4
 
 from atropos_hpc import config as schema  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, PolicyConf, TrainerConf  # noqa: E402
+from atropos_hpc.learner.__main__ import backend_class  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.learner.publishing import Publishing  # noqa: E402
@@ -23,18 +24,22 @@ from atropos_hpc.policy import adapter  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, verify  # noqa: E402
 from atropos_hpc.run_dir import RunDir, append_line, read_json, write_json  # noqa: E402
 
+FSDP2 = 0  # where a ZeRO stage is meant
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 
-def backend_of(path: Path, targets: tuple[str, ...] = ()) -> VerlBackend:
-    model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH, lora=LoraConf(rank=4, alpha=8, targets=list(targets)))
-    return VerlBackend(model, TrainerConf(learning_rate=1e-2, steps=20), AlgorithmConf(kl_coef=0.01), 0)
+
+def backend_of(path: Path, stage: int) -> VerlBackend:
+    model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH, lora=LoraConf(rank=4, alpha=8, targets=TARGETS))
+    trainer = TrainerConf(learning_rate=1e-2, steps=20, deepspeed={"zero_optimization": {"stage": stage}} if stage else {})
+    return backend_class("deepspeed" if stage else "verl")(model, trainer, AlgorithmConf(kl_coef=0.01), 0)
 
 
 def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
-    return whole(backend.module.state_dict())
+    return whole(backend.weights())
 
 
-def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir) -> Any:
-    backend, checkpoints = backend_of(path, ("q_proj", "v_proj", "down_proj")), Checkpoints(run, keep=2)
+def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir, stage: int = FSDP2) -> Any:
+    backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=2)
     before = weights_of(backend)
     first = train(backend, 2)
     publishing = Publishing(run.policy, PolicyConf(), "bfloat16")
@@ -51,17 +56,19 @@ def two_steps_and_two_more(rank: int, world: int, path: Path, run: RunDir) -> An
     return moved, first, train(backend, 2), weights_of(backend), log_probs, reference
 
 
-def resumed(rank: int, world: int, path: Path, run: RunDir) -> Any:
-    backend, checkpoints = backend_of(path, ("q_proj", "v_proj", "down_proj")), Checkpoints(run, keep=2)
+def resumed(rank: int, world: int, path: Path, run: RunDir, stage: int) -> Any:
+    backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=2)
     checkpoints.load_latest(backend)
     return train(backend, 2), weights_of(backend)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(small_model: Path, run: RunDir, world: int) -> None:
+@pytest.mark.parametrize(
+    "world, stage", [(1, FSDP2), (2, FSDP2), *(pytest.param(2, stage, marks=pytest.mark.deepspeed) for stage in (1, 2, 3))]
+)
+def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(small_model: Path, run: RunDir, world: int, stage: int) -> None:
     from transformers import AutoModelForCausalLM
 
-    ranks = on_ranks(world, two_steps_and_two_more, small_model, run)
+    ranks = on_ranks(world, two_steps_and_two_more, small_model, run, stage)
     moved, first, metrics, end, _, _ = ranks[0]
     assert len(moved) == 6 and all(".lora_" in name for name in moved), moved
     assert first[0]["kl_reference"] == pytest.approx(0, abs=1e-6) and metrics[1]["kl_reference"] > 1e-4
@@ -84,7 +91,7 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(small_mode
                     want = exact(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
                 assert float((got - want[-len(got) :]).abs().max()) < 1e-5 or len(tokens) == 2, "a filler's are of no account"
 
-    again, weights = on_ranks(world, resumed, small_model, run)[0]
+    again, weights = on_ranks(world, resumed, small_model, run, stage)[0]
     assert again == metrics and all(torch.equal(weights[name], end[name]) for name in end), "bit-equal"
     keys = FileSystemReader(run.checkpoints / "step-2-0").read_metadata().state_dict_metadata
     assert all(".lora_" in key or key.startswith("random.") for key in keys), keys
@@ -115,7 +122,7 @@ def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: 
 
     on_ranks(2, two_steps_and_two_more, small_model, run)
     make_tokenizer().save_pretrained(small_model)
-    model = {"path": str(small_model), "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}}
+    model = {"path": str(small_model), "dtype": "float32", "lora": {"rank": 4, "alpha": 8, "targets": TARGETS}}
     config = dataclasses.asdict(schema.Config(run_dir=str(run.path)))
     config["model"] |= model
     write_json(run.run_json, {"id": "test", "config": config})

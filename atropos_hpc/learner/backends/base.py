@@ -31,7 +31,10 @@ class Backend(Protocol):
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Its parameters and persistent buffers by name, for publishing: parameters as shards (DTensor). Collective. Not a copy."""
+        """Its parameters and persistent buffers by name, for publishing: parameters as shards (DTensor). Collective. Not a copy.
+
+        Frozen ones may be left out, where an adapter is trained.
+        """
         ...
 
     def log_probs(self, batch: Batch) -> torch.Tensor:

@@ -61,7 +61,7 @@ class DeepSpeedBackend(VerlBackend):
 
     def weights(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained() if self._lora else self.module.named_parameters():
             found[name] = _sharded(_full(parameter, self._policy.stage), self._mesh)
         return found | dict(_persistent_buffers(self.module))
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf
-from atropos_hpc.learner.backends import cpu_platform  # before anything else of verl
+from atropos_hpc.learner.backends import cpu_platform, packed_attention  # before anything else of verl
 from atropos_hpc.learner.batch import Batch
 from atropos_hpc.learner.objective import objective
 
@@ -176,7 +176,7 @@ def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[st
             trust_remote_code=model.trust_remote_code,
             use_remove_padding=True,
             enable_gradient_checkpointing=trainer.gradient_checkpointing and trainable,
-            override_config={"attn_implementation": model.attention},
+            override_config={"attn_implementation": packed_attention.register() if model.attention == "sdpa" else model.attention},
             lora_rank=model.lora.rank if trainable else 0,
             lora_alpha=model.lora.alpha,
             target_modules=list(model.lora.targets) or "all-linear",
