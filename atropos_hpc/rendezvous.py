@@ -29,7 +29,7 @@ from atropos_hpc.run_dir import RunDir, read_json, write_file, write_json
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 5.0  # between a member's signs of life
+BEAT_S = 7.0  # between a member's signs of life
 DEAD_S = 30.0  # without one; also how long a node may stall on a busy filesystem
 ROSTER_BEAT_S = 2.0  # the roster's own, at least that often
 ROUND_S = 0.005  # per member, between the leader's rounds over all of them
@@ -153,7 +153,7 @@ class Leader:
             if known is not None and (known.inode, known.stamp) == (status.st_ino, status.st_mtime_ns) and known.state:
                 found[entry.name] = known
             else:
-                found[entry.name] = _Seen(status.st_ino, status.st_mtime_ns, now, self._read(entry) or (known.state if known else {}))
+                found[entry.name] = self._read(entry.name, now) or known or _Seen(0, 0, now, {})
         self._files = found
 
     def _look_for_changes(self, now: float) -> None:
@@ -164,20 +164,22 @@ class Leader:
         self._changed = changed
         for entry in self._list():
             known = self._files.get(entry.name)
-            if (known is None or known.inode != entry.inode()) and (state := self._read(entry)):
-                self._files[entry.name] = _Seen(entry.inode(), 0, now, state)
+            if (known is None or known.inode != entry.inode()) and (seen := self._read(entry.name, now)):
+                self._files[entry.name] = seen
 
     def _list(self) -> list["os.DirEntry[str]"]:
         with os.scandir(self.run.members) as entries:
             return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
 
-    def _read(self, entry: "os.DirEntry[str]") -> dict[str, Any]:
+    def _read(self, name: str, now: float) -> _Seen | None:
+        """The file, or None while it cannot be read."""
         try:
-            state: dict[str, Any] = read_json(self.run.members / entry.name)
+            with (self.run.members / name).open("rb") as file:
+                status = os.fstat(file.fileno())
+                return _Seen(status.st_ino, status.st_mtime_ns, now, json.loads(file.read()))
         except (OSError, ValueError) as error:
-            log.warning("member file %s: %s", entry.name, error)
-            return {}
-        return state
+            log.warning("member file %s: %s", name, error)
+            return None
 
     def ended(self, *names: str) -> None:
         """Mark members whose processes are known to have ended, so that nobody waits DEAD_S for them."""

@@ -1,0 +1,191 @@
+"""For how long a live vLLM gives no token while it takes a new version, in each policy.update_mode.
+
+A real server of the rollout role, with a Qwen3 of 60 M random parameters in bfloat16, answers STREAMS requests at a time, each for
+TOKENS tokens, and as soon as one has ended there is another. Meanwhile versions are published, followed and pushed as a node agent
+does. The stall of an update is the longest time, from its first request to a second after its last, in which no stream of any request
+got a token. Against it stands the engine's own load time: that of the one request of the update in which the engine applies the weights.
+
+In mode wait the requests under way end before the weights are loaded, and new ones wait; in mode abort they are cut short. What that
+costs the run beyond the stall is not measured here.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from atropos_hpc import process
+from atropos_hpc.config import Config
+from atropos_hpc.launch.allocation import PACKAGE_HOME
+from atropos_hpc.policy.follower import Follower
+from atropos_hpc.policy.push import push
+from atropos_hpc.policy.share import Share, Tensor, tensors_of, write_share
+from atropos_hpc.policy.store import PolicyStore, Published
+from atropos_hpc.run_dir import RunDir, write_json
+from bench.result import Result
+
+STREAMS, TOKENS, UPDATES = 4, 48, 7
+MODES = ("keep", "wait", "abort")
+START_S = 300.0
+
+
+def make_model(directory: Path) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from atropos_hpc.environments.make_base import make_tokenizer
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    ))  # fmt: skip
+    model.bfloat16().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+
+
+def publish(store: PolicyStore, share: Share, version: int) -> None:
+    """The next version: the same weights, a little moved."""
+    numbers = share.buffer[len(share.header) : share.size].view(np.uint16)
+    numbers[version::41] ^= np.uint16(1)
+    directory = store.begin(version, 1)
+    store.commit(version, 1, [write_share(directory / "model-00001-of-00001.safetensors", share)])
+    store.retire(1, 1)
+
+
+@contextlib.contextmanager
+def served(run: RunDir, log: Path) -> Iterator[str]:
+    """A server of this run, at the URL that is given."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--run-dir", str(run.path), "--port", str(port)]
+    python = str(PACKAGE_HOME / ".venv-rollout" / "bin" / "python")
+    child = process.start("server", [python, "-m", "atropos_hpc.rollout.server", *arguments], log)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.end([child], 10.0)
+
+
+class Load:
+    """Requests without a break; `times` says when tokens came."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, token: str) -> None:
+        self.session, self.url, self.headers = session, url, {"Authorization": f"Bearer {token}"}
+        self.times: list[float] = []
+        self.over = False
+
+    async def stream(self, seed: int) -> None:
+        sampling = {"temperature": 1.0, "max_tokens": TOKENS, "min_tokens": TOKENS, "ignore_eos": True, "seed": seed}
+        while not self.over:
+            body = {"token_ids": [seed + 3, 5, 7, 11], "sampling_params": sampling, "stream": True}
+            with contextlib.suppress(aiohttp.ClientError):
+                async with self.session.post(f"{self.url}/inference/v1/generate", json=body, headers=self.headers) as answer:
+                    async for line in answer.content:
+                        if line.startswith(b"data: {"):
+                            self.times.append(time.monotonic())
+
+    def longest_gap(self, begin: float, end: float) -> float:
+        """Between two tokens, whichever requests'."""
+        within = [time for time in self.times if begin <= time <= end]
+        before = max((time for time in self.times if time < begin), default=begin)
+        return max(np.diff([before, *within, end])) if within else end - begin
+
+
+async def up(session: aiohttp.ClientSession, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with session.get(f"{url}/health") as answer:
+                if answer.status == 200:
+                    return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no server after {START_S:.0f} s; the end of its log:\n{process.tail(log)}")
+        await asyncio.sleep(0.3)
+
+
+async def measure(run: RunDir, url: str, log: Path, share: Share, cache: Path) -> Result:
+    store = PolicyStore(run.policy)
+    follower = Follower(store, cache, "agent")
+    took: dict[str, float] = {}
+
+    async def begun(_session: Any, context: Any, parameters: Any) -> None:
+        context.begin = time.monotonic()
+
+    async def ended(_session: Any, context: Any, parameters: Any) -> None:
+        took[parameters.url.path] = time.monotonic() - context.begin
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_start.append(begun)
+    trace.on_request_end.append(ended)
+    result, version = Result([]), 0
+    async with aiohttp.ClientSession(trace_configs=[trace]) as pushing, aiohttp.ClientSession() as asking:
+        await up(asking, url, log)
+        load = Load(asking, url, run.token())
+        streams = [asyncio.create_task(load.stream(seed)) for seed in range(STREAMS)]
+        await asyncio.sleep(3.0)
+        for mode in MODES:
+            stalls, loads, updates, usual = [], [], [], []
+            for _ in range(UPDATES + 1):
+                version += 1
+                await asyncio.to_thread(publish, store, share, version)
+                newest: Published | None = await asyncio.to_thread(follower.look)
+                assert newest is not None and newest.version == version
+                calm = time.monotonic()
+                await asyncio.sleep(1.0)
+                begin = time.monotonic()
+                usual.append(load.longest_gap(calm, begin))
+                await push(pushing, url, run.token(), newest.directory, version, mode)
+                end = time.monotonic()
+                await asyncio.sleep(1.0)
+                stalls.append(load.longest_gap(begin, end + 1.0))
+                loads.append(took["/finish_weight_update"])
+                updates.append(took["/update_weights"])
+            measured = {"stall s": stalls, "load s": loads, "read s": updates, "longest gap without an update s": usual}
+            middle = {name: statistics.median(values[1:]) for name, values in measured.items()}
+            ratio = statistics.median(stall / own for stall, own in zip(stalls[1:], loads[1:], strict=True))
+            result.rows.append({"mode": mode, **middle, "stall / load": ratio})
+        load.over = True
+        await asyncio.gather(*streams)
+    follower.close()
+    result.at_most("stall in mode keep, times the engine's own load time", result.rows[0]["stall / load"], 1.5)
+    return result
+
+
+def tensors_in(path: Path) -> list[tuple[Tensor, Any]]:
+    """Each tensor of a safetensors file, and its bytes."""
+    data = np.fromfile(path, np.uint8)
+    return [(Tensor(name, kind, shape), data[first:last]) for name, (kind, shape, first, last) in tensors_of(data).items()]
+
+
+def main() -> Result:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory(dir="/dev/shm") as cache:
+        root = Path(scratch)
+        make_model(root / "model")
+        run = RunDir(root / "run")
+        run.create()
+        config = Config(run_dir=str(run.path))
+        config.environment.target = "nowhere:Nothing"
+        config.model.path, config.model.max_length = str(root / "model"), 256
+        config.rollout.memory_utilization, config.rollout.kv_cache_bytes, config.rollout.enforce_eager = 0.05, 64 << 20, True
+        config.rollout.variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        write_json(run.run_json, {"config": dataclasses.asdict(config)})
+        weights = tensors_in(root / "model" / "model.safetensors")
+        share = Share([tensor for tensor, _ in weights])
+        for tensor, data in weights:
+            share.parts[tensor.name][:] = data
+        with served(run, root / "log") as url:
+            result = asyncio.run(measure(run, url, root / "log", share, Path(cache)))
+    result.details |= {"model, bytes": share.size, "streams": STREAMS, "load": os.getloadavg()}
+    return result
