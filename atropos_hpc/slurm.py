@@ -3,13 +3,20 @@
 Everything is asked of the controller (squeue, scontrol, sinfo), never of the accounting, which many sites lack.
 """
 
+import logging
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 60.0
+AWAY_S, PAUSE_S = 120.0, 5.0  # a controller that fails over is away for about two minutes
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
@@ -27,6 +34,19 @@ def ask(*command: str, env: Mapping[str, str] | None = None) -> str:
         said = "; ".join(done.stderr.strip().splitlines()) or f"exit code {done.returncode}"
         raise SlurmError(f"{shlex.join(command)}: {said}")
     return done.stdout.strip()
+
+
+def insist(call: Callable[[], T]) -> T:
+    """What `call` returns, tried again while it raises SlurmError; raises it after AWAY_S. For what a run cannot go on without."""
+    deadline = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return call()
+        except SlurmError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s; tried again in %.0f s", error, PAUSE_S)
+            time.sleep(PAUSE_S)
 
 
 def expand(nodelist: str) -> list[str]:

@@ -1,6 +1,8 @@
 """The supervisor with real processes, and no learner, server or Slurm: small programs end as the real ones do."""
 
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from atropos_hpc.config import LaunchConf
-from atropos_hpc.launch import job
+from atropos_hpc import slurm
+from atropos_hpc.config import Config, LaunchConf
 from atropos_hpc.launch.allocation import Process, Step
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.supervisor import Supervisor
+from atropos_hpc.launch.sweep import Point
 from atropos_hpc.run_dir import RunDir, read_json, write_json
 from atropos_hpc.slurm import SlurmError
 
@@ -81,20 +84,34 @@ def test_a_run_directory_that_is_away_for_a_moment_ends_nothing(run: RunDir) -> 
     assert read_json(run.members / "supervisor-trainer0-0.json")["outcome"] == "finish"
 
 
-def test_a_requeue_is_tried_until_the_controller_is_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(job, "REQUEUE_PAUSE_S", 0.01)
-    answers = iter([SlurmError("scontrol: Unable to contact slurm controller"), None])
+def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slurm, "PAUSE_S", 0.01)
+    answers = iter([SlurmError("scontrol: Unable to contact slurm controller"), "42"])
 
-    def requeue() -> None:
-        if (answer := next(answers)) is not None:
+    def submit() -> str:
+        if isinstance(answer := next(answers), SlurmError):
             raise answer
+        return answer
 
-    job.start_again(requeue)
-    assert "Unable to contact" in capsys.readouterr().err
-    monkeypatch.setattr(job, "REQUEUE_S", 0.05)
+    assert slurm.insist(submit) == "42" and "Unable to contact" in caplog.text
+    monkeypatch.setattr(slurm, "AWAY_S", 0.05)
 
     def refused() -> None:
         raise SlurmError("scontrol: Requested operation is presently disabled")
 
     with pytest.raises(SlurmError, match="disabled"):
-        job.start_again(refused)
+        slurm.insist(refused)
+
+
+def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(tmp_path: Path) -> None:
+    def handler(*_: object) -> None:
+        raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
+
+    previous = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with pytest.raises(SlurmError, match="requeue"):
+            Point(0, [], Config(), tmp_path).requeue()
+    finally:
+        signal.signal(signal.SIGUSR2, previous)

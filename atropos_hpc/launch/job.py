@@ -7,9 +7,8 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from atropos_hpc import slurm
@@ -20,7 +19,6 @@ from atropos_hpc.slurm import SlurmError
 log = logging.getLogger(__name__)
 
 END_STEP_S = 60.0  # how long a killed step may take to go
-REQUEUE_S, REQUEUE_PAUSE_S = 120.0, 5.0  # how long a requeue is tried: a controller that fails over is away for about two minutes
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Job:
         if host is not None:
             return dict.fromkeys(nodes, "")
         found = {}
-        for record in slurm.records(slurm.ask("scontrol", "-o", "show", "node", ",".join(nodes))):
+        for record in slurm.records(slurm.insist(lambda: slurm.ask("scontrol", "-o", "show", "node", ",".join(nodes)))):
             name, address = record["NodeName"], record.get("NodeAddr") or record["NodeName"]
             try:
                 found[name] = str(socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
@@ -87,19 +85,6 @@ def ours(groups: Mapping[str, Group]) -> Job:
     for name in set(os.environ) - set(batch.clean(os.environ)):
         del os.environ[name]
     return Job(os.environ["SLURM_JOB_ID"], groups)
-
-
-def start_again(requeue: Callable[[], None]) -> None:
-    """Call `requeue` until it works: nobody else has the run started again. Raises SlurmError when it has not worked for too long."""
-    deadline = time.monotonic() + REQUEUE_S
-    while True:
-        try:
-            return requeue()
-        except SlurmError as error:
-            if time.monotonic() > deadline:
-                raise
-            print(f"not requeued yet: {error}", file=sys.stderr, flush=True)
-            time.sleep(REQUEUE_PAUSE_S)
 
 
 def _preempted(component: Mapping[str, str]) -> bool:

@@ -25,7 +25,7 @@ from atropos_hpc.checks import Problem
 from atropos_hpc.config import Config
 from atropos_hpc.launch import base_model, batch, plan, preflight
 from atropos_hpc.launch.allocation import Step, local_steps, slurm_steps, trainer_python
-from atropos_hpc.launch.job import Job, ours, start_again
+from atropos_hpc.launch.job import Job, ours
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.split import RolloutJob
 from atropos_hpc.launch.supervisor import Supervisor
@@ -50,7 +50,7 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     action = _launch(config, run_dir)
     if action is Action.REQUEUE:
         try:
-            start_again(requeue)
+            slurm.insist(requeue)
         except slurm.SlurmError as error:
             print(f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes", file=sys.stderr)
     return EXIT[action] if isinstance(action, Action) else action

@@ -26,7 +26,7 @@ from atropos_hpc.config import Config, from_dict
 from atropos_hpc.launch import batch
 from atropos_hpc.launch.allocation import agent_step
 from atropos_hpc.launch.batch import Group
-from atropos_hpc.launch.job import ours, start_again
+from atropos_hpc.launch.job import ours
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import log_to_stderr
@@ -47,7 +47,7 @@ class RolloutJob:
         self.note = run.path / "rollout_job.json"
         self.id: str = read_json(self.note).get("job", "")
         self._next, self._states = 0.0, {}  # type: tuple[float, dict[str, str]]
-        if self.id and self._going():
+        if self.id and slurm.insist(self._going):
             log.info("rollout job %s goes on", self.id)
             return
         script = run.path / "rollout_job.sbatch"
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action = Supervisor(run, config.launch, [step], following.look, job, leads=False).supervise()
     log.info("rollout node %d: %s", index, action.name.lower())
     if action is Action.REQUEUE:
-        start_again(lambda: slurm.requeue(job.id))
+        slurm.insist(lambda: slurm.requeue(job.id))
     return {Action.FINISH: process.DONE, Action.FAIL: 1}.get(action, process.STOPPED)
 
 
