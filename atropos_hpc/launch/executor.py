@@ -65,10 +65,5 @@ class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
         return self.script(f"env SUBMITIT_EXECUTOR=slurm {command}", str(utils.JobPaths(self.folder).stdout).replace("%t", "0"))
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        kept = batch.outside(os.environ)
-        return [
-            "env",
-            *(word for name in sorted(set(os.environ) - set(kept)) for word in ("-u", name)),
-            "sbatch",
-            str(submission_file_path),
-        ]
+        leaks = sorted(set(os.environ) - set(batch.outside(os.environ)))
+        return [*(["env", *(f"--unset={name}" for name in leaks)] if leaks else []), "sbatch", str(submission_file_path)]

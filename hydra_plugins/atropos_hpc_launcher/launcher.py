@@ -86,9 +86,11 @@ class SlurmLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from atropos_hpc.launch import sweep
 
-        return _returns(sweep.on_slurm(self._points(job_overrides, initial_job_idx), self._directory(), self.slots))
+        return _returns(sweep.on_slurm(self._points(job_overrides, initial_job_idx), self.directory, self.slots))
 
-    def _directory(self) -> Path:
+    @functools.cached_property
+    def directory(self) -> Path:
+        """The sweep's."""
         return Path(str(self.config.hydra.sweep.dir)).absolute()
 
     def _points(self, job_overrides: Sequence[Sequence[str]], first: int) -> "list[Any]":
@@ -96,23 +98,27 @@ class SlurmLauncher(Launcher):
         from atropos_hpc.launch.sweep import Point
 
         points = []
+        common = frozenset.intersection(*map(frozenset, job_overrides))
         for num, overrides in enumerate(job_overrides, first):
-            config = self._config(num, overrides)
-            config.wandb.group = config.wandb.group or self._directory().name
+            config = self._config(num, overrides, common)
+            config.wandb.group = config.wandb.group or self.directory.name
             points.append(Point(num, list(overrides), config, Path(config.run_dir)))
         return points
 
-    def _config(self, num: int, overrides: Sequence[str]) -> Any:
-        """What Hydra composes, 0.15 s each. Most points differ in plain values only: these are put into a copy of what the points share."""
+    def _config(self, num: int, overrides: Sequence[str], common: frozenset[str]) -> Any:
+        """What Hydra composes, 0.15 s each. Most points differ in plain values only: these are put into a copy of what the points share.
+
+        `common`: the overrides that all points have.
+        """
         if not self.numbered or any("${hydra:" in override for override in overrides):
             return OmegaConf.to_object(self._composed(num, overrides))
-        parsed = [_parsed(override) for override in overrides]
-        plain = {each.key_or_group: each.value() for each in parsed if self._is_plain(each)}
-        rest = [str(each.input_line) for each in parsed if not self._is_plain(each)]
+        parsed = {override: _parsed(override) for override in overrides if override not in common}
+        plain = {each.key_or_group: each.value() for each in parsed.values() if self._is_plain(each)}
+        rest = [override for override in overrides if override in common or not self._is_plain(parsed[override])]
         alike = (*rest, *plain)
         if alike not in self.shared:
             self.shared[alike] = Shared(self._composed(num, rest), self.leaves)
-        return self.shared[alike].with_values({**plain, "run_dir": str(self._directory() / str(num))})
+        return self.shared[alike].with_values({**plain, "run_dir": str(self.directory / str(num))})
 
     def _is_plain(self, each: Override) -> bool:
         return each.type is OverrideType.CHANGE and each.key_or_group in self.leaves and not isinstance(each.value(), (dict, list))
@@ -160,7 +166,7 @@ class LocalLauncher(SlurmLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from atropos_hpc.launch import sweep
 
-        return _returns(sweep.here(self._points(job_overrides, initial_job_idx), self._directory(), max(1, self.slots)))
+        return _returns(sweep.here(self._points(job_overrides, initial_job_idx), self.directory, max(1, self.slots)))
 
 
 def _returns(outcomes: "list[Any]") -> "list[JobReturn]":
