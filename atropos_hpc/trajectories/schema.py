@@ -201,7 +201,7 @@ def _record(value: Any, vocabulary: int, max_length: int) -> Record:
     if mask_lengths != lengths:
         raise Refused(422, "masks: lengths differ from those of tokens")
     trained = masks != NOT_TRAINED
-    if not (masks == tokens)[trained].all() and not _all_flags(masks):
+    if not ((masks == tokens) | ~trained).all() and not _all_flags(masks):
         raise Refused(422, f"masks: each must be {NOT_TRAINED} or the token itself (or, for every token that is trained, 1)")
     scores = _numbers(value["scores"], "scores")
     if scores.size != len(lengths):

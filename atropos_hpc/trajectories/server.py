@@ -43,7 +43,6 @@ BODIES = 8  # bodies of the greatest size allowed, that may be under way at once
 INFLATED = 2  # a body may inflate to this times what it may be on the wire
 CHUNK_BYTES = 1 << 20  # of an answer, between two looks at other requests
 DEPTH_S = 2.0  # between two reports of the queue's depth in the rendezvous
-RECEIVE_BYTES = 1 << 20  # of a body that may lie ready before the socket is left alone for a while
 BACKLOG = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 GARBAGE = 10_000  # objects that may come into cycles before they are looked for: some dozens of requests
@@ -89,12 +88,16 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
         if under_way + size > BODIES * max_body_bytes:
             raise Refused(429, f"{under_way} bytes are being received already: send it again later")
         under_way += size
+        parts, received = [], 0  # request.read() would copy twice more
         try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise Refused(413, too_large) from None
+            async for part in request.content.iter_any():
+                parts.append(part)
+                received += len(part)
+                if received > max_body_bytes:
+                    raise Refused(413, too_large)
         finally:
             under_way -= size
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
         return inflate(body, request.headers.get("Content-Encoding", ""), INFLATED * max_body_bytes)
 
     def answer(value: Any) -> web.Response:
@@ -269,9 +272,7 @@ def url_of(server: socket.socket, host: str) -> str:
 
 async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
     """Serve `app` on a bound socket, until the returned runner's cleanup(). Inflating bodies is left to `inflate`, which has a limit."""
-    runner = web.AppRunner(
-        app, access_log=None, auto_decompress=False, handler_cancellation=False, shutdown_timeout=CLOSE_S, read_bufsize=RECEIVE_BYTES
-    )
+    runner = web.AppRunner(app, access_log=None, auto_decompress=False, handler_cancellation=False, shutdown_timeout=CLOSE_S)
     await runner.setup()
     await web.SockSite(runner, server, backlog=BACKLOG).start()
     return runner
