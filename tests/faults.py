@@ -365,6 +365,7 @@ def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path,
     with small_filesystem(scratch / "run") as disk:
         started = Started(scratch, ENDLESS, *SETTINGS)
         done: list[Done] = []
+        found: list[str] = []
         try:
             try:
                 harass(started, dice, minutes, gap, disk, done)
@@ -387,7 +388,7 @@ def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path,
             if started.process.poll() is None:
                 started.process.kill()
                 started.process.wait()
-            if "found" not in locals() or found:
+            if found:
                 kept = Path(tempfile.gettempdir()) / f"faults-seed-{seed}"
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(scratch, kept, symlinks=True)
@@ -403,6 +404,7 @@ def main() -> int:
     options = parser.parse_args()
     first, _, last = options.seed.partition("-")
     low, _, high = options.gap.partition("-")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, and what was mounted is not left
     console, failed = Console(width=140), []
     for fault in FAULTS:
         FAULTS[fault] *= options.only in (None, fault.__name__)

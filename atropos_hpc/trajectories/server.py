@@ -11,6 +11,9 @@ import argparse
 import asyncio
 import base64
 import binascii
+import contextlib
+import ctypes
+import gc
 import hmac
 import logging
 import os
@@ -41,6 +44,9 @@ INFLATED = 2  # a body may inflate to this times what it may be on the wire
 CHUNK_BYTES = 1 << 20  # of an answer, between two looks at other requests
 DEPTH_S = 2.0  # between two reports of the queue's depth in the rendezvous
 BACKLOG = 1024
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+GARBAGE = 10_000  # objects that may come into cycles before they are looked for: some dozens of requests
+KEPT_BYTES = 32 << 20  # its maximum for the latter
 CLOSE_S = 5.0  # for requests under way at the end
 NO_EXAMPLE: dict[str, list[Any]] = {
     name: [] for name in ("tokens", "masks", "scores", *schema.FLOATS, "generation_params", "messages", "images")
@@ -82,12 +88,16 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
         if under_way + size > BODIES * max_body_bytes:
             raise Refused(429, f"{under_way} bytes are being received already: send it again later")
         under_way += size
+        parts, received = [], 0  # request.read() would copy twice more
         try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise Refused(413, too_large) from None
+            async for part in request.content.iter_any():
+                parts.append(part)
+                received += len(part)
+                if received > max_body_bytes:
+                    raise Refused(413, too_large)
         finally:
             under_way -= size
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
         return inflate(body, request.headers.get("Content-Encoding", ""), INFLATED * max_body_bytes)
 
     def answer(value: Any) -> web.Response:
@@ -304,9 +314,23 @@ async def serve(run: RunDir, node: str) -> None:
     await asyncio.to_thread(member.leave, **service.depth())
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed: bodies come and go, and to map each one's pages anew costs time. And have Python look for garbage
+    less often, and not among what was imported. Together a sixth of the CPU time of a group.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE, 20, 50)
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description: str) -> None:
     """The process of a trajectory server, this one's or upstream's."""
     process.die_with_parent(signal.SIGKILL)
+    keep_memory()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()

@@ -272,7 +272,10 @@ class Service:
         now = time.monotonic()
         for env_id in {record.env_id for record in records}:
             self.ledger.deliver(env_id, now)
-        stored = await asyncio.gather(*map(self._store, records), return_exceptions=True)
+        if len(records) == 1:  # the usual case, without a task of its own
+            stored: list[Any] = [await self._store(records[0])]
+        else:
+            stored = await asyncio.gather(*map(self._store, records), return_exceptions=True)
         if failure := next((outcome for outcome in stored if isinstance(outcome, BaseException)), None):
             raise failure
         if any(stored):
