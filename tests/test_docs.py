@@ -98,8 +98,8 @@ def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused
     python = rollout_python(Config())
     if not Path(python).exists():
         pytest.skip("needs the rollout role's environment; `make setup` makes it")
-    assert preflight._environment(python, f"{path}:LettersEnv", '{"letter": "a"}') == []
-    (problem,) = preflight._environment(python, f"{path}:LettersEnv", '{"leter": "a"}')
+    assert preflight._environment(python, (), f"{path}:LettersEnv", '{"letter": "a"}') == []
+    (problem,) = preflight._environment(python, (), f"{path}:LettersEnv", '{"leter": "a"}')
     assert problem.key == "environment.config.leter" and "letter" in problem.message
 
 
