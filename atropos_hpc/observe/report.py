@@ -35,7 +35,7 @@ def points(directory: Path) -> list[dict[str, Any]]:
 
 def _row(run: Path, num: int) -> dict[str, Any]:
     of_sweep = read_json(run.resolve().parent / "jobs.json") or ()
-    known = next((row for row in of_sweep if Path(row["run_dir"]).resolve() == run.resolve()), {})
+    known: dict[str, Any] = next((row for row in of_sweep if Path(row["run_dir"]).resolve() == run.resolve()), {})
     job = read_json(RunDir(run).holder).get("job")  # who holds it may have come after the sweep
     return {"num": num, "overrides": [], "steps": None, "job": job, **known, "run_dir": str(run), **({"job": job} if job else {})}
 
