@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from atropos_hpc.run_dir import RunDir, Unreadable, read_json
 
@@ -167,7 +166,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def completion(_options: argparse.Namespace) -> int:
     """What bash has to read for completion; zsh understands it after `bashcompinit`."""
-    names = " ".join(name for name, _, _ in COMMANDS)
+    names = " ".join(command.__name__ for command, _, _ in COMMANDS)
     print(COMPLETION.format(commands=names), end="")
     return 0
 
@@ -233,22 +232,27 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="of which step; else the newest")
 
 
+def _nothing(_parser: argparse.ArgumentParser) -> None:
+    pass
+
+
 def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train")
 
 
-Command = tuple[str, str, Callable[[argparse.ArgumentParser], Any]]
+# the function of a command, what it is for, and what adds its arguments
+Command = tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], None]]
 COMMANDS: tuple[Command, ...] = (
-    ("status", "how a run goes, live, or each point of a sweep", _status),
-    ("report", "a sweep's points as a table, and a page with every figure", _report),
-    ("logs", "what the members of a run have logged", _logs),
-    ("samples", "prompts, completions and scores, by policy version", _samples),
-    ("stop", "save a checkpoint, then end the run", _one_run),
-    ("resume", "go on from the last durable step, here or as a new job", _resume),
-    ("export", "a checkpoint's weights as a Hugging Face directory", _export),
-    ("validate", "everything that would be refused, without starting anything", _overrides),
-    ("doctor", "this machine, the cluster and both environments: what works, what is missing", _overrides),
-    ("completion", "a script for the shell's completion", lambda _: None),
+    (status, "how a run goes, live, or each point of a sweep", _status),
+    (report, "a sweep's points as a table, and a page with every figure", _report),
+    (logs, "what the members of a run have logged", _logs),
+    (samples, "prompts, completions and scores, by policy version", _samples),
+    (stop, "save a checkpoint, then end the run", _one_run),
+    (resume, "go on from the last durable step, here or as a new job", _resume),
+    (export, "a checkpoint's weights as a Hugging Face directory", _export),
+    (validate, "everything that would be refused, without starting anything", _overrides),
+    (doctor, "this machine, the cluster and both environments: what works, what is missing", _overrides),
+    (completion, "a script for the shell's completion", _nothing),
 )
 
 
@@ -269,8 +273,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, about, add_arguments in COMMANDS:
-        add_arguments(commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + "."))
+    for command, about, add_arguments in COMMANDS:
+        added = commands.add_parser(command.__name__, help=about, description=about[0].upper() + about[1:] + ".")
+        added.set_defaults(function=command)
+        add_arguments(added)
     return made
 
 
@@ -280,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser().parse_args(arguments)
     try:
-        return int(globals()[options.command](options))
+        return int(options.function(options))
     except (NotOne, _Refused) as error:
         print(error, file=sys.stderr)
         return 2

@@ -98,15 +98,15 @@ def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused
     python = rollout_python(Config())
     if not Path(python).exists():
         pytest.skip("needs the rollout role's environment; `make setup` makes it")
-    assert preflight._environment(python, f"{path}:LettersEnv", '{"letter": "a"}') == []
-    (problem,) = preflight._environment(python, f"{path}:LettersEnv", '{"leter": "a"}')
+    assert preflight._environment(python, (), f"{path}:LettersEnv", '{"letter": "a"}') == []
+    (problem,) = preflight._environment(python, (), f"{path}:LettersEnv", '{"leter": "a"}')
     assert problem.key == "environment.config.leter" and "letter" in problem.message
 
 
 def test_every_command_of_the_tool_is_in_some_page() -> None:
     text = "".join(page.read_text() for page in PAGES)
-    for name, _, _ in cli.COMMANDS:
-        assert f"atropos-hpc {name}" in text, name
+    for command, _, _ in cli.COMMANDS:
+        assert f"atropos-hpc {command.__name__}" in text, command
 
 
 def test_completion_is_a_script_that_bash_can_read() -> None:

@@ -77,3 +77,14 @@ def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -
     write_json(tmp_path / "jobs.json", [row])
     shown = json.loads(subprocess.run([*command, str(tmp_path), "--json"], capture_output=True, text=True, check=True).stdout)
     assert len(shown) == 1 and shown[0]["accuracy"] == 0.7 and shown[0]["best"] is True
+
+
+def test_a_point_of_a_sweep_is_known_by_its_own_directory_too(tmp_path: Path) -> None:
+    rows = [point(tmp_path, num, job=str(num)) for num in range(2)]
+    for row in rows:
+        write_json(Path(row["run_dir"]) / "run.json", {"id": "x"})
+    write_json(tmp_path / "jobs.json", rows)
+    (found,) = report.points(tmp_path / "1")
+    assert found["overrides"] == ["a=1", "b=1"] and found["job"] == "1" and found["steps"] == 4
+    write_json(RunDir(tmp_path / "1").holder, {"job": "9"})  # resumed by hand
+    assert report.points(tmp_path / "1")[0]["job"] == "9"

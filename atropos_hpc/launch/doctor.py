@@ -117,7 +117,7 @@ def _cluster(config: Config) -> Iterator[Finding]:
         cluster = cluster_check.look()
     except slurm.SlurmError as error:
         needed = config.launch.allocation != "local"
-        said = str(error).splitlines()[0].partition(": ")[2]
+        said = str(error).partition(": ")[2].partition("; ")[0]
         yield Finding(area, False if needed else None, f"the controller does not answer: {said}", "`sinfo` has to work here first")
         return
     yield Finding(area, True, f"the controller answers; scheduler {cluster.scheduler or 'unknown'}")
@@ -140,7 +140,7 @@ def _role(config: Config, role: str, python: str) -> Iterator[Finding]:
     if container:
         yield Finding(area, None, f"in {container}, which cannot be looked into from here")
         return
-    wrong = preflight.interpreter(config, role)
+    wrong = preflight.interpreter(config, role, imports=True)
     for problem in wrong:
         yield Finding(area, False, problem.message, f"or point {problem.key} at an environment that has it")
     if not wrong:

@@ -63,9 +63,6 @@ def changed(known: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 def _place(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory whose table of jobs the run stands in, and its row; the run's own directory when it was not submitted by a sweep."""
-    for directory in (path.parent, path):
-        for row in read_json(directory / "jobs.json") or ():
-            if Path(row["run_dir"]) == path:
-                return directory, row
-    return path, report.points(path)[0]
+    """The directory whose table of jobs the run stands in, its own if it is not of a sweep; and its row."""
+    of_sweep = any(Path(row["run_dir"]).resolve() == path for row in read_json(path.parent / "jobs.json") or ())
+    return path.parent if of_sweep else path, report.points(path)[0]

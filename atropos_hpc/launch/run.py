@@ -207,13 +207,13 @@ def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bo
 
 
 def _write_run_json(config: Config, run: RunDir) -> None:
-    """What every member reads. A resumed run keeps its id and date; its config may differ in what may differ."""
+    """What every member reads. A resumed run keeps its id, date and first command; its config may differ in what may differ."""
     known = read_json(run.run_json)
     write_json(run.run_json, {
         "id": known.get("id") or secrets.token_hex(4),
         "created": known.get("created") or time.time(),
         "version": atropos_hpc.__version__,
-        "command": sys.argv,
+        "command": known.get("command") or sys.argv,
         "config": dataclasses.asdict(config),
     })  # fmt: skip
 

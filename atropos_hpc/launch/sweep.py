@@ -231,4 +231,4 @@ def _show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
     lines = [["point", "job", "overrides", "run directory", "log"]]
     for row, overrides in zip(rows, report.varying([row["overrides"] for row in rows]), strict=True):
         lines.append([str(row["num"]), row["job"] or "-", " ".join(overrides), row["run_dir"], row["log"]])
-    print(f"{report.aligned(lines)}\nThis table: {sweep_dir / 'jobs.json'}. How it goes: atropos-hpc report {sweep_dir}")
+    print(f"{report.aligned(lines)}\nThis table: {sweep_dir / 'jobs.json'}. How it goes: atropos-hpc status {sweep_dir}")

@@ -23,12 +23,21 @@ class NotOne(Exception):
 
 
 def points(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a sweep's jobs.json; without one, one row for each run directory at or below `directory`. [] when there is none."""
+    """The rows of a sweep's jobs.json; without one, one row for each run directory at or below `directory`. [] when there is none.
+
+    The row of a run that is a point of a sweep is that of its sweep's table.
+    """
     if rows := read_json(directory / "jobs.json"):
         return list(rows)
     runs = [directory] if is_run(directory) else sorted((path.parent for path in directory.glob("*/run.json")), key=_by_number)
-    return [{"num": i, "overrides": [], "run_dir": str(run), "job": read_json(RunDir(run).holder).get("job"), "steps": None}
-            for i, run in enumerate(runs)]  # fmt: skip
+    return [_row(run, num) for num, run in enumerate(runs)]
+
+
+def _row(run: Path, num: int) -> dict[str, Any]:
+    of_sweep = read_json(run.resolve().parent / "jobs.json") or ()
+    known: dict[str, Any] = next((row for row in of_sweep if Path(row["run_dir"]).resolve() == run.resolve()), {})
+    job = read_json(RunDir(run).holder).get("job")  # who holds it may have come after the sweep
+    return {"num": num, "overrides": [], "steps": None, "job": job, **known, "run_dir": str(run), **({"job": job} if job else {})}
 
 
 def found(directory: Path) -> list[dict[str, Any]]:
