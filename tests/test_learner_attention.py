@@ -37,11 +37,11 @@ def test_every_sequence_sees_itself_only(lengths: list[int]) -> None:
     want = scaled_dot_product_attention(*theirs, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
     module: torch.nn.Module = SimpleNamespace(num_key_value_groups=2)  # type: ignore[assignment]
     got, _ = packed_attention.attend(module, *mine, None, scaling=0.3, position_ids=positions(lengths))
-    assert got.shape == want.shape and float((got - want).abs().max()) < 1e-12
+    assert got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=1e-12)
     weights = torch.randn_like(want)
     (want * weights).sum().backward()
     (got * weights).sum().backward()
-    assert all(float((one.grad - other.grad).abs().max()) < 1e-12 for one, other in zip(mine, theirs, strict=True))
+    assert all(torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12) for one, other in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 6])
