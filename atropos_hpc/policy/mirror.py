@@ -39,6 +39,7 @@ class Mirror:
     def __init__(self, cache: Path, store: Path) -> None:
         self.store = store
         self.newest: Manifest | None = None
+        cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         self.root = cache / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self.root.mkdir(mode=0o700)

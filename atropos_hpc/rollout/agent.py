@@ -113,6 +113,7 @@ class Agent:
                             task.result()
                     await asyncio.sleep(TICK_S)
             finally:
+                self.follower.stop()
                 following.cancel()
                 watching.cancel()
 
