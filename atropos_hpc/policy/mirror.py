@@ -85,7 +85,9 @@ class Mirror:
             begin = self._read_whole if route.start is not None else self._copy
             digest = begin(data, file, route, lease)
             for step in route.deltas:
-                (change,) = [each for each in step.deltas if each.makes == file.file]
+                change = next((each for each in step.deltas if each.makes == file.file), None)
+                if change is None:
+                    raise BadVersion(f"{step.name}: nothing in it makes {file.file}")
                 coded = np.empty(change.bytes, np.uint8)
                 self._read(step.name, change, coded, lease)
                 try:
