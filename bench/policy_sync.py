@@ -77,6 +77,12 @@ def half_billion(mesh: Any) -> Any:
     return Model()
 
 
+def on_disk() -> Path:
+    """Where runs are kept: on a disk, where /tmp may be memory."""
+    Path("runs").mkdir(exist_ok=True)
+    return Path("runs").absolute()
+
+
 def note(result: Result, what: str, **figures: float) -> None:
     """A row for each figure."""
     result.rows += [{"what": what, "figure": name, "value": value} for name, value in figures.items()]
@@ -180,7 +186,7 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
 
 
 def full_publish(result: Result) -> None:
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory(dir=on_disk()) as scratch:
         run = RunDir(Path(scratch))
         run.create()
         context = multiprocessing.get_context("fork")
@@ -349,7 +355,7 @@ def soonness(result: Result, changed: float) -> None:
     moved[rng.random(len(moved), np.float32) < changed] += np.uint16(1)
     seconds = {}
     for kind in ("full", "delta"):
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch, tempfile.TemporaryDirectory(dir=MEMORY) as cache:
+        with tempfile.TemporaryDirectory(dir=on_disk()) as scratch, tempfile.TemporaryDirectory(dir=MEMORY) as cache:
             run = RunDir(Path(scratch))
             run.create()
             store = PolicyStore(run.policy)
@@ -400,7 +406,7 @@ def steps(result: Result) -> None:
     from atropos_hpc.learner.publishing import Publishing
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory(dir=on_disk()) as scratch:
         dist.init_process_group("gloo", store=dist.FileStore(str(Path(scratch) / "meet"), 1), rank=0, world_size=1)
         run = RunDir(Path(scratch) / "run")
         run.create()

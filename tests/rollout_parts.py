@@ -12,15 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from aiohttp import web
 
 from atropos_hpc.config import Config
+from atropos_hpc.policy import delta
+from atropos_hpc.policy.delta import Run
+from atropos_hpc.policy.share import WIDTHS, tensors_of, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.process import PARENT
 from atropos_hpc.rendezvous import Leader
 from atropos_hpc.rollout.pool import GENERATE
-from atropos_hpc.run_dir import RunDir, write_json
+from atropos_hpc.run_dir import RunDir, write_file, write_json
 
 ANSWER = {"choices": [{"token_ids": [7], "weight_versions": [{"version": "1", "start": 0, "end": 1}]}]}
 Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -88,6 +92,20 @@ def publish(run: RunDir, weights: Path, version: int, attempt: int = 1) -> Path:
     data = weights.read_bytes()
     files = [{"file": "part-0.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}]
     return PolicyStore(run.policy).commit(version, attempt, files).directory
+
+
+def publish_delta(run: RunDir, old: Path, new: Path, version: int) -> None:
+    """What turns the safetensors file `old` (the version before) into `new`, as a published version."""
+    before, after = (np.fromfile(path, np.uint8) for path in (old, new))
+    starts = [(name, first, last, WIDTHS[kind]) for name, (kind, _, first, last) in tensors_of(after).items()]
+    runs = [Run(0, min(first for _, first, _, _ in starts), 1)]
+    runs += [Run(first, last - first, width) for _, first, last, width in sorted(starts, key=lambda start: start[1])]
+    coded = delta.encode(before, after, runs)
+    store = PolicyStore(run.policy)
+    write_file(store.begin(version, 1) / "part-0.delta", coded)
+    whole = {"file": "part-0.safetensors", "bytes": len(after), "xxh3": xxh3(after)}
+    change = {"file": "part-0.delta", "bytes": len(coded), "xxh3": xxhash.xxh3_64_hexdigest(coded), "makes": "part-0.safetensors"}
+    store.commit(version, 1, [whole], "delta", (1, version - 1), [change])
 
 
 class FakeServer:

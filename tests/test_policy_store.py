@@ -322,3 +322,12 @@ def test_a_follower_outlives_a_store_that_vanishes(store: PolicyStore, follow: C
     gone = publish(store, 2)
     shutil.rmtree(gone.directory)
     assert follower.look() == good
+
+
+def test_a_reader_that_ends_does_not_read_to_the_end(store: PolicyStore, follow: Callable[..., Follower]) -> None:
+    publish(store, 1)
+    follower = follow(store, complain=lambda version, why: pytest.fail(why))
+    follower.stop()
+    for _ in range(3):
+        assert follower.look() is None
+    assert follower.failures == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rollout_parts import leader, make_run, module, publish
+from rollout_parts import leader, make_run, module, publish, publish_delta
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
@@ -22,6 +22,7 @@ import aiohttp  # noqa: E402
 
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
 from atropos_hpc.policy import adapter  # noqa: E402
+from atropos_hpc.policy.follower import Follower  # noqa: E402
 from atropos_hpc.policy.push import PushError, push  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, file_digest  # noqa: E402
 from atropos_hpc.process import children_of  # noqa: E402
@@ -123,6 +124,25 @@ def test_pushed_weights_are_served_exactly_and_with_their_version(served: Served
     version = served.push(served.base)
     # The same weights give the same numbers as when they were loaded at the start, bit by bit, the tied output layer included.
     assert served.greedy() == (*at_start[:2], str(version))
+
+
+def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_path: Path) -> None:
+    """By a follower, out of its own copy in memory. These deltas change everything, which the learner would publish in full."""
+    served.push(served.other)
+    other = served.greedy()[:2]
+    served.push(served.base)
+    base = served.greedy()[:2]
+    follower = Follower(PolicyStore(served.run.policy), tmp_path, "a test")
+    weights = {"base": served.base / "model.safetensors", "other": served.other / "model.safetensors"}
+    for old, new, expected in ((None, "base", base), ("base", "other", other), ("other", "base", base)):
+        if old is not None:
+            served.version += 1
+            publish_delta(served.run, weights[old], weights[new], served.version)
+        newest = follower.look()
+        assert newest is not None and newest.version == served.version and newest.directory.is_relative_to(tmp_path), follower.bad
+        served.push_directory(newest.directory)
+        assert served.greedy() == (*expected, str(served.version))
+    follower.close()
 
 
 def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) -> None:

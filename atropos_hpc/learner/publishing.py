@@ -169,7 +169,10 @@ class Publishing:
             self._base = (self.attempt, version)
         self._since_full = 0 if in_full else self._since_full + 1
         if self.leads:
-            self.store.retire(self.conf.keep, self.attempt)
+            try:
+                self.store.retire(self.conf.keep, self.attempt)
+            except OSError as error:  # the next time; the version is out
+                log.warning("old policy versions are not removed: %s", error)
 
     def _prepare(self, version: int, needed: int) -> None:
         """Rank 0: make room if there is too little, and the directory. Raises NoRoom."""
@@ -182,6 +185,16 @@ class Publishing:
                 self.store.retire(self.conf.keep, self.attempt)
             self.store.check_room(needed, self.conf.max_bytes)
         self.store.begin(version, self.attempt)
+
+    def _request(self) -> dict[str, Any] | None:
+        """A reader's, which counts as met from now on. A filesystem that cannot say is asked again: the other ranks wait for this one."""
+        try:
+            if (request := self.readers.asked()) is not None:
+                self.readers.answered()
+            return request
+        except (OSError, ValueError) as error:
+            log.warning("cannot look for requests: %s", error)
+            return None
 
     def _tell(self, alarm: str | None) -> None:
         if alarm != self._alarm:
@@ -200,12 +213,10 @@ class Publishing:
         waited = 0.0
         while not self._leave.wait(LOOK_S):
             waited += LOOK_S
-            request = self.readers.asked()
-            if public and request is not None:
-                self.readers.answered()
-                if self._since_full or tuple(request.get("key", ())) == (self.attempt, version):
-                    log.warning("policy version %d is published again, in full: %s", version, request.get("why"))
-                    return RENEW
+            request = self._request() if public else None
+            if request and (self._since_full or tuple(request.get("key", ())) == (self.attempt, version)):
+                log.warning("policy version %d is published again, in full: %s", version, request.get("why"))
+                return RENEW
             if not public and waited >= RETRY_S:
                 return RETRY
             if waited >= NEWS_S:

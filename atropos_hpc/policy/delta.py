@@ -29,6 +29,7 @@ Bytes = NDArray[np.uint8]
 CODEC = "gaps-zigzag-zstd"
 CHUNK = 1 << 19  # elements: small enough for a core's cache
 ESCAPE = 255
+SPARSE = 0.08  # of elements changed
 SAMPLE, SAMPLED = 1 << 12, 64  # `changed_share` looks at one block of SAMPLE elements in SAMPLED
 
 
@@ -52,7 +53,7 @@ def encode(old: Bytes, new: Bytes, runs: Sequence[Run]) -> bytes:
     compressor = zstandard.ZstdCompressor(level=1)
     for start, count, width in _chunks(runs):
         before, after = (_numbers(array, start, count, width) for array in (old, new))
-        where = np.flatnonzero(before != after)
+        where = _where(before != after)
         if len(where):
             gaps, values = _gaps(where), _planes(after[where] - before[where])
             own = [compressor.compress(coded.data) for coded in (gaps, values)]
@@ -144,6 +145,17 @@ def _chunks(runs: Sequence[Run]) -> Iterator[tuple[int, int, int]]:
 def _numbers(array: Bytes, start: int, count: int, width: int) -> NDArray[Any]:
     """A view of `count` unsigned numbers, aligned or not."""
     return array[start : start + count * width].view(f"u{width}")
+
+
+def _where(changed: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """np.flatnonzero, in half the time where few are true: first the groups of eight that have any."""
+    if len(changed) % 8 or np.count_nonzero(changed) > SPARSE * len(changed):
+        return np.flatnonzero(changed)
+    eights = changed.view(np.uint64)
+    groups = np.flatnonzero(eights != 0)
+    within = np.flatnonzero(eights[groups].view(np.bool_))
+    where: NDArray[np.intp] = (groups[within >> 3] << 3) | (within & 7)
+    return where
 
 
 def _gaps(where: NDArray[np.intp]) -> Bytes:

@@ -44,14 +44,19 @@ class Follower:
                 return self.newest
             self.newest = self._bring(latest)
         except (BadVersion, OSError) as error:
-            if latest is not None and self._was_replaced(latest):
+            if self.lease.over or (latest is not None and self._was_replaced(latest)):
                 return self.newest  # it was retired while we read: the next look takes the newer one
             self._failed(latest, error)
         else:
             self.bad, self.failures = None, 0
         return self.newest
 
+    def stop(self) -> None:
+        """Have a `look` that another thread is at end soon."""
+        self.lease.over = True
+
     def close(self) -> None:
+        """Free the memory."""
         self.lease.take([])
         self.mirror.close()
 

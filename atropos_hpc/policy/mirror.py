@@ -39,6 +39,7 @@ class Mirror:
     def __init__(self, cache: Path, store: Path) -> None:
         self.store = store
         self.newest: Manifest | None = None
+        cache.mkdir(parents=True, exist_ok=True)
         sweep(cache)
         self.root = cache / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self.root.mkdir(mode=0o700)
@@ -84,7 +85,9 @@ class Mirror:
             begin = self._read_whole if route.start is not None else self._copy
             digest = begin(data, file, route, lease)
             for step in route.deltas:
-                (change,) = [each for each in step.deltas if each.makes == file.file]
+                change = next((each for each in step.deltas if each.makes == file.file), None)
+                if change is None:
+                    raise BadVersion(f"{step.name}: nothing in it makes {file.file}")
                 coded = np.empty(change.bytes, np.uint8)
                 self._read(step.name, change, coded, lease)
                 try:

@@ -140,10 +140,12 @@ def write_share(path: Path, share: Share, filling: Iterable[int] = ()) -> dict[s
 def read_into(path: Path, target: Bytes, alive: Callable[[], None] = lambda: None) -> str:
     """Fill `target` from a file of exactly that many bytes, by several threads. Returns their xxh3 as it was read, in hex.
 
-    `target`: at a page's start, with room for whole blocks behind it if it is large. `alive` is called now and then.
+    `target`: at a page's start, with room for whole blocks behind it if it is large. `alive` is called now and then, and may end
+    the reading by raising.
 
     Raises OSError, and EOFError when the file is shorter or longer.
     """
+    alive()
     digest = xxhash.xxh3_64()
     fd = _open(path, os.O_RDONLY, len(target))
     try:
@@ -153,10 +155,13 @@ def read_into(path: Path, target: Bytes, alive: Callable[[], None] = lambda: Non
         with ThreadPoolExecutor(THREADS) as threads:
             segments = [slice(start, min(start + SEGMENT, whole)) for start in range(0, whole, SEGMENT)]
             pending = [threads.submit(_all_of, os.preadv, fd, target[segment], segment.start) for segment in segments]
-            for segment, each in zip(segments, pending, strict=True):
-                each.result()
-                digest.update(target[segment].data)
-                alive()
+            try:
+                for segment, each in zip(segments, pending, strict=True):
+                    each.result()
+                    digest.update(target[segment].data)
+                    alive()
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
         if whole < len(target):
             end = aligned(BLOCK)
             os.preadv(fd, [end.data], whole)

@@ -296,6 +296,7 @@ class Lease:
 
     def __init__(self, root: Path, reader: str) -> None:
         self.path = root / "readers" / f"{reader}.json"
+        self.over = False  # the reader ends: nothing more is to be read
         self._reads: list[str] = []
         self._count, self._renewed = 0, 0.0
 
@@ -305,7 +306,9 @@ class Lease:
         self._write()
 
     def renew(self) -> None:
-        """Call it now and then while reading."""
+        """Call it now and then while reading. Raises BadVersion when the reader is to end."""
+        if self.over:
+            raise BadVersion("the reader is ending")
         if time.monotonic() - self._renewed > LEASE_S / 6:
             self._write()
 

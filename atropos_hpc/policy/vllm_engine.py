@@ -132,7 +132,7 @@ def read_version(directory: Path, version: int, base: str) -> list[dict[str, tor
             if file.file == adapter.CONFIG:
                 described = json.loads(bytes(data))
             else:
-                shards.append(_tensors(data))
+                shards.append(tensors_in(data))
         except (ValueError, KeyError) as error:
             raise BadVersion(f"{shard}: cannot be read: {error!r}") from error
     if not any(shards):
@@ -153,7 +153,7 @@ def _content(path: Path, size: int, local: bool) -> Any:
         return bytearray(file.read())
 
 
-def _tensors(data: Any) -> dict[str, torch.Tensor]:
+def tensors_in(data: Any) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, without a copy."""
     found = {}
     for name, (dtype, shape, start, end) in tensors_of(data).items():

@@ -113,6 +113,7 @@ class Agent:
                             task.result()
                     await asyncio.sleep(TICK_S)
             finally:
+                self.follower.stop()
                 following.cancel()
                 watching.cancel()
 
@@ -252,6 +253,8 @@ class Agent:
                 child.signal(signal.SIGKILL)
             return
         except PushError as error:
+            if self.follower.newest != version:
+                return  # the node has a newer one, and let this one's copy go
             log.error("%s did not take a policy version, and keeps what it serves: %s", server.name, error)
             await asyncio.sleep(1.0)
             return
