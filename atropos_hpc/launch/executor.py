@@ -43,17 +43,21 @@ class SlurmhetJob(submitit_slurm.SlurmJob[core.R]):
 class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
     """submitit's executor for jobs whose script is given: heterogeneous ones, which submitit itself cannot make.
 
-    `script`: the batch script as a function of the command that loads the pickled function, and of the path for the job's output. The
-    function runs once, in the leader's batch step, where submitit's own SlurmJobEnvironment serves it. `minutes`: the time limit.
+    The function runs once, in the leader's batch step, where submitit's own SlurmJobEnvironment serves it.
     """
 
     job_class = SlurmhetJob
     _throttling = 0.0  # submitit waits 0.2 s between calls of sbatch; the controller says itself when it is too much
 
-    def __init__(self, folder: str | Path, script: Callable[[str, str], str], minutes: int) -> None:
+    def __init__(self, folder: str | Path) -> None:
         super().__init__(folder, max_num_timeout=10_000)  # restarts without progress are limited by launch.requeues
-        self.script = script
-        self.parameters["time"] = minutes
+
+    def submit_with(self, script: Callable[[str, str], str], minutes: int, function: Callable[[], core.R]) -> core.Job[core.R]:
+        """Submit a function. `script`: the batch script, of the command that loads the pickled function and of the path for the job's
+        output. `minutes`: its time limit.
+        """
+        self.script, self.parameters["time"] = script, minutes
+        return self.submit(function)
 
     def _internal_process_submissions(self, delayed_submissions: list[utils.DelayedSubmission]) -> list[core.Job[Any]]:
         return core.PicklingExecutor._internal_process_submissions(self, delayed_submissions)  # there are no arrays of het jobs

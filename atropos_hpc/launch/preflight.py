@@ -19,6 +19,9 @@ from atropos_hpc.launch import batch, cluster_check
 from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_python
 
 CHECK_TIMEOUT_S = 300.0
+_ROLES = ThreadPoolExecutor(
+    2, thread_name_prefix="preflight"
+)  # both roles are looked at side by side: they are processes that one waits for
 # What a role's programs import, and the names under which it may be installed. Which version: requirements/ROLE-*.txt, to the minor number.
 NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "trainer": {"torch": ("torch",), "verl": ("verl",)},
@@ -61,10 +64,9 @@ def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: boo
     """
     found = [*problems(config), *batch.problems(config), *_run_directory(run_dir), *_changed(config, previous), *_model(config)]
     wrong = frozenset(problem.key for problem in found)
-    with ThreadPoolExecutor() as pool:  # they wait for other processes
-        roles = [pool.submit(side, config, wrong, imports) for side in (_trainer_side, _rollout_side)]
-        cluster = cluster_check.check(config, run_dir) if on_slurm else []
-        return [*found, *(problem for role in roles for problem in role.result()), *cluster]
+    roles = [_ROLES.submit(side, config, wrong, imports) for side in (_trainer_side, _rollout_side)]
+    cluster = cluster_check.check(config, run_dir) if on_slurm else []
+    return [*found, *(problem for role in roles for problem in role.result()), *cluster]
 
 
 def _trainer_side(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:

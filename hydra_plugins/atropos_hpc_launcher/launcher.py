@@ -6,8 +6,8 @@ package, and looks through it at every start: nothing heavy is imported before a
 sys.modules, so the dataclasses need their annotations evaluated.)
 """
 
-import copy
 import functools
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -52,13 +52,13 @@ class Shared:
 
     def __init__(self, node: DictConfig, leaves: Iterable[str]) -> None:
         self.node = node
-        self.config: Any = OmegaConf.to_object(node)
+        self.config = pickle.dumps(OmegaConf.to_object(node))  # five times as fast to copy as the object
         raw = OmegaConf.to_container(node)
         self.referring = [key for key in leaves if _holds("${", _at(raw, key))]
 
     def with_values(self, values: "dict[str, Any]") -> Any:
         """A config of its own, with these values of leaves."""
-        config = copy.deepcopy(self.config)
+        config = pickle.loads(self.config)
         for key, value in values.items():
             OmegaConf.update(self.node, key, value)
         for key in [*values, *self.referring]:
@@ -138,8 +138,10 @@ class SlurmLauncher(Launcher):
 
 @functools.cache
 def _parsed(override: str) -> Override:
-    """The points of a sweep share most of their overrides, and parsing one takes a millisecond."""
-    return OverridesParser.create().parse_override(override)
+    return _parser().parse_override(override)
+
+
+_parser = functools.cache(OverridesParser.create)
 
 
 def _at(values: Any, key: str) -> Any:
