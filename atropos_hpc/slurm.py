@@ -4,6 +4,7 @@ Everything is asked of the controller (squeue, scontrol, sinfo), never of the ac
 """
 
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -73,8 +74,20 @@ def unreachable(nodes: Sequence[str]) -> bool:
 
 
 def requeue(job: str) -> None:
-    """Have Slurm start a job again, all components of it, from the batch step on. Slurm lets it wait about two minutes."""
-    ask("scontrol", "requeue", job)
+    """Have Slurm start the job around us again, all components of it, from the batch step on. Slurm lets it wait about two minutes.
+
+    Nothing happens when that has been done already. Raises SlurmError.
+    """
+    if not restarted(records(ask("scontrol", "-o", "show", "job", job))[0]):
+        ask("scontrol", "requeue", job)
+
+
+def restarted(job: Mapping[str, str]) -> bool:
+    """Has Slurm, by its record of the job around us, put it back in the queue since it started this batch step?
+
+    A preemption without grace shows by nothing else.
+    """
+    return int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def states(jobs: Iterable[str]) -> dict[str, str]:

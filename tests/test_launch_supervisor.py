@@ -105,7 +105,10 @@ def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
         slurm.insist(refused)
 
 
-def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(tmp_path: Path) -> None:
+def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "ask", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
+
     def handler(*_: object) -> None:
         raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
 
@@ -113,5 +116,7 @@ def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(tmp_path: P
     try:
         with pytest.raises(SlurmError, match="requeue"):
             Point(0, [], Config(), tmp_path).requeue()
+        monkeypatch.setattr(slurm, "ask", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1")
+        Point(0, [], Config(), tmp_path).requeue()  # Slurm was quicker
     finally:
         signal.signal(signal.SIGUSR2, previous)

@@ -291,15 +291,21 @@ def test_a_split_run_goes_on_without_a_rollout_node_and_takes_it_back(cluster: C
     run.leaves_nothing()
 
 
-def test_a_requeued_split_leader_finds_its_rollout_job_again(cluster: Cluster, tmp_path: Path) -> None:
-    run = submitted(cluster, tmp_path / "sweep", "launch=split", "trainer.steps=60", *stand_in(tmp_path))
+@pytest.mark.parametrize("why", ["warned", "preempted without grace"])
+def test_a_requeued_split_leader_finds_its_rollout_job_again(cluster: Cluster, tmp_path: Path, why: str) -> None:
+    trainer = ["roles.trainer.partition=sudden", "+roles.trainer.sbatch.nodelist=n0", "+roles.rollout.sbatch.nodelist=n1"]
+    run = submitted(cluster, tmp_path / "sweep", "launch=split", "trainer.steps=60", *trainer, *stand_in(tmp_path))
     run.reach(7)
     rollout = read_json(run.run.path / "rollout_job.json")["job"]
-    cluster.command("scancel", "--batch", "--signal=USR2", run.job)
+    if why == "warned":
+        cluster.command("scancel", "--batch", "--signal=USR2", run.job)
+    else:
+        cluster.command("sbatch", "-p", "high", "--nodelist=n0", "--exclusive", "--wrap", "sleep 1")
     run.is_requeued()
     run.completes(60, attempts=2)
     assert read_json(run.run.path / "rollout_job.json")["job"] == rollout
     assert run.log("agent-0").count("agent 0 on") == 1  # it never stopped
+    assert cluster.job(run.job)["Restarts"] == "1"
 
 
 # --- nothing is left

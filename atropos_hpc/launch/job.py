@@ -32,7 +32,7 @@ class Job:
         """Why a step on these nodes may have ended: "preempted", "cancelled", "node lost", or None when Slurm knows of no reason."""
         try:
             components = slurm.records(slurm.ask("scontrol", "-o", "show", "job", self.id))
-            if any(_preempted(component) for component in components):
+            if any(_preempted(component) or slurm.restarted(component) for component in components):
                 return "preempted"
             mine = next((c for c in components if c["JobId"] == self._job_of(nodes)), None)
             if mine is None or not nodes:

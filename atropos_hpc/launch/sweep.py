@@ -42,7 +42,12 @@ class Point:
         return str(self.run_dir)
 
     def requeue(self) -> None:
-        """Go through submitit's own protocol: its handler of this signal asks for `checkpoint`, requeues the job, and exits."""
+        """Go through submitit's own protocol: its handler of this signal asks for `checkpoint`, requeues the job, and exits.
+
+        Nothing happens when Slurm has requeued it already.
+        """
+        if slurm.restarted(slurm.records(slurm.ask("scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"]))[0]):
+            return
         try:
             signal.raise_signal(signal.SIGUSR2)
         except (OSError, subprocess.SubprocessError) as error:
@@ -96,9 +101,10 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[
 
     sweep_dir, rows = folder.parent, []  # type: tuple[Path, list[dict[str, Any]]]
     folder.mkdir(parents=True, exist_ok=True)
+    executor = SlurmhetExecutor(folder)
     try:
         for point, name in zip(points, names, strict=True):
-            job = SlurmhetExecutor(folder, _script(point, name), point.config.launch.minutes).submit(point)
+            job = executor.submit_with(_script(point, name), point.config.launch.minutes, point)
             rows.append(_row(point, job=job.job_id, slot=name, log=str(job.paths.stdout)))
     except FailedJobError as error:
         print(error, file=sys.stderr)
