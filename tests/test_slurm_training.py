@@ -1,6 +1,11 @@
-"""Training in Slurm jobs with the real parts, vLLM, verl and an Atropos environment, on a private cluster."""
+"""Training in Slurm jobs with the real parts, vLLM, verl and an Atropos environment, on a private cluster.
+
+Every start of the real parts takes a good part of a minute on two CPUs, so that several faults share a run, and the cases that start them
+again and again are for ATROPOS_HPC_LONG=1 only. test_slurm_runs.py has each of them in seconds, with stand-ins for the roles' programs.
+"""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,20 +13,45 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import ROOT, Cluster, until
-from slurm_parts import Submitted, require_slurm, sbatch, submit
+from slurm_parts import Submitted, kill, node_of, require_slurm, sbatch, submit, submitted
 
 from atropos_hpc.run_dir import read_json, read_lines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
+long = pytest.mark.skipif(not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it")
 SMALL = ["evaluation.every=0", "evaluation.before=false", "evaluation.after=false", "cluster.shared=[/]", "roles.rollout.cpus_per_task=4"]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as cluster:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def clear(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, with all nodes up and nothing in the queue again when the test is over."""
+    yield cluster
+    cluster.clear()
+
+
+def saved(run: Submitted) -> int:
+    return int(read_json(run.run.checkpoints / "latest.json").get("step", 0))
+
+
+def assert_no_step_is_missing_or_twice(run: Submitted) -> None:
+    assert run.steps() == list(range(1, len(run.steps()) + 1)), run.story()
+
+
+def preempt(cluster: Cluster, run: Submitted, *options: str) -> None:
+    """Have a more important job take the run's nodes for a moment."""
+    important = cluster.command("sbatch", "--parsable", "-p", "high", "--exclusive", *options, "--wrap", "sleep 1")
+    until("the preemption", lambda: run.state() == "PENDING", 60, run.story)
+    assert saved(run) == run.steps()[-1], run.story()
+    until("the end of the important job", lambda: cluster.jobs()[important] == "COMPLETED", 90, cluster.story)
+    cluster.skip_requeue_delay(run.job)
 
 
 def test_a_sweep_over_the_kl_coefficient(cluster: Cluster, tmp_path: Path) -> None:
@@ -49,13 +79,116 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(cluster: Clus
     overrides = [f"run_dir={tmp_path / 'run'}", "trainer.steps=14", "trainer.checkpoint_every=100", *SMALL]
     run = Submitted(cluster, tmp_path / "run", sbatch(cluster, tmp_path, str(tmp_path / "two.sbatch"), *overrides))
     run.reach(4, seconds=300)
-    important = cluster.command("sbatch", "--parsable", "-p", "high", "--nodes=3", "--exclusive", "--wrap", "sleep 1")
-    until("the preemption", lambda: run.state() == "PENDING", 60, run.story)
-    saved = read_json(run.run.checkpoints / "latest.json")["step"]
-    assert saved == run.steps()[-1] >= 4, run.story()
-    until("the end of the important job", lambda: cluster.jobs()[important] == "COMPLETED", 90, cluster.story)
-    cluster.skip_requeue_delay(run.job)
+    preempt(cluster, run, "--nodes=4")
+    at = saved(run)
     run.completes(14, attempts=2, seconds=400)
-    assert f"starts at step {saved}" in run.log("trainer-0") and f"starts at step {saved}" in run.log("trainer-1")
+    assert f"starts at step {at}" in run.log("trainer-0") and f"starts at step {at}" in run.log("trainer-1")
     assert cluster.job(run.job)["Restarts"] == "1"
     assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == 14 * 256  # each batch once
+
+
+def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) -> None:
+    """The rank inside its allocation, then `scancel --batch --signal=USR2`: one job, requeued once, one W&B run."""
+    run = submitted(clear, tmp_path / "sweep", "trainer.steps=12", "trainer.checkpoint_every=3", "wandb.mode=offline", *SMALL)
+    until("a durable step", lambda: saved(run), 300, run.story)
+    identity, durable = read_json(run.run.run_json)["id"], saved(run)
+    kill(run.member("trainer")["pid"])
+    until("the restart", lambda: run.log("trainer-0").count("starts at step") == 2, 120, run.story)
+    assert f"starts at step {durable}" in run.log("trainer-0")
+    run.reach(7, seconds=120)
+    assert clear.job(run.job)["Restarts"] == "0" and run.log("agent-0").count("is up at") == 1
+    clear.command("scancel", "--batch", "--signal=USR2", run.job)
+    run.is_requeued()
+    at = saved(run)
+    assert at == run.steps()[-1] >= 7
+    run.completes(12, attempts=2, seconds=400)
+    assert clear.job(run.job)["Restarts"] == "1" and f"starts at step {at}" in run.log("trainer-0")
+    assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == 12 * 256
+    assert {path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")} == {identity}
+
+
+@long
+def test_het_loses_a_rollout_node_then_its_leader_then_a_component(clear: Cluster, tmp_path: Path) -> None:
+    two = ["roles.trainer.nodes=2", "roles.rollout.nodes=2", "+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusive=true"]
+    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", *two, *SMALL)
+    run.reach(3, seconds=400)
+    until("both agents", lambda: run.log("agent-0") and run.log("agent-1"), 60, run.story)
+    first = node_of(run, "rollout")
+    clear.kill_node(first)
+    until("the loss", lambda: "node lost" in run.log("supervisor"), 90, run.story)
+    run.reach(len(run.steps()) + 3, seconds=300)
+    assert run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+
+    leader = node_of(run, "trainer")
+    clear.kill_node(leader)
+    until("a requeue by an agent", lambda: run.state() == "PENDING", 120, run.story)
+    for node in (first, leader):
+        clear.start_node(node)
+    clear.skip_requeue_delay(run.job)
+    before = len(run.steps())
+    run.reach(before + 3, seconds=400)
+    assert_no_step_is_missing_or_twice(run)
+    assert clear.job(run.job)["Restarts"] == "1"
+
+    clear.command("scancel", f"{run.job}+1")
+    until("the end", lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"}, 90, run.story)
+    run.leaves_nothing()
+    assert saved(run) == run.steps()[-1]
+    assert_no_step_is_missing_or_twice(run)
+
+
+@long
+def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemption(clear: Cluster, tmp_path: Path) -> None:
+    roles = ["launch=split", "roles.trainer.partition=sudden", "roles.rollout.partition=main", "roles.rollout.nodes=2",
+             "+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusive=true",
+             "+roles.trainer.sbatch.nodelist=n0"]  # fmt: skip
+    spare = clear.command("sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=n3", "--wrap", "sleep 3600")
+    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", *roles, *SMALL)
+    run.reach(3, seconds=400)
+    until("both servers", lambda: "is up at" in run.log("agent-0") and "is up at" in run.log("agent-1"), 120, run.story)
+    rollout = read_json(run.run.path / "rollout_job.json")["job"]
+    node = clear.command("squeue", "-h", "-o", "%N", "-j", f"{rollout}_1")
+    clear.kill_node(node)
+    run.reach(len(run.steps()) + 5, seconds=200)
+    clear.start_node(node)
+    until("the node back", lambda: run.log("agent-1").count("is up at") == 2, 240, run.story)
+    run.reach(len(run.steps()) + 3, seconds=120)
+    assert run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+
+    preempt(clear, run, "--nodelist=n0")
+    at = saved(run)
+    run.reach(at + 3, seconds=300)
+    assert f"starts at step {at}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
+    assert read_json(run.run.path / "rollout_job.json")["job"] == rollout and run.log("agent-0").count("is up at") == 1
+    assert_no_step_is_missing_or_twice(run)
+
+    clear.command("scancel", spare, run.job)
+    run.ends("CANCELLED")
+    until("an empty queue", lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"}, 60, run.story)
+    run.leaves_nothing()
+    assert saved(run) == run.steps()[-1]
+
+
+@long
+def test_preempted_without_grace_then_at_its_time_limit_then_failed(clear: Cluster, tmp_path: Path) -> None:
+    limits = ["cluster.partition=sudden", "launch.minutes=3", "launch.signal_s=60", "launch.restarts=1", "trainer.checkpoint_every=1000"]
+    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", *limits, *SMALL)
+    run.reach(3, seconds=110)
+    preempt(clear, run, "--nodes=4")
+    at = saved(run)
+    until("the resume", lambda: f"starts at step {at}" in run.log("trainer-0"), 120, run.story)
+
+    until("the warning", lambda: "Slurm takes the nodes" in run.log("supervisor"), 200, run.story)
+    run.is_requeued(90)
+    assert saved(run) == run.steps()[-1] and clear.job(run.job)["Restarts"] == "2"
+    at = saved(run)
+
+    killed: list[int] = []
+    for _ in range(2):
+        until("a learner", lambda: run.member("trainer").get("pid") not in (None, *killed), 120, run.story)
+        killed.append(run.member("trainer")["pid"])
+        kill(killed[-1])
+    run.ends("FAILED")
+    run.leaves_nothing()
+    assert "crashed too often" in run.log("supervisor") and saved(run) == at
+    assert run.steps()[:at] == list(range(1, at + 1))
