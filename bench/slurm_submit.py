@@ -1,8 +1,9 @@
 """What a submission costs beyond Slurm's own sbatch: a sweep of 50 heterogeneous jobs, on a private cluster.
 
 Three things are timed by turns, on a cluster whose nodes are drained, so that no job starts: the launcher with 50 points, the launcher
-with one, and a shell loop that hands sbatch the very scripts which the launcher wrote. A further point is what 50 take longer than one,
-everything in it: composing, checks, pickling, script, sbatch, table. The rest is there once: Hydra's start, the questions to the cluster.
+with one, and a shell loop that hands sbatch the very scripts which the launcher wrote. Overhead is read in two ways: queueing alone
+(pickling, script, table) beyond the time of its sbatch calls; and a further point, what 50 take longer than one, everything in it from
+composing and checks to the table, beyond a script of the loop. The rest is there once: Hydra's start, the questions to the cluster.
 """
 
 import getpass
@@ -37,12 +38,20 @@ def timed(self, *args, **kwargs):
     finally:
         in_sbatch.append(time.perf_counter() - start)
 utils.CommandFunction.__call__ = timed
+submit, queueing = sweep._submit, []
+def timed_submit(*args):
+    start = time.perf_counter()
+    try:
+        return submit(*args)
+    finally:
+        queueing.append(time.perf_counter() - start)
+sweep._submit = timed_submit
 sys.argv = ["atropos_hpc.train", *sys.argv[1:]]
 start = time.perf_counter()
 train.main()
 spent = time.perf_counter() - start
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm"})
-print("MEASURED", json.dumps({"all": spent, "sbatch": sum(in_sbatch), "heavy": heavy}))
+print("MEASURED", json.dumps({"all": spent, "queueing": queueing[0], "sbatch": sum(in_sbatch), "heavy": heavy}))
 """
 LOOP = 'for script in "$@"; do sbatch "$script" >/dev/null; done'
 
@@ -84,7 +93,8 @@ def main() -> Result:
             rows.append({
                 f"launcher, {POINTS} points, s": many["all"], "launcher, 1 point, s": one["all"], "plain loop, s": by_hand,
                 "a further point, ms": 1000 * further, "a script of the loop, ms": 1000 * by_hand / POINTS,
-                "in the launcher's sbatch calls, s": many["sbatch"],
+                "queueing, s": many["queueing"], "of it in sbatch, s": many["sbatch"],
+                "queueing beyond sbatch": many["queueing"] / many["sbatch"] - 1,
             })  # fmt: skip
 
     def median(column: str) -> float:
@@ -99,6 +109,7 @@ def main() -> Result:
         "load of the machine before": load,
     }
     result = Result(rows, details=details)
+    result.at_most("queueing beyond its sbatch calls, median", median("queueing beyond sbatch"), 0.30)
     result.at_most("a further point beyond plain sbatch, medians", further / loop - 1, 0.30)
     result.at_most("torch, ray, verl or vllm in the submitting process", len(heavy), 0)
     return result
