@@ -47,10 +47,10 @@ class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
     """
 
     job_class = SlurmhetJob
-    _throttling = 0.0  # submitit waits 0.2 s between calls of sbatch; the controller says itself when it is too much
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder, max_num_timeout=10_000)  # restarts without progress are limited by launch.requeues
+        self._throttling = 0.0  # submitit waits 0.2 s between calls of sbatch; the controller says itself when it is too much
 
     def submit_with(self, script: Callable[[str, str], str], minutes: int, function: Callable[[], core.R]) -> core.Job[core.R]:
         """Submit a function. `script`: the batch script, of the command that loads the pickled function and of the path for the job's
