@@ -269,6 +269,13 @@ def own_host(host: str | None) -> str:
     return socket.inet_ntoa(answer[20:24])
 
 
+def keep_to_interface(host: str | None) -> None:
+    """Where cluster.host names a network interface, have torch's and vLLM's own connections use it, and listen on no other."""
+    if host is not None and Path("/sys/class/net", host).exists():
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", host)
+
+
 def ask(run: RunDir, what: str, **details: Any) -> None:
     """Leave a request, such as "stop", for whom it concerns."""
     write_json(run.requests / f"{what}.json", {"asked": time.time(), **details})

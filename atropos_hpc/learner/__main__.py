@@ -32,7 +32,7 @@ from atropos_hpc.config import (
 )
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.process import DONE, REFUSED, STOPPED, STUCK
-from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, asked, own_host, wait_for, withdraw
+from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, asked, keep_to_interface, own_host, wait_for, withdraw
 from atropos_hpc.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -105,9 +105,7 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     launch: LaunchConf = from_dict(LaunchConf, config["launch"])
     policy: PolicyConf = from_dict(PolicyConf, config["policy"])
     host = own_host(config["cluster"]["host"])
-    if Path("/sys/class/net", config["cluster"]["host"] or "-").exists():
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", config["cluster"]["host"])
+    keep_to_interface(config["cluster"]["host"])
     join(run, member, rank, world, host, launch.start_timeout_s)
     member.update(state="loading")
     backend = backend_class(trainer.backend)(model, trainer, algorithm, config["seed"])

@@ -226,7 +226,7 @@ class Agent:
             updating = server.updating is not None and not server.updating.done()  # that has deadlines of its own
             path = ENGINE if server.up and not updating else "/health"
             async with self.http.get(server.url + path, headers={"Authorization": f"Bearer {self.token}"}) as answer:
-                if answer.status == 200:
+                if answer.status == 200 or (path == ENGINE and answer.status < 500):  # it may be without that route, but it answers
                     if not server.up:
                         log.info("%s is up at %s after %.0f s", server.name, server.url, time.monotonic() - child.started)
                     server.up, server.answered = True, time.monotonic()

@@ -19,7 +19,7 @@ from typing import Any
 
 from atropos_hpc import process
 from atropos_hpc.config import ModelConf, RolloutConf, from_dict
-from atropos_hpc.rendezvous import own_host
+from atropos_hpc.rendezvous import keep_to_interface, own_host
 from atropos_hpc.rollout.guard import RUN_DIR, TokenGuard
 from atropos_hpc.run_dir import RunDir
 
@@ -89,6 +89,7 @@ def main() -> None:
     config = RunDir(options.run_dir).config()
     rollout, model = from_dict(RolloutConf, config["rollout"]), from_dict(ModelConf, config["model"])
     host = own_host(config["cluster"]["host"])
+    keep_to_interface(config["cluster"]["host"])
     os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
     # Servers that sample with the same seed would give groups of the same noise.
     seed = zlib.crc32(f"{config['seed']} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode())

@@ -118,18 +118,19 @@ class Journal:
         self._thread = threading.Thread(target=self._write_until_closed, name="journal", daemon=True)
         self._thread.start()
 
-    async def append(self, record: Record, then: Then) -> None:
-        """Return once `record` is durable. `then` is called before, in the event loop, in the order of the file.
+    def append(self, record: Record, then: Then) -> "asyncio.Future[None]":
+        """Done once `record` is durable. `then` is called before, in the event loop, in the order of the file.
 
-        Raises NotWritten, and then nothing was kept.
+        Ends with NotWritten where it could not be written, and then nothing was kept.
         """
-        done = self._loop.create_future()
+        done: asyncio.Future[None] = self._loop.create_future()
         with self._wake:
             if self._closed:
-                raise NotWritten("the journal is being closed")
+                done.set_exception(NotWritten("the journal is being closed"))
+                return done
             self._pending.append((record, then, done))
             self._wake.notify()
-        await done
+        return done
 
     def read(self, place: Place) -> bytes:
         """The record at `place`, as it lies in the file. Raises KeyError if its segment has been retired."""

@@ -305,7 +305,7 @@ class Service:
             item = Item(record.gid, place, record.sequences, record.tokens, record.env_id, record.oldest)
             self.ledger.add(item, record.hash)
 
-        storing = asyncio.ensure_future(self.journal.append(record, add))
+        storing = self.journal.append(record, add)
         self._being_stored[record.hash] = storing
         storing.add_done_callback(lambda _: self._being_stored.pop(record.hash, None))
         return storing
