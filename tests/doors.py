@@ -9,11 +9,13 @@ import socket
 import struct
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import create_autospec
 from urllib.parse import urlsplit
 
 from atropos_hpc import process
 from atropos_hpc.run_dir import RunDir, read_json
 from atropos_hpc.trajectories.server import application
+from atropos_hpc.trajectories.service import Service
 
 LISTENS = "0A"
 OPEN = {"/health"}
@@ -72,7 +74,7 @@ def http_doors(run: RunDir) -> dict[Door, set[str]]:
     """The run's HTTP servers with every path that they know, by their own word."""
     token, members = run.token(), read_json(run.roster)["members"].values()
     trajectories = next(m["url"] for m in members if m["kind"] == "trajectories" and m["alive"])
-    ours = {resource.canonical for resource in application(None, token, 0).router.resources()}  # type: ignore[arg-type]
+    ours = {resource.canonical for resource in application(create_autospec(Service), token, 0).router.resources()}
     found = {_door(trajectories): ours}
     for server in (server for m in members if m["kind"] == "agent" for server in m["servers"] if server["version"] is not None):
         door = _door(server["url"])
