@@ -34,7 +34,7 @@ from atropos_hpc.policy.store import PolicyStore, Published
 from atropos_hpc.run_dir import RunDir, write_json
 from bench.result import Result
 
-STREAMS, TOKENS, UPDATES = 4, 48, 7
+STREAMS, TOKENS, UPDATES = 4, 48, 5
 MODES = ("keep", "wait", "abort")
 START_S = 300.0
 
