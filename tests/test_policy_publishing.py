@@ -154,6 +154,8 @@ def test_a_full_disk_pauses_publishing_with_an_alarm_and_training_goes_on(tmp_pa
     run = RunDir(tmp_path / "run")
     run.create()
     on_ranks(2, full_disk, tiny_model(tmp_path / "model", tied=True), run.policy)
+    latest = PolicyStore(run.policy).latest()
+    assert latest is not None and latest.version == 2
 
 
 def published_again(rank: int, world: int, path: Path, root: Path, cache: Path) -> Any:
@@ -198,4 +200,6 @@ def test_a_damaged_version_is_published_again_and_a_superseded_learner_stops(tmp
     run = RunDir(tmp_path / "run")
     run.create()
     on_ranks(2, published_again, tiny_model(tmp_path / "model", tied=True), run.policy, tmp_path / "memory")
+    latest = PolicyStore(run.policy).latest()
+    assert latest is not None and latest.version == 3  # what the superseded learner made after it is not public
     shutil.rmtree(tmp_path / "memory")
