@@ -8,6 +8,8 @@ import importlib
 import json
 import pkgutil
 import sys
+import time
+import traceback
 from pathlib import Path
 
 from rich.console import Console
@@ -34,14 +36,22 @@ def show(name: str, result: Result) -> None:
 
 
 def main(names: list[str]) -> int:
-    """0 if every bar of every named bench was reached."""
+    """0 if every bar of every named bench was reached. A bench that fails is told of, and the others run all the same."""
     known = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in ("__main__", "result")]
     if unknown := set(names) - set(known):
         print(f"no bench named {', '.join(sorted(unknown))}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     reached = True
     for name in names or known:
-        result: Result = importlib.import_module(f"bench.{name}").main()
+        start = time.monotonic()
+        try:
+            result: Result = importlib.import_module(f"bench.{name}").main()
+        except Exception:
+            traceback.print_exc()
+            print(f"FAILED  {name}, after {time.monotonic() - start:.0f} s", file=sys.stderr)
+            reached = False
+            continue
+        result.details["wall_s"] = round(time.monotonic() - start, 1)
         show(name, result)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps({"bars": result.bars, "rows": result.rows, **result.details}, indent=1) + "\n")
