@@ -67,7 +67,7 @@ $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
 	$(INSTALL) --python .venv-trl/bin/python -r requirements/bench-trl-cpu.txt
 	touch $@
 
-bench: setup $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
+bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
 
 # Random faults against a live run: SEED is one number or a range, MINUTES of faults for each.

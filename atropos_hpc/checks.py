@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from atropos_hpc.config import AlgorithmConf, Config, lookup
+from atropos_hpc.config import AlgorithmConf, Config, EnvironmentConf, environments, lookup
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,6 @@ AT_LEAST = {
     "model.max_length": 2,
     "model.lora.rank": 0,
     "model.lora.alpha": 1,
-    "environment.group_size": 1,
-    "environment.workers": 1,
-    "environment.concurrency": 1,
     "algorithm.batch_size": 1,
     "algorithm.kl_coef": 0,
     "algorithm.kl_horizon": 1,
@@ -89,6 +86,14 @@ AT_LEAST = {
 REJECTIONS = tuple(f"{kind}_k{k}" for kind in ("token", "seq_sum", "seq_mean", "seq_max") for k in (1, 2, 3) if f"{kind}{k}" != "seq_max1")
 RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"
 
+# fields of Atropos' own environment config that follow from the run's, and where to change them instead; {} is the environment's key
+ENVIRONMENT_OWN = {
+    "group_size": "{}.group_size", "max_num_workers": "{}.concurrency", "inference_weight": "{}.weight",
+    "min_batch_allocation": "{}.min_batch_allocation", "max_token_length": "model.max_length", "tokenizer_name": "model.path",
+    "max_batches_offpolicy": "staleness.max", "steps_per_eval": "evaluation.every", "total_steps": "trainer.steps",
+    "batch_size": "algorithm.batch_size", "use_wandb": "wandb.mode", "rollout_server_url": "trajectories.server",
+}  # fmt: skip
+
 # what DeepSpeed's JSON could say, and another key does
 DEEPSPEED_OWN = {
     "train_batch_size": "algorithm.batch_size", "train_micro_batch_size_per_gpu": "trainer.tokens_per_micro_batch",
@@ -125,7 +130,6 @@ LOSS_OPTIONS = {
 ABOVE_ZERO = (
     "trainer.grad_clip",
     "rollout.memory_utilization",
-    "environment.request_timeout_s",
     "policy.poll_s",
     "evaluation.timeout_s",
     "launch.backoff_s",
@@ -154,14 +158,12 @@ def _single_values(config: Config) -> Iterator[Problem]:
 
 
 def _combinations(config: Config) -> Iterator[Problem]:
-    environment, algorithm, trainer = config.environment, config.algorithm, config.trainer
-    if environment.group_size == 1 and algorithm.advantage in CHOICES["algorithm.advantage"]:
-        nothing = f"1 leaves algorithm.advantage={algorithm.advantage} nothing to compare a sequence with; at least 2"
-        yield Problem("environment.group_size", nothing)
+    algorithm, trainer = config.algorithm, config.trainer
+    for key, environment in environments(config).items():
+        yield from _environment(key, environment, algorithm)
+    if (floors := sum(each.min_batch_allocation for each in environments(config).values())) > 1:
+        yield Problem("environment.min_batch_allocation", f"and those of more_environments add up to {floors:g}, more than a whole batch")
     yield from _algorithm(algorithm)
-    if environment.group_size > 0 and algorithm.batch_size % environment.group_size:
-        whole = f"whole groups of {environment.group_size} (environment.group_size)"
-        yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not {whole}")
     if trainer.tokens_per_micro_batch < config.model.max_length:
         longest = f"one sequence of model.max_length={config.model.max_length} tokens"
         yield Problem("trainer.tokens_per_micro_batch", f"{trainer.tokens_per_micro_batch} cannot hold {longest}")
@@ -171,17 +173,31 @@ def _combinations(config: Config) -> Iterator[Problem]:
         yield Problem("model.attention", "flash_attention_2 computes in bfloat16, and model.dtype is float32; use sdpa")
     if config.model.path is None and config.model.make is None:
         yield Problem("model.path", "is needed: a model's directory, or its name on the hub")
-    if not environment.target.rpartition(":")[0]:
-        yield Problem("environment.target", f"{environment.target!r} is not of the form package.module:Class")
     if config.rollout.memory_utilization > 1:
         yield Problem("rollout.memory_utilization", f"{config.rollout.memory_utilization} is more than the whole memory")
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
     if config.trajectories.server == "atropos" and ranks > 1:
         yield Problem("trajectories.server", f"atropos serves one trainer rank, roles.trainer has {ranks}; use durable")
-    for key in ("group_size", "max_token_length", "tokenizer_name"):
-        if key in environment.config:
-            where = {"group_size": "environment.group_size", "max_token_length": "model.max_length", "tokenizer_name": "model.path"}[key]
-            yield Problem(f"environment.config.{key}", f"is set by the run; change {where} instead")
+
+
+def _environment(key: str, environment: EnvironmentConf, algorithm: AlgorithmConf) -> Iterator[Problem]:
+    """What is wrong with the environment at that key."""
+    for name, least in (("group_size", 1), ("workers", 1), ("concurrency", 1), ("min_batch_allocation", 0)):
+        if not (value := getattr(environment, name)) >= least:
+            yield Problem(f"{key}.{name}", f"{value} is less than {least}")
+    for name in ("request_timeout_s", "weight"):
+        if not (value := getattr(environment, name)) > 0:
+            yield Problem(f"{key}.{name}", f"{value} is not above 0")
+    if environment.group_size == 1 and algorithm.advantage in CHOICES["algorithm.advantage"]:
+        nothing = f"1 leaves algorithm.advantage={algorithm.advantage} nothing to compare a sequence with; at least 2"
+        yield Problem(f"{key}.group_size", nothing)
+    if environment.group_size > 0 and algorithm.batch_size % environment.group_size:
+        whole = f"whole groups of {environment.group_size} ({key}.group_size)"
+        yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not {whole}")
+    if not environment.target.rpartition(":")[0]:
+        yield Problem(f"{key}.target", f"{environment.target!r} is not of the form package.module:Class")
+    for name in environment.config.keys() & ENVIRONMENT_OWN.keys():
+        yield Problem(f"{key}.config.{name}", f"is set by the run; change {ENVIRONMENT_OWN[name].format(key)} instead")
 
 
 def _verl(config: Config) -> Iterator[Problem]:

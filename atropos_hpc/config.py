@@ -43,6 +43,8 @@ class EnvironmentConf:
     concurrency: int = 32
     request_timeout_s: float = 600.0
     metric: str = "eval/percent_correct"
+    weight: float = 1.0
+    min_batch_allocation: float = 0.0
 
 
 @dataclass
@@ -209,6 +211,7 @@ class Config:
     seed: int = 0
     model: ModelConf = field(default_factory=ModelConf)
     environment: EnvironmentConf = field(default_factory=EnvironmentConf)
+    more_environments: Dict[str, EnvironmentConf] = field(default_factory=dict)
     algorithm: AlgorithmConf = field(default_factory=AlgorithmConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     rollout: RolloutConf = field(default_factory=RolloutConf)
@@ -237,12 +240,30 @@ def lookup(config: Any, key: str) -> Any:
     return config
 
 
+def environments(config: Any) -> dict[str, EnvironmentConf]:
+    """Dotted key -> each environment of a run, of a Config or of what run.json holds. The first one's accuracy is the run's."""
+    names = ["environment", *(f"more_environments.{name}" for name in sorted(lookup(config, "more_environments")))]
+    return {key: from_dict(EnvironmentConf, found) if isinstance(found := lookup(config, key), dict) else found for key in names}
+
+
+def environment_name(key: str) -> str:
+    """What the environment at that key is called in figures: the last part of its key."""
+    return key.rpartition(".")[2]
+
+
 def keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the config, groups included."""
     for name, declared in config.__dataclass_fields__.items():
         yield f"{prefix}{name}"
         if hasattr(declared.type, "__dataclass_fields__"):
             yield from keys(declared.type, f"{prefix}{name}.")
+
+
+def keys_beside(key: str) -> Iterator[str]:
+    """All that a mistaken key may have meant: every dotted key, and those of the section that it was to be in, where a map holds it."""
+    yield from keys()
+    if key.startswith("more_environments."):
+        yield from keys(EnvironmentConf, f"{key.rpartition('.')[0]}.")
 
 
 def leaves(config: Any = Config, prefix: str = "") -> Iterator[str]:

@@ -90,9 +90,11 @@ def explain(error: Exception) -> str:
     if key and re.match(r"Key '.*' (is not in struct|not in)", first):
         if key.rpartition(".")[0] in schema.open_sections():
             return f"{key}: there is no such key yet; +{key}=... adds it"
-        return f"{key}: there is no such key{checks.did_you_mean(key, schema.keys())}"
+        return f"{key}: there is no such key{checks.did_you_mean(key, schema.keys_beside(key))}"
     if key and isinstance(innermost, MissingMandatoryValue):
         return f"{key}: has to be given: {key}=..."
+    if "is not a subclass of EnvironmentConf" in first:  # OmegaConf takes a new one in a whole map only
+        return "more_environments: +more_environments={NAME: {target: ..., weight: ...}} adds an environment"
     if key:
         return f"{key}: {first}"
     return " ".join(str(error).partition("Config search path")[0].split())

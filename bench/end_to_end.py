@@ -52,7 +52,7 @@ def run_ours(scratch: Path) -> Side:
     start, cpu = run([sys.executable, "-m", "atropos_hpc.train", *overrides], scratch / "ours.log")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     phases = {key.removeprefix("time/"): sum(line[key] for line in lines[1:]) / (STEPS - 1) for key in lines[0] if "time/" in key}
-    versions = {int(path.name.partition("-")[0]): path for path in (directory / "policy").iterdir() if path.is_dir()}
+    versions = {int(path.parent.name.partition("-")[0]): path.parent for path in (directory / "policy").glob("*-*/manifest.json")}
     ends = {step: (path / "manifest.json").stat().st_mtime for step, path in versions.items() if step}
     kept = {step: list(path.glob("*.safetensors")) for step, path in versions.items() if step and step % KEEP == 0}
     return Side("atropos_hpc", start, ends, kept, phases, cpu)

@@ -100,7 +100,7 @@ class Load:
         """Between two tokens, whichever requests'."""
         within = [time for time in self.times if begin <= time <= end]
         before = max((time for time in self.times if time < begin), default=begin)
-        return max(np.diff([before, *within, end])) if within else end - begin
+        return float(max(np.diff([before, *within, end]))) if within else end - begin
 
 
 async def up(session: aiohttp.ClientSession, url: str, log: Path) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 @dataclass
 class Result:
-    """Rows of a table, and the bars that were set."""
+    """Rows of a table, and the bars that were set. numpy's numbers will do."""
 
     rows: list[dict[str, Any]]
     bars: dict[str, dict[str, Any]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def at_least(self, what: str, value: float, bar: float) -> None:
-        self.bars[what] = {"value": value, "bar": bar, "ok": value >= bar}
+        self.bars[what] = {"value": float(value), "bar": bar, "ok": bool(value >= bar)}
 
     def at_most(self, what: str, value: float, bar: float) -> None:
-        self.bars[what] = {"value": value, "bar": bar, "ok": value <= bar}
+        self.bars[what] = {"value": float(value), "bar": bar, "ok": bool(value <= bar)}

@@ -49,6 +49,8 @@ def train(*overrides: str, cwd: Path, variables: dict[str, str] | None = None) -
         ("environment=gsm8kk", "environment/gsm8kk", "gsm8k"),
         ("experiment=nothing", "experiment/nothing", "arithmetic_cpu"),
         ("trainer.steps", "trainer.steps", "not of the form key=value"),
+        ("+more_environments={b: {targt: b.py:B}}", "more_environments.b.targt", "did you mean more_environments.b.target?"),
+        ("+more_environments.b={target: b.py:B}", "more_environments", "+more_environments={NAME: {target: ..."),
     ],
 )
 def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: str) -> None:
@@ -71,6 +73,12 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         ("environment.target=arithmetic", "environment.target", "package.module:Class"),
         ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "more than the whole"),
         ("+environment.config.group_size=4", "environment.config.group_size", "environment.group_size"),
+        ("+environment.config.total_steps=4", "environment.config.total_steps", "change trainer.steps"),
+        ("+environment.config.inference_weight=4", "environment.config.inference_weight", "change environment.weight"),
+        ("environment.weight=0", "environment.weight", "not above 0"),
+        ("environment.min_batch_allocation=1.5", "environment.min_batch_allocation", "more than a whole batch"),
+        ("+more_environments={b: {target: b.py}}", "more_environments.b.target", "package.module:Class"),
+        ("+more_environments={b: {target: b.py:B, group_size: 7}}", "algorithm.batch_size", "more_environments.b.group_size"),
         ("trainer.grad_clip=0", "trainer.grad_clip", "not above 0"),
         ("+algorithm.loss_options.tau_pos=2", "algorithm.loss_options.tau_pos", "vanilla"),
         ("algorithm.loss=sapo", "algorithm.aggregation", "seq-mean-token-mean"),

@@ -23,13 +23,16 @@ MODELS: dict[str, dict[str, Any]] = {
                       "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "max_position_embeddings": 40960},
 }  # fmt: skip
 EXPERIMENTS = {path.stem: path for path in sorted((CONFIGS / "experiment").glob("*.yaml")) if path.stem != "arithmetic_cpu"}
+NEEDED = {
+    "math_qwen3_4b": ["environment.target=math_server.py:MathEnv"],
+    "multi_env": ["more_environments.letters.target=letter_counting_environment.py:LetterCountingEnv"],
+}  # what their user has to name
 GIB = 2**30
 SMALLEST_GPU = 80e9 / GIB  # what these experiments are made for
 
 
 def experiment(name: str) -> Any:
-    needed = ["environment.target=math_server.py:MathEnv"] if name == "math_qwen3_4b" else []
-    return composed(f"experiment={name}", *needed)
+    return composed(f"experiment={name}", *NEEDED.get(name, []))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -32,7 +32,7 @@ def groups(**changes: Any) -> int:
         "under_way": 0,
         "others": 0,
         "group_size": 8,
-        "workers": 1,
+        "share": 1.0,
     }
     return room(**(figures | changes))
 
@@ -58,10 +58,11 @@ def test_what_is_queued_and_under_way_takes_room() -> None:
 
 
 def test_workers_that_see_the_same_room_share_it() -> None:
-    started = [groups(workers=3) for _ in range(3)]
+    started = [groups(share=1 / 3) for _ in range(3)]
     assert sum(started) >= 8 and sum(started) - 8 < 3
-    assert groups(workers=3, under_way=24) == 0  # its share is under way
-    assert groups(workers=100) == 1
+    assert groups(share=1 / 3, under_way=24) == 0  # its share is under way
+    assert groups(share=0.01) == 1
+    assert [groups(share=share, staleness=3) for share in (0.75, 0.25)] == [24, 8]
 
 
 def test_stamps_are_per_sequence_with_the_whole_group_s_range_as_fallback() -> None:
@@ -118,12 +119,11 @@ def test_posts_are_json_of_numpy_and_gzipped_when_large() -> None:
 @pytest.mark.parametrize(
     ("target", "config", "key", "says"),
     [
-        (ARITHMETIC, {"eval_problms": 3}, "environment.config.eval_problms", "did you mean eval_problems?"),
-        (ARITHMETIC, {"temperature": "hot"}, "environment.config.temperature", "number"),
-        (ARITHMETIC, {"total_steps": 3}, "environment.config.total_steps", "change trainer.steps instead"),
-        ("atropos_hpc.environments.arithmetic:ArithmeticEnvironment", {}, "environment.target", "did you mean ArithmeticEnv?"),
-        ("no.such.module:Class", {}, "environment.target", "cannot be imported"),
-        ("no/such/file.py:Class", {}, "environment.target", "cannot be imported"),
+        (ARITHMETIC, {"eval_problms": 3}, "config.eval_problms", "did you mean eval_problems?"),
+        (ARITHMETIC, {"temperature": "hot"}, "config.temperature", "number"),
+        ("atropos_hpc.environments.arithmetic:ArithmeticEnvironment", {}, "target", "did you mean ArithmeticEnv?"),
+        ("no.such.module:Class", {}, "target", "cannot be imported"),
+        ("no/such/file.py:Class", {}, "target", "cannot be imported"),
     ],
 )
 def test_a_wrong_environment_is_named_by_key(target: str, config: dict[str, Any], key: str, says: str) -> None:
@@ -136,7 +136,7 @@ def test_the_check_runs_as_a_command() -> None:
     command = [sys.executable, "-m", "atropos_hpc.rollout.worker", "--check", "--target", ARITHMETIC, "--config"]
     done = subprocess.run([*command, '{"seeds": 1}'], capture_output=True, text=True, check=True)
     (problem,) = json.loads(done.stdout.splitlines()[-1])
-    assert problem["key"] == "environment.config.seeds" and "did you mean seed?" in problem["message"]
+    assert problem["key"] == "config.seeds" and "did you mean seed?" in problem["message"]
 
 
 def test_a_target_may_be_a_file(tmp_path: Path) -> None:

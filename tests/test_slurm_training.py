@@ -41,10 +41,6 @@ def saved(run: Submitted) -> int:
     return int(read_json(run.run.checkpoints / "latest.json").get("step", 0))
 
 
-def assert_no_step_is_missing_or_twice(run: Submitted) -> None:
-    assert run.steps() == list(range(1, len(run.steps()) + 1)), run.story()
-
-
 def preempt(cluster: Cluster, run: Submitted, *options: str) -> None:
     """Have a more important job take the run's nodes for a moment."""
     important = cluster.command("sbatch", "--parsable", "-p", "high", "--exclusive", *options, "--wrap", "sleep 1")
@@ -107,10 +103,40 @@ def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) 
     assert {path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")} == {identity}
 
 
+# --- the long ones: every fault in the middle of a run that then ends, and what its policy has come to
+
+STEPS = 80
+BEHIND = 0.05  # of an undisturbed run's accuracy; each is measured on 1000 problems, with a standard error of 0.012
+TO_THE_END = [f"trainer.steps={STEPS}", "evaluation.every=0", "evaluation.before=false", "evaluation.after=true", "cluster.shared=[/]",
+              "roles.rollout.cpus_per_task=4"]  # fmt: skip
+APART = ["+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusive=true"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Held-out accuracy after STEPS steps of a run that nothing befalls."""
+    run = submitted(cluster, tmp_path_factory.mktemp("undisturbed") / "sweep", *TO_THE_END)
+    run.completes(STEPS, seconds=500)
+    return accuracy(run)
+
+
+def accuracy(run: Submitted) -> float:
+    (line,) = read_lines(run.run.evaluations)
+    print(f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues: {line['accuracy']:.3f}")
+    return float(line["accuracy"])
+
+
+def assert_it_ends_as_without(run: Submitted, attempts: int, undisturbed: float) -> None:
+    """Every step once, every batch once, nothing left; and the policy is as good as that of a run without faults."""
+    run.completes(STEPS, attempts=attempts, seconds=500)
+    assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == STEPS * 256
+    assert accuracy(run) > undisturbed - BEHIND
+
+
 @long
-def test_het_loses_a_rollout_node_then_its_leader_then_a_component(clear: Cluster, tmp_path: Path) -> None:
-    two = ["roles.trainer.nodes=2", "roles.rollout.nodes=2", "+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusive=true"]
-    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", *two, *SMALL)
+def test_het_loses_a_rollout_node_then_its_leader(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
+    two = ["roles.trainer.nodes=2", "roles.rollout.nodes=2", *APART]
+    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *two)
     run.reach(3, seconds=400)
     until("both agents", lambda: run.log("agent-0") and run.log("agent-1"), 60, run.story)
     first = node_of(run, "rollout")
@@ -125,25 +151,18 @@ def test_het_loses_a_rollout_node_then_its_leader_then_a_component(clear: Cluste
     for node in (first, leader):
         clear.start_node(node)
     clear.skip_requeue_delay(run.job)
-    before = len(run.steps())
-    run.reach(before + 3, seconds=400)
-    assert_no_step_is_missing_or_twice(run)
+    assert_it_ends_as_without(run, 2, undisturbed)
     assert clear.job(run.job)["Restarts"] == "1"
-
-    clear.command("scancel", f"{run.job}+1")
-    until("the end", lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"}, 90, run.story)
-    run.leaves_nothing()
-    assert saved(run) == run.steps()[-1]
-    assert_no_step_is_missing_or_twice(run)
 
 
 @long
-def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemption(clear: Cluster, tmp_path: Path) -> None:
+def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemption(
+    clear: Cluster, tmp_path: Path, undisturbed: float
+) -> None:
     roles = ["launch=split", "roles.trainer.partition=sudden", "roles.rollout.partition=main", "roles.rollout.nodes=2",
-             "+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusive=true",
-             "+roles.trainer.sbatch.nodelist=n0"]  # fmt: skip
+             "+roles.trainer.sbatch.nodelist=n0", *APART]  # fmt: skip
     spare = clear.command("sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=n3", "--wrap", "sleep 3600")
-    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", *roles, *SMALL)
+    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *roles)
     run.reach(3, seconds=400)
     until("both servers", lambda: "is up at" in run.log("agent-0") and "is up at" in run.log("agent-1"), 120, run.story)
     rollout = read_json(run.run.path / "rollout_job.json")["job"]
@@ -157,22 +176,16 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
 
     preempt(clear, run, "--nodelist=n0")
     at = saved(run)
-    run.reach(at + 3, seconds=300)
+    assert_it_ends_as_without(run, 2, undisturbed)
     assert f"starts at step {at}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
     assert read_json(run.run.path / "rollout_job.json")["job"] == rollout and run.log("agent-0").count("is up at") == 1
-    assert_no_step_is_missing_or_twice(run)
-
-    clear.command("scancel", spare, run.job)
-    run.ends("CANCELLED")
-    until("an empty queue", lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"}, 60, run.story)
-    run.leaves_nothing()
-    assert saved(run) == run.steps()[-1]
+    clear.command("scancel", spare)
 
 
 @long
-def test_preempted_without_grace_then_at_its_time_limit_then_failed(clear: Cluster, tmp_path: Path) -> None:
-    limits = ["cluster.partition=sudden", "launch.minutes=3", "launch.signal_s=60", "launch.restarts=1", "trainer.checkpoint_every=1000"]
-    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", *limits, *SMALL)
+def test_preempted_without_grace_then_at_its_time_limit(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
+    limits = ["cluster.partition=sudden", "launch.minutes=4", "launch.signal_s=120", "trainer.checkpoint_every=1000"]
+    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *limits)
     run.reach(3, seconds=110)
     preempt(clear, run, "--nodes=4")
     at = saved(run)
@@ -181,14 +194,47 @@ def test_preempted_without_grace_then_at_its_time_limit_then_failed(clear: Clust
     until("the warning", lambda: "Slurm takes the nodes" in run.log("supervisor"), 200, run.story)
     run.is_requeued(90)
     assert saved(run) == run.steps()[-1] and clear.job(run.job)["Restarts"] == "2"
-    at = saved(run)
+    clear.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=30")
+    assert_it_ends_as_without(run, 3, undisturbed)
 
+
+@long
+def test_preempted_with_grace_then_a_killed_rank_then_a_warning(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
+    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, "trainer.checkpoint_every=10")
+    run.reach(8, seconds=400)
+    preempt(clear, run, "--nodes=4")
+    at = saved(run)
+    until("the resume", lambda: f"starts at step {at}" in run.log("trainer-0"), 120, run.story)
+
+    run.reach(at + 13, seconds=300)
+    durable = saved(run)
+    kill(run.member("trainer")["pid"])
+    until("the restart", lambda: run.log("trainer-0").count("starts at step") == 3, 120, run.story)
+    assert durable > at and f"starts at step {saved(run)}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
+
+    run.reach(durable + 13, seconds=300)
+    clear.command("scancel", "--batch", "--signal=USR2", run.job)
+    run.is_requeued()
+    assert_it_ends_as_without(run, 3, undisturbed)
+    assert clear.job(run.job)["Restarts"] == "2"
+
+
+@long
+@pytest.mark.parametrize("end", ["scancel of the leader", "scancel of the rollout component", "a rank that crashes too often"])
+def test_however_it_ends_no_process_is_left(clear: Cluster, tmp_path: Path, end: str) -> None:
+    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", "trainer.checkpoint_every=1000", "launch.restarts=1", *SMALL)
+    run.reach(3, seconds=400)
     killed: list[int] = []
-    for _ in range(2):
+    for _ in range(2 if end.startswith("a rank") else 0):
         until("a learner", lambda: run.member("trainer").get("pid") not in (None, *killed), 120, run.story)
         killed.append(run.member("trainer")["pid"])
         kill(killed[-1])
-    run.ends("FAILED")
+    if not killed:
+        clear.command("scancel", run.job if "leader" in end else f"{run.job}+1")
+    until("the end", lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"}, 120, run.story)
     run.leaves_nothing()
-    assert "crashed too often" in run.log("supervisor") and saved(run) == at
-    assert run.steps()[:at] == list(range(1, at + 1))
+    if killed:
+        assert run.state() == "FAILED" and "crashed too often" in run.log("supervisor")
+    else:
+        assert saved(run) == run.steps()[-1] >= 3
+    assert run.steps() == list(range(1, len(run.steps()) + 1))

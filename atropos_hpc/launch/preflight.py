@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.checks import Problem, problems
-from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.config import Config, RoleConf, environments
 from atropos_hpc.launch import batch, cluster_check
 from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_python
 
@@ -52,8 +52,8 @@ AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
 AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
 """
 # keys whose change makes it another run; the rest may differ when a run is resumed
-IDENTITY = ("seed", "model.", "environment.", "algorithm.", "trainer.backend", "trainer.learning_rate", "trainer.warmup_steps",
-            "trainer.schedule", "trainer.weight_decay", "trainer.grad_clip", "trajectories.server")  # fmt: skip
+IDENTITY = ("seed", "model.", "environment.", "more_environments.", "algorithm.", "trainer.backend", "trainer.learning_rate",
+            "trainer.warmup_steps", "trainer.schedule", "trainer.weight_decay", "trainer.grad_clip", "trajectories.server")  # fmt: skip
 
 
 def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: bool = False, imports: bool = False) -> list[Problem]:
@@ -82,15 +82,18 @@ def _trainer_side(config: Config, wrong: frozenset[str], imports: bool) -> list[
 
 
 def _rollout_side(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
-    """The rollout nodes' Python, and the environment in it."""
-    environment = config.environment
+    """The rollout nodes' Python, and the environments in it."""
     if config.roles.rollout.container:
         return []
     if found := interpreter(config, "rollout", imports):
         return found
-    if "environment.target" in wrong:
-        return []
-    return _environment(rollout_python(config), _setup(config, config.roles.rollout), environment.target, json.dumps(environment.config))
+    python, setup = rollout_python(config), _setup(config, config.roles.rollout)
+    return [
+        Problem(f"{key}.{problem.key}", problem.message)
+        for key, environment in environments(config).items()
+        if f"{key}.target" not in wrong
+        for problem in _environment(python, setup, environment.target, json.dumps(environment.config))
+    ]
 
 
 def _setup(config: Config, role: RoleConf) -> tuple[str, ...]:
@@ -215,11 +218,11 @@ def _load_model(python: str, setup: tuple[str, ...], path: str, trust_remote_cod
 
 @functools.cache
 def _environment(python: str, setup: tuple[str, ...], target: str, config: str) -> list[Problem]:
-    """Load the class in the rollout role's Python, and hold environment.config, as JSON, against the class's own."""
+    """Load the class in the rollout role's Python, and hold its config, as JSON, against the class's own. Keys within the section."""
     try:
         done = _run(setup, python, "-m", "atropos_hpc.rollout.worker", "--check", "--target", target, "--config", config)
         return [Problem(each["key"], each["message"]) for each in json.loads(_last_line(done.stdout, ""))]
     except (OSError, subprocess.SubprocessError) as error:
-        return [Problem("environment.target", f"could not be checked: {error}")]
+        return [Problem("target", f"could not be checked: {error}")]
     except ValueError:
-        return [Problem("environment.target", f"could not be checked: {_last_line(done.stderr, 'no answer')}")]
+        return [Problem("target", f"could not be checked: {_last_line(done.stderr, 'no answer')}")]

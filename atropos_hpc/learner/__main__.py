@@ -28,6 +28,8 @@ from atropos_hpc.config import (
     PolicyConf,
     TrainerConf,
     WandbConf,
+    environment_name,
+    environments,
     from_dict,
 )
 from atropos_hpc.observe.console import log_to_stderr
@@ -133,7 +135,8 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
     readers = Readers(partial(asked, run, REPUBLISH), partial(withdraw, run, REPUBLISH), lambda alarm: member.update(alarm=alarm))
     publishing = Publishing(run.policy, policy, model.dtype, readers)
     batches = Batches(leasing, backend.data_rank, backend.data_world, config["staleness"]["max"])
-    conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"])
+    names = tuple(map(environment_name, environments(config))) if config["more_environments"] else ()
+    conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"], names)
     kl = Coefficient(algorithm, progress.get("kl_coef"))
     try:
         return train(conf, run, backend, client, batches, checkpoints, publishing, metrics, Together(run, member), member, kl)

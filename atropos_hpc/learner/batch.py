@@ -89,6 +89,9 @@ class Statistics:
             "staleness_max": self.maxima["staleness"],
             "stale_sequences": sums["stale_sequences"],
         }
+        for name in (key.removeprefix("reward/") for key in sums if key.startswith("reward/")):
+            metrics[f"sequences/{name}"] = sums[f"sequences/{name}"]
+            metrics[f"reward/{name}"] = sums[f"reward/{name}"] / (sums[f"sequences/{name}"] or math.nan)
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
@@ -124,16 +127,17 @@ class Batch:
 
 
 def make_batch(
-    groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_micro_batch: int, max_length: int, version: int, copies: int = 1
-) -> Batch:
+    groups: Sequence[Group], algorithm: AlgorithmConf, tokens_per_micro_batch: int, max_length: int, version: int, copies: int = 1,
+    environments: Sequence[str] = (),
+) -> Batch:  # fmt: skip
     """The batch of this rank's groups (there may be none). Every rank must call it at the same step.
 
     `version` is the learner's policy version, for the staleness; `max_length` is model.max_length, which counts as truncated; `copies`:
-    how many ranks have each group (more than one, where ranks share sequences).
+    how many ranks have each group (more than one, where ranks share sequences); `environments`: names of which to tell apart the rewards.
     Raises ValueError, on all ranks, if any has a sequence longer than `tokens_per_micro_batch`, which could never be trained.
     """
     sequences = flatten(groups, algorithm, copies=copies)
-    totals = over_ranks(statistics(groups, sequences, max_length, version), copies)
+    totals = over_ranks(statistics(groups, sequences, max_length, version, environments), copies)
     longest = int(totals.maxima["longest_trained"])
     if longest > tokens_per_micro_batch:
         raise ValueError(
@@ -210,7 +214,9 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArra
     )
 
 
-def statistics(groups: Sequence[Group], sequences: Sequences, max_length: int, version: int) -> Statistics:
+def statistics(
+    groups: Sequence[Group], sequences: Sequences, max_length: int, version: int, environments: Sequence[str] = ()
+) -> Statistics:
     """Of this rank. `version` is the learner's; staleness is it minus the oldest version behind a sequence, where that is known."""
     lengths = np.concatenate([group.lengths for group in groups]) if groups else np.zeros(0, np.uint32)
     scores = np.concatenate([group.scores for group in groups]) if groups else np.zeros(0)
@@ -234,6 +240,9 @@ def statistics(groups: Sequence[Group], sequences: Sequences, max_length: int, v
         "staleness": staleness.sum(),
         "stale_sequences": (staleness > 0).sum(),
     }
+    for name in environments:  # the same on every rank, whatever groups it has
+        own = [group.scores for group in groups if (group.generation_params or {}).get("environment") == name]
+        sums |= {f"sequences/{name}": sum(map(len, own)), f"reward/{name}": sum(float(scores.sum()) for scores in own)}
     maxima = {
         "length": lengths.max(initial=0),
         "longest_trained": sequences.lengths.max(initial=0),

@@ -46,6 +46,7 @@ class Conf:
     evaluation: EvaluationConf
     launch: LaunchConf
     staleness_max: int
+    environments: tuple[str, ...] = ()  # names, where there are several
 
 
 class Batches:
@@ -118,7 +119,7 @@ def train(
                 batches.ask(version + 1, version)
             with phases("batch"):
                 budget, copies = conf.trainer.tokens_per_micro_batch, backend.world // backend.data_world
-                batch = make_batch(groups, conf.algorithm, budget, conf.model.max_length, version, copies)
+                batch = make_batch(groups, conf.algorithm, budget, conf.model.max_length, version, copies, conf.environments)
             with phases("log_probs"):
                 if batch.needs_log_probs:
                     batch.set_old_log_probs(backend.log_probs(batch))

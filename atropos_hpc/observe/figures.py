@@ -118,8 +118,15 @@ def throughput(run: Series) -> Figure | None:
     return figure
 
 
+def rewards(run: Series) -> list[tuple[str, str, str]]:
+    """A line for the reward of each environment, where there are several."""
+    names = sorted(name for name in run.figures if name.startswith("reward/"))
+    return [(name, CYCLE[number % len(CYCLE)], name.removeprefix("reward/")) for number, name in enumerate(names)]
+
+
 OF_A_RUN: dict[str, Callable[[Series], Figure | None]] = {
     "learning": learning,
+    "environments": lambda run: curves(run, "Reward by environment", rewards(run), ""),
     "kl": lambda run: curves(run, "KL to the reference", [("kl_reference", BLUE, "KL")], "nats per token"),
     "entropy": lambda run: curves(run, "Entropy of the policy", [("entropy", BLUE, "entropy")], "nats per token"),
     "lengths": lambda run: curves(

@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc import process
-from atropos_hpc.config import EnvironmentConf, EvaluationConf, LaunchConf, PolicyConf, RolloutConf, from_dict
+from atropos_hpc.config import EvaluationConf, LaunchConf, PolicyConf, RolloutConf, environments, from_dict
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
@@ -81,13 +81,13 @@ class Agent:
         self.policy: PolicyConf = from_dict(PolicyConf, config["policy"])
         self.launch: LaunchConf = from_dict(LaunchConf, config["launch"])
         self.host = own_host(config["cluster"]["host"])
-        environment: EnvironmentConf = from_dict(EnvironmentConf, config["environment"])
         evaluation: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
         self.token = run.token()
         self.servers = [Server(f"server-{index}-{i}", "atropos_hpc.rollout.server") for i in range(self.rollout.servers)]
-        first = index * environment.workers
+        workers = [key for key, environment in environments(config).items() for _ in range(environment.workers)]
         self.others = [
-            Kept(f"environment-{first + i}", "atropos_hpc.rollout.worker", ("--index", str(first + i))) for i in range(environment.workers)
+            Kept(f"environment-{number}", "atropos_hpc.rollout.worker", ("--index", str(number), "--environment", key))
+            for number, key in enumerate(workers, index * len(workers))
         ]
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)  # somebody has to
         self.leader = LeaderWatch(run)

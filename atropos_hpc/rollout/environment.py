@@ -10,6 +10,7 @@ What these methods do not mention is BaseEnv's, or the environment's own.
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from array import array
@@ -57,7 +58,7 @@ def room(
     under_way: int,
     others: int,
     group_size: int,
-    workers: int,
+    share: float,
 ) -> int:
     """How many more groups this worker may start now, >= 0.
 
@@ -65,14 +66,14 @@ def room(
     batches up to served + staleness. `formed` is the next batch to be formed; before it come `queued` sequences, then those that the
     others and this worker generate. (`others`, `under_way`: sequences.)
 
-    Room for a part of a group is room for one: groups of other sizes may have left it, and a batch must not wait for ever. `workers` all
-    see the same room at once; so each takes no more than its share, rounded up.
+    Room for a part of a group is room for one: groups of other sizes may have left it, and a batch must not wait for ever. All workers
+    see the same room at once; so each takes no more than its `share`, between 0 and 1, rounded up.
     """
     if served is None:
         return 0
     window = (served + staleness + 1 - formed) * batch_size - queued
-    share = -(-window // (group_size * max(1, workers))) * group_size
-    return max(0, -(-min(window - others - under_way, share - under_way) // group_size))
+    own = math.ceil(window * share / group_size - 1e-9) * group_size
+    return max(0, -(-min(window - others - under_way, own - under_way) // group_size))
 
 
 class RunEnvironment(BaseEnv):
@@ -81,12 +82,15 @@ class RunEnvironment(BaseEnv):
     server_cls = VllmServer
     env_id: int
 
-    def __init__(self, config: Any, server_configs: Any, *, member: Member, token: str, staleness: Limits) -> None:
+    def __init__(
+        self, config: Any, server_configs: Any, *, member: Member, token: str, staleness: Limits, called: str | None = None
+    ) -> None:
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
         self.link = TrajectoryLink(self._trajectory_server, token, lambda what: self._wait_for(what, "the trajectory server"))
         self.member, self.counts, self.staleness = member, Counts(), staleness
         self._token = token
+        self.called = called  # written into each group, where a run has several environments
         self._losses_seen = 0
         self._sends: set[asyncio.Task[None]] = set()
         self._senders: set[asyncio.Task[Any] | None] = set()  # rollouts that have come to their send
@@ -132,7 +136,7 @@ class RunEnvironment(BaseEnv):
         more = room(
             served=served, formed=formed, staleness=self.staleness.max, batch_size=status["batch_size"],
             queued=status["queued_sequences"], others=status["others_in_flight"], under_way=len(self.workers) * group_size,
-            group_size=group_size, workers=self.pool.count("environment"),
+            group_size=group_size, share=status["env_weight"],
         )  # fmt: skip
         # BaseEnv lets so many rollouts run: max_batches_offpolicy * derived_batch_size // group_size - queue_size, and cancels what
         # exceeds it. This queue_size makes that the ones that run already, and `more`. Below zero is as good as any.
@@ -258,7 +262,7 @@ class RunEnvironment(BaseEnv):
     async def _send_scored_data_to_api(self, scored_data: Any) -> None:
         """Called last in a group's life. The send is a task of its own: BaseEnv may cancel its workers, but not what is done."""
         for group in scored_data if isinstance(scored_data, list) else [scored_data]:
-            stamp(group, recorded())
+            stamp(group, recorded(), self.called)
         self._senders.add(asyncio.current_task())
         send = asyncio.create_task(self._send(scored_data))
         self._sends.add(send)
@@ -314,8 +318,10 @@ def as_member(environment: type[BaseEnv]) -> type[Any]:
     return type(f"{environment.__name__}Member", (RunEnvironment, environment), {"__doc__": environment.__doc__})
 
 
-def stamp(group: dict[str, Any], seen: list[Generation]) -> None:
-    """Write generation_params.{group_id, policy_versions, temperature}: [oldest, newest] per sequence, or None where nothing was generated.
+def stamp(group: dict[str, Any], seen: list[Generation], environment: str | None = None) -> None:
+    """Write generation_params.{group_id, environment, policy_versions, temperature}.
+
+    Versions are [oldest, newest] per sequence, or None where nothing was generated.
 
     A sequence gets the versions of the generations whose tokens it holds. One that holds none of them (the environment tokenized the
     text anew, and got other ids) gets the range of the whole group: its oldest is never newer than the truth. The temperature is that of
@@ -324,6 +330,8 @@ def stamp(group: dict[str, Any], seen: list[Generation]) -> None:
     params = dict(group.get("generation_params") or {})
     params["group_id"] = uuid.uuid4().hex
     params["policy_versions"] = None
+    if environment is not None:
+        params["environment"] = environment
     if seen:
         everything = span([g.versions for g in seen])
         outputs = [(array("i", g.tokens).tobytes(), g.versions) for g in seen if g.tokens]

@@ -1,4 +1,4 @@
-"""Held-out accuracy while a run goes on: the environment's own `evaluate`, at the policy versions that are due.
+"""Held-out accuracy while a run goes on: the environments' own `evaluate`, at the policy versions that are due.
 
     python -m atropos_hpc.rollout.evaluation --run-dir R
 
@@ -7,6 +7,9 @@ that it is measured on just that version), every multiple of evaluation.every, a
 wait until all servers serve it or a later one, evaluate, and append a line to evaluations.jsonl. Training does not wait, so the line
 tells which versions really generated. Versions that training has passed meanwhile are left out, the last never. Versions that have
 a line already are left out too, so the process can be started again at any time. It ends with the last.
+
+Of a run with several environments each is evaluated, one after the other. The accuracy is that of the first, and the others' metrics bear
+their names.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc import process
-from atropos_hpc.config import EnvironmentConf, EvaluationConf, ModelConf, StalenessConf, from_dict
+from atropos_hpc.config import EvaluationConf, environment_name, environments, from_dict
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.rollout.worker import live, quiet_atropos, seed_everything
@@ -121,27 +124,29 @@ class Evaluator:
     def __init__(self, run: RunDir, member: Member) -> None:
         config = run.config()
         self.run, self.member, self.config = run, member, config
-        self.environment: EnvironmentConf = from_dict(EnvironmentConf, config["environment"])
+        self.metric: str = config["environment"]["metric"]
         self.conf: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
         self.last: int = config["trainer"]["steps"]
 
-    def build(self) -> Any:
-        """The environment. Raises TargetError when it cannot be used as configured."""
+    def build(self) -> dict[str, Any]:
+        """Each environment, by its key. Raises TargetError when one cannot be used as configured."""
         from atropos_hpc.rollout import target
 
         seed_everything(self.config["seed"])
         target.plain_chat_templates()
         quiet_atropos()
-        model, staleness = from_dict(ModelConf, self.config["model"]), from_dict(StalenessConf, self.config["staleness"])
-        environment = target.load(self.environment.target)
-        env_config = target.env_config(environment, self.environment, model, staleness, self.config["seed"])
-        return as_evaluator(environment)(env_config, [target.server_config(self.run, self.environment, model)], slurm=False)
+        built = {}
+        for key in environments(self.config):
+            environment, env_config, servers = target.of_run(self.run, key, self.config["seed"])
+            built[key] = as_evaluator(environment)(env_config, servers, slurm=False)
+        return built
 
     async def work(self) -> None:
         """Until the last due version has been evaluated."""
-        env = self.build()
-        await env.setup()
-        pool = env.server.servers[0].pool
+        envs = self.build()
+        for env in envs.values():
+            await env.setup()
+        pool = envs["environment"].server.servers[0].pool
         pool.watch()
         try:
             while True:
@@ -154,7 +159,7 @@ class Evaluator:
                     self._show_wait(due)
                     await asyncio.sleep(POLL_S)
                     continue
-                await self.line(env, due)
+                await self.line(envs, due)
         finally:
             await pool.close()
 
@@ -164,18 +169,24 @@ class Evaluator:
         if (self.member.state["waiting"] or {}).get("what") != what:
             self.member.update(state="idle", waiting={"what": what, "whom": whom, "since": time.time()})
 
-    async def line(self, env: Any, version: int) -> None:
+    async def line(self, envs: dict[str, Any], version: int) -> None:
         """Evaluate, and append the line. One that failed gets a line with the error: it is not tried again."""
         self.member.update(state=f"evaluating version {version}", waiting=None)
         start = time.time()
         line: dict[str, Any] = {"version": version, "served": None, "metrics": {}, "accuracy": None, "sequences": 0}
-        try:
-            line |= await evaluate(env, self.conf.timeout_s)
-            line["accuracy"] = accuracy(line["metrics"], self.environment.metric)
-            log.info("version %d: %s, by versions %s", version, line["metrics"], line["served"])
-        except Exception as error:  # whatever the environment raises
-            log.exception("the evaluation of version %d failed", version)
-            line["error"] = repr(error)
+        for key, env in envs.items():
+            try:
+                found = await evaluate(env, self.conf.timeout_s)
+            except Exception as error:  # whatever the environment raises
+                log.exception("the evaluation of version %d failed on %s", version, key)
+                line["error"] = f"{key}: {error!r}"
+                continue
+            log.info("version %d on %s: %s, by versions %s", version, key, found["metrics"], found["served"])
+            if key == "environment":
+                line |= found
+                line["accuracy"] = accuracy(found["metrics"], self.metric)
+            else:
+                line["metrics"] |= {f"{environment_name(key)}/{name}": value for name, value in found["metrics"].items()}
         if any(known["version"] == version for known in read_lines(self.run.evaluations)):
             return  # another node had taken the evaluation over
         append_line(self.run.evaluations, {**line, "wall_s": round(time.time() - start, 3), "time": time.time()})

@@ -105,10 +105,6 @@ class Pool:
         """The trajectory server's URL, once it listens. Looks at the roster itself, for callers that are waiting for a change."""
         return self._roster.trajectory_server()
 
-    def count(self, kind: str) -> int:
-        """How many members of this kind live, by the roster last read."""
-        return len(self._roster.members(kind))
-
     def watch(self) -> None:
         """Start following the roster, in the running event loop. `post` does so by itself."""
         if self._watcher is None or self._watcher.done():

@@ -1,4 +1,4 @@
-"""From `environment.target` and `environment.config` to an environment class and its config object; errors name the key to change."""
+"""From an environment's `target` and `config` to its class and its config object; errors name the key to change."""
 
 import functools
 import importlib
@@ -10,29 +10,16 @@ from atroposlib.envs.base import BaseEnv
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from atropos_hpc.checks import Problem, did_you_mean
-from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf
+from atropos_hpc.checks import ENVIRONMENT_OWN, Problem, did_you_mean
+from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, environments, from_dict
 from atropos_hpc.rollout.client import VllmServerConfig
 from atropos_hpc.run_dir import RunDir
 
-# Fields of Atropos' own config that follow from the run's, and where to change them instead
-SET_BY_THE_RUN = {
-    "group_size": "environment.group_size",
-    "max_num_workers": "environment.concurrency",
-    "max_token_length": "model.max_length",
-    "tokenizer_name": "model.path",
-    "max_batches_offpolicy": "staleness.max",
-    "steps_per_eval": "evaluation.every",
-    "total_steps": "trainer.steps",
-    "batch_size": "algorithm.batch_size",
-    "use_wandb": "wandb.mode",
-    "rollout_server_url": None,
-}
 FOR_EVER = 2**31 - 1  # steps: an environment does not decide when a run ends
 
 
 class TargetError(Exception):
-    """The environment cannot be used as configured; `problems` say why, by key."""
+    """The environment cannot be used as configured; `problems` say why, by key within the environment's section."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("; ".join(map(str, problems)))
@@ -49,14 +36,14 @@ def load(target: str) -> type[BaseEnv]:
             where = path.stem
         module = importlib.import_module(where)
     except Exception as error:  # whatever an environment's module raises while it is imported
-        raise TargetError([Problem("environment.target", f"{target}: cannot be imported: {error!r}")]) from error
+        raise TargetError([Problem("target", f"{target}: cannot be imported: {error!r}")]) from error
     environment = getattr(module, name, None)
     if not (isinstance(environment, type) and issubclass(environment, BaseEnv)):
         classes = [
             key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, BaseEnv) and value is not BaseEnv
         ]
         message = f"{target}: {where} has no Atropos environment {name!r}{did_you_mean(name, classes)}"
-        raise TargetError([Problem("environment.target", message)])
+        raise TargetError([Problem("target", message)])
     return environment
 
 
@@ -65,7 +52,7 @@ def default_config(environment: type[BaseEnv]) -> Any:
     try:
         config, _ = environment.config_init()
     except Exception as error:
-        raise TargetError([Problem("environment.target", f"{environment.__name__}.config_init() failed: {error!r}")]) from error
+        raise TargetError([Problem("target", f"{environment.__name__}.config_init() failed: {error!r}")]) from error
     return config
 
 
@@ -76,36 +63,51 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
     if unknown:
         message = "{} has no such field{}"
         raise TargetError(
-            [Problem(f"environment.config.{key}", message.format(kind.__name__, did_you_mean(key, kind.model_fields))) for key in unknown]
+            [Problem(f"config.{key}", message.format(kind.__name__, did_you_mean(key, kind.model_fields))) for key in unknown]
         )
     try:
         return kind(**{**config.model_dump(), **changes})
     except ValidationError as error:
         wrong = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
-        raise TargetError([Problem(f"environment.config.{key}", message) for key, message in wrong]) from error
+        raise TargetError([Problem(f"config.{key}", message) for key, message in wrong]) from error
 
 
 def check_target(target: str, config: dict[str, Any]) -> list[Problem]:
-    """Everything wrong with an environment's target and config, each with its key. Imports the environment; starts nothing."""
-    reserved = [
-        Problem(f"environment.config.{key}", "is set by the run" + (f"; change {instead} instead" if instead else ""))
-        for key, instead in SET_BY_THE_RUN.items()
-        if key in config
-    ]
+    """Everything wrong with an environment's target and config, each with its key. Imports the environment; starts nothing.
+
+    Of fields that the run sets (`ENVIRONMENT_OWN`) the checks of the config itself have told.
+    """
     try:
-        override(default_config(load(target)), {key: value for key, value in config.items() if key not in SET_BY_THE_RUN})
+        override(default_config(load(target)), {key: value for key, value in config.items() if key not in ENVIRONMENT_OWN})
     except TargetError as error:
-        return reserved + error.problems
-    return reserved
+        return error.problems
+    return []
 
 
-def env_config(environment: type[BaseEnv], conf: EnvironmentConf, model: ModelConf, staleness: StalenessConf, seed: int) -> Any:
-    """The environment's config in this run. `seed` goes into its own `seed` field, where it has one. Raises TargetError."""
+def of_run(run: RunDir, key: str, seed: int) -> tuple[type[BaseEnv], Any, list[VllmServerConfig]]:
+    """The run's environment at that key: its class, its config, and its servers. Raises TargetError, with whole keys."""
+    config = run.config()
+    conf, model, nodes = environments(config)[key], from_dict(ModelConf, config["model"]), config["roles"]["rollout"]["nodes"]
+    try:
+        environment = load(conf.target)
+        made = env_config(environment, conf, model, from_dict(StalenessConf, config["staleness"]), nodes, seed)
+    except TargetError as error:
+        raise TargetError([Problem(f"{key}.{problem.key}", problem.message) for problem in error.problems]) from error
+    return environment, made, [server_config(run, conf, model)]
+
+
+def env_config(environment: type[BaseEnv], conf: EnvironmentConf, model: ModelConf, staleness: StalenessConf, nodes: int, seed: int) -> Any:
+    """The config of one of the environment's workers, of which each of `nodes` has `conf.workers`.
+
+    `seed` goes into its own `seed` field, where it has one. Raises TargetError.
+    """
     config = default_config(environment)
     changes: dict[str, Any] = {"seed": seed} if "seed" in type(config).model_fields else {}
     changes |= conf.config
     changes |= {
         "group_size": conf.group_size,
+        "inference_weight": conf.weight / (conf.workers * nodes),
+        "min_batch_allocation": conf.min_batch_allocation / (conf.workers * nodes) or None,
         "max_num_workers": conf.concurrency,
         "max_token_length": model.max_length,
         "tokenizer_name": model.path,

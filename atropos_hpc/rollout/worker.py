@@ -1,10 +1,10 @@
 """One environment worker: an Atropos environment class that generates and scores for a run until it is ended.
 
-    python -m atropos_hpc.rollout.worker --run-dir R --index I
+    python -m atropos_hpc.rollout.worker --run-dir R --index I --environment KEY
     python -m atropos_hpc.rollout.worker --check --target package.module:Class --config '{"field": value}'
 
-The second form starts nothing. It prints what is wrong with a target and its config, as a JSON list of {"key", "message"}; it must run
-in the rollout role's Python, where the environment can be imported.
+The second form starts nothing. It prints what is wrong with a target and its config, as a JSON list of {"key", "message"}, the keys
+within the environment's section; it must run in the rollout role's Python, where the environment can be imported.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from atropos_hpc import process
-from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, from_dict
+from atropos_hpc.config import StalenessConf, environment_name, from_dict
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.process import DONE, REFUSED, STOPPED
 from atropos_hpc.rendezvous import Member
@@ -64,22 +64,20 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-async def work(run: RunDir, member: Member, index: int) -> None:
-    """Run the environment until cancelled. Raises TargetError when it cannot be used as configured."""
+async def work(run: RunDir, member: Member, index: int, key: str) -> None:
+    """Run the environment at that key until cancelled. Raises TargetError when it cannot be used as configured."""
     from atropos_hpc.rollout import target
     from atropos_hpc.rollout.environment import as_member
 
     config = run.config()
-    conf, model = from_dict(EnvironmentConf, config["environment"]), from_dict(ModelConf, config["model"])
     staleness = from_dict(StalenessConf, config["staleness"])
     seed = config["seed"] * 1000 + index
     seed_everything(seed)
     target.plain_chat_templates()
     quiet_atropos()
-    environment = target.load(conf.target)
-    env_config = target.env_config(environment, conf, model, staleness, seed)
-    servers = [target.server_config(run, conf, model)]
-    env = as_member(environment)(env_config, servers, member=member, token=run.token(), staleness=staleness)
+    environment, env_config, servers = target.of_run(run, key, seed)
+    name = environment_name(key) if config["more_environments"] else None
+    env = as_member(environment)(env_config, servers, member=member, token=run.token(), staleness=staleness, called=name)
     try:
         member.update(state="registering")
         await env.env_manager()
@@ -107,6 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--index", type=int, default=0, help="this worker's number in the run")
+    parser.add_argument("--environment", default="environment", help="the key of its section in the config")
     parser.add_argument("--check", action="store_true", help="check --target and --config, and start nothing")
     parser.add_argument("--target")
     parser.add_argument("--config", type=json.loads, default={}, help="as JSON")
@@ -120,7 +119,7 @@ def main() -> int:
     log_to_stderr()
     run = RunDir(options.run_dir)
     member = Member(run, "environment", os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
-    return live(member, lambda: work(run, member, options.index))
+    return live(member, lambda: work(run, member, options.index, options.environment))
 
 
 if __name__ == "__main__":
