@@ -47,7 +47,7 @@ def run(name: str) -> bool:
 
 
 def main(names: list[str]) -> int:
-    """0 if every bar of every named bench was reached. Of several each has a process of its own, and one that fails takes no other along."""
+    """0 if every bar of every named bench was reached. Several have a process each: one that fails takes no other along."""
     known = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in ("__main__", "result")]
     if unknown := set(names) - set(known):
         print(f"no bench named {', '.join(sorted(unknown))}; there are {', '.join(known)}", file=sys.stderr)

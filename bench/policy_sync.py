@@ -10,7 +10,8 @@
     readers that each get an eighth of it (all reads of the store go through a limit); a version counts as served when the last of
     READERS nodes has its verified copy and the engine's own reading of that copy has ended. The model is that of (1), with as many of
     its elements changed as the smallest learning rate changed.
-(3) The learner's step with publishing on and off, in turn, on a model where a publish takes about as long as a step.
+(3) The learner's step with publishing on and off, in turn, where a publish takes as long as a step: the disk here is too quick for that,
+    so writes wait until a shared filesystem of that rate would have taken them.
 """
 
 import logging
@@ -22,22 +23,25 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atropos_hpc.policy import delta, mirror
+from atropos_hpc.policy import share as sharing
 from atropos_hpc.policy.delta import Bytes
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.share import BLOCK, SEGMENT, Share, Tensor, aligned, read_into, write_share, xxh3
 from atropos_hpc.policy.store import File, Lease, PolicyStore, Published, read_manifest
-from atropos_hpc.run_dir import RunDir, write_file
+from atropos_hpc.run_dir import RunDir, read_json, write_file
 from bench.result import Result
 
-RANKS, ROUNDS, GROUPS = 2, 5, 16
+RANKS, ROUNDS, GROUPS = 2, 5, 8
+TOKENS, WRITING = (4, 128), 0.8  # of a step in (3): sequences and tokens of each; the part of it that writing a version takes
 LEARNING_RATES = {1e-6: 0.03, 3e-6: 0.06, 1e-5: 0.14}  # and which share of a full version a delta may be
 VERSIONS = 200
 SHARED_MB_S, SHARED_READERS, READERS = 200, 8, 2
@@ -395,8 +399,28 @@ def _as_the_engine_reads(version: Published) -> None:
 # --- (3)
 
 
+@contextmanager
+def no_faster_than(bytes_per_s: float) -> Iterator[None]:
+    """Writes of shares take that long at least."""
+    real, one, free_at = sharing._all_of, threading.Lock(), 0.0
+
+    def limited(call: Any, fd: int, part: Bytes, at: int) -> None:
+        nonlocal free_at
+        with one:
+            free_at = max(time.monotonic(), free_at) + len(part) / bytes_per_s
+            done = free_at
+        real(call, fd, part, at)
+        time.sleep(max(0.0, done - time.monotonic()))
+
+    sharing._all_of = limited
+    try:
+        yield
+    finally:
+        sharing._all_of = real
+
+
 def steps(result: Result) -> None:
-    """One rank on one thread; a publish of these 60 MB takes about as long as a step of so many tokens."""
+    """One rank on one thread."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -413,11 +437,12 @@ def steps(result: Result) -> None:
         model = small_model()
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
+        model_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
         backend: Any = type("Backend", (), {"module": model, "weights": lambda self: None})()
 
         def step(publishing: Publishing | None, version: int) -> float:
             start = time.monotonic()
-            tokens = torch.randint(0, 8192, (1, 16))
+            tokens = torch.randint(0, 8192, TOKENS)
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -428,28 +453,29 @@ def steps(result: Result) -> None:
         version = 0
         for sync in ("full", "delta"):
             publishing = Publishing(run.policy, PolicyConf(sync=sync), "bfloat16")
-            ratios, took = [], []
-            for number in range(GROUPS):
-                off = statistics.mean(step(None, 0) for _ in range(4))
-                on = []
-                for _ in range(5):
-                    version += 1
-                    on.append(step(publishing, version))
+            ratios = []
+            alone = statistics.median(step(None, 0) for _ in range(4))
+            with no_faster_than(model_bytes / (WRITING * alone)):
+                for number in range(GROUPS):
+                    off = statistics.mean(step(None, 0) for _ in range(4))
+                    on = []
+                    for _ in range(5):
+                        version += 1
+                        on.append(step(publishing, version))
+                    publishing.wait()
+                    if number:
+                        ratios.append(statistics.mean(on[1:]) / off)
+                version += 1
                 start = time.monotonic()
+                publishing.publish(backend, version)
+                held = time.monotonic() - start
+                while read_json(run.policy / "latest.json").get("version") != version:
+                    time.sleep(0.001)
+                took = time.monotonic() - start
                 publishing.wait()
-                took.append(time.monotonic() - start)
-                if number:
-                    ratios.append(statistics.mean(on[1:]) / off)
-            start = time.monotonic()
-            publishing.publish(backend, version + 1)
-            held = time.monotonic() - start
-            publishing.wait()
-            alone = time.monotonic() - start
-            version += 1
-            note(
-                result, f"step, sync={sync}", without_s=off, publish_alone_s=alone, held_s=held, with_over_without=statistics.median(ratios)
-            )
-            result.at_most(f"a step with publishing (sync={sync}), against one without", statistics.median(ratios), 1.05)
+            middle = statistics.median(ratios)
+            note(result, f"step, sync={sync}", without_s=off, a_publish_takes_s=took, held_s=held, with_over_without=middle)
+            result.at_most(f"a step with publishing (sync={sync}), against one without", middle, 1.05)
         dist.destroy_process_group()
 
 

@@ -14,13 +14,14 @@ with deltas, two.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from atropos_hpc.policy import adapter, delta
@@ -287,9 +288,16 @@ def _counts(tensor: torch.Tensor, world: int, name: str) -> tuple[int, ...]:
     row = tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0
     chunk = -(-tensor.shape[0] // mesh.size(-1))  # as torch.chunk: pieces of that many rows, the last ones shorter or empty
     counts = [0] * world
-    for i, rank in enumerate(mesh.mesh.reshape(-1, mesh.size(-1))[0].tolist()):  # the first replica speaks for all
+    for i, rank in enumerate(_first_replica(mesh)):
         counts[rank] = row * max(0, min(chunk, tensor.shape[0] - i * chunk))
     return tuple(counts)
+
+
+@lru_cache(maxsize=16)  # a mesh takes its time to say so, and is asked for every tensor of every version
+def _first_replica(mesh: DeviceMesh) -> list[int]:
+    """The ranks that hold one replica's shards, in order: it speaks for all."""
+    ranks: list[int] = mesh.mesh.reshape(-1, mesh.size(-1))[0].tolist()
+    return ranks
 
 
 def _owners(names: list[str], sizes: list[int], world: int) -> list[int]:
