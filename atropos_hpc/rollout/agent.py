@@ -9,6 +9,7 @@ is listed only while it serves a published version, so nobody is ever sent to on
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -94,6 +95,7 @@ class Agent:
         self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
         self.follower = Follower(PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain)
         self.refused: str | None = None
+        self.news = asyncio.Event()  # a version that the servers do not have yet
         self.waits: dict[str, Any] | None = None  # for what, from whom, since when: as in the member's state
 
     async def work(self) -> None:
@@ -111,7 +113,9 @@ class Agent:
                     for task in (following, watching):
                         if task.done():
                             task.result()
-                    await asyncio.sleep(TICK_S)
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self.news.wait(), TICK_S)
+                    self.news.clear()
             finally:
                 self.follower.stop()
                 following.cancel()
@@ -119,8 +123,12 @@ class Agent:
 
     async def follow(self) -> None:
         """Look for new versions at the store's interval."""
+        newest = None
         while True:
-            await asyncio.to_thread(self.follower.look)
+            found = await asyncio.to_thread(self.follower.look)
+            if found != newest:
+                newest = found
+                self.news.set()
             await asyncio.sleep(self.policy.poll_s)
 
     def complain(self, version: Published, why: str) -> None:
