@@ -100,7 +100,7 @@ def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused
         pytest.skip("needs the rollout role's environment; `make setup` makes it")
     assert preflight._environment(python, (), f"{path}:LettersEnv", '{"letter": "a"}') == []
     (problem,) = preflight._environment(python, (), f"{path}:LettersEnv", '{"leter": "a"}')
-    assert problem.key == "environment.config.leter" and "letter" in problem.message
+    assert problem.key == "config.leter" and "letter" in problem.message
 
 
 def test_every_command_of_the_tool_is_in_some_page() -> None:
