@@ -1,7 +1,12 @@
 """A sweep over the KL coefficient, on a private Slurm cluster with the real parts: does the coefficient do what it is for?
 
-KL 0, 0.001, 0.01 and 0.1, two seeds each, on the arithmetic task; the mean KL to the reference over the last tenth of the steps has to fall
-as the coefficient grows. The report's page of the sweep is drawn, too.
+KL 0, 0.001, 0.01, 0.1, 1 and 3, two seeds each, on the arithmetic task; the mean KL to the reference over the last tenth of the steps. The
+report's page of the sweep is drawn, too.
+
+What to expect: the best policy at a coefficient b gives an answer of advantage A a probability in proportion to its reference's times
+exp(A / b) (arXiv 2205.11275). Advantages here differ by about 2.5 between a right answer and a wrong one, which the base gives 4 times in
+10 and 6 times in 10. So up to 0.1 the best policy is always right whatever the coefficient, at the same distance from the reference; at 1
+it is right 9 times in 10, at 3 6 times. Up to 0.1, therefore, only the greatest difference over seeds is told, and bars begin there.
 """
 
 import statistics
@@ -17,7 +22,7 @@ from bench.result import Result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-COEFFICIENTS = (0.0, 0.001, 0.01, 0.1)
+COEFFICIENTS = (0.0, 0.001, 0.01, 0.1, 1.0, 3.0)
 SEEDS = (0, 1)
 STEPS = 48
 PATIENCE_S = 1500.0
@@ -55,7 +60,9 @@ def main() -> Result:
             for (coefficient,), of in series.grouped(runs, ["algorithm.kl_coef"]).items()]  # fmt: skip
     result = Result(rows, details={"steps": STEPS, "seeds": len(SEEDS), "points": len(found)})
     result.at_least("points that are complete", len(found), len(COEFFICIENTS) * len(SEEDS))
-    for low, high in ((0.0, 0.01), (0.01, 0.1), (0.0, 0.1)):
-        by = {row["kl_coef"]: row["KL to the reference"] for row in rows}
-        result.at_most(f"KL at a coefficient of {high}, of that at {low}", by[high] / by[low], 1.0)
+    by = {row["kl_coef"]: row["KL to the reference"] for row in rows}
+    small = [by[coefficient] for coefficient in COEFFICIENTS[:4]]
+    result.details["greatest over least KL, up to 0.1"] = max(small) / min(small)
+    for low, high in ((0.1, 1.0), (1.0, 3.0)):
+        result.at_most(f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], 0.9)
     return result

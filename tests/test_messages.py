@@ -85,8 +85,8 @@ def test_logs_are_shown_from_the_end_and_followed(tmp_path: Path) -> None:
     assert following.stdout.readline() == "trainer-0 | half a line\n"
     (run.new_attempt() / "agent-0.log").write_text("of the next attempt\n")  # a resumed run logs elsewhere
     assert following.stdout.readline() == "agent-0 | of the next attempt\n"
-    following.terminate()
-    following.wait(30)
+    write_json(run.done, {"version": 3})
+    assert following.wait(30) == 0, "nothing more can come"
 
 
 def test_a_run_that_is_complete_is_not_resumed(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from atropos_hpc import process
 from atropos_hpc.observe import report
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.run_dir import RunDir, read_json
 
 LOOK_S = 0.5
 
 
 def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None) -> int:
-    """Print the ends of the logs whose names begin with `member` ("": all), with -f until interrupted. 1: there is none."""
+    """Print the ends of the logs whose names begin with `member` ("": all), with -f until interrupted, or the run is complete.
+
+    1: there is none.
+    """
     folder = run.logs if attempt is None else run.path / "logs" / f"attempt-{attempt}"
     found = matching(folder, member)
     if not found and not follow:
@@ -28,8 +31,10 @@ def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None
         at[path] = path.stat().st_size
         end = process.tail(path, lines) if lines > 0 else ""
         _print(path, end, one=len(found) == 1 and not follow)
-    while follow:
-        time.sleep(LOOK_S)
+    over = False
+    while follow and not over:
+        over = bool(read_json(run.done)) and not report.is_held(run)  # before the last look: what is said meanwhile is not missed
+        time.sleep(0 if over else LOOK_S)
         for path in matching(folder, member):
             before = at.get(path, 0)
             with path.open("rb") as file:

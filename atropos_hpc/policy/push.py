@@ -13,7 +13,8 @@ import aiohttp
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 600.0  # for any one answer: the longest is the reading of all shards from a shared filesystem
+WAIT_S = 600.0  # for the longest answers: the reading of all shards from a shared filesystem, requests that end by themselves
+PROMPT_S = 60.0  # for those that ask for no work
 RESUME_TRIES = 5
 
 
@@ -21,8 +22,8 @@ class PushError(Exception):
     """A server did not take a version. It still serves the one before, or has ended itself."""
 
 
-class Stuck(PushError):
-    """A server was paused for a push and does not resume: it answers /health, but no request. It has to be started again."""
+class Stuck(Exception):
+    """A server's engine does not answer, or does not resume after a push, though its /health does. It has to be started again."""
 
 
 async def push(session: aiohttp.ClientSession, url: str, token: str, directory: Path, version: int, mode: str = "keep") -> None:
@@ -33,11 +34,11 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
 
     Raises:
         PushError: with the server's words, when it refuses the version or does not answer. It has resumed with the version before.
-        Stuck: when it does not resume.
+        Stuck: when it gives no answer in time, or does not resume.
     """
 
-    async def post(route: str, body: dict[str, Any] | None = None, **query: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=WAIT_S, sock_connect=10)
+    async def post(route: str, body: dict[str, Any] | None = None, wait_s: float = PROMPT_S, **query: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=wait_s, sock_connect=10)
         # A server closes the connection after some of its failures; the next request must not be lost in it.
         headers = {"Authorization": f"Bearer {token}", "Connection": "close"}
         try:
@@ -45,7 +46,11 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
                 if response.status != 200:
                     text = (await response.text())[:1000]
                     raise PushError(f"version {version} to {url}: {route} answered {response.status}: {text}")
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except asyncio.TimeoutError as error:
+            if isinstance(error, aiohttp.ClientError):  # it was not even connected
+                raise PushError(f"version {version} to {url}: {route}: {error!r}") from error
+            raise Stuck(f"version {version} to {url}: no answer to {route} for {wait_s:.0f} s") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise PushError(f"version {version} to {url}: {route}: {error!r}") from error
 
     async def start() -> None:
@@ -69,9 +74,9 @@ async def push(session: aiohttp.ClientSession, url: str, token: str, directory: 
         raise Stuck(f"{url} was paused for version {version} and does not resume: it has to be started again")
 
     await start()
-    await post("/update_weights", {"update_info": {"directory": str(directory), "version": version}})
+    await post("/update_weights", {"update_info": {"directory": str(directory), "version": version}}, WAIT_S)
     try:
-        await post("/pause", mode=mode)
-        await post("/finish_weight_update", {"weight_version": str(version)})
+        await post("/pause", wait_s=WAIT_S if mode == "wait" else PROMPT_S, mode=mode)
+        await post("/finish_weight_update", {"weight_version": str(version)}, WAIT_S)
     finally:
         await resume()

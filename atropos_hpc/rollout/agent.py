@@ -243,12 +243,16 @@ class Agent:
             pass
         silent = time.monotonic() - (server.answered if server.up else child.started)
         if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):
-            log.error("%s has not answered for %.0f s: it tells its stacks in its log, and is ended", server.name, silent)
-            for pid in (child.pid, *process.descendants_of(child.pid)):
-                process.request_stacks(pid)
-            await asyncio.sleep(DUMP_S)
-            child.signal(signal.SIGKILL)
+            await self.end_stuck(server.name, child, f"has not answered for {silent:.0f} s")
         await asyncio.sleep(0.5)
+
+    async def end_stuck(self, name: str, child: process.Child, how: str) -> None:
+        """End a server that is of no use any more; `keep` then starts it again."""
+        log.error("%s %s: it tells its stacks in its log, and is ended", name, how)
+        for pid in (child.pid, *process.descendants_of(child.pid)):
+            process.request_stacks(pid)
+        await asyncio.sleep(DUMP_S)
+        child.signal(signal.SIGKILL)
 
     async def update(self, server: Server, version: Published) -> None:
         """One push. A server that refuses keeps what it serves, and is asked again."""
@@ -256,9 +260,8 @@ class Agent:
         try:
             await push(self.http, server.url, self.token, version.directory, version.version, self.policy.update_mode)
         except Stuck as error:
-            log.error("%s is ended: %s", server.name, error)
             if child is not None and server.child is child:
-                child.signal(signal.SIGKILL)
+                await self.end_stuck(server.name, child, f"is stuck: {error}")
             return
         except PushError as error:
             if self.follower.newest != version:

@@ -1,0 +1,87 @@
+"""A live run with the real parts, in which one member after the other is stopped for good: status and log name it within its deadline,
+it is ended and started again, and the run goes on to its end. Deadlines are those of every run, so this takes minutes: ATROPOS_HPC_LONG=1.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_parts import Started
+
+from atropos_hpc import process, watchdog
+from atropos_hpc.observe import status
+from atropos_hpc.policy.push import PROMPT_S
+from atropos_hpc.rendezvous import BEAT_S, DEAD_S
+from atropos_hpc.rollout.agent import HEALTH_EVERY_S, UNHEALTHY_S
+
+pytestmark = [
+    pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(1800),
+    pytest.mark.skipif(not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it"),
+]  # fmt: skip
+SLACK_S = 20.0  # for looks that come now and then, on a busy machine
+
+
+def test_whoever_is_stopped_is_named_ended_and_started_again(tmp_path: Path) -> None:
+    started = Started(tmp_path, 1_000_000, "launch.restarts=20")
+    try:
+        started.step(3)
+        for member, told_by in (
+            ("environment", "agent-0"),
+            ("trainer", "supervisor"),
+            ("trajectories", "supervisor"),
+            ("agent", "supervisor"),
+        ):
+            stop_and_follow(started, member, told_by)
+        stop_the_engine_and_follow(started)
+        started.process.send_signal(signal.SIGTERM)
+        assert started.end() == 75, started.story()
+        started.assert_nothing_is_left()
+        assert started.steps() == list(range(1, len(started.steps()) + 1))
+    finally:
+        if started.process.poll() is None:
+            started.process.kill()
+            started.process.wait()
+
+
+def goes_on(started: Started) -> None:
+    at = started.steps()[-1]
+    started.until("two more steps", lambda: started.steps()[-1] >= at + 2 or started.steps()[-1] < at, 240)
+    started.step(len(started.steps()) + 2)
+
+
+def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
+    """SIGSTOP to the member of that kind: shown as silent once it counts as dead, and ended HUNG_S later."""
+    name = next(m["name"] for m in status.of(started.run.path)["members"] if m["name"].startswith(kind))
+    pid, before = started.pid(kind), started.log(told_by).count(f"{name} has given no sign for too long")
+    os.kill(pid, signal.SIGSTOP)
+    since = time.monotonic()
+
+    def shown() -> bool:
+        return any(m["name"] == name and m["state"] == "silent" for m in status.of(started.run.path)["members"])
+
+    within(started, f"{name} in status", shown, since, BEAT_S + DEAD_S)
+    told = lambda: started.log(told_by).count(f"{name} has given no sign for too long") > before  # noqa: E731
+    within(started, f"{name} in the log", told, since, BEAT_S + DEAD_S + watchdog.HUNG_S)
+    started.until(f"the end of {name}", lambda: not Path(f"/proc/{pid}").exists(), 60)
+    goes_on(started)
+
+
+def stop_the_engine_and_follow(started: Started) -> None:
+    """SIGSTOP to vLLM's engine, behind a server that still answers /health."""
+    server = started.pid("server-0-0")
+    engine = next(pid for pid in process.children_of(server) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(engine, signal.SIGSTOP)
+    since = time.monotonic()
+    said = ("server-0-0 has not answered for", "server-0-0 is stuck: ")  # in the middle of a push, or not
+    told = lambda: any(each in started.log("agent-0") for each in said)  # noqa: E731
+    within(started, "the server in the log", told, since, max(UNHEALTHY_S + 2 * HEALTH_EVERY_S, PROMPT_S))
+    started.until("the end of the engine", lambda: not Path(f"/proc/{engine}").exists(), 60)
+    goes_on(started)
+
+
+def within(started: Started, what: str, look: Callable[[], bool], since: float, seconds: float) -> None:
+    started.until(what, look, seconds + SLACK_S)
+    print(f"{what}: after {time.monotonic() - since:.0f} s, deadline {seconds:.0f} s")
