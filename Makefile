@@ -70,10 +70,10 @@ $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
 bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
 
-# Random faults against a live run: SEED is one number or a range, MINUTES of faults for each.
+# Random faults against a live run: SEED is one number or a range, MINUTES of faults for each. Summed up over all calls.
 MINUTES ?= 2
 faults: setup
-	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES)
+	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES) --record bench/results/faults.jsonl
 
 # Run directories and the cache of made models stay: they are results.
 clean:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from atropos_hpc.config import AlgorithmConf, Config, EnvironmentConf, environments, lookup
+from atropos_hpc.config import AlgorithmConf, Config, EnvironmentConf, environment_name, environments, lookup
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,9 @@ def _environment(key: str, environment: EnvironmentConf, algorithm: AlgorithmCon
         yield Problem("algorithm.batch_size", f"{algorithm.batch_size} sequences are not {whole}")
     if not environment.target.rpartition(":")[0]:
         yield Problem(f"{key}.target", f"{environment.target!r} is not of the form package.module:Class")
-    for name in environment.config.keys() & ENVIRONMENT_OWN.keys():
+    if key != "environment" and not re.fullmatch(r"(?!environment$)\w+", environment_name(key)):
+        yield Problem(key, "is no name for figures: letters, digits and _, and another than environment")
+    for name in sorted(environment.config.keys() & ENVIRONMENT_OWN.keys()):
         yield Problem(f"{key}.config.{name}", f"is set by the run; change {ENVIRONMENT_OWN[name].format(key)} instead")
 
 

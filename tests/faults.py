@@ -18,13 +18,14 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from rich.table import Table
 from run_parts import Started
 
 from atropos_hpc import process
-from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.run_dir import append_line, read_json, read_lines
 from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, scan
 from atropos_hpc.trajectories.schema import Group, read_group
 
@@ -204,9 +205,15 @@ def members(started: Started) -> list[tuple[str, int]]:
         for server in member.get("servers") or []:
             if server["pid"] is not None:
                 found.append((server["name"], server["pid"]))
-                with contextlib.suppress(FileNotFoundError):
-                    found += [(f"{server['name']}'s engine", pid) for pid in process.children_of(server["pid"])]
+                found += [(f"{server['name']}'s engine", pid) for pid in engines(server["pid"])]
     return found or [("supervisor", started.process.pid)]
+
+
+def engines(server: int) -> list[int]:
+    """Pids of vLLM's engine behind a server, which has other children too. None while it starts, or has ended."""
+    with contextlib.suppress(OSError):
+        return [pid for pid in process.children_of(server) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return []
 
 
 # --- a run
@@ -359,8 +366,20 @@ def violations(started: Started, steps: int) -> list[str]:
     return problems
 
 
-def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path, console: Console) -> list[str]:
-    """Run one schedule, show it, and return the violations."""
+@dataclass
+class Outcome:
+    """Of one schedule."""
+
+    seed: int
+    minutes: float
+    steps: int  # that the run had in the end
+    groups: int  # that its journal has
+    faults: list[Done]
+    violations: list[str]
+
+
+def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path, console: Console) -> Outcome:
+    """Run one schedule, and show it."""
     dice = random.Random(seed)
     with small_filesystem(scratch / "run") as disk:
         started = Started(scratch, ENDLESS, *SETTINGS)
@@ -383,7 +402,7 @@ def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path,
                 table.add_row(each.fault, each.to, str(each.step), again, each.came)
             console.print(table)
             console.print("\n".join(found) if found else "nothing lost, nothing doubled, finished with success", markup=False)
-            return found
+            return Outcome(seed, minutes, len(lines), len(history(started).groups), done, found)
         finally:
             if started.process.poll() is None:
                 started.process.kill()
@@ -395,25 +414,51 @@ def one_seed(seed: int, minutes: float, gap: tuple[float, float], scratch: Path,
                 console.print(f"kept in {kept}")
 
 
+def summary(outcomes: list[Outcome]) -> Table:
+    """What each kind of fault did, over all schedules."""
+    faults = [fault for outcome in outcomes for fault in outcome.faults]
+    steps, groups, bad = (sum(of) for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in outcomes), strict=True))
+    title = f"{len(outcomes)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
+    table = Table("fault", "how often", "next step after s, median", "at most", "the run ended, and was resumed", title=title)
+    for kind in sorted({fault.fault for fault in faults}):
+        own = [fault for fault in faults if fault.fault == kind]
+        waits = [fault.recovered_s for fault in own if fault.recovered_s is not None]
+        middle, longest = (f"{statistics.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
+        table.add_row(kind, str(len(own)), middle, longest, str(sum(bool(fault.came) for fault in own)))
+    return table
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Random faults against a live run.")
     parser.add_argument("--seed", default="0", help="one, or a range such as 0-9")
     parser.add_argument("--minutes", type=float, default=2.0, help="of faults, for each seed")
     parser.add_argument("--gap", default="1-10", help="seconds from recovery to the next fault")
+    parser.add_argument("--record", type=Path, help="append a line of JSON for each seed to this file, and sum up all that is in it")
     parser.add_argument("--only", choices=[fault.__name__ for fault in FAULTS], help="no other fault")
     options = parser.parse_args()
     first, _, last = options.seed.partition("-")
     low, _, high = options.gap.partition("-")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, and what was mounted is not left
-    console, failed = Console(width=140), []
+    console = Console(width=140)
+    outcomes = recorded(options.record)
     for fault in FAULTS:
         FAULTS[fault] *= options.only in (None, fault.__name__)
     for seed in range(int(first), int(last or first) + 1):
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
-            if one_seed(seed, options.minutes, (float(low), float(high or low)), Path(scratch), console):
-                failed.append(seed)
+            outcome = one_seed(seed, options.minutes, (float(low), float(high or low)), Path(scratch), console)
+        outcomes.append(outcome)
+        if options.record is not None:
+            append_line(options.record, asdict(outcome))
+    console.print(summary(outcomes))
+    failed = [outcome.seed for outcome in outcomes if outcome.violations]
     console.print(f"seeds with violations: {failed}" if failed else "no seed had a violation")
     return 1 if failed else 0
+
+
+def recorded(path: Path | None) -> list[Outcome]:
+    """What earlier calls have recorded there."""
+    lines = read_lines(path) if path is not None and path.exists() else []
+    return [Outcome(**{**line, "faults": [Done(**fault) for fault in line["faults"]]}) for line in lines]
 
 
 if __name__ == "__main__":

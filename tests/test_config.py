@@ -78,6 +78,7 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         ("environment.weight=0", "environment.weight", "not above 0"),
         ("environment.min_batch_allocation=1.5", "environment.min_batch_allocation", "more than a whole batch"),
         ("+more_environments={b: {target: b.py}}", "more_environments.b.target", "package.module:Class"),
+        ("+more_environments={environment: {target: b.py:B}}", "more_environments.environment", "another than environment"),
         ("+more_environments={b: {target: b.py:B, group_size: 7}}", "algorithm.batch_size", "more_environments.b.group_size"),
         ("trainer.grad_clip=0", "trainer.grad_clip", "not above 0"),
         ("+algorithm.loss_options.tau_pos=2", "algorithm.loss_options.tau_pos", "vanilla"),

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import engines
 from run_parts import Started
 
-from atropos_hpc import process, watchdog
+from atropos_hpc import watchdog
 from atropos_hpc.observe import status
 from atropos_hpc.policy.push import PROMPT_S
 from atropos_hpc.rendezvous import BEAT_S, DEAD_S
@@ -72,7 +73,7 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
 def stop_the_engine_and_follow(started: Started) -> None:
     """SIGSTOP to vLLM's engine, behind a server that still answers /health."""
     server = started.pid("server-0-0")
-    engine = next(pid for pid in process.children_of(server) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (engine,) = engines(server)
     os.kill(engine, signal.SIGSTOP)
     since = time.monotonic()
     said = ("server-0-0 has not answered for", "server-0-0 is stuck: ")  # in the middle of a push, or not
