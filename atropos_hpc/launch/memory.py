@@ -1,4 +1,5 @@
-"""How much memory a run will want on each GPU: an estimate from the model's config.json and the run's own config, before anything starts.
+"""How much memory a run will want on each GPU, and on a rollout node for policy versions: an estimate from the model's config.json and the
+run's own config, before anything starts.
 
 Of a dense decoder in the manner of Llama and Qwen. Measured on no device: it is the sum of what has to be held, without what allocators
 waste and libraries keep, so leave a tenth free.
@@ -52,11 +53,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Per GPU, bytes."""
+    """Bytes; per GPU but for the last."""
 
     trainer: float
     weights: float  # of the model in a server, its share of one GPU
     cache_of_one: float  # KV cache of one sequence of model.max_length, its share of one GPU
+    node_copies: float  # of a rollout node's memory: policy.cache has the newest version, and the next while it is made
 
     def sequences(self, gpu_bytes: float, utilization: float) -> int:
         """How many sequences of full length a server holds at once."""
@@ -80,9 +82,9 @@ def told(config: Config) -> str | None:
         found = estimate(config, sizes(json.loads(Path(config.model.path or "", "config.json").expanduser().read_text())))
     except (OSError, ValueError, KeyError):
         return None
-    trainer, weights, cache = (bytes_ / 2**30 for bytes_ in (found.trainer, found.weights, found.cache_of_one))
+    trainer, weights, cache, copies = (bytes_ / 2**30 for bytes_ in (found.trainer, found.weights, found.cache_of_one, found.node_copies))
     server = f"a server {weights:.2g} GiB of weights, {cache:.2g} GiB of KV cache per sequence of full length"
-    return f"trainer {trainer:.2g} GiB per rank; {server}"
+    return f"trainer {trainer:.2g} GiB per rank; {server}; a rollout node {copies:.2g} GiB in {config.policy.cache}"
 
 
 def estimate(config: Config, model: Sizes) -> Estimate:
@@ -100,4 +102,5 @@ def estimate(config: Config, model: Sizes) -> Estimate:
     activations = model.layers * tokens * model.hidden * COMPUTE + kept * inner + tokens * model.vocabulary * LOGITS
     parallel = config.rollout.tensor_parallel
     cache = model.cache_bytes * config.model.max_length / min(parallel, model.kv_heads)
-    return Estimate(held / ranks + gathered + activations, COMPUTE * model.total / parallel, cache)
+    published = 0 if lora else model.total * (MASTER if config.model.dtype == "float32" else COMPUTE)  # of an adapter next to nothing
+    return Estimate(held / ranks + gathered + activations, COMPUTE * model.total / parallel, cache, 2 * published)
