@@ -192,11 +192,12 @@ def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[...
 def test_several_environments_share_a_run(start: Callable[..., Started]) -> None:
     """Sizes of groups that differ, and a floor under the one that has the smaller weight. The second has nothing to evaluate."""
     other = f"target: {PACKAGE_HOME / 'tests' / 'kinds_env.py'}:KindsEnv, weight: 0.25, min_batch_allocation: 0.25, group_size: 4"
-    started = start(3, f"+more_environments={{kinds: {{{other}}}}}", "algorithm.batch_size=128", "evaluation.after=true",
+    started = start(6, f"+more_environments={{kinds: {{{other}}}}}", "algorithm.batch_size=128", "evaluation.after=true",
                     "environment.config.eval_problems=100")  # fmt: skip
-    assert_complete(started, 3)
-    for line in read_lines(started.run.metrics):
-        assert line["sequences/environment"] + line["sequences/kinds"] == 128
+    assert_complete(started, 6)
+    lines = read_lines(started.run.metrics)
+    assert all(line["sequences/environment"] + line["sequences/kinds"] == 128 for line in lines)
+    for line in lines[3:]:  # by then the second has registered too, and what was generated without it is used up
         assert line["sequences/kinds"] >= 32 and line["reward/kinds"] == 0.5 and 0 < line["reward/environment"] < 1
     (evaluated,) = read_lines(started.run.evaluations)
     assert 0 < evaluated["accuracy"] < 1 and evaluated["error"].startswith("more_environments.kinds: NotImplementedError")
