@@ -4,9 +4,9 @@ KL 0, 0.001, 0.01, 0.1, 1 and 3, two seeds each, on the arithmetic task; the mea
 report's page of the sweep is drawn, too.
 
 What to expect: the best policy at a coefficient b gives an answer of advantage A a probability in proportion to its reference's times
-exp(A / b) (arXiv 2205.11275). Advantages here differ by about 2.5 between a right answer and a wrong one, which the base gives 4 times in
-10 and 6 times in 10. So up to 0.1 the best policy is always right whatever the coefficient, at the same distance from the reference; at 1
-it is right 9 times in 10, at 3 6 times. Up to 0.1, therefore, only the greatest difference over seeds is told, and bars begin there.
+exp(A / b) (arXiv 2205.11275), and advantages here differ by about 2 between a right answer and a wrong one. So up to 0.1 the best policy is
+always right whatever the coefficient, and as far from the reference as that takes; from 1 on the penalty weighs as much as the advantage.
+Up to 0.1, therefore, only the greatest ratio of two coefficients' KL is told, beside the spread over seeds, and the bars begin there.
 """
 
 import statistics
