@@ -83,7 +83,12 @@ class Server:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def register(self, batch_size: int) -> None:
-        """A trainer, its first look at the (empty) queue, and an environment, on a server that has forgotten everything."""
+        """A trainer, its first look at the (empty) queue, and an environment, on a server that has forgotten everything.
+
+        On a new connection: run-api closes one that has been idle for 5 s, while it was the other's turn.
+        """
+        self.connection.close()
+        self.connection = self.connect()
         self.call("GET", "/reset_data")
         self.call("POST", "/register", {
             "wandb_group": "", "wandb_project": "", "batch_size": batch_size, "max_token_len": 1 << 20, "checkpoint_dir": "",
