@@ -294,7 +294,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     ("target", "report"),
     [
         ("atropos_hpc.environments.arithmetic:ArithmeticEnv", {"sequences": 40}),
-        (ENVIRONMENT["target"], {"error": "NotImplementedError('this environment has nothing to evaluate')", "accuracy": None}),
+        (ENVIRONMENT["target"], {"error": "environment: NotImplementedError('this environment has nothing to evaluate')", "accuracy": None}),
     ],
 )
 def test_an_evaluation_is_reported_with_the_versions_that_generated(

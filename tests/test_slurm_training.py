@@ -176,10 +176,10 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
 
     preempt(clear, run, "--nodelist=n0")
     at = saved(run)
+    clear.command("scancel", spare)
     assert_it_ends_as_without(run, 2, undisturbed)
     assert f"starts at step {at}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
     assert read_json(run.run.path / "rollout_job.json")["job"] == rollout and run.log("agent-0").count("is up at") == 1
-    clear.command("scancel", spare)
 
 
 @long
