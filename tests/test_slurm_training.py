@@ -184,7 +184,7 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
 
 @long
 def test_preempted_without_grace_then_at_its_time_limit(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
-    limits = ["cluster.partition=sudden", "launch.minutes=4", "launch.signal_s=120", "trainer.checkpoint_every=1000"]
+    limits = ["cluster.partition=sudden", "launch.minutes=2", "launch.signal_s=60", "trainer.checkpoint_every=1000"]
     run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *limits)
     run.reach(3, seconds=110)
     preempt(clear, run, "--nodes=4")
