@@ -32,6 +32,7 @@ from atropos_hpc.run_dir import RunDir, read_lines  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
 
 PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
+NOTHING = "environment: NotImplementedError('this environment has nothing to evaluate')"
 ENVIRONMENT = {"target": f"{Path(__file__).parent}/kinds_env.py:KindsEnv", "group_size": 4}
 ROLLOUT = {
     "memory_utilization": 0.05,
@@ -294,7 +295,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     ("target", "report"),
     [
         ("atropos_hpc.environments.arithmetic:ArithmeticEnv", {"sequences": 40}),
-        (ENVIRONMENT["target"], {"error": "environment: NotImplementedError('this environment has nothing to evaluate')", "accuracy": None}),
+        (ENVIRONMENT["target"], {"error": NOTHING, "accuracy": None}),
     ],
 )
 def test_an_evaluation_is_reported_with_the_versions_that_generated(
