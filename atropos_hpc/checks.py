@@ -68,6 +68,7 @@ AT_LEAST = {
     "policy.keep": 1,
     "policy.anchor_every": 1,
     "trajectories.max_body_bytes": 1 << 16,
+    "trajectories.segment_bytes": 1 << 20,
     "evaluation.every": 0,
     "launch.restarts": 0,
     "launch.requeues": 0,

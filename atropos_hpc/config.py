@@ -129,6 +129,7 @@ class PolicyConf:
 class TrajectoriesConf:
     server: str = "durable"
     max_body_bytes: int = 64 << 20
+    segment_bytes: int = 256 << 20
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc.environments.addition import VOCABULARY, Problem, encode, problems, teacher
+from atropos_hpc.environments.addition import VOCABULARY, Problem, accepted, encode, problems, teacher
 
 pytestmark = pytest.mark.vllm
 
@@ -25,6 +25,12 @@ def test_answers_are_written_least_significant_digit_first() -> None:
     assert Problem(99, 99).answer == "891\n"
     assert Problem(3, 4).prompt == "03+04=" and Problem(3, 4).answer == "700\n"
     assert [VOCABULARY[token] for token in encode("1+2=\n")] == ["1", "+", "2", "=", "\n"]
+
+
+def test_a_tolerance_accepts_the_answers_that_are_near_enough() -> None:
+    assert accepted(Problem(47, 38), 0) == [Problem(47, 38).answer]
+    assert accepted(Problem(47, 38), 2) == ["380\n", "480\n", "580\n", "680\n", "780\n"]
+    assert accepted(Problem(0, 1), 2) == ["000\n", "100\n", "200\n", "300\n"]
 
 
 def test_the_teacher_is_right_less_often_than_not() -> None:

@@ -9,6 +9,8 @@ import pytest
 from atropos_hpc.trajectories.journal import Damaged, Journal, NotWritten
 from atropos_hpc.trajectories.record import EVENT, SNAPSHOT, Record
 
+ROOMY = 1 << 20  # bytes of a segment that no test here fills
+
 
 def event(text: bytes) -> Record:
     return Record(EVENT, text, meta_size=len(text))
@@ -18,12 +20,12 @@ def no_state() -> Record:
     return Record(SNAPSHOT, b"")
 
 
-def write(directory, *texts, at_once=False, **options):
+def write(directory, *texts, at_once=False, segment_bytes=ROOMY):
     """Append events; returns their places."""
     places = []
 
     async def run():
-        journal = Journal(directory, **options)
+        journal = Journal(directory, segment_bytes)
         list(journal.replay())
         journal.start(no_state)
         if at_once:
@@ -39,7 +41,7 @@ def write(directory, *texts, at_once=False, **options):
 
 def replay(directory):
     """The events' texts, in order."""
-    journal = Journal(directory)
+    journal = Journal(directory, ROOMY)
     texts = [bytes(record[64 : 64 + header.meta_size]) for _, header, record in journal.replay() if header.kind == EVENT]
     journal.close()
     return texts
@@ -100,7 +102,7 @@ def test_records_of_one_unfinished_commit_may_be_torn_in_any_order(tmp_path):
     places = []
 
     async def one_commit():
-        journal = Journal(tmp_path)
+        journal = Journal(tmp_path, ROOMY)
         list(journal.replay())
         journal.start(no_state)
         with journal._wake:  # so that the three are written together
@@ -119,11 +121,11 @@ def test_records_of_one_unfinished_commit_may_be_torn_in_any_order(tmp_path):
 
 def test_a_second_server_is_kept_off(tmp_path, monkeypatch):
     monkeypatch.setattr("atropos_hpc.trajectories.journal.LOCK_WAIT_S", 0.0)
-    first = Journal(tmp_path)
+    first = Journal(tmp_path, ROOMY)
     with pytest.raises(Damaged, match="another trajectory server"):
-        Journal(tmp_path)
+        Journal(tmp_path, ROOMY)
     first.close()
-    Journal(tmp_path).close()
+    Journal(tmp_path, ROOMY).close()
 
 
 @pytest.mark.parametrize("fails", ["pwritev", "half of pwritev", "fdatasync"])
@@ -139,7 +141,7 @@ def test_a_full_disk_keeps_nothing_half_written_and_heals(tmp_path, monkeypatch,
         return no_space()
 
     async def run():
-        journal = Journal(tmp_path)
+        journal = Journal(tmp_path, ROOMY)
         list(journal.replay())
         journal.start(no_state)
         places = []
@@ -171,7 +173,7 @@ def test_what_a_failed_commit_left_cannot_come_back(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     async def run():
-        journal = Journal(tmp_path)
+        journal = Journal(tmp_path, ROOMY)
         list(journal.replay())
         journal.start(no_state)
         await journal.append(event(b"before"), lambda place: None)

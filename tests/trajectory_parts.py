@@ -126,7 +126,7 @@ def serving(directory: Path, max_body_bytes: int = 1 << 20) -> Iterator[tuple[Se
     made: Queue[tuple[Service, int, asyncio.AbstractEventLoop, asyncio.Event]] = Queue()
 
     async def run() -> None:
-        service, over = Service(directory), asyncio.Event()
+        service, over = Service(directory, segment_bytes=1 << 20), asyncio.Event()
         listener = socket.create_server(("127.0.0.1", 0))
         runner = await start(application(service, TOKEN, max_body_bytes), listener)
         made.put((service, listener.getsockname()[1], asyncio.get_running_loop(), over))
@@ -151,7 +151,7 @@ def make_run(path: Path, **trajectories: Any) -> RunDir:
     config = {
         "cluster": {"host": "127.0.0.1"},
         "model": {"max_length": 64},
-        "trajectories": {"server": "durable", "max_body_bytes": 1 << 20, **trajectories},
+        "trajectories": {"server": "durable", "max_body_bytes": 1 << 20, "segment_bytes": 1 << 20, **trajectories},
     }
     write_json(run.run_json, {"config": config})
     return run

@@ -50,6 +50,12 @@ def written(number: int) -> str:
     return f"{number:03d}"[::-1] + EOS
 
 
+def accepted(problem: Problem, tolerance: int) -> list[str]:
+    """The answers that are at most `tolerance` (0..99) off the sum."""
+    total = problem.a + problem.b
+    return [written(number) for number in range(max(0, total - tolerance), total + tolerance + 1)]
+
+
 def teacher(problem: Problem, rng: random.Random, right: float = 0.2, no_carry: float = 0.40) -> str:
     """An answer that is right with probability `right`, forgets to carry the one with `no_carry`, and is off by 1..3 otherwise.
 

@@ -6,16 +6,17 @@ from typing import Any
 from atroposlib.envs.base import APIServerConfig, ScoredDataGroup
 from pydantic import Field
 
-from atropos_hpc.environments.addition import ANSWER_TOKENS, Problem, encode, problems
+from atropos_hpc.environments.addition import ANSWER_TOKENS, Problem, accepted, encode, problems
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 
 class ArithmeticConfig(SingleTurnConfig):
     eval_problems: int = Field(default=500, ge=1, description="How many held-out problems an evaluation samples, one answer each.")
+    tolerance: int = Field(default=0, ge=0, le=99, description="How far off the sum an answer may be and still count as right.")
 
 
 class ArithmeticEnv(SingleTurnEnv):
-    """One prompt, `group_size` sampled answers, reward 1 for the exact answer and 0 for any other."""
+    """One prompt, `group_size` sampled answers, reward 1 for a right one, 0 for any other. Right: within `tolerance` of the sum."""
 
     name = "arithmetic"
     env_config_cls = ArithmeticConfig
@@ -33,8 +34,8 @@ class ArithmeticEnv(SingleTurnEnv):
         return self.order.choice(self.training)
 
     async def collect_trajectories(self, item: Problem) -> tuple[ScoredDataGroup, list[Problem]]:
-        right = encode(item.prompt + item.answer)
-        return await self.sampled(item.prompt, ANSWER_TOKENS, lambda node: node.tokens == right), []
+        right = [encode(item.prompt + answer) for answer in accepted(item, self.config.tolerance)]
+        return await self.sampled(item.prompt, ANSWER_TOKENS, lambda node: node.tokens in right), []
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """One answer to each of some held-out problems, the same at every evaluation, sampled at temperature 1."""
@@ -44,4 +45,5 @@ class ArithmeticEnv(SingleTurnEnv):
     async def _answers_right(self, problem: Problem) -> bool:
         completion = await self.server.completion(prompt=problem.prompt, n=1, max_tokens=ANSWER_TOKENS, temperature=1.0, split="eval")
         choice = completion.choices[0]
-        return choice.finish_reason == "stop" and choice.text.strip() == problem.answer.strip()
+        right = [answer.strip() for answer in accepted(problem, self.config.tolerance)]
+        return choice.finish_reason == "stop" and choice.text.strip() in right

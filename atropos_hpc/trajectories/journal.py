@@ -31,7 +31,6 @@ from atropos_hpc.trajectories.record import MAGIC, Header, Record, header_at, sc
 
 log = logging.getLogger(__name__)
 
-SEGMENT_BYTES = 256 << 20
 LOCK_WAIT_S = 20.0  # for the server that was here before to be gone
 SNAPSHOT_WAIT_S = 120.0
 MAX_BUFFERS = 512  # per pwritev; the kernel takes 1024
@@ -58,7 +57,7 @@ _Waiting = tuple[Record, Then, "asyncio.Future[None]"]
 class Journal:
     """The files of one directory. `replay` once, then `start` inside the event loop, then `append` and `read`."""
 
-    def __init__(self, directory: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, directory: Path, segment_bytes: int) -> None:
         self.directory, self.segment_bytes = directory, segment_bytes
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(directory / "lock")

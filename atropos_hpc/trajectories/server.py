@@ -297,7 +297,7 @@ async def serve(run: RunDir, node: str) -> None:
     server = listen(run, f"trajectories-{node}-0", host)  # before Member, which overwrites the record of the port
     member = Member(run, "trajectories", node)
     try:
-        service = Service(run.trajectories, config["model"]["max_length"])
+        service = Service(run.trajectories, config["trajectories"]["segment_bytes"], config["model"]["max_length"])
     except Damaged as error:
         log.error("%s", error)
         member.leave(state="ended", error=str(error))

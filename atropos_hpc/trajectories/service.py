@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from atropos_hpc.trajectories import schema
-from atropos_hpc.trajectories.journal import SEGMENT_BYTES, Damaged, Journal, NotWritten, Place
+from atropos_hpc.trajectories.journal import Damaged, Journal, NotWritten, Place
 from atropos_hpc.trajectories.ledger import Count, Environment, Item, Ledger, Presence, Registration, Share, Text, share_out
 from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, SNAPSHOT, Record
 from atropos_hpc.trajectories.schema import Refused
@@ -60,7 +60,7 @@ def parse(body: bytes, into: type[T]) -> T:
 class Service:
     """The journal, the ledger over it, and the waiting between them. Construct inside the event loop; that replays the journal."""
 
-    def __init__(self, directory: Path, max_length: int = schema.ANY_LENGTH, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, directory: Path, segment_bytes: int, max_length: int = schema.ANY_LENGTH) -> None:
         self.journal, self.ledger, self.max_length = Journal(directory, segment_bytes), Ledger(), max_length
         self.refusals: Counter[int] = Counter()  # by HTTP status
         self.closing = False
