@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ QUICK = ["evaluation.every=0", "evaluation.before=false", "evaluation.after=fals
 class Started:
     """A run as a child process, in a directory of its own."""
 
-    def __init__(self, path: Path, steps: int, *overrides: str) -> None:
+    def __init__(self, path: Path, steps: int, *overrides: str, env: Mapping[str, str] | None = None) -> None:
         self.run = RunDir(path / "run")
         self.command = [sys.executable, "-m", "atropos_hpc.train", f"run_dir={self.run.path}", f"trainer.steps={steps}", *QUICK, *overrides]
         self.output = path / "output.log"
+        self.env = {**os.environ, **(env or {})}
         self.process = self.start()
 
     def start(self) -> "subprocess.Popen[bytes]":
         with self.output.open("ab") as output:
-            return subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.output.parent)
+            return subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self.output.parent, env=self.env
+            )
 
     def until(self, what: str, look: Callable[[], Any], seconds: float = 420) -> Any:
         deadline = time.monotonic() + seconds

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 from doors import doors, http_doors, tellers, wrongly_open
-from faults import ENDLESS, SETTINGS, Done, finish, harass, small_filesystem, violations
+from fault_kinds import ON_ANY_DISK, ON_ITS_OWN, jumping_clock, small_filesystem
+from faults import ENDLESS, SETTINGS, Done, Schedule, finish, harass
+from promises import violations
 from run_parts import Started
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
 
 def test_nobody_gets_in_and_nothing_is_lost(tmp_path: Path) -> None:
-    with small_filesystem(tmp_path / "run") as disk:
-        started = Started(tmp_path, ENDLESS, *SETTINGS)
+    with small_filesystem(tmp_path / "run") as mounted:
+        started = Started(tmp_path, ENDLESS, *SETTINGS, env=jumping_clock(tmp_path))
         try:
             started.step(2)
             started.until("both servers", lambda: len(http_doors(started.run)) == 3)
@@ -33,7 +35,8 @@ def test_nobody_gets_in_and_nothing_is_lost(tmp_path: Path) -> None:
             assert started.run.path.stat().st_mode & 0o777 == 0o700 and started.run.secret.stat().st_mode & 0o777 == 0o600
 
             done: list[Done] = []
-            harass(started, random.Random(0), 0.4, (1, 3), disk, done)
+            faults = ON_ANY_DISK | (ON_ITS_OWN if mounted else {})
+            harass(started, random.Random(0), Schedule(0.4, (1, 3), faults), done)
             assert done
             steps = finish(started)
             started.assert_nothing_is_left()

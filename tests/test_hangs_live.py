@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import engines
+from fault_kinds import engines
 from run_parts import Started
 
 from atropos_hpc import watchdog

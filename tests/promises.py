@@ -1,0 +1,95 @@
+"""What DESIGN promises of a run, whatever befell it: read from its journal, metrics and checkpoints after it has ended with success."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import orjson
+from run_parts import Started
+
+from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, scan
+from atropos_hpc.trajectories.schema import Group, read_group
+
+BATCH, STALENESS = 64, 1  # of the runs that are looked at
+WORST_ACCURACY = 0.28  # the base policy has 0.38; five standard deviations of 300 answers below is a policy that was harmed
+WORST_MISMATCH = 0.3  # mean |log-prob of the server - of the learner|; with the right weights it stays below 0.05
+
+
+@dataclass
+class History:
+    """All that the journal tells."""
+
+    groups: dict[int, Group]
+    hashes: Counter[int]
+    batches: dict[int, list[int]]
+    dropped: list[int]
+    problems: list[str]
+
+
+def history(started: Started) -> History:
+    """From the first segment on. Events beyond these (registrations) do not matter here."""
+    found = History({}, Counter(), {}, [], [])
+    for path in sorted(started.run.trajectories.glob("*.journal")):
+        data = bytearray(path.read_bytes())
+        for start, _, header in scan(data):
+            if header.kind == GROUP:
+                found.groups[header.gid] = read_group(data, start, header)
+                found.hashes[header.hash] += 1
+            elif header.kind == EVENT:
+                event = orjson.loads(bytes(data[start + HEADER_BYTES : start + HEADER_BYTES + header.meta_size]))
+                if event["event"] == "batch":
+                    if event["batch"] != len(found.batches):
+                        found.problems.append(f"batch {event['batch']} was formed after batch {len(found.batches) - 1}")
+                    found.batches[event["batch"]] = event["groups"]
+                elif event["event"] == "drop":
+                    found.dropped += event["groups"]
+                elif event["event"] == "reset":
+                    found.problems.append("the journal was reset")
+    return found
+
+
+def violations(started: Started, steps: int) -> list[str]:
+    """What of the promises does not hold, after a run that ended with success at `steps`."""
+    past, lines = history(started), read_lines(started.run.metrics)
+    problems = list(past.problems)
+
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            problems.append(what)
+
+    used = Counter(gid for gids in past.batches.values() for gid in gids) + Counter(past.dropped)
+    check(all(count == 1 for count in used.values()), f"groups in two batches: {[gid for gid, n in used.items() if n > 1]}")
+    check(set(used) <= set(past.groups), f"batches name groups that were never journalled: {sorted(set(used) - set(past.groups))}")
+    check(all(count == 1 for count in past.hashes.values()), "a group was journalled twice")
+    left = len(past.groups) - len(used)
+    told = read_json(started.run.members / "trajectories-trainer0-0.json").get("queued_groups")
+    check(told == left, f"{left} groups should be left in the queue, the server has {told}")
+    check([line["step"] for line in lines] == list(range(1, steps + 1)), "the steps in metrics.jsonl are not each there once")
+    for line in lines:
+        number = line["step"] - 1
+        groups = [past.groups[gid] for gid in past.batches.get(number, []) if gid in past.groups]
+        sequences = sum(len(group.lengths) for group in groups)
+        check(sequences == BATCH, f"batch {number} has {sequences} sequences")
+        if not sequences:
+            continue
+        reward = math.fsum(float(score) for group in groups for score in group.scores) / sequences
+        versions = [pair for group in groups for pair in group.policy_versions if pair is not None]
+        check(abs(line["reward"] - reward) < 1e-6, f"step {line['step']}: trained on rewards of {line['reward']}, its batch has {reward}")
+        check(
+            line["tokens"] == sum(len(group.tokens) for group in groups), f"step {line['step']}: trained on other tokens than its batch's"
+        )
+        check(all(oldest >= number - STALENESS for oldest, _ in versions), f"batch {number}: too stale")
+        check(all(newest <= number for _, newest in versions), f"batch {number}: sampled by a version that was not there yet")
+        mean = math.fsum(number - oldest for oldest, _ in versions) / max(1, len(versions))
+        check(abs(line["staleness_mean"] - mean) < 1e-6, f"step {line['step']}: staleness of another batch")
+        check(line["mismatch_mean"] < WORST_MISMATCH, f"step {line['step']}: the servers' log-probs are off by {line['mismatch_mean']}")
+    check(read_json(started.run.checkpoints / "latest.json").get("step") == steps, "the last step is not durable")
+    check(read_json(started.run.done).get("version") == steps, "done.json does not tell the last step")
+    accuracies = [line["accuracy"] for line in read_lines(started.run.evaluations) if line["version"] == steps]
+    check(len(accuracies) == 1 and (accuracies[0] or 0) > WORST_ACCURACY, f"the final accuracy is {accuracies}")
+    token = started.run.token().encode()
+    telling = [path for path in started.run.path.rglob("*") if path.is_file() and path != started.run.secret and token in path.read_bytes()]
+    check(not telling and token not in started.output.read_bytes(), f"the token stands in {telling or started.output}")
+    check(not started.left(), f"processes were left: {started.left()}")
+    return problems
