@@ -1,12 +1,13 @@
 """A sweep over the KL coefficient, on a private Slurm cluster with the real parts: does the coefficient do what it is for?
 
-KL 0, 0.001, 0.01, 0.1, 1 and 3, two seeds each, on the arithmetic task; the mean KL to the reference over the last tenth of the steps. The
-report's page of the sweep is drawn, too.
+KL 0, 0.001, 0.01 and 0.1, two seeds each, on the arithmetic task, where an answer that is at most 3 off the sum counts as right; the mean
+KL to the reference over the last tenth of the steps. The report's page of the sweep is drawn, too.
 
-What to expect: the best policy at a coefficient b gives an answer of advantage A a probability in proportion to its reference's times
-exp(A / b) (arXiv 2205.11275), and advantages here differ by about 2 between a right answer and a wrong one. So up to 0.1 the best policy is
-always right whatever the coefficient, and as far from the reference as that takes; from 1 on the penalty weighs as much as the advantage.
-Up to 0.1, therefore, only the greatest ratio of two coefficients' KL is told, beside the spread over seeds, and the bars begin there.
+Why with a tolerance: the best policy at a coefficient b gives an answer of advantage A a probability in proportion to its reference's
+times exp(A / b) (arXiv 2205.11275), and advantages here differ by about 2 between a right answer and a wrong one. So up to 0.1 the best
+policy is always right, whatever the coefficient, and where there is one right answer that fixes the policy, and its distance from the
+reference. With several, the reward does not say how often to give which: without a penalty the policy drifts to some of them, with one it
+stays with the reference's choice.
 """
 
 import statistics
@@ -22,9 +23,9 @@ from bench.result import Result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-COEFFICIENTS = (0.0, 0.001, 0.01, 0.1, 1.0, 3.0)
+COEFFICIENTS = (0.0, 0.001, 0.01, 0.1)
 SEEDS = (0, 1)
-STEPS = 48
+STEPS = 80
 PATIENCE_S = 1500.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
@@ -33,7 +34,7 @@ def main() -> Result:
     from slurm_cluster import Cluster
 
     points = [f"algorithm.kl_coef={','.join(map(str, COEFFICIENTS))}", f"seed={','.join(map(str, SEEDS))}"]
-    quick = ["evaluation.every=24", "environment.config.eval_problems=300", "trainer.checkpoint_every=24", f"trainer.steps={STEPS}",
+    quick = ["evaluation.every=40", "environment.config.tolerance=3", "trainer.checkpoint_every=40", f"trainer.steps={STEPS}",
              "model.make_options.seed=0", "cluster.shared=[/]", "roles.rollout.cpus_per_task=4", "hydra.launcher.slots=2"]  # fmt: skip
     kept = tempfile.mkdtemp(prefix="kl_sweep-")
     with tempfile.TemporaryDirectory() as scratch, Cluster(Path(scratch) / "cluster", nodes=2) as cluster:
@@ -61,8 +62,7 @@ def main() -> Result:
     result = Result(rows, details={"steps": STEPS, "seeds": len(SEEDS), "points": len(found)})
     result.at_least("points that are complete", len(found), len(COEFFICIENTS) * len(SEEDS))
     by = {row["kl_coef"]: row["KL to the reference"] for row in rows}
-    small = [by[coefficient] for coefficient in COEFFICIENTS[:4]]
-    result.details["greatest over least KL, up to 0.1"] = max(small) / min(small)
-    for low, high in ((0.1, 1.0), (1.0, 3.0)):
-        result.at_most(f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], 0.9)
+    result.details["KL at a coefficient of 0.001, of that at 0"] = by[0.001] / by[0.0]
+    for low, high, share in ((0.0, 0.01, 1.0), (0.01, 0.1, 0.8)):
+        result.at_most(f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], share)
     return result

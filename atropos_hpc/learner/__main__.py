@@ -186,4 +186,6 @@ def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not sys.exit: the threads of torch's process group and of a publish under way would meet the interpreter's end, which now and then
+    # makes the C++ runtime abort, and the exit code would tell of that and not of the run. What had to be written has been waited for.
+    os._exit(main())
