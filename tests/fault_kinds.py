@@ -169,6 +169,8 @@ def small_filesystem(path: Path) -> Iterator[bool]:
     commands = (["mkfs.ext4", "-q", "-m", "0", str(image)], ["mount", "-o", "loop,noatime", str(image), str(path)])
     mounted = os.geteuid() == 0 and all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in commands)
     try:
+        if mounted:
+            (path / "lost+found").rmdir()
         yield mounted
     finally:
         if mounted:
