@@ -22,7 +22,7 @@ TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
 TRL := .venv-trl/ready
 
-.PHONY: demo setup apt test lint bench faults clean
+.PHONY: demo setup apt test lint bench faults soak clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -74,6 +74,11 @@ bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 MINUTES ?= 2
 faults: setup
 	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES) --record bench/results/faults.jsonl
+
+# A kill every 30 to 90 seconds for an hour; MINUTES is another time.
+soak: MINUTES := 60
+soak: setup
+	.venv/bin/python tests/soak.py --minutes $(MINUTES)
 
 # Run directories and the cache of made models stay: they are results.
 clean:

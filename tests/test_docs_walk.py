@@ -25,6 +25,7 @@ NOT_WALKED = {  # what a command begins with or holds -> why it is not run here
     "make lint": "CI runs it",
     "make test": "CI runs it, and it runs this",
     "make bench": "a bench is no test",
+    "make faults": "tests/test_faults.py does some",
     "make clean": "would take the environments away",
     "make demo SEED=1": "the demo once more",
     "hydra/launcher=submitit_slurm algorithm.kl_coef": "tests/test_slurm_training.py runs it",
