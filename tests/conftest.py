@@ -6,6 +6,7 @@ this is. A part that is missing skips its tests, with the reason, on a user's ma
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from atropos_hpc.run_dir import RunDir
 ROLE = os.environ.get("TEST_ROLE") or ("rollout" if importlib.util.find_spec("vllm") else "trainer")
 ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
 NEEDS = {"trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")}, "rollout": {"vllm": ("vllm", "atroposlib")}}
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored, by what the tests start as well
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
