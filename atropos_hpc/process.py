@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75  # exit codes with which a member says how it ended; anything else is a crash
 KILLED_S = 30.0  # for the end of a process that was killed; a dead filesystem holds them for longer
+END_TASKS = signal.SIGUSR2  # what asks the tasks behind an srun to end: it hands this on, and takes TERM as an order to kill them
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -53,10 +54,18 @@ class Child:
     process: "subprocess.Popen[bytes]"
     log: Path
     started: float
+    end_by: int = signal.SIGTERM
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def ask_to_end(self) -> None:
+        """As it is to be asked: the whole group by TERM, an srun by END_TASKS."""
+        if self.end_by == signal.SIGTERM:
+            self.signal(self.end_by)
+        else:
+            self.process.send_signal(self.end_by)
 
     def poll(self) -> int | None:
         """The exit code (negative: the signal that ended it), or None while it runs."""
@@ -70,7 +79,14 @@ class Child:
             pass
 
 
-def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Child:
+def start(
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    end_by: int = signal.SIGTERM,
+) -> Child:
     """Start `command` with its output appended to `log`, in a group of its own, bound to this process's life."""
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -82,15 +98,15 @@ def start(name: str, command: Sequence[str], log: Path, env: Mapping[str, str] |
             cwd=cwd,
             start_new_session=True,
         )
-    return Child(name, process, log, time.monotonic())
+    return Child(name, process, log, time.monotonic(), end_by)
 
 
 def end(children: Iterable[Child], grace_s: float) -> None:
-    """TERM to every child's group, KILL to what is left after `grace_s`; returns when all have been reaped (or cannot be)."""
+    """Ask every child to end, KILL what is left after `grace_s`; returns when all have been reaped (or cannot be)."""
     children = list(children)
     for child in children:
         if child.poll() is None:
-            child.signal(signal.SIGTERM)
+            child.ask_to_end()
     deadline = time.monotonic() + grace_s
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -164,10 +180,10 @@ def request_stacks(pid: int) -> bool:
 
 
 async def until_asked(work: Coroutine[Any, Any, None]) -> bool:
-    """Run `work` to its end, or cancel it on TERM or INT. Returns whether it came to its end; raises what it raises."""
+    """Run `work` to its end, or cancel it on TERM, INT or END_TASKS. Returns whether it came to its end; raises what it raises."""
     task = asyncio.ensure_future(work)
     tasks_on_request()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, END_TASKS):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         await task

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Whole runs and clusters, killed at moments that a busy machine shifts: one more try, which pytest reports as a rerun.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+            item.add_marker(pytest.mark.flaky(reruns=int(os.environ.get("ATROPOS_HPC_RERUNS", "1"))))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the tests of runs in Slurm jobs share: a cluster, and a run that is submitted to it."""
 
+import fcntl
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
 from atropos_hpc import process
+from atropos_hpc.policy.mirror import LOCK, PREFIX
 from atropos_hpc.run_dir import RunDir, read_json, read_lines
 from atropos_hpc.slurm import merged
 
@@ -77,6 +79,16 @@ class Submitted:
     def leaves_nothing(self) -> None:
         until("the end of all processes", lambda: not self.cluster.processes(), 40, self.story)
 
+    def said_goodbye(self) -> None:
+        """Nobody was killed in the end: every member has written that it has ended."""
+        states = {path.stem: read_json(path)["state"] for path in self.run.members.glob("*.json")}
+        assert set(states.values()) == {"ended"}, f"{states}\n{self.story()}"
+
+    def frees_memory(self) -> None:
+        """No node holds a copy of a policy version any more (agents of real runs remove those of killed ones)."""
+        copies = [path for path in Path("/dev/shm").glob(f"{PREFIX}*") if not _held(path / LOCK)]
+        assert not copies, f"policy versions were left in a node's memory: {copies}\n{self.story()}"
+
     def is_requeued(self, seconds: float = 60) -> None:
         """Wait until Slurm has it in the queue again, and let it start."""
         until("a requeue", lambda: self.state() == "PENDING", seconds, self.story)
@@ -129,6 +141,16 @@ def node_of(run: Submitted, role: str) -> str:
     """The first node that a role has got, from the supervisor's log."""
     text = run.log("supervisor").split(f"{role} on ")[1]
     return text.split(",")[0].split(";")[0].split()[0]
+
+
+def _held(lock: Path) -> bool:
+    """Does a process hold it (or is about to)?"""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return True
+    return False
 
 
 def kill(pid: int) -> None:

@@ -21,7 +21,8 @@ def learner(path: Path) -> int:
     from atropos_hpc.run_dir import RunDir, append_line, read_json, read_lines, write_file, write_json
 
     run, terms = RunDir(path), []  # type: tuple[RunDir, list[int]]
-    signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
+    for asked_by in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(asked_by, lambda number, _: terms.append(number))
     if run.config()["trainer"]["steps"] == 77:
         raise RuntimeError("trainer.steps=77 is more than this stand-in takes")
     conf, rank = run.config()["trainer"], int(os.environ["RANK"])
@@ -61,7 +62,8 @@ def agent(path: Path, index: str) -> int:
     from atropos_hpc.run_dir import RunDir
 
     terms: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))
+    for asked_by in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(asked_by, lambda number, _: terms.append(number))
     logging.basicConfig(level=logging.INFO)
     run = RunDir(path)
     member, watch = Member(run, "agent", os.environ["ATROPOS_HPC_NODE"], servers=[]), LeaderWatch(run)

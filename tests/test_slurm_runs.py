@@ -60,6 +60,7 @@ def test_a_sweep_is_one_het_job_per_point_one_after_the_other(cluster: Cluster, 
     points = [Submitted(cluster, Path(row["run_dir"]), row["job"]) for row in rows]
     for point in points:
         point.completes(8)
+        point.said_goodbye()
     spans = [(lines[0]["time"], lines[-1]["time"]) for lines in (read_lines(point.run.metrics) for point in points)]
     assert all(before[1] < after[0] for before, after in itertools.pairwise(spans))
     assert [point.run.config()["algorithm"]["kl_coef"] for point in points] == [0, 0.001, 0.01]

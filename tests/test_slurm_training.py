@@ -61,7 +61,9 @@ def test_a_sweep_over_the_kl_coefficient(cluster: Cluster, tmp_path: Path) -> No
     assert len(points) == 3
     for point in points:
         point.completes(4, seconds=400)
+        point.said_goodbye()
         assert point.log("trainer-0") and point.log("trainer-1") and point.log("server-0-0")
+    points[-1].frees_memory()
     command = [str(Path(sys.executable).with_name("atropos-hpc")), "report", str(sweep), "--json"]
     report = json.loads(subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=True).stdout)
     assert [(row["state"], row["step"]) for row in report] == [("complete", 4)] * 3
@@ -78,6 +80,8 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(cluster: Clus
     preempt(cluster, run, "--nodes=4")
     at = saved(run)
     run.completes(14, attempts=2, seconds=400)
+    run.said_goodbye()
+    run.frees_memory()
     assert f"starts at step {at}" in run.log("trainer-0") and f"starts at step {at}" in run.log("trainer-1")
     assert cluster.job(run.job)["Restarts"] == "1"
     assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == 14 * 256  # each batch once

@@ -5,6 +5,7 @@ rollout node is one (a lost node ends nobody else), the trajectory server is one
 themselves; on Slurm's nodes a step is one srun.
 """
 
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from atropos_hpc.config import Config
 from atropos_hpc.launch import batch
 from atropos_hpc.launch.batch import Group
+from atropos_hpc.process import END_TASKS
 from atropos_hpc.rendezvous import HOST
 
 PACKAGE_HOME = Path(__file__).resolve().parent.parent.parent
@@ -20,11 +22,12 @@ PACKAGE_HOME = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Process:
-    """One process: its log's name, its command line and what it finds in its environment beside ours."""
+    """One process: its log's name, its command line, what it finds in its environment beside ours, and the signal that asks it to end."""
 
     name: str
     command: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
+    end_by: int = signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def agent_step(config: Config, run_dir: Path, group: Group, node: str, addresses
     variables = {**_node(f"rollout{index}"), HOST: addresses[node]}
     program = batch.program(_agent(config, run_dir, str(index)), role, cluster.setup, cluster.container, variables)
     command = batch.srun(name, group, [node], role, 1, cluster.container, f"{logs}/{name}.log", program)
-    return Step(name, "agent", (Process(f"{name}.srun", command, _node(f"rollout{index}")),), (node,))
+    return Step(name, "agent", (Process(f"{name}.srun", command, _node(f"rollout{index}"), END_TASKS),), (node,))
 
 
 def _trainer_step(config: Config, run_dir: Path, group: Group, addresses: Mapping[str, str], logs: Path) -> Step:
@@ -99,7 +102,7 @@ def _trainer_step(config: Config, run_dir: Path, group: Group, addresses: Mappin
     setup = [*cluster.setup, f"addresses=({of_nodes})"]
     program = batch.program(_learner(config, run_dir), role, setup, cluster.container, variables)
     command = batch.srun("trainer", group, group.nodes, role, role.ranks_per_node, cluster.container, f"{logs}/trainer-%t.log", program)
-    return Step("trainer", "trainer", (Process("trainer.srun", command),), group.nodes)
+    return Step("trainer", "trainer", (Process("trainer.srun", command, end_by=END_TASKS),), group.nodes)
 
 
 def _trajectories(config: Config, run_dir: Path, variables: Mapping[str, str] | None = None) -> Step:

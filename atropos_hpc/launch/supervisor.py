@@ -159,7 +159,8 @@ class Supervisor:
         identity = f"{running.step.name}-{time.time_ns()}"
         for each in running.step.processes:
             variables = {**each.variables, "ATROPOS_HPC_STEP": identity, "PYTHONUNBUFFERED": "1"}
-            running.children.append(process.start(each.name, each.command, self.run.logs / f"{each.name}.log", variables))
+            log_path = self.run.logs / f"{each.name}.log"
+            running.children.append(process.start(each.name, each.command, log_path, variables, end_by=each.end_by))
         running.due, running.started, running.leave_by = None, time.monotonic(), None
         where = f" on {', '.join(running.step.nodes)}" if running.step.nodes else ""
         log.info("started %s%s, pid %s", running.step.name, where, ", ".join(str(child.pid) for child in running.children))
@@ -269,7 +270,7 @@ class Supervisor:
         for running in others:
             if running.step.kind == "agent":
                 for child in running.children:
-                    child.signal(signal.SIGTERM)
+                    child.ask_to_end()
 
     def _ask_for_stacks(self, steps: list[Running]) -> None:
         """Under Slurm these processes are sruns, which pass the signal on. An agent passes it on to all on its node."""
@@ -317,13 +318,13 @@ class Supervisor:
             log.warning("%s: the learner saves a checkpoint, at most %.0f s (%s)", WHY[action], self.launch.save_timeout_s, action.value)
             try:
                 rendezvous.ask(self.run, "stop")
-            except OSError as error:  # a full disk; TERM tells the learner the same
+            except OSError as error:  # a full disk; a signal tells the learner the same
                 log.warning("cannot write the request to stop: %s", error)
                 for child in self.steps["trainer"].children:
-                    child.signal(signal.SIGTERM)
+                    child.ask_to_end()
 
     def _end_all(self) -> None:
-        """TERM, then KILL, to every process of the run, the trajectory server last; then to what they may have left."""
+        """Have every process of the run end, the trajectory server last; then what they may have left."""
         for last in (False, True):
             steps = [running for running in self.steps.values() if (running.step.kind == "trajectories") == last]
             process.end((child for running in steps for child in running.children), self.launch.grace_s)

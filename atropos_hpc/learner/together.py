@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from atropos_hpc.process import END_TASKS
 from atropos_hpc.rendezvous import Member, asked
 from atropos_hpc.run_dir import RunDir
 
@@ -24,14 +25,15 @@ class StopAsked(Exception):
 class Together:
     """This rank's part in common waits. Collective: all ranks wait for the same things in the same order.
 
-    From here on TERM is a wish to stop, too: it is all that Slurm tells a rank when it takes the nodes away.
+    From here on TERM is a wish to stop, too: it is all that Slurm tells a rank when it takes the nodes away. So is END_TASKS.
     """
 
     def __init__(self, run: RunDir, member: Member) -> None:
         self.run, self.member = run, member
         self.leads = dist.get_rank() == 0
         self._looked, self._stop = 0.0, False
-        signal.signal(signal.SIGTERM, self._term)
+        for number in (signal.SIGTERM, END_TASKS):
+            signal.signal(number, self._term)
 
     def _term(self, _number: int, _frame: Any) -> None:
         self._stop = True
