@@ -189,7 +189,7 @@ def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[
     if job is None:
         return local_steps(config, run.path)
     nodes = "; ".join(f"{role} on {', '.join(group.nodes)}" for role, group in job.groups.items())
-    log.info("%s, job %s: %s", config.cluster.name, job.id, nodes)
+    log.info("job %s: %s", job.id, nodes)
     return slurm_steps(config, run.path, job.groups, job.addresses(config.cluster.host), attempt)
 
 
