@@ -32,10 +32,14 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process `number` when its parent ends. A no-op unless `start` started us."""
+    """Have the kernel send this process `number` when its parent ends. A no-op unless `start` started us.
+
+    From here on END_TASKS is ignored: Slurm sends it to all processes of a step, and the parent asks its children by TERM.
+    """
     parent = os.environ.get(PARENT)
     if parent is None:
         return
+    signal.signal(END_TASKS, signal.SIG_IGN)
     _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != int(parent):  # it died before we asked
         os.kill(os.getpid(), number)
@@ -180,11 +184,23 @@ def request_stacks(pid: int) -> bool:
 
 
 async def until_asked(work: Coroutine[Any, Any, None]) -> bool:
-    """Run `work` to its end, or cancel it on TERM, INT or END_TASKS. Returns whether it came to its end; raises what it raises."""
+    """Run `work` to its end, or cancel it on TERM, INT or END_TASKS, where these are not ignored.
+
+    Returns whether it came to its end; raises what it raises.
+    """
     task = asyncio.ensure_future(work)
     tasks_on_request()
+    asked = False
+
+    def ask() -> None:  # only once: Slurm and the parent may both ask, and a second cancel would break off the tidying up
+        nonlocal asked
+        if not asked:
+            asked = True
+            task.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT, END_TASKS):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, ask)
     try:
         await task
     except asyncio.CancelledError:

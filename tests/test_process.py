@@ -64,6 +64,42 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert until(lambda: gone(child))
 
 
+def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
+    """Slurm signals every process of a step, and the agent asks its children besides."""
+    program = """
+        import asyncio
+        from atropos_hpc import process
+        async def work():
+            try:
+                print("working", flush=True)
+                await asyncio.sleep(600)
+            finally:
+                print("tidying", flush=True)
+                await asyncio.sleep(1)
+                print("tidy", flush=True)
+        print("complete" if asyncio.run(process.until_asked(work())) else "asked", flush=True)
+    """
+    log = tmp_path / "log"
+    child = process.start("member", [sys.executable, "-c", textwrap.dedent(program)], log, end_by=process.END_TASKS)
+    assert until(lambda: "working" in log.read_text())
+    child.ask_to_end()
+    assert until(lambda: "tidying" in log.read_text())
+    child.signal(signal.SIGTERM)
+    assert child.process.wait(30) == 0 and log.read_text().split() == ["working", "tidying", "tidy", "asked"]
+
+
+def test_a_child_leaves_the_signal_for_tasks_to_its_parent(tmp_path: Path) -> None:
+    program = "from atropos_hpc import process; import time; process.die_with_parent(); print('bound', flush=True); time.sleep(600)"
+    log = tmp_path / "log"
+    child = process.start("member", [sys.executable, "-c", program], log, end_by=process.END_TASKS)
+    assert until(lambda: "bound" in log.read_text())
+    child.ask_to_end()
+    time.sleep(0.5)
+    assert child.poll() is None
+    process.end([child], 0.2)
+    assert child.poll() == -signal.SIGKILL
+
+
 def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None:
     program = f"""
         import os, signal, sys, time
