@@ -305,7 +305,7 @@ class Supervisor:
         if trainer is None or not trainer.children:
             return self.ending
         if self.wishes > 1 or time.monotonic() > self.patience:
-            log.warning("ended without a new checkpoint; a resume goes back to the last one")
+            log.warning("the learner is not waited for any longer; a resume goes back to the last checkpoint that it wrote")
             return self.ending
         return None
 
