@@ -4,10 +4,11 @@
 
 The arithmetic experiment, two vLLM servers and two environment workers. Every member's memory and every part of the run directory are
 measured every few seconds. In the end the run is asked to stop, resumed for three more steps, and looked at. Exit code 0: every step was
-done once, the policy has learnt, no process is left, no member's memory grew by more than GROWTH an hour, and the disk stayed bounded.
+done once, the policy has learnt, no process is left, no member's memory grew by more than GROWTH, and the disk stayed bounded.
 
-Memory is what is a process' own (RssAnon and RssShmem of /proc/PID/status; files that it maps are the page cache's). As members are killed
-all the time, growth is over each life, from WARM_S after its start, and pooled by kind of member.
+Memory is what is a process' own (RssAnon and RssShmem of /proc/PID/status; files that it maps are the page cache's): the most that one
+process of a kind has had in each quarter of the time. In the first, imports, the first batches and caches that fill are still in it, so
+that the last is compared with the second.
 """
 
 import argparse
@@ -31,8 +32,7 @@ from run_parts import Started
 from atropos_hpc.run_dir import read_lines
 
 EVERY_S = 5.0
-WARM_S = 120.0  # imports, the first batches, and caches that fill
-GROWTH = 0.1  # of a member's memory, an hour
+GROWTH = 0.1  # of a member's memory, from the second quarter to the last
 LEARNT = 0.85
 SEGMENT_BYTES = 4 << 20
 PARTS = ("trajectories", "policy", "checkpoints", "logs")
@@ -48,7 +48,7 @@ SETTINGS = [
 class Watch:
     """What was measured: (seconds since the start, MB)."""
 
-    memory: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # by (member, pid)
+    memory: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # by kind of member
     disk: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # by part of the run directory
 
     def follow(self, started: Started, over: threading.Event) -> None:
@@ -57,7 +57,7 @@ class Watch:
             now = time.monotonic() - began
             for name, pid in [("supervisor", started.process.pid), *members(started)]:
                 if (size := private_mb(pid)) is not None:
-                    self.memory[(name, pid)].append((now, size))
+                    self.memory["engine" if name.endswith("engine") else name.partition("-")[0]].append((now, size))
             for part in PARTS:
                 self.disk[part].append((now, size_mb((started.run.path / part).rglob("*"))))
 
@@ -81,67 +81,40 @@ def size_mb(paths: Iterable[Path]) -> float:
     return total / 2**20
 
 
-@dataclass
-class Growth:
-    """Of all processes of a kind of member, over the lives that lasted longer than WARM_S."""
-
-    lives: int
-    warm_hours: float
-    at_first_mb: float  # mean, WARM_S after the start
-    most_mb: float
-    mb_an_hour: float
-
-    @property
-    def share(self) -> float:
-        return self.mb_an_hour / self.at_first_mb
-
-
-def growth(lives: list[list[tuple[float, float]]]) -> Growth | None:
-    """None if no life was long enough."""
-    warm = [[(at, mb) for at, mb in life if at - life[0][0] >= WARM_S] for life in lives]
-    warm = [life for life in warm if len(life) > 2 * WARM_S / EVERY_S]
-    if not warm:
-        return None
-    hours = sum(life[-1][0] - life[0][0] for life in warm) / 3600
-    grown = sum(life[-1][1] - life[0][1] for life in warm)
-    first = sum(life[0][1] for life in warm) / len(warm)
-    return Growth(len(lives), hours, first, max(mb for life in lives for _, mb in life), grown / hours)
-
-
 def judged(watch: Watch, console: Console) -> list[str]:
     """Show the tables; what is not as it should be."""
     problems = []
-    by_kind: dict[str, list[list[tuple[float, float]]]] = defaultdict(list)
-    for (name, _), life in watch.memory.items():
-        by_kind["engine" if name.endswith("engine") else name.partition("-")[0]].append(life)
-    memory = Table("member", "lives", "hours, warm", "MB when warm", "most MB", "MB more an hour", title="memory of its own")
-    for kind, lives in sorted(by_kind.items()):
-        found = growth(lives)
-        if found is None:
-            memory.add_row(kind, str(len(lives)), "", "", "", "no life was long enough")
-            continue
-        numbers = (f"{found.warm_hours:.2f}", f"{found.at_first_mb:.0f}", f"{found.most_mb:.0f}", f"{found.mb_an_hour:+.1f}")
-        memory.add_row(kind, str(found.lives), *numbers)
-        if found.share > GROWTH:
-            problems.append(f"{kind}: its memory grows by {found.share:.0%} an hour")
+    memory = Table("member", *(f"quarter {number + 1}" for number in range(4)), title="most memory of one process, MB")
+    for kind, series in sorted(watch.memory.items()):
+        most = quarters(series)
+        memory.add_row(kind, *(f"{mb:.0f}" for mb in most))
+        if most[3] > (1 + GROWTH) * most[1]:
+            problems.append(f"{kind}: its memory grew from {most[1]:.0f} to {most[3]:.0f} MB")
     console.print(memory)
-    disk = Table("part", "MB in the middle of the time", "at the end", "at most", "bound", title="disk")
+    disk = Table("part", *(f"quarter {number + 1}" for number in range(4)), "bound", title="most on disk, MB")
     for part, series in watch.disk.items():
-        most, bound = max(mb for _, mb in series), BOUNDS_MB.get(part)
-        disk.add_row(
-            part, f"{series[len(series) // 2][1]:.1f}", f"{series[-1][1]:.1f}", f"{most:.1f}", "" if bound is None else f"{bound:.0f}"
-        )
-        if bound is not None and most > bound:
-            problems.append(f"{part}/ came to {most:.1f} MB")
+        most, bound = quarters(series), BOUNDS_MB.get(part)
+        disk.add_row(part, *(f"{mb:.1f}" for mb in most), "" if bound is None else f"{bound:.0f}")
+        if bound is not None and max(most) > bound:
+            problems.append(f"{part}/ came to {max(most):.1f} MB")
     console.print(disk)
     return problems
+
+
+def quarters(series: list[tuple[float, float]]) -> list[float]:
+    """The greatest value in each quarter of the time; 0 where there is none."""
+    whole = max(at for at, _ in series) + 1e-9
+    return [max((mb for at, mb in series if number <= 4 * at / whole < number + 1), default=0.0) for number in range(4)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A long run with random kills.")
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--gap", default="30-90", help="seconds from recovery to the next kill")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    low, _, high = options.gap.partition("-")
+    schedule = Schedule(options.minutes, (float(low), float(high or low)), {kill: 1}, together=0.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     console, watch, over, done = Console(width=140), Watch(), threading.Event(), list[Done]()
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch, small_filesystem(Path(scratch) / "run"):
@@ -149,7 +122,7 @@ def main() -> int:
         follower = threading.Thread(target=watch.follow, args=(started, over))
         follower.start()
         try:
-            harass(started, random.Random(options.seed), Schedule(options.minutes, (30.0, 90.0), {kill: 1}, together=0.0), done)
+            harass(started, random.Random(options.seed), schedule, done)
             over.set()
             follower.join()
             steps = finish(started)
