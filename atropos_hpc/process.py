@@ -24,6 +24,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75  # exit codes with which a member says how it ended; anything else is a crash
+SRUN_S = 5.0  # for an srun to kill its tasks
 KILLED_S = 30.0  # for the end of a process that was killed; a dead filesystem holds them for longer
 END_TASKS = signal.SIGUSR2  # what asks the tasks behind an srun to end: it hands this on, and takes TERM as an order to kill them
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
@@ -111,15 +112,24 @@ def end(children: Iterable[Child], grace_s: float) -> None:
     for child in children:
         if child.poll() is None:
             child.ask_to_end()
-    deadline = time.monotonic() + grace_s
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    _wait_for(children, grace_s)
+    sruns = [child for child in children if child.end_by == END_TASKS and child.poll() is None]
+    for child in sruns:
+        child.signal(signal.SIGTERM)  # on which it kills its tasks; killed itself, it would leave them
+    _wait_for(sruns, SRUN_S)
     for child in children:
         child.signal(signal.SIGKILL)  # also what a child that ended by itself has left in its group
         try:
             child.process.wait(KILLED_S)
         except subprocess.TimeoutExpired:
             log.error("%s (pid %d) was killed %.0f s ago and has not ended: it is stuck in the kernel", child.name, child.pid, KILLED_S)
+
+
+def _wait_for(children: Iterable[Child], seconds: float) -> None:
+    """Until all have ended, or so long."""
+    deadline = time.monotonic() + seconds
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def end_orphans(known: Iterable[Child]) -> list[int]:
