@@ -87,7 +87,7 @@ def test_a_killed_rank_restarts_from_the_last_durable_step(start: Callable[..., 
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: Callable[..., Started]) -> None:
-    started = start(8)
+    started = start(40)
     started.step(4)
     second = subprocess.run(started.command, capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 2 and f"pid {started.process.pid}" in second.stderr and "is in use by" in second.stderr
@@ -95,9 +95,9 @@ def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: 
     started.process.wait()
     started.assert_nothing_is_left()
     durable = read_json(started.run.checkpoints / "latest.json")["step"]
-    assert durable == 3
+    assert 3 <= durable <= len(started.steps()) < 40 and durable % 3 == 0
     started.process = started.start()
-    assert_complete(started, 8)
+    assert_complete(started, 40)
     assert f"starts at step {durable}" in started.log("trainer-0")
     # the same command once more: there is nothing left to do
     again = subprocess.run(started.command, capture_output=True, text=True, timeout=120, check=False)
