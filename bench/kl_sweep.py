@@ -63,6 +63,6 @@ def main() -> Result:
     result.at_least("points that are complete", len(found), len(COEFFICIENTS) * len(SEEDS))
     by = {row["kl_coef"]: row["KL to the reference"] for row in rows}
     result.details["KL at a coefficient of 0.001, of that at 0"] = by[0.001] / by[0.0]
-    for low, high in ((0.0, 0.01), (0.01, 0.1)):  # 0.001 is expected to take off less than a hundredth, which no two seeds can show
-        result.at_most(f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], 1.0)
+    for low, high, share in ((0.0, 0.01, 1.0), (0.01, 0.1, 0.8)):
+        result.at_most(f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], share)
     return result

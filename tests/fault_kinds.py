@@ -117,22 +117,20 @@ def damage_checkpoint(started: Started, dice: random.Random) -> str:
 
 def drop_connections(started: Started, dice: random.Random) -> str:
     """Reset all TCP connections to one of the run's servers (ss -K; needs root)."""
-    listening = servers(started)
-    if not listening:
+    if (server := a_server(started, dice)) is None:
         return "nothing there yet"
-    name, _, port = dice.choice(listening)
+    name, _, port = server
     subprocess.run(["ss", "-K", "dport", "=", port], capture_output=True, check=False)
     return name
 
 
 def delay_connections(started: Started, dice: random.Random) -> str:
     """One of the run's servers answers late, and in bursts: it gets a tenth of the time."""
-    listening = servers(started)
-    if not listening:
-        return "nothing there yet"
-    name, pid, _ = dice.choice(listening)
     seconds = dice.uniform(3, 12)
     until = time.monotonic() + seconds
+    if (server := a_server(started, dice)) is None:
+        return "nothing there yet"
+    name, pid, _ = server
     while time.monotonic() < until:
         late = dice.uniform(0.05, 1.5)
         os.kill(pid, signal.SIGSTOP)
@@ -210,14 +208,14 @@ def members(started: Started) -> list[tuple[str, int]]:
     return found or [("supervisor", started.process.pid)]
 
 
-def servers(started: Started) -> list[tuple[str, int, str]]:
-    """(name, pid, port) of what listens: the trajectory server and vLLM's."""
+def a_server(started: Started, dice: random.Random) -> tuple[str, int, str] | None:
+    """(name, pid, port) of one that listens, the trajectory server or a vLLM server. None while there is none."""
     found = []
     for member in roster(started):
         for server in [member] if member["kind"] == "trajectories" else member.get("servers") or []:
             if server.get("url") and server["pid"] is not None:
                 found.append((server["name"], server["pid"], server["url"].rpartition(":")[2]))
-    return found
+    return dice.choice(found) if found else None
 
 
 def engines(server: int) -> list[int]:

@@ -69,7 +69,7 @@ class KindsEnv(BaseEnv):
         return ScoredDataGroup(tokens=[start + out for out in outputs], masks=[[-100] * len(start) + out for out in outputs])
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("this environment has nothing to evaluate")
+        raise LookupError("this environment has no held-out problems")
 
 
 def of_nodes(nodes: list[Any]) -> ScoredDataGroup:

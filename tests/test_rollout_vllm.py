@@ -32,7 +32,7 @@ from atropos_hpc.run_dir import RunDir, read_lines  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
 
 PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
-NOTHING = "environment: NotImplementedError('this environment has nothing to evaluate')"
+NOTHING = "environment: LookupError('this environment has no held-out problems')"
 ENVIRONMENT = {"target": f"{Path(__file__).parent}/kinds_env.py:KindsEnv", "group_size": 4}
 ROLLOUT = {
     "memory_utilization": 0.05,

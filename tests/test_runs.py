@@ -200,7 +200,7 @@ def test_several_environments_share_a_run(start: Callable[..., Started]) -> None
     for line in lines[3:]:  # by then the second has registered too, and what was generated without it is used up
         assert line["sequences/kinds"] >= 32 and line["reward/kinds"] == 0.5 and 0 < line["reward/environment"] < 1
     (evaluated,) = read_lines(started.run.evaluations)
-    assert 0 < evaluated["accuracy"] < 1 and evaluated["error"].startswith("more_environments.kinds: NotImplementedError")
+    assert 0 < evaluated["accuracy"] < 1 and evaluated["error"].startswith("more_environments.kinds: LookupError")
 
 
 def test_an_environment_of_the_users_own_runs_unmodified(start: Callable[..., Started]) -> None:
