@@ -32,7 +32,7 @@ def groups(**changes: Any) -> int:
         "under_way": 0,
         "others": 0,
         "group_size": 8,
-        "share": 1.0,
+        "part": 1.0,
     }
     return room(**(figures | changes))
 
@@ -58,11 +58,27 @@ def test_what_is_queued_and_under_way_takes_room() -> None:
 
 
 def test_workers_that_see_the_same_room_share_it() -> None:
-    started = [groups(share=1 / 3) for _ in range(3)]
+    started = [groups(part=1 / 3) for _ in range(3)]
     assert sum(started) >= 8 and sum(started) - 8 < 3
-    assert groups(share=1 / 3, under_way=24) == 0  # its share is under way
-    assert groups(share=0.01) == 1
-    assert [groups(share=share, staleness=3) for share in (0.75, 0.25)] == [24, 8]
+    assert groups(part=1 / 3, under_way=24) == 0  # its share is under way
+    assert groups(part=0.01) == 1
+    assert [groups(part=part, staleness=3) for part in (0.75, 0.25)] == [24, 8]
+
+
+def test_a_minimum_share_of_each_batch_is_left_to_whose_it_is() -> None:
+    assert groups(part=0.1) == 1
+    assert groups(part=0.1, share=16) == 2  # its share, though its weight would give it less
+    assert groups(part=0.1, share=16, staleness=2) == 6
+    assert groups(part=0.1, share=16, own_queued=8) == 1 and groups(part=0.1, share=16, under_way=16) == 0
+    assert groups(shares_of_others=[(16, 0)]) == 6  # the rest, for the others
+    assert groups(shares_of_others=[(16, 8), (8, 8)], queued=8, others=8) == 5
+    assert groups(shares_of_others=[(16, 0)], staleness=2) == 18
+
+
+def test_a_batch_s_share_has_room_though_others_fill_all_batches_to_come() -> None:
+    assert groups(share=16, queued=64) == 2 and groups(share=16, queued=192, staleness=2) == 2
+    assert groups(share=16, queued=64, under_way=16) == 0 and groups(share=16, queued=64, own_queued=16) == 0
+    assert groups(share=16, served=3, formed=4) == 0  # no batch that it could go into
 
 
 def test_stamps_are_per_sequence_with_the_whole_group_s_range_as_fallback() -> None:

@@ -179,6 +179,16 @@ def test_silent_environments_count_no_longer_until_heard_again():
     assert led.status_of(0, SILENT_S + 2)["env_weight"] == 0.25
 
 
+def test_environments_are_told_of_shares_and_of_who_lacks_them():
+    led = ledger(16, [{}, {"min_batch_allocation": 0.25}, {"min_batch_allocation": 0.5}])
+    add(led, item(0, env_id=2), item(1, env_id=2), item(2, env_id=0))
+    led.hear(2, 0.0, in_flight=3)
+    told = [led.status_of(env_id, 0.0) for env_id in range(3)]
+    assert [(status["own_queued"], status["share"]) for status in told] == [(4, 0), (0, 4), (8, 8)]
+    assert [status["shares_of_others"] for status in told] == [[[4, 0], [8, 11]], [[8, 11]], [[4, 0]]]
+    assert led.status_of(0, SILENT_S + 1)["shares_of_others"] == []
+
+
 def test_when_all_have_gone_the_answer_is_still_one():
     led = ledger(8, [{}])
     led.presence[0].heard = None

@@ -15,6 +15,7 @@ import time
 import uuid
 from array import array
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -58,7 +59,10 @@ def room(
     under_way: int,
     others: int,
     group_size: int,
-    share: float,
+    part: float,
+    own_queued: int = 0,
+    share: int = 0,
+    shares_of_others: Iterable[tuple[int, int]] = (),
 ) -> int:
     """How many more groups this worker may start now, >= 0.
 
@@ -67,13 +71,23 @@ def room(
     others and this worker generate. (`others`, `under_way`: sequences.)
 
     Room for a part of a group is room for one: groups of other sizes may have left it, and a batch must not wait for ever. All workers
-    see the same room at once; so each takes no more than its `share`, between 0 and 1, rounded up.
+    see the same room at once; so each takes no more than its `part`, between 0 and 1, rounded up.
+
+    `share` of each batch, in sequences, is this worker's at least, and its room for that is no other's: what the others lack of their
+    own, by `shares_of_others` (share, queued and under way), is left to them. The next batch waits for the share; so room for it there is
+    even where groups of others, started before this worker was known, fill all batches to come.
     """
-    if served is None:
+    if served is None or (batches := served + staleness + 1 - formed) <= 0:
         return 0
-    window = (served + staleness + 1 - formed) * batch_size - queued
-    own = math.ceil(window * share / group_size - 1e-9) * group_size
-    return max(0, -(-min(window - others - under_way, own - under_way) // group_size))
+
+    def lacks(share: int, has: int, batches: int) -> int:
+        return max(0, share * batches - has)
+
+    window = batches * batch_size - queued
+    left = window - others - under_way - sum(lacks(their, has, batches) for their, has in shares_of_others)
+    mine = math.ceil(window * part / group_size - 1e-9) * group_size - under_way
+    more = max(min(left, max(mine, lacks(share, own_queued + under_way, batches))), lacks(share, own_queued + under_way, 1))
+    return max(0, -(-more // group_size))
 
 
 class RunEnvironment(BaseEnv):
@@ -136,7 +150,8 @@ class RunEnvironment(BaseEnv):
         more = room(
             served=served, formed=formed, staleness=self.staleness.max, batch_size=status["batch_size"],
             queued=status["queued_sequences"], others=status["others_in_flight"], under_way=len(self.workers) * group_size,
-            group_size=group_size, share=status["env_weight"],
+            group_size=group_size, part=status["env_weight"],
+            own_queued=status["own_queued"], share=status["share"], shares_of_others=status["shares_of_others"],
         )  # fmt: skip
         # BaseEnv lets so many rollouts run: max_batches_offpolicy * derived_batch_size // group_size - queue_size, and cancels what
         # exceeds it. This queue_size makes that the ones that run already, and `more`. Below zero is as good as any.

@@ -297,9 +297,10 @@ class Ledger:
             presence.delivered = now
             presence.heard = None if presence.heard is None else now
 
-    def others_in_flight(self, env_id: int, now: float) -> int:
-        others = (self.presence[e.env_id] for e in self.connected(now) if e.env_id != env_id)
-        return sum(other.in_flight for other in others if other.reported is not None and now - other.reported < REPORT_S)
+    def in_flight(self, env_id: int, now: float) -> int:
+        """Sequences that it generates, as it last said; 0 where that was long ago."""
+        presence = self.presence[env_id]
+        return presence.in_flight if presence.reported is not None and now - presence.reported < REPORT_S else 0
 
     def status_of(self, env_id: int, now: float) -> dict[str, Any]:
         """Atropos' answer to /status-env, and what members of a run read besides.
@@ -319,6 +320,8 @@ class Ledger:
         largest = max(sizes, default=1)
         batch_size = self.registration.batch_size if self.registration else 0
         floors = {e.env_id: int(batch_size * (e.min_batch_allocation or 0)) for e in connected}
+        in_flight = {e.env_id: self.in_flight(e.env_id, now) for e in connected if e.env_id != env_id}
+        shares = self._shares(now) if self.registration else {}
         others = sum(max(0, -(-n // largest) * largest - floors.get(j, 0)) for j, n in waiting.items() if j != env_id)
         weights = {e.env_id: e.max_token_length * max(0.0, e.weight) for e in connected}
         total = sum(weights.values())
@@ -333,7 +336,10 @@ class Ledger:
             "formed": self.formed,
             "queued_sequences": self.queued_sequences,
             "batch_size": batch_size,
-            "others_in_flight": self.others_in_flight(env_id, now),
+            "own_queued": self._queued_of[env_id],
+            "others_in_flight": sum(in_flight.values()),
+            "share": shares.get(env_id, 0),
+            "shares_of_others": [[share, self._queued_of[j] + in_flight[j]] for j, share in shares.items() if j != env_id],
         }
 
 
