@@ -71,7 +71,7 @@ bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
 
 # Random faults against a live run: SEED is one number or a range, MINUTES of faults for each. Summed up over all calls.
-MINUTES ?= 2
+MINUTES ?= 0.5
 faults: setup
 	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES) --record bench/results/faults.jsonl
 

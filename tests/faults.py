@@ -1,13 +1,14 @@
 """Random faults against a live run with the real parts, and then: was anything lost, doubled, or let in?
 
-    .venv/bin/python tests/faults.py --seed 0-9 --minutes 2
+    .venv/bin/python tests/faults.py --seed 0-9 --minutes 0.5
 
 For each seed: start a small run of the arithmetic experiment (its run directory on a small filesystem of its own, where this user may
-mount one), do a random fault of fault_kinds.py every few seconds for so many minutes, ask the run to stop, resume it without faults for
-three more steps, and check what DESIGN promises (promises.py). A run that a fault ends in the way it should (a killed supervisor, a TERM)
-is started again with the same command, as its user or Slurm would.
+mount one), do a random fault of fault_kinds.py every few seconds for so many minutes, let the run come to its end, and check what DESIGN
+promises (promises.py). A run that a fault ends in the way it should (a killed supervisor, a TERM) is started again with the same command,
+as its user or Slurm would.
 
-The seed fixes which faults come in which order, after which pauses; the moments in the run's life shift with the machine.
+The seed fixes how many servers and environment workers there are, which faults come in which order, and after which pauses; the moments
+in the run's life shift with the machine.
 Exit code 0: no seed had a violation. Lost nodes are not simulated here: tests/test_slurm_*.py lose them.
 """
 
@@ -35,8 +36,8 @@ from atropos_hpc.run_dir import append_line, read_json, read_lines
 
 SETTINGS = [
     f"algorithm.batch_size={BATCH}", f"staleness.max={STALENESS}", "evaluation.after=true", "environment.config.eval_problems=300",
-    "rollout.servers=2", "environment.workers=2",
 ]  # fmt: skip
+STEPS_PER_MINUTE = 60  # of faults: about what a run does beside them
 ENDLESS = 1_000_000  # steps: the first part of a run is ended by time
 RECOVERY_S = 300.0  # for the next step after a fault; a restarted vLLM server takes its time on a busy machine
 ENDED_WELL = {75, -signal.SIGKILL}  # a run that was asked to stop, and one whose supervisor was killed
@@ -78,14 +79,14 @@ class Outcome:
 
 
 def harass(started: Started, dice: random.Random, schedule: Schedule, done: list[Done]) -> None:
-    """Faults for so many minutes, beginning with the first step; each is put down in `done`.
+    """Faults for so many minutes, beginning with the first step, or until the run has come to its end; each is put down in `done`.
 
     Raises AssertionError, with the story, when the run does not get on.
     """
     kinds, weights = list(schedule.faults), list(schedule.faults.values())
     started.step(1)
     end = time.monotonic() + 60 * schedule.minutes
-    while time.monotonic() < end:
+    while time.monotonic() < end and started.process.poll() != 0:
         fault = dice.choices(kinds, weights)[0]
         note = Done(fault.__name__, "", last_line(started).get("step", 0))
         done.append(note)
@@ -100,11 +101,14 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
 
 
 def recover(started: Started, done: list[Done]) -> None:
-    """Wait for the next step; start the run again where it ended as it should."""
+    """Wait for the next step, or the end; start the run again where it ended as it should."""
     began = time.monotonic()
     known = {(line["step"], line["time"]) for line in read_lines(started.run.metrics)}  # a resume may cut the file back to one of these
     while not (line := last_line(started)) or (line["step"], line["time"]) in known:
         code = started.process.poll()
+        if code == 0:
+            done[-1].came = "came to its end"
+            return
         if code is not None:
             assert code in ENDED_WELL, f"the run ended with {code}:\n{started.story()}"
             done[-1].came = f"ended with {code}, resumed"
@@ -112,6 +116,13 @@ def recover(started: Started, done: list[Done]) -> None:
         assert time.monotonic() - began < RECOVERY_S, f"no step for {RECOVERY_S:.0f} s after {done[-1]}:\n{started.story()}"
         time.sleep(0.1)
     done[-1].recovered_s = time.monotonic() - began
+
+
+def to_its_end(started: Started) -> None:
+    """Wait for success; start the run again where the last fault ended it."""
+    while (code := started.end()) in ENDED_WELL:
+        started.process = started.start()
+    assert code == 0, f"the run ended with {code}:\n{started.story()}"
 
 
 def last_line(started: Started) -> dict[str, Any]:
@@ -143,13 +154,15 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
     with small_filesystem(scratch / "run") as mounted:
         if not mounted:
             schedule.faults = {fault: weight for fault, weight in schedule.faults.items() if fault not in ON_ITS_OWN}
-        started = Started(scratch, ENDLESS, *SETTINGS, env=jumping_clock(scratch))
+        dice, steps = random.Random(seed), round(schedule.minutes * STEPS_PER_MINUTE)
+        numbers = [f"{key}={dice.choice([1, 2])}" for key in ("rollout.servers", "environment.workers")]
+        started = Started(scratch, steps, *SETTINGS, *numbers, env=jumping_clock(scratch))
         done: list[Done] = []
         found: list[str] = []
         try:
             try:
-                harass(started, random.Random(seed), schedule, done)
-                steps = finish(started)
+                harass(started, dice, schedule, done)
+                to_its_end(started)
                 started.assert_nothing_is_left()
                 found = violations(started, steps)
             except AssertionError as error:
@@ -174,7 +187,7 @@ def table(outcome: Outcome) -> Table:
     title = f"seed {outcome.seed}: {outcome.steps} steps, {outcome.minutes} minutes"
     drawn = Table("fault", "to", "at step", "next step after s", "the run", title=title)
     for each in outcome.faults:
-        again = "with the next" if each.recovered_s is None else f"{each.recovered_s:.1f}"
+        again = "" if each.recovered_s is None else f"{each.recovered_s:.1f}"
         drawn.add_row(each.fault, each.to, str(each.step), again, each.came)
     return drawn
 
@@ -189,7 +202,7 @@ def summary(outcomes: list[Outcome]) -> Table:
         own = [fault for fault in faults if fault.fault == kind]
         waits = [fault.recovered_s for fault in own if fault.recovered_s is not None]
         middle, longest = (f"{statistics.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
-        drawn.add_row(kind, str(len(own)), middle, longest, str(sum(bool(fault.came) for fault in own)))
+        drawn.add_row(kind, str(len(own)), middle, longest, str(sum("resumed" in fault.came for fault in own)))
     return drawn
 
 

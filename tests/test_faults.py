@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
 def test_nobody_gets_in_and_nothing_is_lost(tmp_path: Path) -> None:
     with small_filesystem(tmp_path / "run") as mounted:
-        started = Started(tmp_path, ENDLESS, *SETTINGS, env=jumping_clock(tmp_path))
+        started = Started(tmp_path, ENDLESS, *SETTINGS, "rollout.servers=2", "environment.workers=2", env=jumping_clock(tmp_path))
         try:
             started.step(2)
             started.until("both servers", lambda: len(http_doors(started.run)) == 3)
