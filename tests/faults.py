@@ -37,7 +37,7 @@ from atropos_hpc.run_dir import append_line, read_json, read_lines
 SETTINGS = [
     f"algorithm.batch_size={BATCH}", f"staleness.max={STALENESS}", "evaluation.after=true", "environment.config.eval_problems=300",
 ]  # fmt: skip
-STEPS_PER_MINUTE = 60  # of faults: about what a run does beside them
+STEPS_PER_MINUTE = 100  # of faults: a run then mostly outlives them
 ENDLESS = 1_000_000  # steps: the first part of a run is ended by time
 RECOVERY_S = 300.0  # for the next step after a fault; a restarted vLLM server takes its time on a busy machine
 ENDED_WELL = {75, -signal.SIGKILL}  # a run that was asked to stop, and one whose supervisor was killed
