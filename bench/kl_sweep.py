@@ -37,7 +37,8 @@ def main() -> Result:
 
     points = [f"algorithm.kl_coef={','.join(map(str, COEFFICIENTS))}", f"seed={','.join(map(str, SEEDS))}"]
     quick = ["evaluation.every=80", "trainer.checkpoint_every=40", f"trainer.steps={STEPS}", "environment.config.tolerance=3",
-             "+environment.config.ensure_scores_are_not_same=false", "model.make_options.seed=0", "cluster.shared=[/]", "roles.rollout.cpus_per_task=4", "hydra.launcher.slots=2"]  # fmt: skip
+             "+environment.config.ensure_scores_are_not_same=false", "model.make_options.seed=0",
+             "cluster.shared=[/]", "roles.rollout.cpus_per_task=4", "hydra.launcher.slots=2"]  # fmt: skip
     kept = tempfile.mkdtemp(prefix="kl_sweep-")
     with tempfile.TemporaryDirectory() as scratch, Cluster(Path(scratch) / "cluster", nodes=2) as cluster:
         sweep = Path(kept) / "sweep"
