@@ -55,6 +55,14 @@ def test_states(tmp_path: Path, queue: str | None, outcome: str | None, done: in
     assert (found["state"], found["step"], found["steps"], found["kl"]) == (expected, 3, 4, 0.03)
 
 
+def test_reward_and_kl_are_means_over_the_last_tenth_of_the_steps(tmp_path: Path) -> None:
+    row = point(tmp_path, 0)
+    run = trained(row, 19, reward=0.0)
+    append_line(run.metrics, {"step": 20, "reward": 1.0, "kl_reference": 0.21})
+    found = report.row(row)
+    assert (found["reward"], found["kl"], found["step"]) == (pytest.approx(0.5), pytest.approx(0.2), 20)
+
+
 def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highest_reward(tmp_path: Path) -> None:
     rows = [point(tmp_path, num) for num in range(3)]
     trained(rows[0], 2, reward=0.9)

@@ -80,12 +80,14 @@ def with_job_states(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def row(point: dict[str, Any]) -> dict[str, Any]:
     """The figures of one point. Those that are not there yet are None. Cheap: files that grow are read from their ends.
 
+    Reward and KL are means over the last tenth of the steps, of at most RECENT of them; staleness is the last step's.
     state: queued | requeued | starting | running | complete | failed | stopped | cancelled | lost (no process and no last word).
     """
     run = RunDir(Path(point["run_dir"]))
     lines = last_lines(run.metrics, RECENT)
     evaluations = [e for e in last_lines(run.evaluations, RECENT) if e.get("accuracy") is not None]
     last = lines[-1] if lines else {}
+    final = lines[-max(1, last.get("step", 0) // 10) :]
     steps = point.get("steps") or read_json(run.run_json).get("config", {}).get("trainer", {}).get("steps")
     state = state_of(run, point, steps, bool(lines))
     return {
@@ -97,12 +99,18 @@ def row(point: dict[str, Any]) -> dict[str, Any]:
         "step": last.get("step", 0),
         "steps": steps,
         "eta_s": eta(lines, steps) if state == "running" else None,
-        "reward": last.get("reward"),
+        "reward": mean(final, "reward"),
         "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
-        "kl": last.get("kl_reference"),
+        "kl": mean(final, "kl_reference"),
         "staleness": last.get("staleness_mean"),
         "tokens_per_s": rate(lines, "tokens"),
     }
+
+
+def mean(lines: list[dict[str, Any]], key: str) -> float | None:
+    """Of a figure that need not be in every line."""
+    known = [line[key] for line in lines if line.get(key) is not None]
+    return statistics.fmean(known) if known else None
 
 
 def eta(lines: list[dict[str, Any]], steps: int | None) -> float | None:
