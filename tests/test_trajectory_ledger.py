@@ -5,7 +5,7 @@ import random
 import pytest
 
 from atropos_hpc.trajectories.journal import Place
-from atropos_hpc.trajectories.ledger import QUIET_S, SHARE_WAIT_S, SILENT_S, Item, Ledger, Presence, choose, share_out
+from atropos_hpc.trajectories.ledger import BUSY_WAIT_S, QUIET_S, SHARE_WAIT_S, SILENT_S, Item, Ledger, Presence, choose, share_out
 
 
 def item(gid, sequences=4, tokens=10, env_id=0, oldest=-1, segment=0):
@@ -105,6 +105,22 @@ def test_a_share_is_waited_for_while_its_environment_delivers_and_no_longer():
     assert led.choose(100.0) == [0, 1, 6, 7]
 
 
+def test_who_keeps_silent_holds_up_one_batch_and_then_no_other_until_it_delivers():
+    led = ledger(8, [{}, {"min_batch_allocation": 0.5}])
+    add(led, *(item(gid) for gid in range(10)))
+    led.deliver(1, 0.0)
+    assert led.choose(50.0) is None  # from when the batch is asked for: before, the learner was busy
+    assert led.choose(50.0 + SHARE_WAIT_S) == [0, 1]
+    led.apply({"event": "batch", "batch": 0, "groups": [0, 1], "version": 0})
+    assert led.choose(70.0) == [2, 3]
+    led.deliver(1, 71.0)
+    assert led.choose(72.0) is None
+    led.hear(1, 73.0, in_flight=4)  # it generates: then it is worth a longer wait
+    assert led.choose(71.0 + SHARE_WAIT_S) is None
+    led.hear(1, 71.0 + BUSY_WAIT_S, in_flight=4)
+    assert led.choose(71.0 + BUSY_WAIT_S) == [2, 3]
+
+
 def test_shares_of_more_than_a_batch_are_scaled_down():
     led = ledger(8, [{"min_batch_allocation": 0.9}, {"min_batch_allocation": 0.9}])
     add(led, *(item(gid) for gid in range(4)), item(4, env_id=1))
@@ -181,12 +197,17 @@ def test_silent_environments_count_no_longer_until_heard_again():
 
 def test_environments_are_told_of_shares_and_of_who_lacks_them():
     led = ledger(16, [{}, {"min_batch_allocation": 0.25}, {"min_batch_allocation": 0.5}])
+    assert led.status_of(0, 0.0)["shares_of_others"] == []  # nobody has delivered: who knows whether they will
+    led.deliver(1, 0.0)
+    led.deliver(2, 0.0)
     add(led, item(0, env_id=2), item(1, env_id=2), item(2, env_id=0))
     led.hear(2, 0.0, in_flight=3)
     told = [led.status_of(env_id, 0.0) for env_id in range(3)]
     assert [(status["own_queued"], status["share"]) for status in told] == [(4, 0), (0, 4), (8, 8)]
     assert [status["shares_of_others"] for status in told] == [[[4, 0], [8, 11]], [[8, 11]], [[4, 0]]]
-    assert led.status_of(0, SILENT_S + 1)["shares_of_others"] == []
+    assert led.choose(1.0) is None  # a batch is asked for, and 1 keeps silent
+    led.hear(2, 2 + SHARE_WAIT_S, in_flight=3)
+    assert led.status_of(0, 2 + SHARE_WAIT_S)["shares_of_others"] == [[8, 11]]  # the others may fill its place
 
 
 def test_when_all_have_gone_the_answer_is_still_one():

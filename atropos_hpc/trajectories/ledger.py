@@ -21,7 +21,8 @@ from atropos_hpc.trajectories.record import UNKNOWN
 REMEMBERED = 65_536  # payload hashes by which a group sent again is recognised
 SILENT_S = 120.0  # an environment unheard of for so long counts as disconnected
 REPORT_S = 30.0  # how long a reported number of groups in flight is believed
-SHARE_WAIT_S = 10.0  # how long a batch waits for an environment's minimum share after that environment's last group
+SHARE_WAIT_S = 10.0  # how long a batch waits for an environment's minimum share, after that environment's last group
+BUSY_WAIT_S = 120.0  # the same where the environment says that it generates
 QUIET_S = 10.0  # without a new group, after which a batch that cannot be filled exactly is filled as far as whole groups go
 MIN_WEIGHT = 0.01  # Atropos' own: no environment is starved
 SUBSET_GROUPS = 4096  # how many of the oldest groups the exact search looks at
@@ -78,6 +79,7 @@ class Presence:
     def __init__(self, now: float) -> None:
         self.heard: float | None = now
         self.delivered: float | None = None
+        self.given_up = False  # a batch has waited in vain for its minimum share, and it has not delivered since
         self.in_flight = 0
         self.reported: float | None = None
 
@@ -99,6 +101,7 @@ class Ledger:
         self.queue: dict[int, Item] = {}  # gid -> group, oldest first
         self.batches: dict[int, list[Item]] = {}  # formed and not acknowledged
         self.formed = 0  # number of the next batch to be formed
+        self.asked: tuple[int, float] | None = None  # the last batch that was asked for, and when for the first time
         self.version: int | None = None  # the learner's, as last told
         self.stale_groups = self.stale_sequences = 0
         self.latest: Item | None = None
@@ -240,11 +243,13 @@ class Ledger:
     def choose(self, now: float) -> list[int] | None:
         """The groups of the next batch: those that came first and sum to exactly the batch size. None: not there yet.
 
-        Environments with a minimum share come first with it. A batch waits for such a share only while its environment has
-        delivered within SHARE_WAIT_S; what is missing then, others fill. Where the sizes of groups don't add up to a batch (groups of 3
-        and a batch of 16), and none has come for QUIET_S, it is as many whole groups as go in: less than one group short.
+        Environments with a minimum share come first with it. A batch waits for such a share as long as `awaited` says; what is missing
+        then, others fill. Where the sizes of groups don't add up to a batch (groups of 3 and a batch of 16), and none has come for
+        QUIET_S, it is as many whole groups as go in: less than one group short.
         """
         assert self.registration is not None
+        if self.asked is None or self.asked[0] != self.formed:
+            self.asked = (self.formed, now)
         want = self.registration.batch_size
         if self.queued_sequences < want:
             return None
@@ -258,12 +263,23 @@ class Ledger:
                 if item.env_id == env_id:
                     first.append(item)
                     taken += item.sequences
-            delivered = self.presence[env_id].delivered
-            if taken < share and delivered is not None and now - delivered < SHARE_WAIT_S:
+            if taken < share and self.awaited(env_id, now):
                 return None
         favoured = {item.gid for item in first}
         order = (*first, *(item for item in self.queue.values() if item.gid not in favoured)) if first else self.queue.values()
         return choose(order, want, exactly=now - self.arrived < QUIET_S)
+
+    def awaited(self, env_id: int, now: float) -> bool:
+        """Are its minimum shares waited for, and left to it by the others?
+
+        From its first group on, until a batch has been asked for and it has delivered nothing for SHARE_WAIT_S since; BUSY_WAIT_S where it
+        says that it generates. Then not before it delivers again, so that one that hangs holds up one batch and not each.
+        """
+        presence = self.presence[env_id]
+        if presence.delivered is not None and self.asked is not None and self.asked[0] == self.formed:
+            patience = BUSY_WAIT_S if self.in_flight(env_id, now) else SHARE_WAIT_S
+            presence.given_up |= now - max(presence.delivered, self.asked[1]) >= patience
+        return presence.delivered is not None and not presence.given_up
 
     def _shares(self, now: float) -> dict[int, int]:
         """Minimum number of sequences in a batch, by env_id; scaled down when together they are more than a batch."""
@@ -294,7 +310,7 @@ class Ledger:
         self.arrived = now
         presence = self.presence.get(env_id)
         if presence is not None:
-            presence.delivered = now
+            presence.delivered, presence.given_up = now, False
             presence.heard = None if presence.heard is None else now
 
     def in_flight(self, env_id: int, now: float) -> int:
@@ -339,7 +355,9 @@ class Ledger:
             "own_queued": self._queued_of[env_id],
             "others_in_flight": sum(in_flight.values()),
             "share": shares.get(env_id, 0),
-            "shares_of_others": [[share, self._queued_of[j] + in_flight[j]] for j, share in shares.items() if j != env_id],
+            "shares_of_others": [
+                [share, self._queued_of[j] + in_flight[j]] for j, share in shares.items() if j != env_id and self.awaited(j, now)
+            ],
         }
 
 
