@@ -9,6 +9,7 @@ dropped, because it is too stale.
 """
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -17,6 +18,8 @@ import msgspec
 
 from atropos_hpc.trajectories.journal import Place
 from atropos_hpc.trajectories.record import UNKNOWN
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 65_536  # payload hashes by which a group sent again is recognised
 SILENT_S = 120.0  # an environment unheard of for so long counts as disconnected
@@ -276,10 +279,15 @@ class Ledger:
         says that it generates. Then not before it delivers again, so that one that hangs holds up one batch and not each.
         """
         presence = self.presence[env_id]
-        if presence.delivered is not None and self.asked is not None and self.asked[0] == self.formed:
+        if presence.delivered is None or presence.given_up:
+            return False
+        if self.asked is not None and self.asked[0] == self.formed:
             patience = BUSY_WAIT_S if self.in_flight(env_id, now) else SHARE_WAIT_S
-            presence.given_up |= now - max(presence.delivered, self.asked[1]) >= patience
-        return presence.delivered is not None and not presence.given_up
+            if now - max(presence.delivered, self.asked[1]) >= patience:
+                presence.given_up = True
+                name = self.environments[env_id].real_name
+                log.warning("batch %d: %s has sent nothing for %.0f s; others fill its share until it does", self.formed, name, patience)
+        return not presence.given_up
 
     def _shares(self, now: float) -> dict[int, int]:
         """Minimum number of sequences in a batch, by env_id; scaled down when together they are more than a batch."""
