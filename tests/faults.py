@@ -119,9 +119,10 @@ def recover(started: Started, done: list[Done]) -> None:
 
 
 def to_its_end(started: Started) -> None:
-    """Wait for success; start the run again where the last fault ended it."""
-    while (code := started.end()) in ENDED_WELL:
+    """Wait for success; start the run once more where the last fault ended it."""
+    if (code := started.end()) in ENDED_WELL:
         started.process = started.start()
+        code = started.end()
     assert code == 0, f"the run ended with {code}:\n{started.story()}"
 
 

@@ -14,6 +14,7 @@ from atropos_hpc.rendezvous import DEAD_S
 from atropos_hpc.run_dir import RunDir, last_lines, read_json
 
 RECENT = 50  # steps whose pace counts
+FINAL = 0.1  # the last part of the steps, over which a final value is averaged
 ENDED = ("complete", "failed", "stopped", "lost", "cancelled")
 COLUMNS = ("", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory")
 
@@ -87,7 +88,7 @@ def row(point: dict[str, Any]) -> dict[str, Any]:
     lines = last_lines(run.metrics, RECENT)
     evaluations = [e for e in last_lines(run.evaluations, RECENT) if e.get("accuracy") is not None]
     last = lines[-1] if lines else {}
-    final = lines[-max(1, last.get("step", 0) // 10) :]
+    final = lines[-max(1, int(last.get("step", 0) * FINAL)) :]
     steps = point.get("steps") or read_json(run.run_json).get("config", {}).get("trainer", {}).get("steps")
     state = state_of(run, point, steps, bool(lines))
     return {

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from atropos_hpc.observe import report
 from atropos_hpc.run_dir import RunDir, read_json, read_lines
 
-FINAL = 0.1  # the last part of the steps, over which a final value is averaged
 PHASES = ("wait", "batch", "log_probs", "update", "publish", "checkpoint")  # in the order in which a step goes through them
 # what differs between the points of a sweep without being what is compared
 NOT_COMPARED = re.compile(r"^(run_dir|seed|model\.path|model\.make_options\.seed|wandb\..*)$")
@@ -48,7 +47,7 @@ class Series:
     def final(self, name: str) -> float:
         """The mean of a figure over the last tenth of the steps; NaN where there is none."""
         values = self.get(name)
-        last = values[-max(1, int(len(values) * FINAL)) :]
+        last = values[-max(1, int(len(values) * report.FINAL)) :]
         last = last[np.isfinite(last)]
         return float(last.mean()) if len(last) else float("nan")
 

@@ -343,10 +343,9 @@ class Ledger:
                     sizes.add(item.sequences)
         largest = max(sizes, default=1)
         batch_size = self.registration.batch_size if self.registration else 0
-        floors = {e.env_id: int(batch_size * (e.min_batch_allocation or 0)) for e in connected}
         in_flight = {e.env_id: self.in_flight(e.env_id, now) for e in connected if e.env_id != env_id}
         shares = self._shares(now) if self.registration else {}
-        others = sum(max(0, -(-n // largest) * largest - floors.get(j, 0)) for j, n in waiting.items() if j != env_id)
+        others = sum(max(0, -(-n // largest) * largest - shares.get(j, 0)) for j, n in waiting.items() if j != env_id)
         weights = {e.env_id: e.max_token_length * max(0.0, e.weight) for e in connected}
         total = sum(weights.values())
         size = max(1, environment.group_size)
