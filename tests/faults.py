@@ -27,7 +27,7 @@ from typing import Any
 
 import orjson
 from fault_kinds import ON_ANY_DISK, ON_ITS_OWN, Fault, jumping_clock, small_filesystem
-from promises import BATCH, STALENESS, history, violations
+from promises import BATCH, STALENESS, final_accuracy, history, violations
 from rich.console import Console
 from rich.table import Table
 from run_parts import Started
@@ -74,6 +74,7 @@ class Outcome:
     minutes: float
     steps: int  # that the run had in the end
     groups: int  # that its journal has
+    accuracy: float | None  # of the last version, on held-out problems
     faults: list[Done]
     violations: list[str]
 
@@ -83,6 +84,8 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
 
     Raises AssertionError, with the story, when the run does not get on.
     """
+    if not schedule.faults:
+        return
     kinds, weights = list(schedule.faults), list(schedule.faults.values())
     started.step(1)
     end = time.monotonic() + 60 * schedule.minutes
@@ -168,7 +171,8 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
                 found = violations(started, steps)
             except AssertionError as error:
                 found = [str(error)]
-            outcome = Outcome(seed, schedule.minutes, len(read_lines(started.run.metrics)), len(history(started).groups), done, found)
+            told, groups = len(read_lines(started.run.metrics)), len(history(started).groups)
+            outcome = Outcome(seed, schedule.minutes, told, groups, final_accuracy(started.run, steps), done, found)
             console.print(table(outcome))
             console.print("\n".join(found) if found else "nothing lost, nothing doubled, finished with success", markup=False)
             return outcome
@@ -196,8 +200,12 @@ def table(outcome: Outcome) -> Table:
 def summary(outcomes: list[Outcome]) -> Table:
     """What each kind of fault did, over all schedules."""
     faults = [fault for outcome in outcomes for fault in outcome.faults]
-    steps, groups, bad = (sum(of) for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in outcomes), strict=True))
-    title = f"{len(outcomes)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
+    disturbed = [outcome for outcome in outcomes if outcome.faults]
+    if not disturbed:
+        return Table(title=f"undisturbed: {spread(outcomes)}")
+    steps, groups, bad = (sum(of) for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in disturbed), strict=True))
+    title = f"{len(disturbed)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
+    title += f"\nfinal accuracy: {spread(disturbed)}; undisturbed: {spread([outcome for outcome in outcomes if not outcome.faults])}"
     drawn = Table("fault", "how often", "next step after s, median", "at most", "the run ended, and was resumed", title=title)
     for kind in sorted({fault.fault for fault in faults}):
         own = [fault for fault in faults if fault.fault == kind]
@@ -205,6 +213,12 @@ def summary(outcomes: list[Outcome]) -> Table:
         middle, longest = (f"{statistics.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
         drawn.add_row(kind, str(len(own)), middle, longest, str(sum("resumed" in fault.came for fault in own)))
     return drawn
+
+
+def spread(outcomes: list[Outcome]) -> str:
+    """Of the final accuracy."""
+    known = [outcome.accuracy for outcome in outcomes if outcome.accuracy is not None]
+    return f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f} in {len(known)} runs)" if known else "not measured"
 
 
 def main() -> int:
@@ -215,6 +229,7 @@ def main() -> int:
     parser.add_argument("--gap", default="1-10", help="seconds from recovery to the next fault")
     parser.add_argument("--record", type=Path, help="append a line of JSON for each seed to this file, and sum up all that is in it")
     parser.add_argument("--only", choices=kinds, help="no other fault")
+    parser.add_argument("--undisturbed", action="store_true", help="no fault at all: what the final accuracy is compared with")
     options = parser.parse_args()
     first, _, last = options.seed.partition("-")
     low, _, high = options.gap.partition("-")
@@ -222,7 +237,7 @@ def main() -> int:
     console = Console(width=140)
     outcomes = recorded(options.record)
     for seed in range(int(first), int(last or first) + 1):
-        faults = {kinds[options.only]: 1} if options.only else ON_ANY_DISK | ON_ITS_OWN
+        faults = {} if options.undisturbed else {kinds[options.only]: 1} if options.only else ON_ANY_DISK | ON_ITS_OWN
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
             outcome = one_seed(seed, Schedule(options.minutes, (float(low), float(high or low)), faults), Path(scratch), console)
         outcomes.append(outcome)

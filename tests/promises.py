@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import orjson
 from run_parts import Started
 
-from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.run_dir import RunDir, read_json, read_lines
 from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, scan
 from atropos_hpc.trajectories.schema import Group, read_group
 
@@ -86,10 +86,16 @@ def violations(started: Started, steps: int) -> list[str]:
         check(line["mismatch_mean"] < WORST_MISMATCH, f"step {line['step']}: the servers' log-probs are off by {line['mismatch_mean']}")
     check(read_json(started.run.checkpoints / "latest.json").get("step") == steps, "the last step is not durable")
     check(read_json(started.run.done).get("version") == steps, "done.json does not tell the last step")
-    accuracies = [line["accuracy"] for line in read_lines(started.run.evaluations) if line["version"] == steps]
-    check(len(accuracies) == 1 and (accuracies[0] or 0) > WORST_ACCURACY, f"the final accuracy is {accuracies}")
+    accuracy = final_accuracy(started.run, steps)
+    check(accuracy is not None and accuracy > WORST_ACCURACY, f"the final accuracy is {accuracy}")
     token = started.run.token().encode()
     telling = [path for path in started.run.path.rglob("*") if path.is_file() and path != started.run.secret and token in path.read_bytes()]
     check(not telling and token not in started.output.read_bytes(), f"the token stands in {telling or started.output}")
     check(not started.left(), f"processes were left: {started.left()}")
     return problems
+
+
+def final_accuracy(run: RunDir, steps: int) -> float | None:
+    """Of the last version, which is evaluated once; None where it was not, or more often."""
+    told = [line["accuracy"] for line in read_lines(run.evaluations) if line["version"] == steps]
+    return told[0] if len(told) == 1 else None
