@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,10 @@ class Leader:
             if known is not None and (known.inode, known.stamp) == (status.st_ino, status.st_mtime_ns) and known.state:
                 found[entry.name] = known
             else:
-                found[entry.name] = self._read(entry.name, now) or known or _Seen(0, 0, now, {})
+                seen = self._read(entry.name, now)
+                if seen is None and known is not None:  # damaged, and touched: its owner lives, and is taken to be as it was
+                    seen = replace(known, inode=status.st_ino, stamp=status.st_mtime_ns, since=now)
+                found[entry.name] = seen or _Seen(0, 0, now, {})
         self._files = found
 
     def _look_for_changes(self, now: float) -> None:
@@ -184,9 +187,10 @@ class Leader:
     def ended(self, *names: str) -> None:
         """Mark members whose processes are known to have ended, so that nobody waits DEAD_S for them."""
         for name in names:
-            state = read_json(self.run.members / f"{name}.json")
-            if state:
-                _tell(self.run.members / f"{name}.json", {**state, "state": "ended", "waiting": None})
+            file = f"{name}.json"
+            seen = self._read(file, time.monotonic()) or self._files.get(file)  # where it is damaged: as it was seen last
+            if seen is not None and seen.state:
+                _tell(self.run.members / file, {**seen.state, "state": "ended", "waiting": None})
 
 
 def _tell(path: Path, state: dict[str, Any]) -> bool:

@@ -193,6 +193,15 @@ def test_damage_is_noticed_and_an_older_one_taken(run: RunDir, caplog: pytest.Lo
         on_ranks(2, load_numbers, run)
 
 
+def test_a_damaged_manifest_is_noticed_too(run: RunDir) -> None:
+    on_ranks(1, save_steps, run, [1, 2])
+    manifest = run.checkpoints / "step-2-0" / "manifest.json"
+    os.truncate(manifest, manifest.stat().st_size // 2)
+    assert on_ranks(2, load_numbers, run) == [1, 1]
+    with pytest.raises(checkpoint.BadCheckpoint, match=r"step-2-0/manifest.json is not JSON"):
+        checkpoint.find(run.checkpoints, 2)
+
+
 def crash_at(rank: int, world: int, run: RunDir, function: str, call: int) -> None:
     """The process ends right before `call` of a function that a save uses, after one whole save."""
     original, calls = getattr(checkpoint, function), 0

@@ -66,6 +66,40 @@ def test_a_half_written_member_file_is_passed_over(run: RunDir) -> None:
     member.leave()
 
 
+def test_a_damaged_member_file_does_not_kill_its_owner(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "DEAD_S", 0.3)
+    leader = Leader(run)
+    monkeypatch.setattr(rendezvous, "BEAT_S", 0.05)
+    member = Member(run, "agent", "n0", url="http://a")
+    leader.look()
+    os.truncate(member.path, 20)
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        seen = leader.look()["agent-n0-0"]
+        assert seen["alive"] and seen["url"] == "http://a", "as it was seen last, as its file is touched still"
+        time.sleep(0.02)
+    member._stop.set()
+    member._thread.join()
+    deadline = time.monotonic() + 20
+    while leader.look()["agent-n0-0"]["alive"]:
+        assert time.monotonic() < deadline, "damage does not keep alive either"
+        time.sleep(0.02)
+
+
+def test_a_member_with_a_damaged_or_lost_file_is_marked_as_ended(run: RunDir) -> None:
+    leader, members = Leader(run), [Member(run, "agent", f"n{number}") for number in range(2)]
+    leader.look()
+    os.truncate(members[0].path, 20)
+    members[1].path.unlink()
+    for member in members:  # killed
+        member._stop.set()
+        member._thread.join()
+    leader.ended(*(member.name for member in members))
+    assert {name: (seen["state"], seen["alive"]) for name, seen in leader.look().items()} == {
+        "agent-n0-0": ("ended", False), "agent-n1-0": ("ended", False),
+    }  # fmt: skip
+
+
 def test_waits_are_shown_and_end_with_a_story(run: RunDir) -> None:
     member = Member(run, "trainer", "n0")
     with member.waiting("batch 7", "the trajectory server"):

@@ -11,6 +11,7 @@ import pytest
 from trajectory_parts import environment, group, make_run, member, numbers, server_process
 
 from atropos_hpc.trajectories.client import ServerRefused, TrajectoryClient
+from atropos_hpc.trajectories.server import listen
 
 
 def client_of(run, patience_s=30.0):
@@ -76,6 +77,13 @@ def test_a_life_of_a_server(tmp_path):
         assert member(run)["url"] != first["url"], "another port, when that one is taken"
         assert client.status()["formed"] == 1
     taken.close()
+
+
+def test_a_damaged_record_of_the_port_keeps_no_server_down(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run.members / "trajectories-local-0.json").write_text('{"url": "http://127.0')
+    with listen(run, "trajectories-local-0", "127.0.0.1") as listening:
+        assert listening.getsockname()[1] > 0
 
 
 def test_term_ends_a_server_at_once_though_leases_wait(tmp_path):

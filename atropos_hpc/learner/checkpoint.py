@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from atropos_hpc.learner.backends.base import Backend
-from atropos_hpc.run_dir import RunDir, read_json, sync_directory, write_json
+from atropos_hpc.run_dir import RunDir, Unreadable, read_json, sync_directory, write_json
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,10 @@ def _newest_whole(root: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def _verify(path: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = read_json(path / MANIFEST)
+    try:
+        manifest: dict[str, Any] = read_json(path / MANIFEST)
+    except Unreadable as error:
+        raise BadCheckpoint(str(error)) from None
     if not manifest:
         raise BadCheckpoint(f"{path}: no {MANIFEST}")
     for entry in manifest["files"]:

@@ -30,7 +30,7 @@ from isal import isal_zlib
 from atropos_hpc import process
 from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Member, own_host
-from atropos_hpc.run_dir import RunDir, read_json
+from atropos_hpc.run_dir import RunDir, Unreadable, read_json
 from atropos_hpc.trajectories import schema
 from atropos_hpc.trajectories.journal import Damaged, Place
 from atropos_hpc.trajectories.schema import Refused
@@ -250,7 +250,10 @@ def _batch_json(service: Service, places: list[Place]) -> Iterable[bytes]:
 
 def listen(run: RunDir, member: str, host: str) -> socket.socket:
     """A bound socket on `host`: on the port that the member's previous process had if that is free, else on any."""
-    previous = str(read_json(run.members / f"{member}.json").get("url") or "").rpartition(":")[2]
+    try:
+        previous = str(read_json(run.members / f"{member}.json").get("url") or "").rpartition(":")[2]
+    except Unreadable:  # damaged; this process will write it anew
+        previous = ""
     family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     for port in ([int(previous)] if previous.isdigit() else []) + [0]:
         server = socket.socket(family, socket.SOCK_STREAM)
