@@ -24,13 +24,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from atropos_hpc.config import Config
+from atropos_hpc.config import Config, TrajectoriesConf
 from atropos_hpc.launch.allocation import rollout_python
 from atropos_hpc.rendezvous import wait_for
 from atropos_hpc.rollout.agent import free_port
@@ -111,8 +111,13 @@ class Server:
 def started(command: list[str], port: Callable[[], int | None], token: str | None, cwd: Path) -> Iterator[Server]:
     with (cwd / "server.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd)
+
+    def listens() -> int | None:
+        assert process.poll() is None, (cwd / "server.log").read_text()
+        return port()
+
     try:
-        yield Server(process, wait_for("a server that listens", command[2], port, 120), token)
+        yield Server(process, wait_for("a server that listens", command[2], listens, 120), token)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -139,8 +144,8 @@ def run_api(directory: Path) -> Iterator[Server]:
 def ours(directory: Path) -> Iterator[Server]:
     run = RunDir(directory / "run")
     run.create()
-    limits = {"server": "durable", "max_body_bytes": 64 << 20}
-    write_json(run.run_json, {"config": {"cluster": {"host": None}, "model": {"max_length": 1 << 20}, "trajectories": limits}})
+    model = {"max_length": 1 << 20}
+    write_json(run.run_json, {"config": {"cluster": {"host": None}, "model": model, "trajectories": asdict(TrajectoriesConf())}})
     command = [sys.executable, "-m", "atropos_hpc.trajectories.server", "--run-dir", str(run.path)]
 
     def listens() -> int | None:

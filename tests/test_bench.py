@@ -1,0 +1,13 @@
+"""The benches that no other test runs a sample of: that they still start and measure, not what."""
+
+from pathlib import Path
+
+from bench.trajectories import SEQUENCES, body, numbered, ours, push_and_pull, waits_of_others
+
+
+def test_the_trajectory_server_is_measured(tmp_path: Path) -> None:
+    template = body(SEQUENCES, 16)
+    with ours(tmp_path) as server:
+        assert push_and_pull(server, [numbered(template, number) for number in range(16)], gzipped=False) > 0
+        waits, taken = waits_of_others(server, template)
+        assert waits and taken > 0
