@@ -235,16 +235,16 @@ def main() -> int:
     low, _, high = options.gap.partition("-")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, and what was mounted is not left
     console = Console(width=140)
-    outcomes = recorded(options.record)
+    outcomes = {(outcome.seed, bool(outcome.faults)): outcome for outcome in recorded(options.record)}  # of one tried again, the last
     for seed in range(int(first), int(last or first) + 1):
         faults = {} if options.undisturbed else {kinds[options.only]: 1} if options.only else ON_ANY_DISK | ON_ITS_OWN
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
             outcome = one_seed(seed, Schedule(options.minutes, (float(low), float(high or low)), faults), Path(scratch), console)
-        outcomes.append(outcome)
+        outcomes[seed, bool(outcome.faults)] = outcome
         if options.record is not None:
             append_line(options.record, asdict(outcome))
-    console.print(summary(outcomes))
-    failed = [outcome.seed for outcome in outcomes if outcome.violations]
+    console.print(summary(list(outcomes.values())))
+    failed = [outcome.seed for outcome in outcomes.values() if outcome.violations]
     console.print(f"seeds with violations: {failed}" if failed else "no seed had a violation")
     return 1 if failed else 0
 

@@ -17,6 +17,7 @@ from atropos_hpc.observe import status
 from atropos_hpc.policy.push import PROMPT_S
 from atropos_hpc.rendezvous import BEAT_S, DEAD_S
 from atropos_hpc.rollout.agent import HEALTH_EVERY_S, UNHEALTHY_S
+from atropos_hpc.run_dir import read_json
 
 pytestmark = [
     pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(1800),
@@ -74,6 +75,10 @@ def stop_the_engine_and_follow(started: Started) -> None:
     """SIGSTOP to vLLM's engine, behind a server that still answers /health."""
     server = started.pid("server-0-0")
     (engine,) = engines(server)
+    agent = started.run.members / "agent-rollout0-0.json"
+    served = lambda: read_json(agent)["servers"][0]["version"]  # noqa: E731
+    before = served()
+    started.until("another version to be served", lambda: served() != before)  # while it loads one, it is given ten minutes
     os.kill(engine, signal.SIGSTOP)
     since = time.monotonic()
     said = ("server-0-0 has not answered for", "server-0-0 is stuck: ")  # in the middle of a push, or not
