@@ -1,4 +1,4 @@
-"""The benches that no other test runs a sample of: that they still start and measure, not what."""
+"""A sample of a bench: that it still starts and measures, not what."""
 
 from pathlib import Path
 
