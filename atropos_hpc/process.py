@@ -26,10 +26,16 @@ log = logging.getLogger(__name__)
 DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75  # exit codes with which a member says how it ended; anything else is a crash
 SRUN_S = 5.0  # for an srun to kill its tasks
 KILLED_S = 30.0  # for the end of a process that was killed; a dead filesystem holds them for longer
+LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 END_TASKS = signal.SIGUSR2  # what asks the tasks behind an srun to end: it hands this on, and takes TERM as an order to kill them
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+def log_to_stderr() -> None:
+    """A member's logging: one line format, to where its parent has put its log."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:

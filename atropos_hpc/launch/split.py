@@ -29,7 +29,6 @@ from atropos_hpc.launch.batch import Group
 from atropos_hpc.launch.job import ours
 from atropos_hpc.launch.plan import Action
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Roster, wait_for
 from atropos_hpc.run_dir import RunDir, read_json, write_file, write_json
 
@@ -133,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m atropos_hpc.launch.split", description="One task of a split run's rollout job.")
     parser.add_argument("--run-dir", type=Path, required=True)
     run = RunDir(parser.parse_args(arguments).run_dir.absolute())
-    log_to_stderr()
+    process.log_to_stderr()
     there = lambda: read_json(run.run_json) and read_json(run.roster)  # noqa: E731
     wait_for(f"{run.run_json}", "the trainer job's supervisor", there, LEADER_S, poll_s=2.0)
     config: Config = from_dict(Config, run.config())

@@ -32,7 +32,6 @@ from atropos_hpc.config import (
     environments,
     from_dict,
 )
-from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, asked, keep_to_interface, own_host, wait_for, withdraw
 from atropos_hpc.run_dir import RunDir
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One rank of the learner.")
     parser.add_argument("--run-dir", type=Path, required=True)
     run = RunDir(parser.parse_args(arguments).run_dir)
-    log_to_stderr()
+    process.log_to_stderr()
     config = run.config()
     rank, world = variable("RANK", "SLURM_PROCID", "0"), variable("WORLD_SIZE", "SLURM_NTASKS", "1")
     trainer: TrainerConf = from_dict(TrainerConf, config["trainer"])

@@ -13,16 +13,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from atropos_hpc import process
 from atropos_hpc.run_dir import RunDir
 
-FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 PLAIN_S = 10.0  # between plain progress lines
 FIGURES = (("reward", "reward", ".3f"), ("kl", "kl_reference", ".4f"), ("stale", "staleness_mean", ".2f"), ("s/step", "time/step", ".2f"))
-
-
-def log_to_stderr() -> None:
-    """A member's logging: one line format, to where the supervisor has put the member's log."""
-    logging.basicConfig(level=logging.INFO, format=FORMAT, force=True)
 
 
 class Tail:
@@ -62,7 +57,7 @@ class Console:
     def logging_to(self, path: Path) -> Iterator[None]:
         """Send the log to `path` and to the terminal, and show progress, inside this block."""
         to_file = logging.FileHandler(path)
-        to_file.setFormatter(logging.Formatter(FORMAT))
+        to_file.setFormatter(logging.Formatter(process.LOG_FORMAT))
         on_screen = RichHandler(console=self.terminal, show_path=False) if self.terminal.is_terminal else logging.StreamHandler()
         if not self.terminal.is_terminal:
             on_screen.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))

@@ -25,7 +25,6 @@ import aiohttp
 
 from atropos_hpc import process
 from atropos_hpc.config import EvaluationConf, LaunchConf, PolicyConf, RolloutConf, environments, from_dict
-from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.push import PushError, Stuck, push
 from atropos_hpc.policy.store import PolicyStore, Published
@@ -346,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--index", type=int, default=0, help="this rollout node's number")
     options = parser.parse_args(arguments)
-    log_to_stderr()
+    process.log_to_stderr()
     agent = Agent(RunDir(options.run_dir), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
     try:
         asyncio.run(process.until_asked(agent.work()))

@@ -26,7 +26,6 @@ from typing import Any
 
 from atropos_hpc import process
 from atropos_hpc.config import EvaluationConf, environment_name, environments, from_dict
-from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.rollout.worker import live, quiet_atropos, seed_everything
 from atropos_hpc.run_dir import RunDir, append_line, read_lines
@@ -197,7 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True)
     options = parser.parse_args()
-    log_to_stderr()
+    process.log_to_stderr()
     run = RunDir(options.run_dir)
     member = Member(run, "evaluator", os.environ.get("ATROPOS_HPC_NODE", "local"))
     return live(member, lambda: Evaluator(run, member).work())

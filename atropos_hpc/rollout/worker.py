@@ -25,7 +25,6 @@ import numpy as np
 
 from atropos_hpc import process
 from atropos_hpc.config import StalenessConf, environment_name, from_dict
-from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.process import DONE, REFUSED, STOPPED
 from atropos_hpc.rendezvous import Member
 from atropos_hpc.run_dir import RunDir
@@ -116,7 +115,7 @@ def main() -> int:
         print(json.dumps([asdict(problem) for problem in check_target(options.target, options.config)]))
         return DONE
 
-    log_to_stderr()
+    process.log_to_stderr()
     run = RunDir(options.run_dir)
     member = Member(run, "environment", os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
     return live(member, lambda: work(run, member, options.index, options.environment))

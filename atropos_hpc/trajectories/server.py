@@ -28,7 +28,6 @@ from aiohttp import web
 from isal import isal_zlib
 
 from atropos_hpc import process
-from atropos_hpc.observe.console import log_to_stderr
 from atropos_hpc.rendezvous import Member, own_host
 from atropos_hpc.run_dir import RunDir, Unreadable, read_json
 from atropos_hpc.trajectories import schema
@@ -337,7 +336,7 @@ def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
-    log_to_stderr()
+    process.log_to_stderr()
     asyncio.run(serve(RunDir(arguments.run_dir), os.environ.get(NODE, "local")))
 
 
