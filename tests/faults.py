@@ -206,7 +206,7 @@ def summary(outcomes: list[Outcome]) -> Table:
     steps, groups, bad = (sum(of) for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in disturbed), strict=True))
     title = f"{len(disturbed)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
     title += f"\nfinal accuracy: {spread(disturbed)}; undisturbed: {spread([outcome for outcome in outcomes if not outcome.faults])}"
-    drawn = Table("fault", "how often", "next step after s, median", "at most", "the run ended, and was resumed", title=title)
+    drawn = Table("fault", "how often", "next step after s, median", "at most", "the run had ended by then, and was resumed", title=title)
     for kind in sorted({fault.fault for fault in faults}):
         own = [fault for fault in faults if fault.fault == kind]
         waits = [fault.recovered_s for fault in own if fault.recovered_s is not None]
