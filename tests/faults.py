@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from fault_kinds import ON_ANY_DISK, ON_ITS_OWN, Fault, jumping_clock, small_filesystem
+from fault_kinds import ON_ANY_DISK, ON_ITS_OWN, Fault, jumping_clock, kill_supervisor, small_filesystem, stop, terminate
 from promises import BATCH, STALENESS, final_accuracy, history, violations
 from rich.console import Console
 from rich.table import Table
@@ -206,13 +206,33 @@ def summary(outcomes: list[Outcome]) -> Table:
     steps, groups, bad = (sum(of) for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in disturbed), strict=True))
     title = f"{len(disturbed)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
     title += f"\nfinal accuracy: {spread(disturbed)}; undisturbed: {spread([outcome for outcome in outcomes if not outcome.faults])}"
-    drawn = Table("fault", "how often", "next step after s, median", "at most", "the run had ended by then, and was resumed", title=title)
+    drawn = Table("fault", "how often", "next step after s, median", "at most", "ended the run, which was resumed", title=title)
+    ends = [fault.fault for outcome in disturbed for fault in ended(outcome)]
     for kind in sorted({fault.fault for fault in faults}):
         own = [fault for fault in faults if fault.fault == kind]
         waits = [fault.recovered_s for fault in own if fault.recovered_s is not None]
         middle, longest = (f"{statistics.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
-        drawn.add_row(kind, str(len(own)), middle, longest, str(sum("resumed" in fault.came for fault in own)))
+        drawn.add_row(kind, str(len(own)), middle, longest, str(ends.count(kind)))
     return drawn
+
+
+def ended(outcome: Outcome) -> list[Done]:
+    """The faults that ended the run before it was done.
+
+    An end is noted at the fault after which it was noticed; it belongs to the last one that asked for it, or else to that one itself.
+    """
+    found = []
+    for at, noticed in enumerate(outcome.faults):
+        if "resumed" in noticed.came:
+            asked = (fault for fault in reversed(outcome.faults[: at + 1]) if asks_to_end(fault))
+            found.append(next(asked, noticed))
+    return found
+
+
+def asks_to_end(fault: Done) -> bool:
+    """A learner rank hands a TERM on to its run."""
+    to_a_rank = fault.fault == terminate.__name__ and fault.to.startswith("trainer-")
+    return to_a_rank or fault.fault in (stop.__name__, kill_supervisor.__name__)
 
 
 def spread(outcomes: list[Outcome]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from doors import doors, http_doors, tellers, wrongly_open
 from fault_kinds import ON_ANY_DISK, ON_ITS_OWN, jumping_clock, small_filesystem
-from faults import ENDLESS, SETTINGS, Done, Schedule, finish, harass
+from faults import ENDLESS, SETTINGS, Done, Outcome, Schedule, ended, finish, harass
 from promises import violations
 from run_parts import Started
 
@@ -45,3 +45,13 @@ def test_nobody_gets_in_and_nothing_is_lost(tmp_path: Path) -> None:
             if started.process.poll() is None:
                 started.process.send_signal(signal.SIGKILL)
                 started.process.wait()
+
+
+def test_an_end_belongs_to_the_fault_that_asked_for_it() -> None:
+    asked, later = Done("stop", "SIGINT", 1), Done("slow_disk", "6 s", 1, came="ended with 75, resumed")
+    server = Done("terminate", "trajectories-trainer0-0", 4)
+    assert ended(Outcome(0, 0.3, 30, 256, 0.6, [asked, later], [])) == [asked]
+    rank = Done("terminate", "trainer-trainer0-0", 5, came="ended with 75, resumed")
+    assert ended(Outcome(0, 0.3, 30, 256, 0.6, [asked, server, rank, server], [])) == [rank]
+    unasked = Done("kill", "server-0-0", 2, came="ended with 75, resumed")
+    assert ended(Outcome(0, 0.3, 30, 256, 0.6, [unasked], [])) == [unasked]
