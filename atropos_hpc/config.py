@@ -229,6 +229,9 @@ class Config:
 
 def register() -> None:
     """Let Hydra know the classes (configs/config.yaml names them as `base`), and the sweeps as a group of that name."""
+    # Hydra copies its search path, and with it every stored config, for each group that --help lists: more than half of that command's
+    # time. What is stored is not changed there (`ConfigStore.load` copies what it gives out), so that a copy may be the store itself.
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     ConfigStore.instance().store(name="base", node=Config)
     for path in sorted(SWEEPS.glob("*.yaml")):
         ConfigStore.instance().store(group="sweep", name=path.stem, node=OmegaConf.load(path), package="_global_", provider="sweeps/")

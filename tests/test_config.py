@@ -162,8 +162,9 @@ def on_a_login_node(*arguments: str, cwd: Path) -> tuple[str, float, str]:
 
 def test_help_and_a_refusal_import_no_torch_ray_verl_or_vllm_and_are_quick(tmp_path: Path) -> None:
     for arguments in (["--help"], ["roles.rollout.python=/no/python", "algorithm.kl_coef=-1"]):
-        _, seconds, heavy = on_a_login_node(*arguments, cwd=tmp_path)
-        assert heavy == "[]"
+        runs = [on_a_login_node(*arguments, cwd=tmp_path) for _ in range(3)]
+        assert {heavy for _, _, heavy in runs} == {"[]"}
+        seconds = min(seconds for _, seconds, _ in runs)  # what else the machine does only adds to it
         assert seconds < 1.5, f"{seconds} s of CPU for {arguments}"
 
 
