@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from atropos_hpc.run_dir import RunDir, Unreadable, read_json
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_json
 
 LOOK_S = 2.0  # between two looks of a live status
 
@@ -25,19 +25,19 @@ def status(options: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
 
-    from atropos_hpc.observe import screen
+    from atropos_hpc.observe import status_view
 
     terminal = Console()
     found = observe.of(options.directory)
     if options.once or not terminal.is_terminal:
         terminal.width = terminal.width if terminal.is_terminal else 160
-        terminal.print(screen.draw(found))
+        terminal.print(status_view.draw(found))
         return 0
     from rich.live import Live
 
-    with Live(screen.draw(found), console=terminal, auto_refresh=False, screen=True) as live:
+    with Live(status_view.draw(found), console=terminal, auto_refresh=False, screen=True) as live:
         while True:
-            live.update(screen.draw(observe.of(options.directory)), refresh=True)
+            live.update(status_view.draw(observe.of(options.directory)), refresh=True)
             time.sleep(LOOK_S)
 
 
@@ -45,24 +45,34 @@ def report(options: argparse.Namespace) -> int:
     """The points of a sweep as a table, and everything there is to see as one page."""
     from atropos_hpc.observe import report as observe
 
-    rows = [observe.row(point) for point in observe.with_job_states(observe.found(options.directory))]
+    rows = [
+        observe.row(point) for point in observe.with_job_states(observe.found(options.directory))
+    ]
     best = observe.best(rows)
     if options.json:
         print(json.dumps([{**row, "best": row is best} for row in rows], indent=1))
         return 0
     print(observe.table(rows))
     try:
-        from atropos_hpc.observe import page
+        from atropos_hpc.observe import html_report
     except ImportError as error:
-        print(f"no page was drawn ({error}): `pip install 'atropos-hpc[login]'` has what it needs", file=sys.stderr)
+        print(
+            f"no page was drawn ({error}): `pip install 'atropos-hpc[login]'` has what it needs",
+            file=sys.stderr,
+        )
         return 0
     try:
-        written = page.write(options.directory, rows, options.out or options.directory / "report")
+        written = html_report.write(
+            options.directory, rows, options.out or options.directory / "report"
+        )
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
     except OSError as error:
-        print(f"no page was drawn: cannot write {error.filename}: {error.strerror}; --out names another directory", file=sys.stderr)
+        print(
+            f"no page was drawn: cannot write {error.filename}: {error.strerror}; --out names another directory",
+            file=sys.stderr,
+        )
         return 1
     print(f"\n{written}, with its figures beside it as PNG files")
     return 0
@@ -72,7 +82,9 @@ def logs(options: argparse.Namespace) -> int:
     """What the members of a run have logged."""
     from atropos_hpc.observe import logs as observe
 
-    return observe.show(_run(options.run), options.member, options.follow, options.lines, options.attempt)
+    return observe.show(
+        _run(options.run), options.member, options.follow, options.lines, options.attempt
+    )
 
 
 def samples(options: argparse.Namespace) -> int:
@@ -85,20 +97,25 @@ def samples(options: argparse.Namespace) -> int:
     elif found:
         observe.show(found)
     else:
-        print(f"{options.run} has no samples{' of that version' if options.version is not None else ''} yet", file=sys.stderr)
+        print(
+            f"{options.run} has no samples{' of that version' if options.version is not None else ''} yet",
+            file=sys.stderr,
+        )
     return 0 if found else 1
 
 
 def stop(options: argparse.Namespace) -> int:
     """Leave the request to stop. The supervisor and the learner do the rest, wherever they run."""
-    from atropos_hpc import rendezvous
+    from atropos_hpc.runtime import membership
 
     run = _run(options.run)
-    if not rendezvous.Roster(run.roster).members("supervisor"):
+    if not membership.Roster(run.roster).members("supervisor"):
         print(f"nothing runs in {run.path}", file=sys.stderr)
         return 1
-    rendezvous.ask(run, "stop", by="atropos-hpc stop")
-    print(f"asked: the learner saves a checkpoint, and the run in {run.path} ends; `atropos-hpc resume {run.path}` goes on from there")
+    membership.ask(run, "stop", by="atropos-hpc stop")
+    print(
+        f"asked: the learner saves a checkpoint, and the run in {run.path} ends; `atropos-hpc resume {run.path}` goes on from there"
+    )
     return 0
 
 
@@ -113,10 +130,15 @@ def export(options: argparse.Namespace) -> int:
     """See learner/export.py."""
     run = _run(options.run)
     try:
-        from atropos_hpc.learner.checkpoint import BadCheckpoint  # needs torch, which a login node may not have
+        from atropos_hpc.learner.checkpoint import (
+            BadCheckpoint,  # needs torch, which a login node may not have
+        )
         from atropos_hpc.learner.export import export as write
     except ImportError as error:
-        print(f"{error}: export needs the trainer's environment (roles.trainer.python)", file=sys.stderr)
+        print(
+            f"{error}: export needs the trainer's environment (roles.trainer.python)",
+            file=sys.stderr,
+        )
         return 2
     try:
         done = write(run, options.out, options.step)
@@ -135,24 +157,28 @@ def validate(options: argparse.Namespace) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from atropos_hpc.config import Config
-    from atropos_hpc.launch import memory, preflight
+    from atropos_hpc.launch import preflight, sizing
     from atropos_hpc.train import CONFIGS, explain
 
     given = any(override.startswith("run_dir=") for override in options.overrides)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = OmegaConf.to_object(compose("config", [*options.overrides, *([] if given else ["run_dir=runs/new"])]))
+            config = OmegaConf.to_object(
+                compose("config", [*options.overrides, *([] if given else ["run_dir=runs/new"])])
+            )
     except (HydraException, OmegaConfBaseException) as error:
         print(explain(error), file=sys.stderr)
         return 2
     assert isinstance(config, Config)
     run_dir = Path(config.run_dir).absolute()
     previous = read_json(RunDir(run_dir).run_json).get("config", {})
-    found = preflight.check(config, run_dir, previous, on_slurm=config.launch.allocation != "local", imports=True)
+    found = preflight.check(
+        config, run_dir, previous, on_slurm=config.launch.allocation != "local", imports=True
+    )
     for problem in found:
         print(problem, file=sys.stderr)
     print(f"{len(found)} to change" if found else "nothing wrong was found")
-    if (estimate := memory.told(config)) is not None:
+    if (estimate := sizing.told(config)) is not None:
         print(f"memory, estimated: {estimate}")
     return 2 if found else 0
 
@@ -187,19 +213,27 @@ complete -o filenames -F _atropos_hpc atropos-hpc
 
 
 def _directory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="RUN|SWEEP", help="a run's directory, or a sweep's")
+    parser.add_argument(
+        "directory", type=Path, metavar="RUN|SWEEP", help="a run's directory, or a sweep's"
+    )
 
 
 def _status(parser: argparse.ArgumentParser) -> None:
     _directory(parser)
-    parser.add_argument("--once", action="store_true", help="print it and end; also what happens where there is no terminal")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="print it and end; also what happens where there is no terminal",
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
     _directory(parser)
     parser.add_argument("--json", action="store_true", help="the table as JSON, and no page")
-    parser.add_argument("--out", type=Path, help="where the page goes; else to report/ in the directory")
+    parser.add_argument(
+        "--out", type=Path, help="where the page goes; else to report/ in the directory"
+    )
 
 
 def _one_run(parser: argparse.ArgumentParser) -> None:
@@ -208,7 +242,13 @@ def _one_run(parser: argparse.ArgumentParser) -> None:
 
 def _logs(parser: argparse.ArgumentParser) -> None:
     _one_run(parser)
-    parser.add_argument("member", nargs="?", default="", metavar="MEMBER", help="such as trainer-0 or server; else all")
+    parser.add_argument(
+        "member",
+        nargs="?",
+        default="",
+        metavar="MEMBER",
+        help="such as trainer-0 or server; else all",
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="go on as they grow")
     parser.add_argument("-n", "--lines", type=int, default=20, help="of each, from the end (20)")
     parser.add_argument("--attempt", type=int, help="of which attempt; else the newest")
@@ -223,7 +263,12 @@ def _samples(parser: argparse.ArgumentParser) -> None:
 
 def _resume(parser: argparse.ArgumentParser) -> None:
     _one_run(parser)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what may change: trainer.steps=300 launch.minutes=120")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="what may change: trainer.steps=300 launch.minutes=120",
+    )
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +282,9 @@ def _nothing(_parser: argparse.ArgumentParser) -> None:
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train"
+    )
 
 
 # the function of a command, what it is for, and what adds its arguments
@@ -251,7 +298,11 @@ COMMANDS: tuple[Command, ...] = (
     (resume, "go on from the last durable step, here or as a new job", _resume),
     (export, "a checkpoint's weights as a Hugging Face directory", _export),
     (validate, "everything that would be refused, without starting anything", _overrides),
-    (doctor, "this machine, the cluster and both environments: what works, what is missing", _overrides),
+    (
+        doctor,
+        "this machine, the cluster and both environments: what works, what is missing",
+        _overrides,
+    ),
     (completion, "a script for the shell's completion", _nothing),
 )
 
@@ -265,16 +316,23 @@ def _run(path: Path) -> RunDir:
     from atropos_hpc.observe.report import is_run
 
     if not is_run(path):
-        raise _Refused(f"{path} is not a run's directory: " + ("it holds no run.json" if path.exists() else "it does not exist"))
+        raise _Refused(
+            f"{path} is not a run's directory: "
+            + ("it holds no run.json" if path.exists() else "it does not exist")
+        )
     return RunDir(path.resolve())
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="atropos-hpc", description="GRPO training on rewards from Atropos environments.")
+    made = argparse.ArgumentParser(
+        prog="atropos-hpc", description="GRPO training on rewards from Atropos environments."
+    )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, about, add_arguments in COMMANDS:
-        added = commands.add_parser(command.__name__, help=about, description=about[0].upper() + about[1:] + ".")
+        added = commands.add_parser(
+            command.__name__, help=about, description=about[0].upper() + about[1:] + "."
+        )
         added.set_defaults(function=command)
         add_arguments(added)
     return made

@@ -1,7 +1,7 @@
 """The typed config of a run.
 
 Every value's default and meaning stands here and in configs/; Hydra merges files and command line into these classes, so that an
-unknown key or a wrong type is refused while composing. What a type cannot say, atropos_hpc.checks does.
+unknown key or a wrong type is refused while composing. What a type cannot say, atropos_hpc.validate does.
 """
 
 from collections.abc import Iterator
@@ -234,7 +234,13 @@ def register() -> None:
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     ConfigStore.instance().store(name="base", node=Config)
     for path in sorted(SWEEPS.glob("*.yaml")):
-        ConfigStore.instance().store(group="sweep", name=path.stem, node=OmegaConf.load(path), package="_global_", provider="sweeps/")
+        ConfigStore.instance().store(
+            group="sweep",
+            name=path.stem,
+            node=OmegaConf.load(path),
+            package="_global_",
+            provider="sweeps/",
+        )
 
 
 def lookup(config: Any, key: str) -> Any:
@@ -246,8 +252,16 @@ def lookup(config: Any, key: str) -> Any:
 
 def environments(config: Any) -> dict[str, EnvironmentConf]:
     """Dotted key -> each environment of a run, of a Config or of what run.json holds. The first one's accuracy is the run's."""
-    names = ["environment", *(f"more_environments.{name}" for name in sorted(lookup(config, "more_environments")))]
-    return {key: from_dict(EnvironmentConf, found) if isinstance(found := lookup(config, key), dict) else found for key in names}
+    names = [
+        "environment",
+        *(f"more_environments.{name}" for name in sorted(lookup(config, "more_environments"))),
+    ]
+    return {
+        key: from_dict(EnvironmentConf, found)
+        if isinstance(found := lookup(config, key), dict)
+        else found
+        for key in names
+    }
 
 
 def environment_name(key: str) -> str:

@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then lets errors through to `main`, which words them for people
+os.environ.setdefault(
+    "HYDRA_FULL_ERROR", "1"
+)  # Hydra then lets errors through to `main`, which words them for people
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -24,9 +26,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from atropos_hpc import checks, process
 from atropos_hpc import config as schema
-from atropos_hpc.launch.plan import PointFailed
+from atropos_hpc import validate
+from atropos_hpc.launch.restart_policy import PointFailed
+from atropos_hpc.runtime import process
 from hydra_plugins.atropos_hpc_launcher import launcher
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -39,14 +42,14 @@ launcher.register()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def app(cfg: DictConfig) -> None:
     """One run: of a single start, or one point of a multirun."""
-    from atropos_hpc import slurm
     from atropos_hpc.launch import run
+    from atropos_hpc.launch.slurm import commands
 
     run_dir = Path(HydraConfig.get().runtime.output_dir).absolute()
     cfg.run_dir = str(run_dir)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, schema.Config)
-    code = run.launch(config, run_dir, lambda: slurm.requeue(os.environ["SLURM_JOB_ID"]))
+    code = run.launch(config, run_dir, lambda: commands.requeue(os.environ["SLURM_JOB_ID"]))
     if code:
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra made it; gone again if nothing has come into it
@@ -55,7 +58,9 @@ def app(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Run the app; word what Hydra and OmegaConf refuse as one message with the key."""
-    process.die_with_parent(signal.SIGTERM)  # a point of a local multirun: the launcher's death stops it
+    process.die_with_parent(
+        signal.SIGTERM
+    )  # a point of a local multirun: the launcher's death stops it
     os.environ.pop(process.PARENT, None)  # and is nothing to those that this process starts
     try:
         app()
@@ -90,10 +95,12 @@ def explain(error: Exception) -> str:
     if key and re.match(r"Key '.*' (is not in struct|not in)", first):
         if key.rpartition(".")[0] in schema.open_sections():
             return f"{key}: there is no such key yet; +{key}=... adds it"
-        return f"{key}: there is no such key{checks.did_you_mean(key, schema.keys_beside(key))}"
+        return f"{key}: there is no such key{validate.did_you_mean(key, schema.keys_beside(key))}"
     if key and isinstance(innermost, MissingMandatoryValue):
         return f"{key}: has to be given: {key}=..."
-    if "is not a subclass of EnvironmentConf" in first:  # OmegaConf takes a new one in a whole map only
+    if (
+        "is not a subclass of EnvironmentConf" in first
+    ):  # OmegaConf takes a new one in a whole map only
         return "more_environments: +more_environments={NAME: {target: ..., weight: ...}} adds an environment"
     if key:
         return f"{key}: {first}"

@@ -29,10 +29,17 @@ def show(name: str, result: Result) -> None:
         for column in result.rows[0]:
             table.add_column(column)
         for row in result.rows:
-            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+            table.add_row(
+                *(
+                    f"{value:.4g}" if isinstance(value, float) else str(value)
+                    for value in row.values()
+                )
+            )
         console.print(table)
     for what, bar in result.bars.items():
-        console.print(f"{'reached' if bar['ok'] else 'MISSED'}  {what}: {bar['value']:.4g} (bar {bar['bar']:.4g})")
+        console.print(
+            f"{'reached' if bar['ok'] else 'MISSED'}  {what}: {bar['value']:.4g} (bar {bar['bar']:.4g})"
+        )
 
 
 def run(name: str) -> bool:
@@ -42,19 +49,31 @@ def run(name: str) -> bool:
     result.details["wall_s"] = round(time.monotonic() - start, 1)
     show(name, result)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"bars": result.bars, "rows": result.rows, **result.details}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"bars": result.bars, "rows": result.rows, **result.details}, indent=1) + "\n"
+    )
     return all(bar["ok"] for bar in result.bars.values())
 
 
 def main(names: list[str]) -> int:
     """0 if every bar of every named bench was reached. Several have a process each: one that fails takes no other along."""
-    known = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in ("__main__", "result")]
+    known = [
+        module.name
+        for module in pkgutil.iter_modules(bench.__path__)
+        if module.name not in ("__main__", "result")
+    ]
     if unknown := set(names) - set(known):
-        print(f"no bench named {', '.join(sorted(unknown))}; there are {', '.join(known)}", file=sys.stderr)
+        print(
+            f"no bench named {', '.join(sorted(unknown))}; there are {', '.join(known)}",
+            file=sys.stderr,
+        )
         return 2
     if len(names) == 1:
         return 0 if run(names[0]) else 1
-    codes = {name: subprocess.run([sys.executable, "-m", "bench", name], check=False).returncode for name in names or known}
+    codes = {
+        name: subprocess.run([sys.executable, "-m", "bench", name], check=False).returncode
+        for name in names or known
+    }
     for name, code in codes.items():
         print(f"{'reached' if code == 0 else 'MISSED or failed'}  {name}")
     return max(codes.values(), key=abs)

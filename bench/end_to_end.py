@@ -51,17 +51,32 @@ def run_ours(scratch: Path) -> Side:
                  "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
     start, cpu = run([sys.executable, "-m", "atropos_hpc.train", *overrides], scratch / "ours.log")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    phases = {key.removeprefix("time/"): sum(line[key] for line in lines[1:]) / (STEPS - 1) for key in lines[0] if "time/" in key}
-    versions = {int(path.parent.name.partition("-")[0]): path.parent for path in (directory / "policy").glob("*-*/manifest.json")}
-    ends = {step: (path / "manifest.json").stat().st_mtime for step, path in versions.items() if step}
-    kept = {step: list(path.glob("*.safetensors")) for step, path in versions.items() if step and step % KEEP == 0}
+    phases = {
+        key.removeprefix("time/"): sum(line[key] for line in lines[1:]) / (STEPS - 1)
+        for key in lines[0]
+        if "time/" in key
+    }
+    versions = {
+        int(path.parent.name.partition("-")[0]): path.parent
+        for path in (directory / "policy").glob("*-*/manifest.json")
+    }
+    ends = {
+        step: (path / "manifest.json").stat().st_mtime for step, path in versions.items() if step
+    }
+    kept = {
+        step: list(path.glob("*.safetensors"))
+        for step, path in versions.items()
+        if step and step % KEEP == 0
+    }
     return Side("atropos_hpc", start, ends, kept, phases, cpu)
 
 
 def run_trl(scratch: Path, base: Path) -> Side:
     """GRPOTrainer with what experiment=arithmetic_cpu says."""
     if not TRL.exists():
-        raise FileNotFoundError(f"{TRL} is missing: `make bench NAME=end_to_end` makes TRL's environment")
+        raise FileNotFoundError(
+            f"{TRL} is missing: `make bench NAME=end_to_end` makes TRL's environment"
+        )
     out = scratch / "trl"
     out.mkdir()
     conf = composed()
@@ -70,12 +85,18 @@ def run_trl(scratch: Path, base: Path) -> Side:
         "group": conf.environment.group_size, "learning-rate": conf.trainer.learning_rate, "kl": conf.algorithm.kl_coef,
         "clip": conf.algorithm.clip_low,
     }  # fmt: skip
-    command = [str(TRL), str(Path(__file__).parent / "trl" / "grpo.py"), *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+    command = [
+        str(TRL),
+        str(Path(__file__).parent / "trl" / "grpo.py"),
+        *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
+    ]
     start, cpu = run(command, scratch / "trl.log")
     times = json.loads((out / "times.json").read_text())
     parts = {name: seconds / STEPS for name, seconds in times["seconds"].items()}
     kept = {step: [out / f"weights-{step}.safetensors"] for step in range(KEEP, STEPS + 1, KEEP)}
-    return Side("TRL", start, {int(step): end for step, end in times["steps"].items()}, kept, parts, cpu)
+    return Side(
+        "TRL", start, {int(step): end for step, end in times["steps"].items()}, kept, parts, cpu
+    )
 
 
 def composed() -> Any:
@@ -93,14 +114,22 @@ def run(command: list[str], log: Path) -> tuple[float, dict[str, float]]:
     start = time.time()
     seen: dict[int, tuple[str, float]] = {}
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
         while process.poll() is None:
             if time.time() - start > TIMEOUT_S:
                 process.kill()
             seen.update(descendants(process.pid))
             time.sleep(TICK_S)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}"
+        )
     cpu: Counter[str] = Counter()
     for name, seconds in seen.values():
         cpu[name] += seconds
@@ -117,9 +146,16 @@ def descendants(root: int) -> dict[int, tuple[str, float]]:
                 arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:  # gone meanwhile
                 continue
-            name = arguments[arguments.index("-m") + 1] if "-m" in arguments else Path(arguments[min(1, len(arguments) - 1)]).name
+            name = (
+                arguments[arguments.index("-m") + 1]
+                if "-m" in arguments
+                else Path(arguments[min(1, len(arguments) - 1)]).name
+            )
             parents[int(entry.name)] = int(fields[1])
-            found[int(entry.name)] = name, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            found[int(entry.name)] = (
+                name,
+                (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
+            )
 
     def below(pid: int) -> bool:
         return pid == root or (pid in parents and below(parents[pid]))
@@ -142,7 +178,9 @@ def judged(side: Side, base: Path) -> dict[int, float]:
     for step, files in sorted(side.weights.items()):
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
         unknown = model.load_state_dict(weights, strict=False)
-        assert not unknown.unexpected_keys and len(unknown.missing_keys) <= 1, unknown  # output layer and embedding are one tensor
+        assert not unknown.unexpected_keys and len(unknown.missing_keys) <= 1, (
+            unknown
+        )  # output layer and embedding are one tensor
         curve[step] = accuracy(model, problems(held_out=True))[0]
     return curve
 
@@ -171,13 +209,21 @@ def main() -> Result:
 
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        base = Path(ensure(OmegaConf.to_object(composed().model), sys.executable, scratch / "make_base.log"))
+        base = Path(
+            ensure(OmegaConf.to_object(composed().model), sys.executable, scratch / "make_base.log")
+        )
         sides = [run_trl(scratch, base), run_ours(scratch)]
         curves = {side.name: judged(side, base) for side in sides}
     rows = [row_of(side, curves[side.name]) for side in sides]
-    details = {"seconds of a step": {s.name: s.parts for s in sides}, "CPU seconds": {s.name: s.cpu for s in sides}, "accuracy": curves}
+    details = {
+        "seconds of a step": {s.name: s.parts for s in sides},
+        "CPU seconds": {s.name: s.cpu for s in sides},
+        "accuracy": curves,
+    }
     result = Result(rows, details=details)
     theirs, ours = rows
-    result.at_least(f"wall time to {BAR}, TRL / ours", theirs[f"s to {BAR}"] / ours[f"s to {BAR}"], 2.0)
+    result.at_least(
+        f"wall time to {BAR}, TRL / ours", theirs[f"s to {BAR}"] / ours[f"s to {BAR}"], 2.0
+    )
     result.at_least("s per step, TRL / ours", theirs["s per step"] / ours["s per step"], 2.0)
     return result

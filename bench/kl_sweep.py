@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from atropos_hpc.observe import page, report, series
-from atropos_hpc.run_dir import read_json
+from atropos_hpc.observe import history, html_report, report
+from atropos_hpc.runtime.run_dir import read_json
 from bench.result import Result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -35,37 +35,60 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 def main() -> Result:
     from slurm_cluster import Cluster
 
-    points = [f"algorithm.kl_coef={','.join(map(str, COEFFICIENTS))}", f"seed={','.join(map(str, SEEDS))}"]
+    points = [
+        f"algorithm.kl_coef={','.join(map(str, COEFFICIENTS))}",
+        f"seed={','.join(map(str, SEEDS))}",
+    ]
     quick = ["evaluation.every=80", "trainer.checkpoint_every=40", f"trainer.steps={STEPS}", "environment.config.tolerance=3",
              "+environment.config.ensure_scores_are_not_same=false", "model.make_options.seed=0",
              "cluster.shared=[/]", "roles.rollout.cpus_per_task=4", "hydra.launcher.slots=2"]  # fmt: skip
     kept = tempfile.mkdtemp(prefix="kl_sweep-")
-    with tempfile.TemporaryDirectory() as scratch, Cluster(Path(scratch) / "cluster", nodes=2) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Cluster(Path(scratch) / "cluster", nodes=2) as cluster,
+    ):
         sweep = Path(kept) / "sweep"
-        command = [sys.executable, "-m", "atropos_hpc.train", "-m", "hydra/launcher=submitit_slurm", f"run_dir={sweep}", *points, *quick]
+        command = [
+            sys.executable,
+            "-m",
+            "atropos_hpc.train",
+            "-m",
+            "hydra/launcher=submitit_slurm",
+            f"run_dir={sweep}",
+            *points,
+            *quick,
+        ]
         subprocess.run(command, env=cluster.env, check=True, timeout=300, cwd=kept)
         deadline = time.monotonic() + PATIENCE_S
         jobs = {row["job"] for row in read_json(sweep / "jobs.json")}
-        while any(state not in ENDED for job, state in cluster.jobs().items() if job.split("+")[0] in jobs):
+        while any(
+            state not in ENDED for job, state in cluster.jobs().items() if job.split("+")[0] in jobs
+        ):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {PATIENCE_S:.0f} s for the sweep's {len(jobs)} jobs, in vain; its runs are in {sweep}")
+                raise TimeoutError(
+                    f"waited {PATIENCE_S:.0f} s for the sweep's {len(jobs)} jobs, in vain; its runs are in {sweep}"
+                )
             time.sleep(2.0)
         found = [report.row(row) for row in report.found(sweep)]
         print(report.table(found))
-        print(page.write(sweep, found, sweep / "report"))
+        print(html_report.write(sweep, found, sweep / "report"))
     if unfinished := [row["run_dir"] for row in found if row["state"] != "complete"]:
-        raise RuntimeError(f"{len(unfinished)} of {len(found)} points are not complete: {', '.join(unfinished)}")
-    runs = [series.read(Path(row["run_dir"])) for row in found]
+        raise RuntimeError(
+            f"{len(unfinished)} of {len(found)} points are not complete: {', '.join(unfinished)}"
+        )
+    runs = [history.read(Path(row["run_dir"])) for row in found]
     rows = [{"kl_coef": coefficient,
              "KL to the reference": statistics.mean(run.final("kl_reference") for run in of),
              "its spread over seeds": max(run.final("kl_reference") for run in of) - min(run.final("kl_reference") for run in of),
              "accuracy, held out": statistics.mean(run.accuracy for run in of),
              "reward": statistics.mean(run.final("reward") for run in of)}
-            for (coefficient,), of in series.grouped(runs, ["algorithm.kl_coef"]).items()]  # fmt: skip
+            for (coefficient,), of in history.grouped(runs, ["algorithm.kl_coef"]).items()]  # fmt: skip
     result = Result(rows, details={"steps": STEPS, "seeds": len(SEEDS), "points": len(found)})
     result.at_least("points that are complete", len(found), len(COEFFICIENTS) * len(SEEDS))
     by = {row["kl_coef"]: row["KL to the reference"] for row in rows}
     result.details["KL at a coefficient of 0.001, of that at 0"] = by[0.001] / by[0.0]
     for low, high, share in ((0.0, 0.01, 1.0), (0.01, 0.1, 0.8)):
-        result.at_most(f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], share)
+        result.at_most(
+            f"KL at a coefficient of {high:g}, of that at {low:g}", by[high] / by[low], share
+        )
     return result

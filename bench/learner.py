@@ -24,13 +24,19 @@ from typing import Any
 
 import numpy as np
 
-from atropos_hpc.trajectories.schema import Group
+from atropos_hpc.contracts.group import Group
 from bench.result import Result
 
 SEQUENCES, GROUP = 32, 8
 ROUNDS = 2
-ROWS = {"20 to 400 tokens": (4, 16), "heavy tail to 2000": (4,)}  # per micro-batch, of the padded way
-BUDGETS = {"20 to 400 tokens": (512, 1024), "heavy tail to 2000": (2048,)}  # tokens per micro-batch, of the packed way
+ROWS = {
+    "20 to 400 tokens": (4, 16),
+    "heavy tail to 2000": (4,),
+}  # per micro-batch, of the padded way
+BUDGETS = {
+    "20 to 400 tokens": (512, 1024),
+    "heavy tail to 2000": (2048,),
+}  # tokens per micro-batch, of the packed way
 VOCABULARY = 4096
 NOT_TRAINED = -100
 SHORTEST_RESPONSE = 8
@@ -54,7 +60,11 @@ def groups_of(sizes: list[int]) -> list[Group]:
         tokens = rng.integers(0, VOCABULARY, int(own.sum())).astype(np.int32)
         position = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
         log_probs = np.where(position >= prompt, -7.0, 1.0).astype(np.float32)
-        made.append(Group(own, rng.random(len(own)), tokens, position >= prompt, inference_logprobs=log_probs))
+        made.append(
+            Group(
+                own, rng.random(len(own)), tokens, position >= prompt, inference_logprobs=log_probs
+            )
+        )
     return made
 
 
@@ -77,13 +87,18 @@ def padded(groups: list[dict[str, Any]]) -> dict[str, Any]:
     for group in groups:
         scores = torch.tensor(group["scores"])
         relative = (scores - scores.mean()) / (scores.std() + 1e-6)
-        for tokens, mask, advantage in zip(group["tokens"], group["masks"], relative.tolist(), strict=True):
+        for tokens, mask, advantage in zip(
+            group["tokens"], group["masks"], relative.tolist(), strict=True
+        ):
             split = next((i for i, label in enumerate(mask) if label != NOT_TRAINED), len(tokens))
             prompts.append(tokens[:split])
             responses.append(tokens[split:])
             advantages.append(advantage)
     longest_prompt, longest_response = max(map(len, prompts)), max(map(len, responses))
-    rows: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "position_ids", "response_mask", "advantages")}
+    rows: dict[str, list[Any]] = {
+        name: []
+        for name in ("input_ids", "attention_mask", "position_ids", "response_mask", "advantages")
+    }
     for prompt, response, advantage in zip(prompts, responses, advantages, strict=True):
         before, after = longest_prompt - len(prompt), longest_response - len(response)
         seen = [0] * before + [1] * (len(prompt) + len(response)) + [0] * after
@@ -92,7 +107,9 @@ def padded(groups: list[dict[str, Any]]) -> dict[str, Any]:
         rows["position_ids"].append(torch.clamp(torch.cumsum(torch.tensor(seen), 0) - 1, min=0))
         rows["response_mask"].append(torch.tensor([1] * len(response) + [0] * after))
         rows["advantages"].append(torch.tensor([advantage] * len(response) + [0.0] * after))
-    return {name: torch.stack(values) for name, values in rows.items()} | {"prompt_length": longest_prompt}
+    return {name: torch.stack(values) for name, values in rows.items()} | {
+        "prompt_length": longest_prompt
+    }
 
 
 def padded_batch(groups: list[Group], rows: int) -> Any:
@@ -104,15 +121,28 @@ def padded_batch(groups: list[Group], rows: int) -> Any:
     ids, prompt = made["input_ids"].numpy(), made["prompt_length"]
     trained = np.zeros(ids.shape, bool)
     trained[:, prompt:] = made["response_mask"].numpy().astype(bool)
-    trained[:, -1] = True  # a batch is cut behind its last trained token; these rows have to keep their length
+    trained[:, -1] = (
+        True  # a batch is cut behind its last trained token; these rows have to keep their length
+    )
     whole, length = [], ids.shape[1]
     for i, group in zip(range(0, len(ids), GROUP), groups, strict=True):
         rows_of_group = ids[i : i + GROUP].reshape(-1).astype(np.int32)
-        whole.append(Group(np.full(GROUP, length, np.uint32), group.scores, rows_of_group, trained[i : i + GROUP].reshape(-1)))
+        whole.append(
+            Group(
+                np.full(GROUP, length, np.uint32),
+                group.scores,
+                rows_of_group,
+                trained[i : i + GROUP].reshape(-1),
+            )
+        )
     batch = make_batch(whole, AlgorithmConf(), ids.size, ids.shape[1], 0)
     from verl.utils import tensordict_utils
 
-    options = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": rows, "use_remove_padding": False}
+    options = {
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": rows,
+        "use_remove_padding": False,
+    }
     tensordict_utils.assign_non_tensor(batch.tensors, **options)
     return batch
 
@@ -127,7 +157,9 @@ def backend_of(directory: Path) -> Any:
     from atropos_hpc.learner.backends.verl import VerlBackend
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(directory / "store"), 1), rank=0, world_size=1
+    )
     shape = Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
@@ -135,7 +167,9 @@ def backend_of(directory: Path) -> Any:
     torch.manual_seed(0)
     Qwen3ForCausalLM(shape).save_pretrained(directory / "model")
     model = ModelConf(path=str(directory / "model"), dtype="float32", max_length=4096)
-    return VerlBackend(model, TrainerConf(learning_rate=1e-6, gradient_checkpointing=False), AlgorithmConf(), 0)
+    return VerlBackend(
+        model, TrainerConf(learning_rate=1e-6, gradient_checkpointing=False), AlgorithmConf(), 0
+    )
 
 
 def seconds_of_step(backend: Any, made: Callable[[], Any], recompute: bool) -> tuple[float, float]:
@@ -192,8 +226,12 @@ def step(backend: Any, kind: str) -> dict[str, Any]:
 
     sizes = lengths(kind, SEQUENCES)
     groups, tokens = groups_of(sizes), sum(sizes)
-    theirs = [seconds_of_step(backend, partial(padded_batch, groups, rows), True) for rows in ROWS[kind]]
-    packed = [partial(make_batch, groups, AlgorithmConf(), budget, 4096, 0) for budget in BUDGETS[kind]]
+    theirs = [
+        seconds_of_step(backend, partial(padded_batch, groups, rows), True) for rows in ROWS[kind]
+    ]
+    packed = [
+        partial(make_batch, groups, AlgorithmConf(), budget, 4096, 0) for budget in BUDGETS[kind]
+    ]
     ours = [seconds_of_step(backend, made, False) for made in packed]
     (slow, slow_update), (fast, fast_update) = min(theirs), min(ours)
     computed = padded([as_lists(group) for group in groups])["input_ids"].numel()
@@ -211,8 +249,15 @@ def step(backend: Any, kind: str) -> dict[str, Any]:
 def main() -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         backend = backend_of(Path(scratch))
-        rows = [step(backend, "20 to 400 tokens"), step(backend, "heavy tail to 2000"), conversion()]
-    result = Result(rows, details={"padded and packed": "tokens per CPU second", "sequences of a step": SEQUENCES})
+        rows = [
+            step(backend, "20 to 400 tokens"),
+            step(backend, "heavy tail to 2000"),
+            conversion(),
+        ]
+    result = Result(
+        rows,
+        details={"padded and packed": "tokens per CPU second", "sequences of a step": SEQUENCES},
+    )
     for row, bar in zip(rows, (2.5, 4.0, 20.0), strict=True):
         result.at_least(f"{row['what']}, packed / padded", row["ratio"], bar)
     return result

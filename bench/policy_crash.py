@@ -27,22 +27,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_hpc import run_dir
-from atropos_hpc.policy import delta, follower, mirror, share
+from atropos_hpc.policy import delta, follower, node_cache, shard_buffer
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.share import Share, Tensor, tensors_of, write_share, xxh3
+from atropos_hpc.policy.shard_buffer import Share, Tensor, tensors_of, write_share, xxh3
 from atropos_hpc.policy.store import Key, PolicyStore, Published, Superseded
-from atropos_hpc.run_dir import RunDir, write_file
+from atropos_hpc.runtime import run_dir
+from atropos_hpc.runtime.run_dir import RunDir, write_file
 from bench.result import Result
 
 POINTS = 500
-MEMORY = "/dev/shm"  # it is the order of the calls that counts here; a disk would only make them slow
+MEMORY = (
+    "/dev/shm"  # it is the order of the calls that counts here; a disk would only make them slow
+)
 WIDTH = 48
 SHARES = (
-    (Tensor("embed", "BF16", (WIDTH, WIDTH)), Tensor("empty", "BF16", (0, 4)), Tensor("scale", "F32", (WIDTH,))),
-    (Tensor("up", "BF16", (WIDTH, 2 * WIDTH)), Tensor("steps", "I64", (3,)), Tensor("down", "BF16", (2 * WIDTH, WIDTH))),
+    (
+        Tensor("embed", "BF16", (WIDTH, WIDTH)),
+        Tensor("empty", "BF16", (0, 4)),
+        Tensor("scale", "F32", (WIDTH,)),
+    ),
+    (
+        Tensor("up", "BF16", (WIDTH, 2 * WIDTH)),
+        Tensor("steps", "I64", (3,)),
+        Tensor("down", "BF16", (2 * WIDTH, WIDTH)),
+    ),
 )
-CALLS = ("open", "write", "pwritev", "fsync", "ftruncate", "rename", "close", "mkdir", "unlink", "rmdir", "preadv", "posix_fallocate")
+CALLS = (
+    "open",
+    "write",
+    "pwritev",
+    "fsync",
+    "ftruncate",
+    "rename",
+    "close",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "preadv",
+    "posix_fallocate",
+)
 
 
 @lru_cache(maxsize=64)
@@ -55,10 +78,14 @@ def weights(attempt: int, version: int) -> tuple[Share, ...]:
             rng = np.random.default_rng((attempt, number))
             for tensor in made.tensors:
                 values = (rng.standard_normal(tensor.bytes // 4) / 7).astype(np.float32)
-                bits = values.view(np.uint32) >> 16 if tensor.dtype == "BF16" else values.view(np.uint32)
-                made.parts[tensor.name][: bits.nbytes // 2 if tensor.dtype == "BF16" else bits.nbytes] = bits.astype(
-                    np.uint16 if tensor.dtype == "BF16" else np.uint32
-                ).view(np.uint8)
+                bits = (
+                    values.view(np.uint32) >> 16
+                    if tensor.dtype == "BF16"
+                    else values.view(np.uint32)
+                )
+                made.parts[tensor.name][
+                    : bits.nbytes // 2 if tensor.dtype == "BF16" else bits.nbytes
+                ] = bits.astype(np.uint16 if tensor.dtype == "BF16" else np.uint32).view(np.uint8)
         else:
             data[:] = weights(attempt, version - 1)[number].bytes[len(made.header) :]
             rng = np.random.default_rng((attempt, number, version))
@@ -115,12 +142,28 @@ class Learner:
             else:
                 files.append({"file": file, "bytes": made.size, "xxh3": xxh3(made.bytes)})
             if base is not None:
-                coded = delta.encode(weights(self.attempt, base)[number].bytes, made.bytes, made.runs)
+                coded = delta.encode(
+                    weights(self.attempt, base)[number].bytes, made.bytes, made.runs
+                )
                 write_file(directory / f"model-{number}.delta", coded)
                 xxh3_of = xxh3(np.frombuffer(coded, np.uint8))
-                changes.append({"file": f"model-{number}.delta", "bytes": len(coded), "xxh3": xxh3_of, "makes": file})
+                changes.append(
+                    {
+                        "file": f"model-{number}.delta",
+                        "bytes": len(coded),
+                        "xxh3": xxh3_of,
+                        "makes": file,
+                    }
+                )
         kind = "full" if in_full else "delta"
-        self.store.commit(version, self.attempt, files, kind, (self.attempt, base) if base is not None else None, changes)
+        self.store.commit(
+            version,
+            self.attempt,
+            files,
+            kind,
+            (self.attempt, base) if base is not None else None,
+            changes,
+        )
         self.version, self._since_full = version, 0 if in_full else self._since_full + 1
         self.store.retire(2, self.attempt)
 
@@ -136,7 +179,12 @@ class Reader:
 
     def __init__(self, root: Path, cache: Path) -> None:
         self.complaints: list[Key] = []
-        self.follower = Follower(PolicyStore(root), cache, "reader", lambda version, _: self.complaints.append(version.key))
+        self.follower = Follower(
+            PolicyStore(root),
+            cache,
+            "reader",
+            lambda version, _: self.complaints.append(version.key),
+        )
         self.wrong = 0
 
     def look(self) -> Key | None:
@@ -208,13 +256,18 @@ def dying(rng: random.Random, within: int) -> Iterator[None]:
 
         return call
 
-    for module in (run_dir.os, share.os, mirror.os):
+    for module in (run_dir.os, shard_buffer.os, node_cache.os):
         for name in CALLS:
             setattr(module, name, counted(name))
     yield
 
 
-def in_child(work: Callable[[], Any], rng: random.Random, within: int, before: Callable[[], Any] = lambda: None) -> bool:
+def in_child(
+    work: Callable[[], Any],
+    rng: random.Random,
+    within: int,
+    before: Callable[[], Any] = lambda: None,
+) -> bool:
     """Do it in a child that dies somewhere, though not `before` it. True: it has lived to the end."""
     pid = os.fork()
     if pid == 0:
@@ -229,7 +282,9 @@ def in_child(work: Callable[[], Any], rng: random.Random, within: int, before: C
 
 def killed_publisher(point: Point) -> bool:
     old = point.learner.version
-    lived = in_child(lambda: point.learner.publish(old + 1, in_full=point.rng.random() < 0.5), point.rng, 75)
+    lived = in_child(
+        lambda: point.learner.publish(old + 1, in_full=point.rng.random() < 0.5), point.rng, 75
+    )
     point.reader.look()
     if lived:
         point.learner.version = old + 1
@@ -320,11 +375,17 @@ def try_points(kind: str, points: range) -> dict[str, Any]:
 
 
 def main() -> Result:
-    follower.log.disabled = mirror.log.disabled = True
+    follower.log.disabled = node_cache.log.disabled = True
     result = Result([])
     for kind in KINDS:
         row = try_points(kind, range(POINTS))
         result.rows.append(row | {"did not go on": len(row["did not go on"])})
-        result.at_most(f"{kind}: answers with wrong weights in {POINTS} points", row["wrong answers"], 0)
-        result.at_most(f"{kind}: points after which a reader did not get to the newest version", len(row["did not go on"]), 0)
+        result.at_most(
+            f"{kind}: answers with wrong weights in {POINTS} points", row["wrong answers"], 0
+        )
+        result.at_most(
+            f"{kind}: points after which a reader did not get to the newest version",
+            len(row["did not go on"]),
+            0,
+        )
     return result

@@ -24,14 +24,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from atropos_hpc import process
 from atropos_hpc.config import Config
-from atropos_hpc.launch.allocation import PACKAGE_HOME
+from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.push import push
-from atropos_hpc.policy.share import Share, Tensor, tensors_of, write_share
+from atropos_hpc.policy.shard_buffer import Share, Tensor, tensors_of, write_share
 from atropos_hpc.policy.store import PolicyStore, Published
-from atropos_hpc.run_dir import RunDir, write_json
+from atropos_hpc.policy.weight_update import push
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir, write_json
 from bench.result import Result
 
 STREAMS, TOKENS, UPDATES = 4, 48, 5
@@ -71,7 +71,9 @@ def served(run: RunDir, log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     arguments = ["--run-dir", str(run.path), "--port", str(port)]
     python = str(PACKAGE_HOME / ".venv-rollout" / "bin" / "python")
-    child = process.start("server", [python, "-m", "atropos_hpc.rollout.server", *arguments], log)
+    child = process.start(
+        "server", [python, "-m", "atropos_hpc.rollout.vllm_server", *arguments], log
+    )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -87,11 +89,19 @@ class Load:
         self.over = False
 
     async def stream(self, seed: int) -> None:
-        sampling = {"temperature": 1.0, "max_tokens": TOKENS, "min_tokens": TOKENS, "ignore_eos": True, "seed": seed}
+        sampling = {
+            "temperature": 1.0,
+            "max_tokens": TOKENS,
+            "min_tokens": TOKENS,
+            "ignore_eos": True,
+            "seed": seed,
+        }
         while not self.over:
             body = {"token_ids": [seed + 3, 5, 7, 11], "sampling_params": sampling, "stream": True}
             with contextlib.suppress(aiohttp.ClientError):
-                async with self.session.post(f"{self.url}/inference/v1/generate", json=body, headers=self.headers) as answer:
+                async with self.session.post(
+                    f"{self.url}/inference/v1/generate", json=body, headers=self.headers
+                ) as answer:
                     async for line in answer.content:
                         if line.startswith(b"data: {"):
                             self.times.append(time.monotonic())
@@ -111,7 +121,9 @@ async def up(session: aiohttp.ClientSession, url: str, log: Path) -> None:
                 if answer.status == 200:
                     return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no server after {START_S:.0f} s; the end of its log:\n{process.tail(log)}")
+            raise TimeoutError(
+                f"no server after {START_S:.0f} s; the end of its log:\n{process.tail(log)}"
+            )
         await asyncio.sleep(0.3)
 
 
@@ -130,7 +142,10 @@ async def measure(run: RunDir, url: str, log: Path, share: Share, cache: Path) -
     trace.on_request_start.append(begun)
     trace.on_request_end.append(ended)
     result, version = Result([]), 0
-    async with aiohttp.ClientSession(trace_configs=[trace]) as pushing, aiohttp.ClientSession() as asking:
+    async with (
+        aiohttp.ClientSession(trace_configs=[trace]) as pushing,
+        aiohttp.ClientSession() as asking,
+    ):
         await up(asking, url, log)
         load = Load(asking, url, run.token())
         streams = [asyncio.create_task(load.stream(seed)) for seed in range(STREAMS)]
@@ -152,25 +167,40 @@ async def measure(run: RunDir, url: str, log: Path, share: Share, cache: Path) -
                 stalls.append(load.longest_gap(begin, end + 1.0))
                 loads.append(took["/finish_weight_update"])
                 updates.append(took["/update_weights"])
-            measured = {"stall s": stalls, "load s": loads, "read s": updates, "longest gap without an update s": usual}
+            measured = {
+                "stall s": stalls,
+                "load s": loads,
+                "read s": updates,
+                "longest gap without an update s": usual,
+            }
             middle = {name: statistics.median(values[1:]) for name, values in measured.items()}
-            ratio = statistics.median(stall / own for stall, own in zip(stalls[1:], loads[1:], strict=True))
+            ratio = statistics.median(
+                stall / own for stall, own in zip(stalls[1:], loads[1:], strict=True)
+            )
             result.rows.append({"mode": mode, **middle, "stall / load": ratio})
         load.over = True
         await asyncio.gather(*streams)
     follower.close()
-    result.at_most("stall in mode keep, times the engine's own load time", result.rows[0]["stall / load"], 1.5)
+    result.at_most(
+        "stall in mode keep, times the engine's own load time", result.rows[0]["stall / load"], 1.5
+    )
     return result
 
 
 def tensors_in(path: Path) -> list[tuple[Tensor, Any]]:
     """Each tensor of a safetensors file, and its bytes."""
     data = np.fromfile(path, np.uint8)
-    return [(Tensor(name, kind, shape), data[first:last]) for name, (kind, shape, first, last) in tensors_of(data).items()]
+    return [
+        (Tensor(name, kind, shape), data[first:last])
+        for name, (kind, shape, first, last) in tensors_of(data).items()
+    ]
 
 
 def main() -> Result:
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory(dir="/dev/shm") as cache:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as cache,
+    ):
         root = Path(scratch)
         make_model(root / "model")
         run = RunDir(root / "run")
@@ -178,7 +208,11 @@ def main() -> Result:
         config = Config(run_dir=str(run.path))
         config.environment.target = "nowhere:Nothing"
         config.model.path, config.model.max_length = str(root / "model"), 256
-        config.rollout.memory_utilization, config.rollout.kv_cache_bytes, config.rollout.enforce_eager = 0.05, 64 << 20, True
+        (
+            config.rollout.memory_utilization,
+            config.rollout.kv_cache_bytes,
+            config.rollout.enforce_eager,
+        ) = 0.05, 64 << 20, True
         config.rollout.variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         write_json(run.run_json, {"config": dataclasses.asdict(config)})
         weights = tensors_in(root / "model" / "model.safetensors")

@@ -31,18 +31,34 @@ from typing import Any
 
 import numpy as np
 
-from atropos_hpc.policy import delta, mirror
-from atropos_hpc.policy import share as sharing
+from atropos_hpc.policy import delta, node_cache
+from atropos_hpc.policy import shard_buffer as sharing
 from atropos_hpc.policy.delta import Bytes
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.share import BLOCK, SEGMENT, Share, Tensor, aligned, read_into, write_share, xxh3
+from atropos_hpc.policy.shard_buffer import (
+    BLOCK,
+    SEGMENT,
+    Share,
+    Tensor,
+    aligned,
+    read_into,
+    write_share,
+    xxh3,
+)
 from atropos_hpc.policy.store import File, Lease, PolicyStore, Published, read_manifest
-from atropos_hpc.run_dir import RunDir, read_json, write_file
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_file
 from bench.result import Result
 
 RANKS, ROUNDS, GROUPS = 2, 5, 8
-TOKENS, WRITING = (4, 128), 0.8  # of a step in (3): sequences and tokens of each; the part of it that writing a version takes
-LEARNING_RATES = {1e-6: 0.03, 3e-6: 0.06, 1e-5: 0.14}  # and which share of a full version a delta may be
+TOKENS, WRITING = (
+    (4, 128),
+    0.8,
+)  # of a step in (3): sequences and tokens of each; the part of it that writing a version takes
+LEARNING_RATES = {
+    1e-6: 0.03,
+    3e-6: 0.06,
+    1e-5: 0.14,
+}  # and which share of a full version a delta may be
 VERSIONS = 200
 SHARED_MB_S, SHARED_READERS, READERS = 200, 8, 2
 MEMORY = Path("/dev/shm")
@@ -58,11 +74,20 @@ def half_billion(mesh: Any) -> Any:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.o_proj = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN, bias=False)
+            self.q_proj, self.o_proj = (
+                nn.Linear(HIDDEN, HIDDEN),
+                nn.Linear(HIDDEN, HIDDEN, bias=False),
+            )
             self.k_proj, self.v_proj = nn.Linear(HIDDEN, KEY_VALUE), nn.Linear(HIDDEN, KEY_VALUE)
-            self.gate_proj, self.up_proj = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(HIDDEN, INNER, bias=False)
+            self.gate_proj, self.up_proj = (
+                nn.Linear(HIDDEN, INNER, bias=False),
+                nn.Linear(HIDDEN, INNER, bias=False),
+            )
             self.down_proj = nn.Linear(INNER, HIDDEN, bias=False)
-            self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
+            self.input_layernorm, self.post_attention_layernorm = (
+                nn.RMSNorm(HIDDEN),
+                nn.RMSNorm(HIDDEN),
+            )
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -89,7 +114,9 @@ def on_disk() -> Path:
 
 def note(result: Result, what: str, **figures: float) -> None:
     """A row for each figure."""
-    result.rows += [{"what": what, "figure": name, "value": value} for name, value in figures.items()]
+    result.rows += [
+        {"what": what, "figure": name, "value": value} for name, value in figures.items()
+    ]
 
 
 # --- (1)
@@ -99,7 +126,12 @@ def raw_write(path: Path, data: Bytes) -> None:
     """As the disk would have it: whole segments from memory, several at a time, past the cache; durable in the end."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda at: os.pwritev(fd, [data[at : at + SEGMENT].data], at), range(0, len(data), SEGMENT)))
+        list(
+            threads.map(
+                lambda at: os.pwritev(fd, [data[at : at + SEGMENT].data], at),
+                range(0, len(data), SEGMENT),
+            )
+        )
     os.fsync(fd)
     os.close(fd)
 
@@ -107,7 +139,12 @@ def raw_write(path: Path, data: Bytes) -> None:
 def raw_read(path: Path, data: Bytes) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda at: os.preadv(fd, [data[at : at + SEGMENT].data], at), range(0, len(data), SEGMENT)))
+        list(
+            threads.map(
+                lambda at: os.preadv(fd, [data[at : at + SEGMENT].data], at),
+                range(0, len(data), SEGMENT),
+            )
+        )
     os.close(fd)
 
 
@@ -141,10 +178,12 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from atropos_hpc.policy.publish import Shares, snapshot
+    from atropos_hpc.policy.shard_writer import Shares, snapshot
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(root / "meet"), RANKS), rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(root / "meet"), RANKS), rank=rank, world_size=RANKS
+    )
     torch.manual_seed(rank)
     module = half_billion(init_device_mesh("cpu", (RANKS,)))
     shares, store = Shares(dist.new_group(backend="gloo")), PolicyStore(root)
@@ -195,7 +234,10 @@ def full_publish(result: Result) -> None:
         run.create()
         context = multiprocessing.get_context("fork")
         report = context.Queue()
-        ranks = [context.Process(target=publish_rank, args=(rank, run.policy, ROUNDS, report)) for rank in range(RANKS)]
+        ranks = [
+            context.Process(target=publish_rank, args=(rank, run.policy, ROUNDS, report))
+            for rank in range(RANKS)
+        ]
         for process in ranks:
             process.start()
         size, times = report.get(timeout=900)
@@ -203,14 +245,27 @@ def full_publish(result: Result) -> None:
             process.join()
     for what in times[0]:
         seconds = [row[what] for row in times]
-        note(result, f"{what}, {RANKS} ranks", seconds=statistics.median(seconds), MB_per_s=size / 1e6 / statistics.median(seconds))
+        note(
+            result,
+            f"{what}, {RANKS} ranks",
+            seconds=statistics.median(seconds),
+            MB_per_s=size / 1e6 / statistics.median(seconds),
+        )
 
     def against(what: str, raw: str) -> float:
         return statistics.median(row[raw] / row[what] for row in times)
 
-    result.at_least("full publish, share of the raw write rate", against("publish", "raw write"), 0.85)
-    result.at_least("read in place, share of the raw read rate", against("read in place", "raw read"), 0.85)
-    result.at_least("full publish, times as fast as gathering, saving and syncing", against("publish", "gather, save and sync"), 1.0)
+    result.at_least(
+        "full publish, share of the raw write rate", against("publish", "raw write"), 0.85
+    )
+    result.at_least(
+        "read in place, share of the raw read rate", against("read in place", "raw read"), 0.85
+    )
+    result.at_least(
+        "full publish, times as fast as gathering, saving and syncing",
+        against("publish", "gather, save and sync"),
+        1.0,
+    )
 
 
 # --- (2)
@@ -242,7 +297,9 @@ def training(learning_rate: float) -> Callable[[], Share]:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        share = Share([Tensor(name, "BF16", tuple(tensor.shape)) for name, tensor in parameters.items()])
+        share = Share(
+            [Tensor(name, "BF16", tuple(tensor.shape)) for name, tensor in parameters.items()]
+        )
         for name, tensor in parameters.items():
             share.parts[name][:] = tensor.detach().bfloat16().reshape(-1).view(torch.uint8).numpy()
         return share
@@ -260,7 +317,9 @@ def cpu_rate(work: Callable[[], Any], size: int, times: int = 5) -> float:
     return size / 1e9 / best
 
 
-def publish_share(store: PolicyStore, version: int, share: Share, base: tuple[int, Share] | None, in_full: bool) -> int:
+def publish_share(
+    store: PolicyStore, version: int, share: Share, base: tuple[int, Share] | None, in_full: bool
+) -> int:
     """By one rank, as the learner does. Returns the bytes of the delta."""
     directory = store.begin(version, 1)
     file = {"file": "model-00001-of-00001.safetensors", "bytes": share.size}
@@ -269,10 +328,21 @@ def publish_share(store: PolicyStore, version: int, share: Share, base: tuple[in
         coded = delta.encode(base[1].bytes, share.bytes, share.runs)
         write_file(directory / "model-00001-of-00001.delta", coded)
         changes = [
-            {"file": "model-00001-of-00001.delta", "bytes": len(coded), "xxh3": xxh3(np.frombuffer(coded, np.uint8)), "makes": file["file"]}
+            {
+                "file": "model-00001-of-00001.delta",
+                "bytes": len(coded),
+                "xxh3": xxh3(np.frombuffer(coded, np.uint8)),
+                "makes": file["file"],
+            }
         ]
-    whole = write_share(directory / file["file"], share) if in_full else {**file, "xxh3": xxh3(share.bytes)}
-    store.commit(version, 1, [whole], "full" if in_full else "delta", (1, base[0]) if base else None, changes)
+    whole = (
+        write_share(directory / file["file"], share)
+        if in_full
+        else {**file, "xxh3": xxh3(share.bytes)}
+    )
+    store.commit(
+        version, 1, [whole], "full" if in_full else "delta", (1, base[0]) if base else None, changes
+    )
     return changes[0]["bytes"] if changes else 0
 
 
@@ -293,15 +363,24 @@ def real_updates(result: Result) -> float:
             old = None
             for version in range(VERSIONS):
                 share = step()
-                size = publish_share(store, version, share, (version - 1, old) if old else None, version % 16 == 0)
+                size = publish_share(
+                    store, version, share, (version - 1, old) if old else None, version % 16 == 0
+                )
                 store.retire(2, 1)
                 if old is not None:
                     sizes.append(size / share.size)
-                    changed.append(float(np.mean(old.bytes.view(np.uint16) != share.bytes.view(np.uint16))))
+                    changed.append(
+                        float(np.mean(old.bytes.view(np.uint16) != share.bytes.view(np.uint16)))
+                    )
                 if rng.random() < 0.4:
                     newest = follower.look()
                     assert newest is not None and newest.version == version
-                    assert np.array_equal(np.fromfile(newest.directory / "model-00001-of-00001.safetensors", np.uint8), share.bytes)
+                    assert np.array_equal(
+                        np.fromfile(
+                            newest.directory / "model-00001-of-00001.safetensors", np.uint8
+                        ),
+                        share.bytes,
+                    )
                     read += 1
                 previous, old = old, share
             follower.close()
@@ -313,20 +392,44 @@ def real_updates(result: Result) -> float:
             into[:] = base.bytes
             delta.apply(data, into)
 
-        encoding = cpu_rate(lambda old=previous, new=old: delta.encode(old.bytes, new.bytes, new.runs), old.size)
+        encoding = cpu_rate(
+            lambda old=previous, new=old: delta.encode(old.bytes, new.bytes, new.runs), old.size
+        )
         decoding = cpu_rate(decode, old.size)
         assert np.array_equal(target, old.bytes)
         shares_changed[rate] = statistics.median(changed)
-        note(result, f"learning rate {rate:g}, {VERSIONS} versions, {read} read", changed=shares_changed[rate])
-        note(result, f"learning rate {rate:g}, delta / full", median=statistics.median(sizes), largest=max(sizes))
-        note(result, f"learning rate {rate:g}, GB/s of model and core", encode=encoding, decode=decoding)
-        result.at_most(f"delta at learning rate {rate:g}, share of full", statistics.median(sizes), bar)
-        result.at_least(f"encode at learning rate {rate:g}, GB of model per second and core", encoding, 0.8)
-        result.at_least(f"copy, decode and apply at learning rate {rate:g}, GB of model per second and core", decoding, 2.0)
+        note(
+            result,
+            f"learning rate {rate:g}, {VERSIONS} versions, {read} read",
+            changed=shares_changed[rate],
+        )
+        note(
+            result,
+            f"learning rate {rate:g}, delta / full",
+            median=statistics.median(sizes),
+            largest=max(sizes),
+        )
+        note(
+            result,
+            f"learning rate {rate:g}, GB/s of model and core",
+            encode=encoding,
+            decode=decoding,
+        )
+        result.at_most(
+            f"delta at learning rate {rate:g}, share of full", statistics.median(sizes), bar
+        )
+        result.at_least(
+            f"encode at learning rate {rate:g}, GB of model per second and core", encoding, 0.8
+        )
+        result.at_least(
+            f"copy, decode and apply at learning rate {rate:g}, GB of model per second and core",
+            decoding,
+            2.0,
+        )
     return min(shares_changed.values())
 
 
-class Limited(mirror.Mirror):
+class Limited(node_cache.Mirror):
     """A node's copy that is read from the store at this node's part of a shared filesystem's rate, however many threads."""
 
     rate = SHARED_MB_S * 1e6 / SHARED_READERS
@@ -349,7 +452,9 @@ def soonness(result: Result, changed: float) -> None:
     for layer in range(LAYERS):
         sizes = {"q": (HIDDEN, HIDDEN), "k": (KEY_VALUE, HIDDEN), "v": (KEY_VALUE, HIDDEN), "o": (HIDDEN, HIDDEN), "gate": (INNER, HIDDEN),
                  "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}  # fmt: skip
-        tensors += [Tensor(f"layers.{layer}.{name}", "BF16", shape) for name, shape in sizes.items()]
+        tensors += [
+            Tensor(f"layers.{layer}.{name}", "BF16", shape) for name, shape in sizes.items()
+        ]
     rng = np.random.default_rng(0)
     old, new = Share(tensors), Share(tensors)
     numbers = old.buffer.view(np.uint16)[len(old.header) // 2 :]
@@ -359,12 +464,18 @@ def soonness(result: Result, changed: float) -> None:
     moved[rng.random(len(moved), np.float32) < changed] += np.uint16(1)
     seconds = {}
     for kind in ("full", "delta"):
-        with tempfile.TemporaryDirectory(dir=on_disk()) as scratch, tempfile.TemporaryDirectory(dir=MEMORY) as cache:
+        with (
+            tempfile.TemporaryDirectory(dir=on_disk()) as scratch,
+            tempfile.TemporaryDirectory(dir=MEMORY) as cache,
+        ):
             run = RunDir(Path(scratch))
             run.create()
             store = PolicyStore(run.policy)
             publish_share(store, 0, old, None, True)
-            nodes = [Follower(PolicyStore(run.policy), Path(cache), f"reader-{i}") for i in range(READERS)]
+            nodes = [
+                Follower(PolicyStore(run.policy), Path(cache), f"reader-{i}")
+                for i in range(READERS)
+            ]
             for node in nodes:
                 node.mirror.close()
                 node.mirror = limited = Limited(Path(cache), run.policy)
@@ -379,8 +490,17 @@ def soonness(result: Result, changed: float) -> None:
             seconds[kind] = time.monotonic() - start
             for node in nodes:
                 node.close()
-        note(result, f"{kind} version of 988 MB, to the last reader", seconds=seconds[kind], publish_s=published)
-    result.at_least("a delta is served so many times sooner than a full version", seconds["full"] / seconds["delta"], 10.0)
+        note(
+            result,
+            f"{kind} version of 988 MB, to the last reader",
+            seconds=seconds[kind],
+            publish_s=published,
+        )
+    result.at_least(
+        "a delta is served so many times sooner than a full version",
+        seconds["full"] / seconds["delta"],
+        10.0,
+    )
 
 
 def serve(node: Follower) -> None:
@@ -427,11 +547,13 @@ def steps(result: Result) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from atropos_hpc.config import PolicyConf
-    from atropos_hpc.learner.publishing import Publishing
+    from atropos_hpc.learner.publisher import Publishing
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=on_disk()) as scratch:
-        dist.init_process_group("gloo", store=dist.FileStore(str(Path(scratch) / "meet"), 1), rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(Path(scratch) / "meet"), 1), rank=0, world_size=1
+        )
         run = RunDir(Path(scratch) / "run")
         run.create()
         model = small_model()
@@ -474,15 +596,26 @@ def steps(result: Result) -> None:
                 took = time.monotonic() - start
                 publishing.wait()
             middle = statistics.median(ratios)
-            note(result, f"step, sync={sync}", without_s=off, a_publish_takes_s=took, held_s=held, with_over_without=middle)
-            result.at_most(f"a step with publishing (sync={sync}), against one without", middle, 1.05)
+            note(
+                result,
+                f"step, sync={sync}",
+                without_s=off,
+                a_publish_takes_s=took,
+                held_s=held,
+                with_over_without=middle,
+            )
+            result.at_most(
+                f"a step with publishing (sync={sync}), against one without", middle, 1.05
+            )
         dist.destroy_process_group()
 
 
 def main() -> Result:
     logging.disable(logging.WARNING)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    result = Result([], details={"load before": os.getloadavg(), "block": BLOCK, "segment": SEGMENT})
+    result = Result(
+        [], details={"load before": os.getloadavg(), "block": BLOCK, "segment": SEGMENT}
+    )
     full_publish(result)
     changed = real_updates(result)
     soonness(result, changed)

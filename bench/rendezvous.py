@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import rendezvous
-from atropos_hpc.rendezvous import Leader, Member, Roster
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.runtime import membership
+from atropos_hpc.runtime.membership import Leader, Member, Roster
+from atropos_hpc.runtime.run_dir import RunDir
 from bench.result import Result
 
 MEMBERS = 1000
@@ -57,7 +57,14 @@ class Operations:
 
 
 def main() -> Result:
-    rendezvous.json = type("Json", (), {"dumps": rendezvous.json.dumps, "loads": functools.lru_cache(maxsize=2)(rendezvous.json.loads)})
+    membership.json = type(
+        "Json",
+        (),
+        {
+            "dumps": membership.json.dumps,
+            "loads": functools.lru_cache(maxsize=2)(membership.json.loads),
+        },
+    )
     with tempfile.TemporaryDirectory() as scratch:
         return measure(RunDir(Path(scratch) / "run"))
 
@@ -92,7 +99,7 @@ def measure(run: RunDir) -> Result:
         for i in range(MEMBERS):
             if now >= next_look[i]:
                 rosters[i].read()
-                next_look[i] = now + rendezvous.jittered(1.0)
+                next_look[i] = now + membership.jittered(1.0)
         time.sleep(0.02)
     elapsed = time.monotonic() - begin
     steady = (operations.count + leader.stats - before) / MEMBERS / elapsed

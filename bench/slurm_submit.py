@@ -58,8 +58,19 @@ LOOP = 'for script in "$@"; do sbatch "$script" >/dev/null; done'
 
 def launcher(env: dict[str, str], sweep: Path, points: int, overrides: list[str]) -> dict[str, Any]:
     """One submission through the launcher; its seconds."""
-    command = [sys.executable, "-c", SUBMIT, "-m", "hydra/launcher=submitit_slurm", f"run_dir={sweep}", f"seed=range({points})", *overrides]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=600, cwd=sweep.parent)
+    command = [
+        sys.executable,
+        "-c",
+        SUBMIT,
+        "-m",
+        "hydra/launcher=submitit_slurm",
+        f"run_dir={sweep}",
+        f"seed=range({points})",
+        *overrides,
+    ]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=True, timeout=600, cwd=sweep.parent
+    )
     line = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED"))
     measured: dict[str, Any] = json.loads(line.removeprefix("MEASURED"))
     return measured
@@ -68,7 +79,13 @@ def launcher(env: dict[str, str], sweep: Path, points: int, overrides: list[str]
 def plain(env: dict[str, str], scripts: list[Path]) -> float:
     """The same scripts by a loop in the shell; seconds."""
     start = time.perf_counter()
-    subprocess.run(["bash", "-ec", LOOP, "loop", *map(str, scripts)], env=env, check=True, timeout=600, capture_output=True)
+    subprocess.run(
+        ["bash", "-ec", LOOP, "loop", *map(str, scripts)],
+        env=env,
+        check=True,
+        timeout=600,
+        capture_output=True,
+    )
     return time.perf_counter() - start
 
 
@@ -79,7 +96,10 @@ def main() -> Result:
     rows: list[dict[str, Any]] = []
     heavy: set[str] = set()
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as scratch, Cluster(Path(scratch) / "cluster", nodes=2) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Cluster(Path(scratch) / "cluster", nodes=2) as cluster,
+    ):
         cluster.command("scontrol", "update", "nodename=ALL", "state=drain", "reason=bench")
         overrides = [*QUICK, *stand_in(Path(scratch))]
         for number in range(ROUNDS):
@@ -104,12 +124,15 @@ def main() -> Result:
     details = {
         "points": POINTS,
         "a further point, beyond a script of the plain loop": further / loop - 1,
-        "the whole command, by the plain loop": median(f"launcher, {POINTS} points, s") / median("plain loop, s"),
+        "the whole command, by the plain loop": median(f"launcher, {POINTS} points, s")
+        / median("plain loop, s"),
         "once per command, s": median("launcher, 1 point, s") - loop / 1000,
         "heavy modules in the submitting process": sorted(heavy),
         "load of the machine before": load,
     }
     result = Result(rows, details=details)
-    result.at_most("queueing beyond its sbatch calls, median", median("queueing beyond sbatch"), 0.30)
+    result.at_most(
+        "queueing beyond its sbatch calls, median", median("queueing beyond sbatch"), 0.30
+    )
     result.at_most("torch, ray, verl or vllm in the submitting process", len(heavy), 0)
     return result

@@ -21,8 +21,12 @@ def run(staleness: int, directory: Path) -> dict[str, Any]:
     """One run's figures over the steps after the warm-up."""
     overrides = [f"run_dir={directory}", f"trainer.steps={STEPS}", f"staleness.max={staleness}", "evaluation.every=0",
                  "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "atropos_hpc.train", *overrides], check=True, timeout=1800)
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+    subprocess.run(
+        [sys.executable, "-m", "atropos_hpc.train", *overrides], check=True, timeout=1800
+    )
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][
+        WARM_UP:
+    ]
     wall = sum(step["time/step"] for step in steps)
     return {
         "staleness.max": staleness,
@@ -41,6 +45,12 @@ def main() -> Result:
     on_policy, overlapped = rows
     result = Result(rows)
     result.at_most("stale sequences at staleness.max=0", on_policy["stale sequences"], 0)
-    result.at_most("waiting share at 2, as a part of that at 0", overlapped["waiting share"] / on_policy["waiting share"], 0.95)
-    result.at_least("speed of a step at 2 over 0", on_policy["s per step"] / overlapped["s per step"], 1.0)
+    result.at_most(
+        "waiting share at 2, as a part of that at 0",
+        overlapped["waiting share"] / on_policy["waiting share"],
+        0.95,
+    )
+    result.at_least(
+        "speed of a step at 2 over 0", on_policy["s per step"] / overlapped["s per step"], 1.0
+    )
     return result

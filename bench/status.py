@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from atropos_hpc.run_dir import RunDir, write_json
+from atropos_hpc.runtime.run_dir import RunDir, write_json
 from bench.result import Result
 
 ROUNDS = 7
@@ -32,7 +32,14 @@ def made(path: Path, steps: int, members: int) -> Path:
     write_json(run.holder, {"host": "elsewhere", "pid": 1, "job": None})
     with run.metrics.open("w") as file:
         for step in range(1, steps + 1):
-            values = {"step": step, "time": now - 2 * (steps - step), "reward": 0.5, "tokens": 1e5, "time/step": 2.0, "time/wait": 1.0}
+            values = {
+                "step": step,
+                "time": now - 2 * (steps - step),
+                "reward": 0.5,
+                "tokens": 1e5,
+                "time/step": 2.0,
+                "time/wait": 1.0,
+            }
             file.write(json.dumps({**values, **FIGURES}) + "\n")
     for index in range(members):
         kind = KINDS[index % 2]
@@ -41,10 +48,20 @@ def made(path: Path, steps: int, members: int) -> Path:
                  "state": "generating", "waiting": {"what": "room", "whom": "the learner", "since": now - 30} if index % 9 == 0 else None,
                  "in_flight": 32, "sent": 12345, "tokens_per_s": 100.0}  # fmt: skip
         if kind == "agent":
-            state["servers"] = [{"name": f"server-{index}-{n}", "url": "http://127.0.0.1:1", "version": steps, "pid": 1} for n in range(8)]
+            state["servers"] = [
+                {
+                    "name": f"server-{index}-{n}",
+                    "url": "http://127.0.0.1:1",
+                    "version": steps,
+                    "pid": 1,
+                }
+                for n in range(8)
+            ]
         write_json(run.members / f"{name}.json", state, durable=False)
         line = "2026-01-01 10:00:00,000 I atropos_hpc.rollout: all is well, as far as one can see from here\n"
-        (attempt / f"{name}.log").write_text(line * 400 + "2026-01-01 10:00:00,000 W atropos_hpc.rollout: something is odd\n")
+        (attempt / f"{name}.log").write_text(
+            line * 400 + "2026-01-01 10:00:00,000 W atropos_hpc.rollout: something is odd\n"
+        )
     return path
 
 
@@ -52,16 +69,28 @@ def cpu_s(run: Path) -> float:
     """User and system time of one `status --once`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "atropos_hpc.cli", "status", str(run), "--once"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> Result:
     with tempfile.TemporaryDirectory() as scratch:
-        large, small = made(Path(scratch) / "large", 100_000, 500), made(Path(scratch) / "small", 100, 5)
+        large, small = (
+            made(Path(scratch) / "large", 100_000, 500),
+            made(Path(scratch) / "small", 100, 5),
+        )
         megabytes = (large / "metrics.jsonl").stat().st_size / 1e6
         rows = [{"large, CPU-s": cpu_s(large), "small, CPU-s": cpu_s(small)} for _ in range(ROUNDS)]
-    result = Result(list(rows), details={"steps": 100_000, "members": 500, "metrics.jsonl, MB": round(megabytes, 1)})
-    result.at_most("status --once on 100,000 steps and 500 members, CPU-s, median", statistics.median(r["large, CPU-s"] for r in rows), 0.5)
+    result = Result(
+        list(rows),
+        details={"steps": 100_000, "members": 500, "metrics.jsonl, MB": round(megabytes, 1)},
+    )
+    result.at_most(
+        "status --once on 100,000 steps and 500 members, CPU-s, median",
+        statistics.median(r["large, CPU-s"] for r in rows),
+        0.5,
+    )
     return result

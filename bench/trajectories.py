@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 
 from atropos_hpc.config import Config, TrajectoriesConf
-from atropos_hpc.launch.allocation import rollout_python
-from atropos_hpc.rendezvous import wait_for
-from atropos_hpc.rollout.agent import free_port
-from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.launch.steps import rollout_python
+from atropos_hpc.rollout.node_agent import free_port
+from atropos_hpc.runtime.membership import wait_for
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 from bench.result import Result
 
 SEQUENCES, LENGTH = 8, 2048  # of a group
@@ -66,12 +66,26 @@ class Server:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
 
-    def call(self, method: str, path: str, body: Any = None, gzipped: bool = False, on: http.client.HTTPConnection | None = None) -> bytes:
-        headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if gzipped else {})
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        gzipped: bool = False,
+        on: http.client.HTTPConnection | None = None,
+    ) -> bytes:
+        headers = {"Content-Type": "application/json"} | (
+            {"Content-Encoding": "gzip"} if gzipped else {}
+        )
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         connection = on or self.connection
-        connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body), headers)
+        connection.request(
+            method,
+            path,
+            body if body is None or isinstance(body, bytes) else json.dumps(body),
+            headers,
+        )
         response = connection.getresponse()
         answer = response.read()
         assert response.status in (200, 204), (path, response.status, answer[:300])
@@ -83,7 +97,9 @@ class Server:
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
     def resident_bytes(self) -> int:
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
     def register(self, batch_size: int) -> None:
         """A trainer, its first look at the (empty) queue, and an environment, on a server that has forgotten everything.
@@ -98,20 +114,33 @@ class Server:
             "save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1000,
         })  # fmt: skip
         self.call("GET", "/batch")
-        environment = {"max_token_length": LENGTH, "desired_name": "e", "weight": 1.0, "group_size": SEQUENCES}
+        environment = {
+            "max_token_length": LENGTH,
+            "desired_name": "e",
+            "weight": 1.0,
+            "group_size": SEQUENCES,
+        }
         assert json.loads(self.call("POST", "/register-env", environment))["env_id"] == 0
 
     def pull(self, batch: int, sequences: int) -> None:
         """Batch number `batch`, as a trainer gets it; then it is done with."""
         if self.token is None:
-            assert sum(len(group["scores"]) for group in json.loads(self.call("GET", "/batch"))["batch"]) == sequences
+            assert (
+                sum(
+                    len(group["scores"])
+                    for group in json.loads(self.call("GET", "/batch"))["batch"]
+                )
+                == sequences
+            )
         else:
             assert self.call("GET", f"/lease?batch={batch}&rank=0&world=1")
             self.call("POST", f"/ack?batch={batch}")
 
 
 @contextmanager
-def started(command: list[str], port: Callable[[], int | None], token: str | None, cwd: Path) -> Iterator[Server]:
+def started(
+    command: list[str], port: Callable[[], int | None], token: str | None, cwd: Path
+) -> Iterator[Server]:
     with (cwd / "server.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd)
 
@@ -129,7 +158,15 @@ def started(command: list[str], port: Callable[[], int | None], token: str | Non
 @contextmanager
 def run_api(directory: Path) -> Iterator[Server]:
     number = free_port("127.0.0.1")
-    command = [rollout_python(Config()), "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1", "--port", str(number)]
+    command = [
+        rollout_python(Config()),
+        "-m",
+        "atroposlib.cli.run_api",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(number),
+    ]
 
     def listens() -> int | None:
         connection = http.client.HTTPConnection("127.0.0.1", number, timeout=5)
@@ -148,7 +185,16 @@ def ours(directory: Path) -> Iterator[Server]:
     run = RunDir(directory / "run")
     run.create()
     model = {"max_length": 1 << 20}
-    write_json(run.run_json, {"config": {"cluster": {"host": None}, "model": model, "trajectories": asdict(TrajectoriesConf())}})
+    write_json(
+        run.run_json,
+        {
+            "config": {
+                "cluster": {"host": None},
+                "model": model,
+                "trajectories": asdict(TrajectoriesConf()),
+            }
+        },
+    )
     command = [sys.executable, "-m", "atropos_hpc.trajectories.server", "--run-dir", str(run.path)]
 
     def listens() -> int | None:
@@ -229,14 +275,21 @@ def waits_of_others(server: Server, template: bytes) -> tuple[list[float], float
 
     def pull() -> None:
         # A process of its own: this one must not wait for itself.
-        path, token = ("/batch" if server.token is None else "/lease?batch=0&rank=0&world=1"), server.token or ""
+        path, token = (
+            ("/batch" if server.token is None else "/lease?batch=0&rank=0&world=1"),
+            server.token or "",
+        )
         program = (
             "import http.client, sys, time; c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=300); t = time.time();"
             "c.request('GET', sys.argv[2], headers={'Authorization': 'Bearer ' + sys.stdin.read()});"
             "r = c.getresponse(); assert r.status == 200\nwhile r.read(1 << 20): pass\nprint(time.time() - t)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program, str(server.port), path], input=token, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program, str(server.port), path],
+            input=token,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         taken.append(float(done.stdout))
 
@@ -253,7 +306,11 @@ def waits_of_others(server: Server, template: bytes) -> tuple[list[float], float
 def main() -> Result:
     template = body(SEQUENCES, LENGTH)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch, run_api(Path(scratch)) as upstream, ours(Path(scratch)) as mine:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        run_api(Path(scratch)) as upstream,
+        ours(Path(scratch)) as mine,
+    ):
         servers = {"run-api": upstream, "ours": mine}
         ratios: dict[str, float] = {}
         for kind, gzipped in (("plain", False), ("gzip", True)):
@@ -273,13 +330,29 @@ def main() -> Result:
         status = {name: at_depth(server) for name, server in servers.items()}
         for index, path in enumerate(("/status-env", "/status")):
             a, b = status["run-api"][index], status["ours"][index]
-            rows.append({"what": f"{path} at depth {DEPTH}, ms", "run-api": a, "ours": b, "ratio": a / b, **NO_SPREAD})
-        memory = {name: memory_per_group(server, template, QUEUED[name]) for name, server in servers.items()}
+            rows.append(
+                {
+                    "what": f"{path} at depth {DEPTH}, ms",
+                    "run-api": a,
+                    "ours": b,
+                    "ratio": a / b,
+                    **NO_SPREAD,
+                }
+            )
+        memory = {
+            name: memory_per_group(server, template, QUEUED[name])
+            for name, server in servers.items()
+        }
         a, b = memory["run-api"], memory["ours"]
-        rows.append({"what": "bytes per queued group", "run-api": a, "ours": b, "ratio": a / b, **NO_SPREAD})
+        rows.append(
+            {"what": "bytes per queued group", "run-api": a, "ours": b, "ratio": a / b, **NO_SPREAD}
+        )
         longest: dict[str, list[float]] = {}
         for name, server in servers.items():
-            found = [waits_of_others(server, template) for _ in range(1 if server is upstream else ROUNDS)]
+            found = [
+                waits_of_others(server, template)
+                for _ in range(1 if server is upstream else ROUNDS)
+            ]
             longest[name] = sorted(max(waits) for waits, _ in found)
             rows.append({
                 "what": f"longest wait beside a batch of {LARGE_BATCH}, ms; it took {statistics.median(s for _, s in found):.2f} s",
@@ -289,7 +362,15 @@ def main() -> Result:
     result = Result(rows, details={"load": os.getloadavg()[1], "cpus": os.cpu_count()})
     result.at_least("sequences per CPU second over run-api's, plain", ratios["plain"], 28)
     result.at_least("sequences per CPU second over run-api's, gzip", ratios["gzip"], 20)
-    result.at_least("run-api's /status-env at depth 5000 over ours", status["run-api"][0] / status["ours"][0], 5)
-    result.at_least("run-api's memory per queued group over ours", memory["run-api"] / memory["ours"], 500)
-    result.at_most("ms that another request waits beside a batch of 1024, median of rounds", statistics.median(longest["ours"]), 20)
+    result.at_least(
+        "run-api's /status-env at depth 5000 over ours", status["run-api"][0] / status["ours"][0], 5
+    )
+    result.at_least(
+        "run-api's memory per queued group over ours", memory["run-api"] / memory["ours"], 500
+    )
+    result.at_most(
+        "ms that another request waits beside a batch of 1024, median of rounds",
+        statistics.median(longest["ours"]),
+        20,
+    )
     return result

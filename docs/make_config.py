@@ -96,8 +96,12 @@ def page() -> tuple[str, list[str]]:
     for key, kind in fields(Config):
         sections.setdefault(key.partition(".")[0] if "." in key else "", []).append((key, kind))
     for section, keys in sections.items():
-        path = CONFIGS / section / f"{FIRST_FILES[section]}.yaml" if section in FIRST_FILES else None
-        said = {f"{section}.{key}": text for key, text in explanations(path).items()} if path else root
+        path = (
+            CONFIGS / section / f"{FIRST_FILES[section]}.yaml" if section in FIRST_FILES else None
+        )
+        said = (
+            {f"{section}.{key}": text for key, text in explanations(path).items()} if path else root
+        )
         parts.append(f"## {section or 'The run'}\n")
         if path:
             parts.append(choices(section))
@@ -138,7 +142,10 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         same = PAGE.exists() and PAGE.read_text() == text
         if not same:
-            print("docs/config.md is not what the config is: run `python docs/make_config.py`", file=sys.stderr)
+            print(
+                "docs/config.md is not what the config is: run `python docs/make_config.py`",
+                file=sys.stderr,
+            )
         return 0 if same and not unexplained else 1
     PAGE.write_text(text)
     return 1 if unexplained else 0

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.runtime.run_dir import RunDir
 
 ROLE = os.environ.get("TEST_ROLE") or ("rollout" if importlib.util.find_spec("vllm") else "trainer")
 ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
-NEEDS = {"trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")}, "rollout": {"vllm": ("vllm", "atroposlib")}}
+NEEDS = {
+    "trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")},
+    "rollout": {"vllm": ("vllm", "atroposlib")},
+}
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored, by what the tests start as well
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # in a shell's background it is ignored, by what the tests start as well
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -31,14 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker, modules in NEEDS[ROLE].items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing and os.environ.get("CI"):
-            raise pytest.UsageError(f"the {ROLE} environment lacks {', '.join(missing)}: run `make setup`")
+            raise pytest.UsageError(
+                f"the {ROLE} environment lacks {', '.join(missing)}: run `make setup`"
+            )
         for item in items:
             if missing and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}; `make setup` installs it"))
+                item.add_marker(
+                    pytest.mark.skip(reason=f"needs {', '.join(missing)}; `make setup` installs it")
+                )
     for item in items:
         # Whole runs and clusters, killed at moments that a busy machine shifts: one more try, which pytest reports as a rerun.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.flaky(reruns=int(os.environ.get("ATROPOS_HPC_RERUNS", "1"))))
+            item.add_marker(
+                pytest.mark.flaky(reruns=int(os.environ.get("ATROPOS_HPC_RERUNS", "1")))
+            )
 
 
 @pytest.fixture

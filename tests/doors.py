@@ -12,14 +12,25 @@ from typing import NamedTuple
 from unittest.mock import create_autospec
 from urllib.parse import urlsplit
 
-from atropos_hpc import process
-from atropos_hpc.run_dir import RunDir, read_json
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.trajectories.server import application
 from atropos_hpc.trajectories.service import Service
 
 LISTENS = "0A"
 OPEN = {"/health"}
-UNDOCUMENTED = {"/", "/docs", "/redoc", "/openapi.json", "/metrics", "/static/", "/v1/realtime", "/health/", "/health/../pause", "/none"}
+UNDOCUMENTED = {
+    "/",
+    "/docs",
+    "/redoc",
+    "/openapi.json",
+    "/metrics",
+    "/static/",
+    "/v1/realtime",
+    "/health/",
+    "/health/../pause",
+    "/none",
+}
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
 
 
@@ -43,11 +54,17 @@ def doors(root: int) -> list[Door]:
                 listening[inode] = (_address(address), int(port, 16))
     found = []
     for pid in (root, *process.descendants_of(root)):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        command = (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
         with contextlib.suppress(FileNotFoundError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):
-                    inode = str(Path(f"/proc/{pid}/fd/{fd}").readlink()).removeprefix("socket:[").removesuffix("]")
+                    inode = (
+                        str(Path(f"/proc/{pid}/fd/{fd}").readlink())
+                        .removeprefix("socket:[")
+                        .removesuffix("]")
+                    )
                     if inode in listening:
                         found.append(Door(*listening[inode], pid, command))
     return sorted(set(found))
@@ -63,7 +80,9 @@ def answer(door: Door, method: str, path: str, token: str | None = None) -> tupl
     """(status, body) of one request. Raises OSError or HTTPException where HTTP is not spoken."""
     connection = http.client.HTTPConnection(door.address, door.port, timeout=10)
     try:
-        connection.request(method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"})
+        connection.request(
+            method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"}
+        )
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -74,11 +93,22 @@ def http_doors(run: RunDir) -> dict[Door, set[str]]:
     """The run's HTTP servers with every path that they know, by their own word."""
     token, members = run.token(), read_json(run.roster)["members"].values()
     trajectories = next(m["url"] for m in members if m["kind"] == "trajectories" and m["alive"])
-    ours = {resource.canonical for resource in application(create_autospec(Service), token, 0).router.resources()}
+    ours = {
+        resource.canonical
+        for resource in application(create_autospec(Service), token, 0).router.resources()
+    }
     found = {_door(trajectories): ours}
-    for server in (server for m in members if m["kind"] == "agent" for server in m["servers"] if server["version"] is not None):
+    for server in (
+        server
+        for m in members
+        if m["kind"] == "agent"
+        for server in m["servers"]
+        if server["version"] is not None
+    ):
         door = _door(server["url"])
-        found[door] = set(json.loads(answer(door, "GET", "/openapi.json", token)[1])["paths"]) | UNDOCUMENTED
+        found[door] = (
+            set(json.loads(answer(door, "GET", "/openapi.json", token)[1])["paths"]) | UNDOCUMENTED
+        )
     return found
 
 
@@ -95,7 +125,9 @@ def wrongly_open(run: RunDir) -> list[str]:
             for method, token in itertools.product(METHODS, (None, "", "wrong", run.token()[:-1])):
                 status, body = answer(door, method, path.replace("{", "").replace("}", ""), token)
                 if status not in (401, 403):
-                    found.append(f"{method} {path} at {door.address}:{door.port}: {status} {body[:80]!r}")
+                    found.append(
+                        f"{method} {path} at {door.address}:{door.port}: {status} {body[:80]!r}"
+                    )
     return found
 
 

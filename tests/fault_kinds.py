@@ -13,8 +13,8 @@ from typing import Any
 
 from run_parts import Started
 
-from atropos_hpc import process
-from atropos_hpc.run_dir import read_json
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import read_json
 
 DISK_MB = 112
 CLOCK = Path(__file__).resolve().parent / "jumping_clock"
@@ -45,7 +45,9 @@ def pause(started: Started, dice: random.Random) -> str:
 
 def freeze(started: Started, dice: random.Random) -> str:
     """As `pause`, for ever: somebody has to notice, and end it. (Not an engine: one that hangs in a push is given 10 minutes.)"""
-    name, pid = dice.choice([(name, pid) for name, pid in members(started) if not name.endswith("engine")])
+    name, pid = dice.choice(
+        [(name, pid) for name, pid in members(started) if not name.endswith("engine")]
+    )
     os.kill(pid, signal.SIGSTOP)
     return name
 
@@ -101,7 +103,11 @@ def damage_policy(started: Started, dice: random.Random) -> str:
 
 def damage_rendezvous(started: Started, dice: random.Random) -> str:
     """Cut or remove the roster or a member's file; their owners write them again."""
-    return _damage(dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]), dice, flip=False)
+    return _damage(
+        dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]),
+        dice,
+        flip=False,
+    )
 
 
 def damage_checkpoint(started: Started, dice: random.Random) -> str:
@@ -109,7 +115,9 @@ def damage_checkpoint(started: Started, dice: random.Random) -> str:
     named = read_json(started.run.checkpoints / "latest.json").get("directory")
     if sum(map(_whole, started.run.checkpoints.glob("step-*"))) < 2:
         return "too few there"
-    harm = _damage(dice.choice(sorted((started.run.checkpoints / named).iterdir())), dice, flip=False)
+    harm = _damage(
+        dice.choice(sorted((started.run.checkpoints / named).iterdir())), dice, flip=False
+    )
     with contextlib.suppress(KeyError):
         os.kill(dict(members(started))["trainer-trainer0-0"], signal.SIGKILL)
     return harm
@@ -154,7 +162,10 @@ ON_ANY_DISK: dict[Fault, int] = {  # with their weights
     kill: 6, terminate: 2, pause: 4, freeze: 1, kill_supervisor: 1, stop: 1, damage_policy: 2, damage_rendezvous: 2, damage_checkpoint: 1,
     drop_connections: 2, delay_connections: 2, jump_clock: 2,
 }  # fmt: skip
-ON_ITS_OWN: dict[Fault, int] = {fill_disk: 2, slow_disk: 2}  # where the run has a filesystem to itself
+ON_ITS_OWN: dict[Fault, int] = {
+    fill_disk: 2,
+    slow_disk: 2,
+}  # where the run has a filesystem to itself
 
 
 @contextlib.contextmanager
@@ -164,8 +175,14 @@ def small_filesystem(path: Path) -> Iterator[bool]:
     image = path.with_suffix(".image")
     with image.open("wb") as file:
         file.truncate(DISK_MB << 20)
-    commands = (["mkfs.ext4", "-q", "-m", "0", str(image)], ["mount", "-o", "loop,noatime", str(image), str(path)])
-    mounted = os.geteuid() == 0 and all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in commands)
+    commands = (
+        ["mkfs.ext4", "-q", "-m", "0", str(image)],
+        ["mount", "-o", "loop,noatime", str(image), str(path)],
+    )
+    mounted = os.geteuid() == 0 and all(
+        subprocess.run(command, capture_output=True, check=False).returncode == 0
+        for command in commands
+    )
     try:
         if mounted:
             (path / "lost+found").rmdir()
@@ -221,7 +238,11 @@ def a_server(started: Started, dice: random.Random) -> tuple[str, int, str] | No
 def engines(server: int) -> list[int]:
     """Pids of vLLM's engine behind a server, which has other children too. None while it starts, or has ended."""
     with contextlib.suppress(OSError):
-        return [pid for pid in process.children_of(server) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in process.children_of(server)
+            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
     return []
 
 
@@ -232,7 +253,10 @@ def _fsfreeze(what: str, path: Path) -> None:
 def _whole(checkpoint: Path) -> bool:
     """Is everything there that its manifest names?"""
     files = read_json(checkpoint / "manifest.json").get("files", [])
-    return bool(files) and all((checkpoint / f["file"]).exists() and (checkpoint / f["file"]).stat().st_size == f["bytes"] for f in files)
+    return bool(files) and all(
+        (checkpoint / f["file"]).exists() and (checkpoint / f["file"]).stat().st_size == f["bytes"]
+        for f in files
+    )
 
 
 def _damage(path: Path, dice: random.Random, flip: bool = True) -> str:

@@ -26,13 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from fault_kinds import ON_ANY_DISK, ON_ITS_OWN, Fault, jumping_clock, kill_supervisor, small_filesystem, stop, terminate
+from fault_kinds import (
+    ON_ANY_DISK,
+    ON_ITS_OWN,
+    Fault,
+    jumping_clock,
+    kill_supervisor,
+    small_filesystem,
+    stop,
+    terminate,
+)
 from promises import BATCH, STALENESS, final_accuracy, history, violations
 from rich.console import Console
 from rich.table import Table
 from run_parts import Started
 
-from atropos_hpc.run_dir import append_line, read_json, read_lines
+from atropos_hpc.runtime.run_dir import append_line, read_json, read_lines
 
 SETTINGS = [
     f"algorithm.batch_size={BATCH}", f"staleness.max={STALENESS}", "evaluation.after=true", "environment.config.eval_problems=300",
@@ -40,8 +49,13 @@ SETTINGS = [
 STEPS_PER_MINUTE = 100  # of faults: a run then mostly outlives them
 ENDLESS = 1_000_000  # steps: the first part of a run is ended by time
 RECOVERY_S = 300.0  # for the next step after a fault; a restarted vLLM server takes its time on a busy machine
-ENDED_WELL = {75, -signal.SIGKILL}  # a run that was asked to stop, and one whose supervisor was killed
-TOGETHER = 0.3  # probability that a fault comes right after the one before, without waiting for recovery
+ENDED_WELL = {
+    75,
+    -signal.SIGKILL,
+}  # a run that was asked to stop, and one whose supervisor was killed
+TOGETHER = (
+    0.3  # probability that a fault comes right after the one before, without waiting for recovery
+)
 LINE_BYTES = 1 << 14  # more than a line of metrics.jsonl has
 
 
@@ -93,7 +107,9 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
         fault = dice.choices(kinds, weights)[0]
         note = Done(fault.__name__, "", last_line(started).get("step", 0))
         done.append(note)
-        with contextlib.suppress(ProcessLookupError):  # it ended just now, by itself or from the fault before
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # it ended just now, by itself or from the fault before
             note.to = fault(started, dice)
         if dice.random() < schedule.together:
             time.sleep(dice.uniform(0.2, 3))
@@ -106,7 +122,9 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
 def recover(started: Started, done: list[Done]) -> None:
     """Wait for the next step, or the end; start the run again where it ended as it should."""
     began = time.monotonic()
-    known = {(line["step"], line["time"]) for line in read_lines(started.run.metrics)}  # a resume may cut the file back to one of these
+    known = {
+        (line["step"], line["time"]) for line in read_lines(started.run.metrics)
+    }  # a resume may cut the file back to one of these
     while not (line := last_line(started)) or (line["step"], line["time"]) in known:
         code = started.process.poll()
         if code == 0:
@@ -116,7 +134,9 @@ def recover(started: Started, done: list[Done]) -> None:
             assert code in ENDED_WELL, f"the run ended with {code}:\n{started.story()}"
             done[-1].came = f"ended with {code}, resumed"
             started.process = started.start()
-        assert time.monotonic() - began < RECOVERY_S, f"no step for {RECOVERY_S:.0f} s after {done[-1]}:\n{started.story()}"
+        assert time.monotonic() - began < RECOVERY_S, (
+            f"no step for {RECOVERY_S:.0f} s after {done[-1]}:\n{started.story()}"
+        )
         time.sleep(0.1)
     done[-1].recovered_s = time.monotonic() - began
 
@@ -146,7 +166,10 @@ def finish(started: Started) -> int:
         started.process.send_signal(signal.SIGTERM)
         started.end()
     steps = read_json(started.run.checkpoints / "latest.json").get("step", 0) + 3
-    started.command = [f"trainer.steps={steps}" if part.startswith("trainer.steps=") else part for part in started.command]
+    started.command = [
+        f"trainer.steps={steps}" if part.startswith("trainer.steps=") else part
+        for part in started.command
+    ]
     started.process = started.start()
     code = started.end()
     assert code == 0, f"the resumed run ended with {code}:\n{started.story()}"
@@ -157,9 +180,15 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
     """Run one schedule, and show it."""
     with small_filesystem(scratch / "run") as mounted:
         if not mounted:
-            schedule.faults = {fault: weight for fault, weight in schedule.faults.items() if fault not in ON_ITS_OWN}
+            schedule.faults = {
+                fault: weight
+                for fault, weight in schedule.faults.items()
+                if fault not in ON_ITS_OWN
+            }
         dice, steps = random.Random(seed), round(schedule.minutes * STEPS_PER_MINUTE)
-        numbers = [f"{key}={dice.choice([1, 2])}" for key in ("rollout.servers", "environment.workers")]
+        numbers = [
+            f"{key}={dice.choice([1, 2])}" for key in ("rollout.servers", "environment.workers")
+        ]
         started = Started(scratch, steps, *SETTINGS, *numbers, env=jumping_clock(scratch))
         done: list[Done] = []
         found: list[str] = []
@@ -172,9 +201,22 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
             except AssertionError as error:
                 found = [str(error)]
             told, groups = len(read_lines(started.run.metrics)), len(history(started).groups)
-            outcome = Outcome(seed, schedule.minutes, told, groups, final_accuracy(started.run, steps), done, found)
+            outcome = Outcome(
+                seed,
+                schedule.minutes,
+                told,
+                groups,
+                final_accuracy(started.run, steps),
+                done,
+                found,
+            )
             console.print(table(outcome))
-            console.print("\n".join(found) if found else "nothing lost, nothing doubled, finished with success", markup=False)
+            console.print(
+                "\n".join(found)
+                if found
+                else "nothing lost, nothing doubled, finished with success",
+                markup=False,
+            )
             return outcome
         finally:
             if started.process.poll() is None:
@@ -183,7 +225,9 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
             if found:
                 kept = Path(tempfile.gettempdir()) / f"faults-seed-{seed}"
                 shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(scratch, kept, symlinks=True, ignore=shutil.ignore_patterns("*.image"))
+                shutil.copytree(
+                    scratch, kept, symlinks=True, ignore=shutil.ignore_patterns("*.image")
+                )
                 console.print(f"kept in {kept}")
 
 
@@ -203,15 +247,27 @@ def summary(outcomes: list[Outcome]) -> Table:
     disturbed = [outcome for outcome in outcomes if outcome.faults]
     if not disturbed:
         return Table(title=f"undisturbed: {spread(outcomes)}")
-    steps, groups, bad = (sum(of) for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in disturbed), strict=True))
+    steps, groups, bad = (
+        sum(of)
+        for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in disturbed), strict=True)
+    )
     title = f"{len(disturbed)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
     title += f"\nfinal accuracy: {spread(disturbed)}; undisturbed: {spread([outcome for outcome in outcomes if not outcome.faults])}"
-    drawn = Table("fault", "how often", "next step after s, median", "at most", "ended the run, which was resumed", title=title)
+    drawn = Table(
+        "fault",
+        "how often",
+        "next step after s, median",
+        "at most",
+        "ended the run, which was resumed",
+        title=title,
+    )
     ends = [fault.fault for outcome in disturbed for fault in ended(outcome)]
     for kind in sorted({fault.fault for fault in faults}):
         own = [fault for fault in faults if fault.fault == kind]
         waits = [fault.recovered_s for fault in own if fault.recovered_s is not None]
-        middle, longest = (f"{statistics.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
+        middle, longest = (
+            (f"{statistics.median(waits):.1f}", f"{max(waits):.1f}") if waits else ("", "")
+        )
         drawn.add_row(kind, str(len(own)), middle, longest, str(ends.count(kind)))
     return drawn
 
@@ -238,7 +294,11 @@ def asks_to_end(fault: Done) -> bool:
 def spread(outcomes: list[Outcome]) -> str:
     """Of the final accuracy."""
     known = [outcome.accuracy for outcome in outcomes if outcome.accuracy is not None]
-    return f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f} in {len(known)} runs)" if known else "not measured"
+    return (
+        f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f} in {len(known)} runs)"
+        if known
+        else "not measured"
+    )
 
 
 def main() -> int:
@@ -247,19 +307,42 @@ def main() -> int:
     parser.add_argument("--seed", default="0", help="one, or a range such as 0-9")
     parser.add_argument("--minutes", type=float, default=2.0, help="of faults, for each seed")
     parser.add_argument("--gap", default="1-10", help="seconds from recovery to the next fault")
-    parser.add_argument("--record", type=Path, help="append a line of JSON for each seed to this file, and sum up all that is in it")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="append a line of JSON for each seed to this file, and sum up all that is in it",
+    )
     parser.add_argument("--only", choices=kinds, help="no other fault")
-    parser.add_argument("--undisturbed", action="store_true", help="no fault at all: what the final accuracy is compared with")
+    parser.add_argument(
+        "--undisturbed",
+        action="store_true",
+        help="no fault at all: what the final accuracy is compared with",
+    )
     options = parser.parse_args()
     first, _, last = options.seed.partition("-")
     low, _, high = options.gap.partition("-")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, and what was mounted is not left
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # so that what was started is ended, and what was mounted is not left
     console = Console(width=140)
-    outcomes = {(outcome.seed, bool(outcome.faults)): outcome for outcome in recorded(options.record)}  # of one tried again, the last
+    outcomes = {
+        (outcome.seed, bool(outcome.faults)): outcome for outcome in recorded(options.record)
+    }  # of one tried again, the last
     for seed in range(int(first), int(last or first) + 1):
-        faults = {} if options.undisturbed else {kinds[options.only]: 1} if options.only else ON_ANY_DISK | ON_ITS_OWN
+        faults = (
+            {}
+            if options.undisturbed
+            else {kinds[options.only]: 1}
+            if options.only
+            else ON_ANY_DISK | ON_ITS_OWN
+        )
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
-            outcome = one_seed(seed, Schedule(options.minutes, (float(low), float(high or low)), faults), Path(scratch), console)
+            outcome = one_seed(
+                seed,
+                Schedule(options.minutes, (float(low), float(high or low)), faults),
+                Path(scratch),
+                console,
+            )
         outcomes[seed, bool(outcome.faults)] = outcome
         if options.record is not None:
             append_line(options.record, asdict(outcome))
@@ -272,7 +355,9 @@ def main() -> int:
 def recorded(path: Path | None) -> list[Outcome]:
     """What earlier calls have recorded there."""
     lines = read_lines(path) if path is not None and path.exists() else []
-    return [Outcome(**{**line, "faults": [Done(**fault) for fault in line["faults"]]}) for line in lines]
+    return [
+        Outcome(**{**line, "faults": [Done(**fault) for fault in line["faults"]]}) for line in lines
+    ]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ class KindsEnv(BaseEnv):
 
     @classmethod
     def config_init(cls) -> tuple[BaseEnvConfig, list[APIServerConfig]]:
-        return BaseEnvConfig(max_token_length=32, ensure_scores_are_not_same=False), [APIServerConfig()]
+        return BaseEnvConfig(max_token_length=32, ensure_scores_are_not_same=False), [
+            APIServerConfig()
+        ]
 
     async def setup(self) -> None:
         self.kinds = itertools.cycle(KINDS)
@@ -34,7 +36,9 @@ class KindsEnv(BaseEnv):
             return of_nodes(server.get_state()["nodes"])
 
     async def tokens(self, prompt: str, n: int) -> ScoredDataGroup:
-        ids, outputs, logprobs, _ = await self.server.tokens_and_logprobs_completion(prompt=prompt, n=n, max_tokens=4, temperature=1.0)
+        ids, outputs, logprobs, _ = await self.server.tokens_and_logprobs_completion(
+            prompt=prompt, n=n, max_tokens=4, temperature=1.0
+        )
         masked = len(ids)
         return ScoredDataGroup(
             tokens=[ids + out for out in outputs],
@@ -47,7 +51,9 @@ class KindsEnv(BaseEnv):
         return self.retokenized(prompt, [choice.text for choice in answer.choices])
 
     async def chat(self, prompt: str, n: int) -> ScoredDataGroup:
-        answer = await self.server.chat_completion(messages=[{"role": "user", "content": prompt}], n=n, max_tokens=4, temperature=1.0)
+        answer = await self.server.chat_completion(
+            messages=[{"role": "user", "content": prompt}], n=n, max_tokens=4, temperature=1.0
+        )
         return self.retokenized(prompt, [choice.message.content for choice in answer.choices])
 
     async def turns(self, prompt: str, n: int) -> ScoredDataGroup:
@@ -56,8 +62,13 @@ class KindsEnv(BaseEnv):
         for _ in range(n):
             async with self.server.managed_server(tokenizer=self.tokenizer) as server:
                 messages = [{"role": "user", "content": prompt}]
-                answer = await server.chat_completion(messages=messages, n=1, max_tokens=4, temperature=1.0)
-                messages += [{"role": "assistant", "content": answer.choices[0].message.content}, {"role": "tool", "content": TOOL}]
+                answer = await server.chat_completion(
+                    messages=messages, n=1, max_tokens=4, temperature=1.0
+                )
+                messages += [
+                    {"role": "assistant", "content": answer.choices[0].message.content},
+                    {"role": "tool", "content": TOOL},
+                ]
                 await server.chat_completion(messages=messages, n=1, max_tokens=4, temperature=1.0)
                 nodes += server.get_state()["nodes"]
         return of_nodes(nodes)
@@ -66,7 +77,10 @@ class KindsEnv(BaseEnv):
         """As environments do that know the text only: no log-probs, and token ids that need not be those sampled."""
         start = self.tokenizer.encode(prompt)
         outputs = [[*self.tokenizer.encode(text), self.tokenizer.eos_token_id] for text in texts]
-        return ScoredDataGroup(tokens=[start + out for out in outputs], masks=[[-100] * len(start) + out for out in outputs])
+        return ScoredDataGroup(
+            tokens=[start + out for out in outputs],
+            masks=[[-100] * len(start) + out for out in outputs],
+        )
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         raise LookupError("this environment has no held-out problems")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from atropos_hpc.contracts.group import Group
 from atropos_hpc.learner.batch import Batch, make_batch
-from atropos_hpc.trajectories.schema import Group
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 VOCABULARY = 131
@@ -55,22 +55,32 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
             children[pid] = rank
         failed = False
         for _ in range(world):
-            pid, status = os.waitpid(-1, 0) if len(children) == world and not failed else _reap(children)
+            pid, status = (
+                os.waitpid(-1, 0) if len(children) == world and not failed else _reap(children)
+            )
             children.pop(pid)
             if status and not failed:
                 failed = True
                 for other in children:
                     os.kill(other, signal.SIGKILL)
-        errors = [f"rank {path.suffix}:\n{path.read_text()}" for path in sorted(Path(scratch).glob("error.*"))]
+        errors = [
+            f"rank {path.suffix}:\n{path.read_text()}"
+            for path in sorted(Path(scratch).glob("error.*"))
+        ]
         assert not failed, "\n".join(errors) or "a rank was killed: it took too long"
         _import((Path(scratch) / "imported").read_text().split())
-        return [torch.load(Path(scratch) / f"result.{rank}", weights_only=False) for rank in range(world)]
+        return [
+            torch.load(Path(scratch) / f"result.{rank}", weights_only=False)
+            for rank in range(world)
+        ]
 
 
 def _import(names: list[str]) -> None:
     for name in names:
         if name.startswith(("torch.", "transformers.", "verl.", "deepspeed.", "networkx.")):
-            with contextlib.suppress(Exception):  # what cannot stand alone has come with another, or does not matter
+            with contextlib.suppress(
+                Exception
+            ):  # what cannot stand alone has come with another, or does not matter
                 importlib.import_module(name)
 
 
@@ -83,7 +93,9 @@ def _reap(children: dict[int, int]) -> tuple[int, int]:
         signal.sigtimedwait([], 0.02)
 
 
-def _run_rank(rank: int, world: int, scratch: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run_rank(
+    rank: int, world: int, scratch: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     code, known = 1, set(sys.modules)
     try:
         signal.alarm(RANK_SECONDS)
@@ -95,7 +107,9 @@ def _run_rank(rank: int, world: int, scratch: Path, work: Callable[..., Any], ar
         dist.barrier()
         dist.destroy_process_group()
         if rank == 0:
-            (scratch / "imported").write_text("\n".join(name for name in sys.modules if name not in known))
+            (scratch / "imported").write_text(
+                "\n".join(name for name in sys.modules if name not in known)
+            )
         code = 0
     except BaseException:  # the parent shows it
         (scratch / f"error.{rank}").write_text(traceback.format_exc())
@@ -103,7 +117,9 @@ def _run_rank(rank: int, world: int, scratch: Path, work: Callable[..., Any], ar
         os._exit(code)
 
 
-def make_group(rng: random.Random, size: int, gid: int = 0, first_trained: bool = False, **fields: Any) -> Group:
+def make_group(
+    rng: random.Random, size: int, gid: int = 0, first_trained: bool = False, **fields: Any
+) -> Group:
     """Several turns: a masked prompt, then trained and masked spans in turn."""
     tokens: list[list[int]] = []
     masks: list[list[bool]] = []
@@ -132,7 +148,9 @@ def make_groups(seed: int = 0) -> list[Group]:
     """Four groups of unequal size: a plain one, one with a wholly masked sequence, one whose very first token is to be trained and
     in which one sequence is silenced, one with token-level advantages and a silenced sequence."""
     rng = random.Random(seed)
-    plain, masked, first, token_level = (make_group(rng, size, gid, first_trained=gid == 2) for gid, size in enumerate((5, 4, 6, 3)))
+    plain, masked, first, token_level = (
+        make_group(rng, size, gid, first_trained=gid == 2) for gid, size in enumerate((5, 4, 6, 3))
+    )
     masked.trained[: masked.lengths[0]] = False
     first.overrides = [{}, {"set_advantage_to_zero": True}, {}, {}, {}, {}]
     token_level.advantages = np.array([rng.gauss(0, 1) for _ in token_level.tokens], np.float32)
@@ -147,7 +165,10 @@ def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:
 
 def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
     """The batch of the backend's present step, dealt to the ranks group by group, with the log-probs that an update needs."""
-    groups, copies = make_groups(backend.step_count)[backend.data_rank :: backend.data_world], backend.world // backend.data_world
+    groups, copies = (
+        make_groups(backend.step_count)[backend.data_rank :: backend.data_world],
+        backend.world // backend.data_world,
+    )
     batch = make_batch(groups, backend._algorithm, tokens_per_micro_batch, MAX_LENGTH, 0, copies)
     batch.set_old_log_probs(backend.log_probs(batch))
     batch.set_reference_log_probs(backend.reference_log_probs(batch))
@@ -161,7 +182,10 @@ def train(backend: Any, steps: int, tokens_per_micro_batch: int = 4096) -> list[
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies of a state's tensors, put together from all ranks."""
-    return {name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone() for name, tensor in tensors.items()}
+    return {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+        for name, tensor in tensors.items()
+    }
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import orjson
 from run_parts import Started
 
-from atropos_hpc.run_dir import RunDir, read_json, read_lines
-from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, scan
-from atropos_hpc.trajectories.schema import Group, read_group
+from atropos_hpc.contracts.group import Group, read_group
+from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.trajectories.wal_record import EVENT, GROUP, HEADER_BYTES, scan
 
 BATCH, STALENESS = 64, 1  # of the runs that are looked at
 WORST_ACCURACY = 0.28  # the base policy has 0.38; five standard deviations of 300 answers below is a policy that was harmed
@@ -37,10 +37,14 @@ def history(started: Started) -> History:
                 found.groups[header.gid] = read_group(data, start, header)
                 found.hashes[header.hash] += 1
             elif header.kind == EVENT:
-                event = orjson.loads(bytes(data[start + HEADER_BYTES : start + HEADER_BYTES + header.meta_size]))
+                event = orjson.loads(
+                    bytes(data[start + HEADER_BYTES : start + HEADER_BYTES + header.meta_size])
+                )
                 if event["event"] == "batch":
                     if event["batch"] != len(found.batches):
-                        found.problems.append(f"batch {event['batch']} was formed after batch {len(found.batches) - 1}")
+                        found.problems.append(
+                            f"batch {event['batch']} was formed after batch {len(found.batches) - 1}"
+                        )
                     found.batches[event["batch"]] = event["groups"]
                 elif event["event"] == "drop":
                     found.dropped += event["groups"]
@@ -59,13 +63,22 @@ def violations(started: Started, steps: int) -> list[str]:
             problems.append(what)
 
     used = Counter(gid for gids in past.batches.values() for gid in gids) + Counter(past.dropped)
-    check(all(count == 1 for count in used.values()), f"groups in two batches: {[gid for gid, n in used.items() if n > 1]}")
-    check(set(used) <= set(past.groups), f"batches name groups that were never journalled: {sorted(set(used) - set(past.groups))}")
+    check(
+        all(count == 1 for count in used.values()),
+        f"groups in two batches: {[gid for gid, n in used.items() if n > 1]}",
+    )
+    check(
+        set(used) <= set(past.groups),
+        f"batches name groups that were never journalled: {sorted(set(used) - set(past.groups))}",
+    )
     check(all(count == 1 for count in past.hashes.values()), "a group was journalled twice")
     left = len(past.groups) - len(used)
     told = read_json(started.run.members / "trajectories-trainer0-0.json").get("queued_groups")
     check(told == left, f"{left} groups should be left in the queue, the server has {told}")
-    check([line["step"] for line in lines] == list(range(1, steps + 1)), "the steps in metrics.jsonl are not each there once")
+    check(
+        [line["step"] for line in lines] == list(range(1, steps + 1)),
+        "the steps in metrics.jsonl are not each there once",
+    )
     for line in lines:
         number = line["step"] - 1
         groups = [past.groups[gid] for gid in past.batches.get(number, []) if gid in past.groups]
@@ -75,22 +88,50 @@ def violations(started: Started, steps: int) -> list[str]:
             continue
         reward = math.fsum(float(score) for group in groups for score in group.scores) / sequences
         versions = [pair for group in groups for pair in group.policy_versions if pair is not None]
-        check(abs(line["reward"] - reward) < 1e-6, f"step {line['step']}: trained on rewards of {line['reward']}, its batch has {reward}")
         check(
-            line["tokens"] == sum(len(group.tokens) for group in groups), f"step {line['step']}: trained on other tokens than its batch's"
+            abs(line["reward"] - reward) < 1e-6,
+            f"step {line['step']}: trained on rewards of {line['reward']}, its batch has {reward}",
         )
-        check(all(oldest >= number - STALENESS for oldest, _ in versions), f"batch {number}: too stale")
-        check(all(newest <= number for _, newest in versions), f"batch {number}: sampled by a version that was not there yet")
+        check(
+            line["tokens"] == sum(len(group.tokens) for group in groups),
+            f"step {line['step']}: trained on other tokens than its batch's",
+        )
+        check(
+            all(oldest >= number - STALENESS for oldest, _ in versions),
+            f"batch {number}: too stale",
+        )
+        check(
+            all(newest <= number for _, newest in versions),
+            f"batch {number}: sampled by a version that was not there yet",
+        )
         mean = math.fsum(number - oldest for oldest, _ in versions) / max(1, len(versions))
-        check(abs(line["staleness_mean"] - mean) < 1e-6, f"step {line['step']}: staleness of another batch")
-        check(line["mismatch_mean"] < WORST_MISMATCH, f"step {line['step']}: the servers' log-probs are off by {line['mismatch_mean']}")
-    check(read_json(started.run.checkpoints / "latest.json").get("step") == steps, "the last step is not durable")
-    check(read_json(started.run.done).get("version") == steps, "done.json does not tell the last step")
+        check(
+            abs(line["staleness_mean"] - mean) < 1e-6,
+            f"step {line['step']}: staleness of another batch",
+        )
+        check(
+            line["mismatch_mean"] < WORST_MISMATCH,
+            f"step {line['step']}: the servers' log-probs are off by {line['mismatch_mean']}",
+        )
+    check(
+        read_json(started.run.checkpoints / "latest.json").get("step") == steps,
+        "the last step is not durable",
+    )
+    check(
+        read_json(started.run.done).get("version") == steps, "done.json does not tell the last step"
+    )
     accuracy = final_accuracy(started.run, steps)
     check(accuracy is not None and accuracy > WORST_ACCURACY, f"the final accuracy is {accuracy}")
     token = started.run.token().encode()
-    telling = [path for path in started.run.path.rglob("*") if path.is_file() and path != started.run.secret and token in path.read_bytes()]
-    check(not telling and token not in started.output.read_bytes(), f"the token stands in {telling or started.output}")
+    telling = [
+        path
+        for path in started.run.path.rglob("*")
+        if path.is_file() and path != started.run.secret and token in path.read_bytes()
+    ]
+    check(
+        not telling and token not in started.output.read_bytes(),
+        f"the token stands in {telling or started.output}",
+    )
     check(not started.left(), f"processes were left: {started.left()}")
     return problems
 

@@ -19,14 +19,16 @@ from aiohttp import web
 from atropos_hpc.config import Config
 from atropos_hpc.policy import delta
 from atropos_hpc.policy.delta import Run
-from atropos_hpc.policy.share import WIDTHS, tensors_of, xxh3
+from atropos_hpc.policy.shard_buffer import WIDTHS, tensors_of, xxh3
 from atropos_hpc.policy.store import PolicyStore
-from atropos_hpc.process import PARENT
-from atropos_hpc.rendezvous import Leader
-from atropos_hpc.rollout.pool import GENERATE
-from atropos_hpc.run_dir import RunDir, write_file, write_json
+from atropos_hpc.rollout.server_pool import GENERATE
+from atropos_hpc.runtime.membership import Leader
+from atropos_hpc.runtime.process import PARENT
+from atropos_hpc.runtime.run_dir import RunDir, write_file, write_json
 
-ANSWER = {"choices": [{"token_ids": [7], "weight_versions": [{"version": "1", "start": 0, "end": 1}]}]}
+ANSWER = {
+    "choices": [{"token_ids": [7], "weight_versions": [{"version": "1", "start": 0, "end": 1}]}]
+}
 Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -46,7 +48,9 @@ def make_run(path: Path, **sections: dict[str, Any]) -> RunDir:
 def list_servers(run: RunDir, versions: dict[str, int]) -> None:
     """A roster with one node agent that has these servers, URL -> version."""
     servers = [{"url": url, "version": version} for url, version in versions.items()]
-    write_json(run.roster, {"members": {"agent-a-0": {"kind": "agent", "alive": True, "servers": servers}}})
+    write_json(
+        run.roster, {"members": {"agent-a-0": {"kind": "agent", "alive": True, "servers": servers}}}
+    )
 
 
 @contextmanager
@@ -72,7 +76,9 @@ def module(name: str, *arguments: str, log: Path) -> Iterator["subprocess.Popen[
     """`python -m name ...`, bound to this process; ended, and waited for."""
     env = {**os.environ, PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
-        child = subprocess.Popen([sys.executable, "-m", name, *arguments], env=env, stdout=output, stderr=output)
+        child = subprocess.Popen(
+            [sys.executable, "-m", name, *arguments], env=env, stdout=output, stderr=output
+        )
     try:
         yield child
     finally:
@@ -90,21 +96,34 @@ def publish(run: RunDir, weights: Path, version: int, attempt: int = 1) -> Path:
     directory.mkdir()
     shutil.copy(weights, directory / "part-0.safetensors")
     data = weights.read_bytes()
-    files = [{"file": "part-0.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}]
+    files = [
+        {"file": "part-0.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
+    ]
     return PolicyStore(run.policy).commit(version, attempt, files).directory
 
 
 def publish_delta(run: RunDir, old: Path, new: Path, version: int) -> None:
     """What turns the safetensors file `old` (the version before) into `new`, as a published version."""
     before, after = (np.fromfile(path, np.uint8) for path in (old, new))
-    starts = [(name, first, last, WIDTHS[kind]) for name, (kind, _, first, last) in tensors_of(after).items()]
+    starts = [
+        (name, first, last, WIDTHS[kind])
+        for name, (kind, _, first, last) in tensors_of(after).items()
+    ]
     runs = [Run(0, min(first for _, first, _, _ in starts), 1)]
-    runs += [Run(first, last - first, width) for _, first, last, width in sorted(starts, key=lambda start: start[1])]
+    runs += [
+        Run(first, last - first, width)
+        for _, first, last, width in sorted(starts, key=lambda start: start[1])
+    ]
     coded = delta.encode(before, after, runs)
     store = PolicyStore(run.policy)
     write_file(store.begin(version, 1) / "part-0.delta", coded)
     whole = {"file": "part-0.safetensors", "bytes": len(after), "xxh3": xxh3(after)}
-    change = {"file": "part-0.delta", "bytes": len(coded), "xxh3": xxhash.xxh3_64_hexdigest(coded), "makes": "part-0.safetensors"}
+    change = {
+        "file": "part-0.delta",
+        "bytes": len(coded),
+        "xxh3": xxhash.xxh3_64_hexdigest(coded),
+        "makes": "part-0.safetensors",
+    }
     store.commit(version, 1, [whole], "delta", (1, version - 1), [change])
 
 

@@ -73,11 +73,21 @@ PartitionName=closed Nodes=ALL State=DOWN
 class Cluster:
     """One private cluster. `more`: further lines of slurm.conf."""
 
-    def __init__(self, home: Path, nodes: int = 3, grace_s: int = 20, preempt: str = "REQUEUE", more: str = "") -> None:
+    def __init__(
+        self,
+        home: Path,
+        nodes: int = 3,
+        grace_s: int = 20,
+        preempt: str = "REQUEUE",
+        more: str = "",
+    ) -> None:
         self.home, self.grace_s, self.preempt, self.more = home.resolve(), grace_s, preempt, more
         self.nodes = [f"n{i}" for i in range(nodes)]
         self.conf = self.home / "slurm.conf"
-        self.env = {**{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}, "SLURM_CONF": str(self.conf)}
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))},
+            "SLURM_CONF": str(self.conf),
+        }
         self.env["PATH"] += ":/usr/sbin:/sbin"
 
     # --- life
@@ -86,8 +96,17 @@ class Cluster:
         """Start everything; returns when all nodes are idle. Raises RuntimeError with the controller's log otherwise."""
         missing = [name for name in PROGRAMS if shutil.which(name, path=self.env["PATH"]) is None]
         if missing:
-            raise RuntimeError(f"there is no {', '.join(missing)}: `make apt` installs Slurm and munge")
-        for name in ("run", "state", "log", "munge", "dev", *(f"spool/{node}" for node in self.nodes)):
+            raise RuntimeError(
+                f"there is no {', '.join(missing)}: `make apt` installs Slurm and munge"
+            )
+        for name in (
+            "run",
+            "state",
+            "log",
+            "munge",
+            "dev",
+            *(f"spool/{node}" for node in self.nodes),
+        ):
             (self.home / name).mkdir(parents=True)
         self.home.chmod(0o755)
         (self.home / "munge").chmod(0o700)
@@ -97,8 +116,13 @@ class Cluster:
         for i in range(4):
             (self.home / "dev" / f"nvidia{i}").symlink_to("/dev/null")
         ports, host = free_ports(1 + len(self.nodes)), socket.gethostname().partition(".")[0]
-        nodes = [f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={p}" for n, p in zip(self.nodes, ports[1:], strict=True)]
-        (self.home / "gres.conf").write_text(f"NodeName={','.join(self.nodes)} Name=gpu File={self.home}/dev/nvidia[0-3]\n")
+        nodes = [
+            f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={p}"
+            for n, p in zip(self.nodes, ports[1:], strict=True)
+        ]
+        (self.home / "gres.conf").write_text(
+            f"NodeName={','.join(self.nodes)} Name=gpu File={self.home}/dev/nvidia[0-3]\n"
+        )
         self.conf.write_text(CONF.format(home=self.home, host=host, user=getpass.getuser(), ports=ports, nodes="\n".join(nodes),
                                          preempt=self.preempt, grace_s=self.grace_s, more=self.more))  # fmt: skip
         self.command("munged", "--force", f"--key-file={key}", f"--socket={self.home}/run/munge.sock", "--num-threads=4",
@@ -113,11 +137,21 @@ class Cluster:
     def down(self) -> None:
         """End every job, every daemon, and what is left of them; then remove the directory."""
         if self.conf.exists():
-            subprocess.run(["scancel", "-f", "-u", getpass.getuser()], env=self.env, timeout=30, check=False, capture_output=True)
+            subprocess.run(
+                ["scancel", "-f", "-u", getpass.getuser()],
+                env=self.env,
+                timeout=30,
+                check=False,
+                capture_output=True,
+            )
             deadline = time.monotonic() + 15
             while time.monotonic() < deadline and self.processes():
                 time.sleep(0.2)
-        pids = [int(path.read_text()) for path in (self.home / "run").glob("*.pid") if path.read_text().strip()]
+        pids = [
+            int(path.read_text())
+            for path in (self.home / "run").glob("*.pid")
+            if path.read_text().strip()
+        ]
         for pid in pids:
             _kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 5
@@ -139,14 +173,24 @@ class Cluster:
 
     def clear(self) -> None:
         """Cancel every job, and start the nodes that are down; returns when all are idle."""
-        subprocess.run(["scancel", "-u", getpass.getuser()], env=self.env, timeout=30, check=False, capture_output=True)
+        subprocess.run(
+            ["scancel", "-u", getpass.getuser()],
+            env=self.env,
+            timeout=30,
+            check=False,
+            capture_output=True,
+        )
         for node in self.nodes:
             if not (self.home / "run" / f"slurmd-{node}.pid").exists():
                 self.start_node(node)
         until("idle nodes", self.is_idle, 60, self.story)
 
     def is_idle(self) -> bool:
-        return self.command("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D") == str(len(self.nodes)) and not self.processes()
+        return (
+            self.command("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D")
+            == str(len(self.nodes))
+            and not self.processes()
+        )
 
     # --- nodes
 
@@ -161,7 +205,11 @@ class Cluster:
         """
         pidfile = self.home / "run" / f"slurmd-{node}.pid"
         log = self.home / "log" / f"slurmd-{node}.log"
-        stepds = [pid for pid in processes() if _command(pid).startswith("slurmstepd") and log in _files(pid)]
+        stepds = [
+            pid
+            for pid in processes()
+            if _command(pid).startswith("slurmstepd") and log in _files(pid)
+        ]
         doomed = [int(pidfile.read_text()), *stepds, *self.processes(node)]
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in doomed:
@@ -176,7 +224,11 @@ class Cluster:
         for pid in processes():
             variables = _variables(pid)
             ours = variables.get("SLURM_CONF") == str(self.conf) and pid != os.getpid()
-            if ours and "SLURMD_NODENAME" in variables and node in (None, variables["SLURMD_NODENAME"]):
+            if (
+                ours
+                and "SLURMD_NODENAME" in variables
+                and node in (None, variables["SLURMD_NODENAME"])
+            ):
                 found.append(pid)
         return found
 
@@ -184,14 +236,27 @@ class Cluster:
 
     def command(self, *words: str, timeout: float = 60) -> str:
         """Output of one command against this cluster. Raises RuntimeError with what it said when it fails."""
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=timeout, check=False, cwd=self.home)
+        done = subprocess.run(
+            words,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            cwd=self.home,
+        )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}")
+            raise RuntimeError(
+                f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()}"
+            )
         return done.stdout.strip()
 
     def jobs(self) -> dict[str, str]:
         """Every job and het component that the controller remembers, with its state."""
-        return dict(line.split("|") for line in self.command("squeue", "-h", "--states=all", "-o", "%i|%T").splitlines())
+        return dict(
+            line.split("|")
+            for line in self.command("squeue", "-h", "--states=all", "-o", "%i|%T").splitlines()
+        )
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says of a job's leader."""
@@ -200,18 +265,32 @@ class Cluster:
 
     def skip_requeue_delay(self, number: str) -> None:
         """Slurm lets a requeued job wait two minutes; make it eligible now, some seconds after it has become pending."""
-        until(f"job {number} pending", lambda: self.job(number)["JobState"] == "PENDING", 60, self.story)
+        until(
+            f"job {number} pending",
+            lambda: self.job(number)["JobState"] == "PENDING",
+            60,
+            self.story,
+        )
         time.sleep(4)
         self.command("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def story(self) -> str:
         """For a failed test: the queue, and the end of the controller's log."""
-        queue = subprocess.run(["squeue", "--states=all"], env=self.env, capture_output=True, text=True, timeout=30, check=False).stdout
+        queue = subprocess.run(
+            ["squeue", "--states=all"],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        ).stdout
         log = self.home / "log" / "slurmctld.log"
         return queue + "\n".join(log.read_text().splitlines()[-25:] if log.exists() else [])
 
 
-def until(what: str, look: Callable[[], Any], seconds: float, story: Callable[[], str] = str) -> Any:
+def until(
+    what: str, look: Callable[[], Any], seconds: float, story: Callable[[], str] = str
+) -> Any:
     """Wait for `look()` to give something true, and return it; AssertionError with the story when it doesn't in time."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
@@ -235,7 +314,13 @@ def processes() -> Iterator[int]:
 
 def _command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return (
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")
+            .strip()
+        )
     except OSError:
         return ""
 

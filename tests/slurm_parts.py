@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
-from atropos_hpc import process
-from atropos_hpc.policy.mirror import LOCK, PREFIX
-from atropos_hpc.run_dir import RunDir, read_json, read_lines
-from atropos_hpc.slurm import merged
+from atropos_hpc.launch.slurm.commands import merged
+from atropos_hpc.policy.node_cache import LOCK, PREFIX
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
 
 TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
 
@@ -39,7 +39,11 @@ def stand_in(directory: Path) -> list[str]:
         model.mkdir()
         (model / "config.json").write_text("{}")
         (model / "tokenizer.json").write_text("{}")
-    return [f"roles.trainer.python={python}", f"roles.rollout.python={python}", f"model.path={model}"]
+    return [
+        f"roles.trainer.python={python}",
+        f"roles.rollout.python={python}",
+        f"model.path={model}",
+    ]
 
 
 QUICK = [
@@ -62,10 +66,18 @@ class Submitted:
         until(f"step {step}", lambda: (self.steps() or [0])[-1] >= step, seconds, self.story)
 
     def state(self) -> str:
-        return merged([state for name, state in self.cluster.jobs().items() if name.split("+")[0] == self.job] or ["GONE"])
+        return merged(
+            [state for name, state in self.cluster.jobs().items() if name.split("+")[0] == self.job]
+            or ["GONE"]
+        )
 
     def ends(self, state: str = "COMPLETED", seconds: float = 120) -> None:
-        until(f"end of job {self.job}", lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING"), seconds, self.story)
+        until(
+            f"end of job {self.job}",
+            lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING"),
+            seconds,
+            self.story,
+        )
         assert self.state() == state, self.story()
 
     def completes(self, steps: int, attempts: int = 1, seconds: float = 120) -> None:
@@ -95,28 +107,55 @@ class Submitted:
         self.cluster.skip_requeue_delay(self.job)
 
     def log(self, name: str) -> str:
-        return "".join(path.read_text(errors="replace") for path in sorted(self.run.path.glob(f"logs/attempt-*/{name}.log")))
+        return "".join(
+            path.read_text(errors="replace")
+            for path in sorted(self.run.path.glob(f"logs/attempt-*/{name}.log"))
+        )
 
     def member(self, kind: str) -> dict[str, Any]:
         members = read_json(self.run.roster).get("members", {})
         return next((m for m in members.values() if m["kind"] == kind and m["alive"]), {})
 
     def story(self) -> str:
-        logs = [*self.run.path.glob("logs/attempt-*/*.log"), *self.run.path.glob("logs/*.log"), *self.run.path.parent.glob("*.log")]
+        logs = [
+            *self.run.path.glob("logs/attempt-*/*.log"),
+            *self.run.path.glob("logs/*.log"),
+            *self.run.path.parent.glob("*.log"),
+        ]
         logs += self.run.path.parent.glob(".submitit/*.out")
-        tails = [f"--- {path.relative_to(self.run.path.parent)}\n{process.tail(path, 30)}" for path in sorted(logs)]
+        tails = [
+            f"--- {path.relative_to(self.run.path.parent)}\n{process.tail(path, 30)}"
+            for path in sorted(logs)
+        ]
         return f"job {self.job}, steps {self.steps()}\n{self.cluster.story()}\n" + "\n".join(tails)
 
 
 def submission(directory: Path, *overrides: str) -> list[str]:
     """The command of `submit`."""
-    return [*TRAIN, "-m", "hydra/launcher=submitit_slurm", f"run_dir={directory}", *QUICK, *overrides]
+    return [
+        *TRAIN,
+        "-m",
+        "hydra/launcher=submitit_slurm",
+        f"run_dir={directory}",
+        *QUICK,
+        *overrides,
+    ]
 
 
-def submit(cluster: Cluster, directory: Path, *overrides: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+def submit(
+    cluster: Cluster, directory: Path, *overrides: str, check: bool = True
+) -> "subprocess.CompletedProcess[str]":
     """A multirun through the launcher, with `directory` as the sweep's."""
     command = submission(directory, *overrides)
-    done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=300, check=False, cwd=directory.parent)
+    done = subprocess.run(
+        command,
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=directory.parent,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -128,11 +167,22 @@ def submitted(cluster: Cluster, directory: Path, *overrides: str) -> Submitted:
     return Submitted(cluster, Path(row["run_dir"]), row["job"])
 
 
-def sbatch(cluster: Cluster, directory: Path, template: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
+def sbatch(
+    cluster: Cluster, directory: Path, template: str, *arguments: str, options: tuple[str, ...] = ()
+) -> str:
     """Submit one of slurm/*.sbatch as a person would; the job's number."""
     home = {**cluster.env, "ATROPOS_HPC_HOME": str(ROOT)}
-    command = ["sbatch", "--parsable", f"--output={directory}/%x-%j.log", *options, str(ROOT / "slurm" / template), *arguments]
-    done = subprocess.run(command, env=home, capture_output=True, text=True, timeout=60, check=False, cwd=directory)
+    command = [
+        "sbatch",
+        "--parsable",
+        f"--output={directory}/%x-%j.log",
+        *options,
+        str(ROOT / "slurm" / template),
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, env=home, capture_output=True, text=True, timeout=60, check=False, cwd=directory
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

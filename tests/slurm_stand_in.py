@@ -17,8 +17,15 @@ STEP_S = 0.2
 
 
 def learner(path: Path) -> int:
-    from atropos_hpc.rendezvous import Member, Roster, asked
-    from atropos_hpc.run_dir import RunDir, append_line, read_json, read_lines, write_file, write_json
+    from atropos_hpc.runtime.membership import Member, Roster, asked
+    from atropos_hpc.runtime.run_dir import (
+        RunDir,
+        append_line,
+        read_json,
+        read_lines,
+        write_file,
+        write_json,
+    )
 
     run, terms = RunDir(path), []  # type: tuple[RunDir, list[int]]
     for asked_by in (signal.SIGTERM, signal.SIGUSR2):
@@ -27,12 +34,27 @@ def learner(path: Path) -> int:
         raise RuntimeError("trainer.steps=77 is more than this stand-in takes")
     conf, rank = run.config()["trainer"], int(os.environ["RANK"])
     step = read_json(run.checkpoints / "latest.json").get("step", 0)
-    member = Member(run, "trainer", os.environ["ATROPOS_HPC_NODE"], rank, rank=rank, step=step, step_id=os.environ["ATROPOS_HPC_STEP"])
+    member = Member(
+        run,
+        "trainer",
+        os.environ["ATROPOS_HPC_NODE"],
+        rank,
+        rank=rank,
+        step=step,
+        step_id=os.environ["ATROPOS_HPC_STEP"],
+    )
     roster = Roster(run.roster)
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} ({os.environ['LOCAL_RANK']} of {os.environ['LOCAL_WORLD_SIZE']}) at "
           f"{os.environ['ATROPOS_HPC_HOST']} starts at step {step}", flush=True)  # fmt: skip
     if rank == 0:
-        write_file(run.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in read_lines(run.metrics) if line["step"] <= step))
+        write_file(
+            run.metrics,
+            b"".join(
+                json.dumps(line).encode() + b"\n"
+                for line in read_lines(run.metrics)
+                if line["step"] <= step
+            ),
+        )
     while step < conf["steps"]:
         time.sleep(STEP_S)
         if terms or asked(run, "stop") is not None:
@@ -44,7 +66,9 @@ def learner(path: Path) -> int:
             return 75
         if rank == 0 and roster.members("agent"):
             step += 1
-            append_line(run.metrics, {"step": step, "reward": step / conf["steps"], "time": time.time()})
+            append_line(
+                run.metrics, {"step": step, "reward": step / conf["steps"], "time": time.time()}
+            )
             if step % conf["checkpoint_every"] == 0:
                 write_json(run.checkpoints / "latest.json", {"step": step})
         elif rank:
@@ -57,17 +81,23 @@ def learner(path: Path) -> int:
 
 
 def agent(path: Path, index: str) -> int:
-    from atropos_hpc.rendezvous import Member
-    from atropos_hpc.rollout.leader import LeaderWatch
-    from atropos_hpc.run_dir import RunDir
+    from atropos_hpc.rollout.leader_failover import LeaderWatch
+    from atropos_hpc.runtime.membership import Member
+    from atropos_hpc.runtime.run_dir import RunDir
 
     terms: list[int] = []
     for asked_by in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(asked_by, lambda number, _: terms.append(number))
     logging.basicConfig(level=logging.INFO)
     run = RunDir(path)
-    member, watch = Member(run, "agent", os.environ["ATROPOS_HPC_NODE"], servers=[]), LeaderWatch(run)
-    print(f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}", flush=True)
+    member, watch = (
+        Member(run, "agent", os.environ["ATROPOS_HPC_NODE"], servers=[]),
+        LeaderWatch(run),
+    )
+    print(
+        f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}",
+        flush=True,
+    )
     while not terms:
         time.sleep(0.2)
         watch.look()

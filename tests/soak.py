@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from run_parts import Started
 
-from atropos_hpc.run_dir import read_lines
+from atropos_hpc.runtime.run_dir import read_lines
 
 EVERY_S = 5.0
 GROWTH = 0.1  # of a member's memory, from the second quarter to the last
@@ -48,8 +48,12 @@ SETTINGS = [
 class Watch:
     """What was measured: (seconds since the start, MB)."""
 
-    memory: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # by kind of member
-    disk: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # by part of the run directory
+    memory: dict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by kind of member
+    disk: dict[str, list[tuple[float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by part of the run directory
 
     def follow(self, started: Started, over: threading.Event) -> None:
         began = time.monotonic()
@@ -57,7 +61,9 @@ class Watch:
             now = time.monotonic() - began
             for name, pid in [("supervisor", started.process.pid), *members(started)]:
                 if (size := private_mb(pid)) is not None:
-                    self.memory["engine" if name.endswith("engine") else name.partition("-")[0]].append((now, size))
+                    self.memory[
+                        "engine" if name.endswith("engine") else name.partition("-")[0]
+                    ].append((now, size))
             for part in PARTS:
                 self.disk[part].append((now, size_mb((started.run.path / part).rglob("*"))))
 
@@ -65,7 +71,9 @@ class Watch:
 def private_mb(pid: int) -> float | None:
     """None when it has ended."""
     try:
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
         return sum(int(lines[kind].split()[0]) for kind in ("RssAnon", "RssShmem")) / 1024
     except (OSError, KeyError):
         return None
@@ -84,14 +92,20 @@ def size_mb(paths: Iterable[Path]) -> float:
 def judged(watch: Watch, console: Console) -> list[str]:
     """Show the tables; what is not as it should be."""
     problems = []
-    memory = Table("member", *(f"quarter {number + 1}" for number in range(4)), title="most memory of one process, MB")
+    memory = Table(
+        "member",
+        *(f"quarter {number + 1}" for number in range(4)),
+        title="most memory of one process, MB",
+    )
     for kind, series in sorted(watch.memory.items()):
         most = quarters(series)
         memory.add_row(kind, *(f"{mb:.0f}" for mb in most))
         if most[3] > (1 + GROWTH) * most[1]:
             problems.append(f"{kind}: its memory grew from {most[1]:.0f} to {most[3]:.0f} MB")
     console.print(memory)
-    disk = Table("part", *(f"quarter {number + 1}" for number in range(4)), "bound", title="most on disk, MB")
+    disk = Table(
+        "part", *(f"quarter {number + 1}" for number in range(4)), "bound", title="most on disk, MB"
+    )
     for part, series in watch.disk.items():
         most, bound = quarters(series), BOUNDS_MB.get(part)
         disk.add_row(part, *(f"{mb:.1f}" for mb in most), "" if bound is None else f"{bound:.0f}")
@@ -104,7 +118,10 @@ def judged(watch: Watch, console: Console) -> list[str]:
 def quarters(series: list[tuple[float, float]]) -> list[float]:
     """The greatest value in each quarter of the time; 0 where there is none."""
     whole = max(at for at, _ in series) + 1e-9
-    return [max((mb for at, mb in series if number <= 4 * at / whole < number + 1), default=0.0) for number in range(4)]
+    return [
+        max((mb for at, mb in series if number <= 4 * at / whole < number + 1), default=0.0)
+        for number in range(4)
+    ]
 
 
 def main() -> int:
@@ -117,7 +134,10 @@ def main() -> int:
     schedule = Schedule(options.minutes, (float(low), float(high or low)), {kill: 1}, together=0.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     console, watch, over, done = Console(width=140), Watch(), threading.Event(), list[Done]()
-    with tempfile.TemporaryDirectory(prefix="soak-") as scratch, small_filesystem(Path(scratch) / "run"):
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as scratch,
+        small_filesystem(Path(scratch) / "run"),
+    ):
         started = Started(Path(scratch), ENDLESS, *SETTINGS)
         follower = threading.Thread(target=watch.follow, args=(started, over))
         follower.start()

@@ -8,6 +8,11 @@ from bench.trajectories import SEQUENCES, body, numbered, ours, push_and_pull, w
 def test_the_trajectory_server_is_measured(tmp_path: Path) -> None:
     template = body(SEQUENCES, 16)
     with ours(tmp_path) as server:
-        assert push_and_pull(server, [numbered(template, number) for number in range(16)], gzipped=False) > 0
+        assert (
+            push_and_pull(
+                server, [numbered(template, number) for number in range(16)], gzipped=False
+            )
+            > 0
+        )
         waits, taken = waits_of_others(server, template)
         assert waits and taken > 0

@@ -15,7 +15,7 @@ from test_config import composed
 from atropos_hpc import cli
 from atropos_hpc.config import Config
 from atropos_hpc.launch import preflight
-from atropos_hpc.launch.allocation import rollout_python
+from atropos_hpc.launch.steps import rollout_python
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -74,25 +74,45 @@ def test_commands_parse_and_compose(command: str) -> None:
 
 def composes(overrides: list[str]) -> None:
     """What follows the program composes; of a multirun, the first point and the last do."""
-    overrides = [each for each in overrides if each not in ("-m", "--multirun") and not each.startswith("hydra")]
-    overrides = [re.sub(r"^cluster=(my_site|MY_SITE)$", "cluster=generic_slurm", each) for each in overrides]
+    overrides = [
+        each
+        for each in overrides
+        if each not in ("-m", "--multirun") and not each.startswith("hydra")
+    ]
+    overrides = [
+        re.sub(r"^cluster=(my_site|MY_SITE)$", "cluster=generic_slurm", each) for each in overrides
+    ]
     overrides = [each for each in overrides if not each.startswith("run_dir=")]
     values = []
     for each in OverridesParser.create().parse_overrides(overrides):
         swept = list(each.sweep_string_iterator()) if each.is_sweep_override() else None
-        values.append([f"{each.key_or_group}={value}" for value in swept] if swept else [each.input_line])
-    for point in {tuple(each[0] for each in values), tuple(each[-1] for each in values)}:  # the first and the last
+        values.append(
+            [f"{each.key_or_group}={value}" for value in swept] if swept else [each.input_line]
+        )
+    for point in {
+        tuple(each[0] for each in values),
+        tuple(each[-1] for each in values),
+    }:  # the first and the last
         composed(*(each for each in point if each is not None))
 
 
 def test_the_config_page_is_what_the_config_is() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "docs" / "make_config.py"), "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "make_config.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.run
-def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S)
+def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused(
+    tmp_path: Path,
+) -> None:
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S
+    )
     path = tmp_path / "my_env.py"
     path.write_text(code)
     python = rollout_python(Config())
@@ -110,6 +130,15 @@ def test_every_command_of_the_tool_is_in_some_page() -> None:
 
 
 def test_completion_is_a_script_that_bash_can_read() -> None:
-    script = subprocess.run([sys.executable, "-m", "atropos_hpc.cli", "completion"], capture_output=True, text=True, check=True).stdout
-    probe = f"{script}\nCOMP_WORDS=(atropos-hpc st); COMP_CWORD=1; _atropos_hpc; echo ${{COMPREPLY[@]}}"
-    assert subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True).stdout.split() == ["status", "stop"]
+    script = subprocess.run(
+        [sys.executable, "-m", "atropos_hpc.cli", "completion"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    probe = (
+        f"{script}\nCOMP_WORDS=(atropos-hpc st); COMP_CWORD=1; _atropos_hpc; echo ${{COMPREPLY[@]}}"
+    )
+    assert subprocess.run(
+        ["bash", "-c", probe], capture_output=True, text=True, check=True
+    ).stdout.split() == ["status", "stop"]

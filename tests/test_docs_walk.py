@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_docs import COMMAND, PAGES, ROOT
 
-from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import read_json, read_lines
 
 GPU_CLUSTER = "needs a GPU cluster"
 NAMES_YOURS = "names what is yours"
@@ -48,8 +48,12 @@ def why_not(command: str) -> str | None:
 
 
 def test_no_command_is_left_out_without_a_word() -> None:
-    left_out = {part: [c for page in PAGES for c in commands(page) if part in c] for part in NOT_WALKED}
-    assert all(left_out.values()), [part for part, found in left_out.items() if not found]  # what no page shows any more
+    left_out = {
+        part: [c for page in PAGES for c in commands(page) if part in c] for part in NOT_WALKED
+    }
+    assert all(left_out.values()), [
+        part for part, found in left_out.items() if not found
+    ]  # what no page shows any more
     walked = [command for page in PAGES for command in commands(page) if why_not(command) is None]
     assert len(walked) > 15
 
@@ -59,9 +63,19 @@ class Walk:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        for name in ("Makefile", "requirements", "pyproject.toml", "configs", "slurm", ".venv", ".venv-rollout"):
+        for name in (
+            "Makefile",
+            "requirements",
+            "pyproject.toml",
+            "configs",
+            "slurm",
+            ".venv",
+            ".venv-rollout",
+        ):
             (home / name).symlink_to(ROOT / name)
-        code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S)[0]
+        code = re.findall(
+            r"```python\n(.*?)```", (ROOT / "docs" / "environments.md").read_text(), re.S
+        )[0]
         (home / "my_env.py").write_text(code)
         self.done: set[str] = set()
         self.env = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
@@ -70,9 +84,17 @@ class Walk:
         """Its output."""
         print(f"$ {command}", flush=True)
         ran = subprocess.run(
-            shlex.split(command), cwd=self.home, env=self.env, capture_output=True, text=True, timeout=timeout, check=False
+            shlex.split(command),
+            cwd=self.home,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
-        assert ran.returncode in codes, f"{command} ended with {ran.returncode}:\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+        assert ran.returncode in codes, (
+            f"{command} ended with {ran.returncode}:\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
+        )
         assert "Traceback" not in ran.stdout + ran.stderr, f"{command}:\n{ran.stderr[-3000:]}"
         self.done.add(command)
         return ran.stdout
@@ -80,11 +102,17 @@ class Walk:
     def paste_and_stop(self, command: str, stop: str, run: str) -> None:
         """Start a run, and stop it with the other command once it is under way."""
         with subprocess.Popen(
-            shlex.split(command), cwd=self.home, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            shlex.split(command),
+            cwd=self.home,
+            env=self.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         ) as child:
             deadline = time.monotonic() + 300
             while len(read_lines(self.home / run / "metrics.jsonl")) < 3:
-                assert time.monotonic() < deadline and child.poll() is None, f"{command}: no third step"
+                assert time.monotonic() < deadline and child.poll() is None, (
+                    f"{command}: no third step"
+                )
                 time.sleep(0.2)
             self.paste(stop)
             assert child.wait(120) == 75
@@ -94,24 +122,35 @@ class Walk:
 @pytest.mark.verl
 @pytest.mark.run
 @pytest.mark.timeout(2400)
-@pytest.mark.skipif(not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it")
+@pytest.mark.skipif(
+    not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it"
+)
 def test_a_walk_through_the_pages(tmp_path: Path) -> None:
     walk = Walk(tmp_path)
     first = commands(ROOT / "docs" / "quick-start.md")
-    train, stop = (next(c for c in first if part in c) for part in ("atropos_hpc.train run_dir=runs/first", "stop runs/first"))
+    train, stop = (
+        next(c for c in first if part in c)
+        for part in ("atropos_hpc.train run_dir=runs/first", "stop runs/first")
+    )
     for command in first:
         if command == train:
             walk.paste_and_stop(train, stop, "runs/first")
         elif command not in walk.done and why_not(command) is None:
             walk.paste(command)
     assert read_json(tmp_path / "runs/demo/summary.json")["accuracy_after"] >= 0.88
-    assert (tmp_path / "runs/demo/report/report.html").exists() and (tmp_path / "adder" / "README.md").exists()
+    assert (tmp_path / "runs/demo/report/report.html").exists() and (
+        tmp_path / "adder" / "README.md"
+    ).exists()
     assert read_json(tmp_path / "runs/first/summary.json")["steps"] == 80
 
     for page in PAGES:
         for command in commands(page):
             if command not in walk.done and why_not(command) is None:
-                if "more_environments" in command:  # the page's run, which has no end of its own here
+                if (
+                    "more_environments" in command
+                ):  # the page's run, which has no end of its own here
                     command += " trainer.steps=3 evaluation.before=false evaluation.after=false"
-                doctor = command.endswith("doctor")  # says what is missing by its code: here there are no GPUs, and may be no Slurm
+                doctor = command.endswith(
+                    "doctor"
+                )  # says what is missing by its code: here there are no GPUs, and may be no Slurm
                 walk.paste(command, codes=(0, 1) if doctor else (0,))

@@ -9,7 +9,12 @@ import pytest
 import atropos_hpc
 
 ROOT = Path(atropos_hpc.__file__).parent
-LIGHT = [path for room in ("launch", "observe", ".") for path in sorted((ROOT / room).glob("*.py")) if ">>> " in path.read_text()]
+LIGHT = [
+    path
+    for room in ("launch", "observe", ".")
+    for path in sorted((ROOT / room).glob("*.py"))
+    if ">>> " in path.read_text()
+]
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc.environments.addition import VOCABULARY, Problem, accepted, encode, problems, teacher
+from atropos_hpc.environments.addition import (
+    VOCABULARY,
+    Problem,
+    accepted,
+    encode,
+    problems,
+    teacher,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -51,12 +58,19 @@ def test_the_same_seed_makes_the_same_base_whose_tokenizer_loads(tmp_path: Path)
 
     threads = torch.get_num_threads()
     try:
-        made = [make_base(tmp_path / name, seed=seed, steps=3) for name, seed in (("a", 5), ("b", 5), ("c", 6))]
+        made = [
+            make_base(tmp_path / name, seed=seed, steps=3)
+            for name, seed in (("a", 5), ("b", 5), ("c", 6))
+        ]
         a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
         assert a == b != c
         with pytest.raises(FileExistsError):
             make_base(tmp_path / "a", seed=5, steps=3)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing temporary is left
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "a",
+            "b",
+            "c",
+        ]  # nothing temporary is left
 
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
         assert accuracy(model, problems(held_out=True)) == pytest.approx(made[0])
@@ -68,7 +82,11 @@ def test_the_same_seed_makes_the_same_base_whose_tokenizer_loads(tmp_path: Path)
     assert tokenizer.encode(text) == encode(text)
     assert tokenizer.decode(encode(text)) == text
     assert tokenizer.decode(encode(text), skip_special_tokens=True) == text.strip()
-    assert tokenizer.eos_token_id == encode("\n")[0] == json.loads((tmp_path / "a" / "config.json").read_text())["eos_token_id"]
+    assert (
+        tokenizer.eos_token_id
+        == encode("\n")[0]
+        == json.loads((tmp_path / "a" / "config.json").read_text())["eos_token_id"]
+    )
 
 
 @pytest.mark.parametrize(

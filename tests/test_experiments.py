@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 from test_config import composed
 
-from atropos_hpc import checks
-from atropos_hpc.launch import batch, memory
+from atropos_hpc import validate
+from atropos_hpc.launch import sizing
+from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.train import CONFIGS
 
-QWEN = {"vocab_size": 151936, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+QWEN = {
+    "vocab_size": 151936,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": {**QWEN, "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
                                    "num_key_value_heads": 2, "intermediate_size": 4864, "max_position_embeddings": 32768},
@@ -22,10 +28,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B": {**QWEN, "model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
                       "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "max_position_embeddings": 40960},
 }  # fmt: skip
-EXPERIMENTS = {path.stem: path for path in sorted((CONFIGS / "experiment").glob("*.yaml")) if path.stem != "arithmetic_cpu"}
+EXPERIMENTS = {
+    path.stem: path
+    for path in sorted((CONFIGS / "experiment").glob("*.yaml"))
+    if path.stem != "arithmetic_cpu"
+}
 NEEDED = {
     "math_qwen3_4b": ["environment.target=math_server.py:MathEnv"],
-    "multi_env": ["more_environments.letters.target=letter_counting_environment.py:LetterCountingEnv"],
+    "multi_env": [
+        "more_environments.letters.target=letter_counting_environment.py:LetterCountingEnv"
+    ],
 }  # what their user has to name
 GIB = 2**30
 SMALLEST_GPU = 80e9 / GIB  # what these experiments are made for
@@ -38,7 +50,7 @@ def experiment(name: str) -> Any:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_composes_and_nothing_is_wrong_with_it(name: str) -> None:
     config = experiment(name)
-    assert checks.problems(config) == [] and list(batch.problems(config)) == []
+    assert validate.problems(config) == [] and list(sbatch.problems(config)) == []
     assert config.model.max_length <= MODELS[config.model.path]["max_position_embeddings"]
     rollout = config.roles.rollout
     assert config.rollout.servers * config.rollout.tensor_parallel == rollout.gpus_per_node
@@ -48,22 +60,32 @@ def test_it_composes_and_nothing_is_wrong_with_it(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_becomes_a_heterogeneous_job(name: str) -> None:
     config = experiment(name)
-    script = batch.script(config, "/shared/log.out", "true", None)
+    script = sbatch.script(config, "/shared/log.out", "true", None)
     assert "#SBATCH hetjob" in script and script.count("gpus-per-node=") >= 2, script
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_what_it_says_of_memory_is_what_the_model_s_config_comes_to(name: str) -> None:
     config = experiment(name)
-    found = memory.estimate(config, memory.sizes(MODELS[config.model.path]))
+    found = sizing.estimate(config, sizing.sizes(MODELS[config.model.path]))
     text = EXPERIMENTS[name].read_text()
-    said = re.search(r"trainer ([\d.]+) GiB per GPU; a server's weights ([\d.]+) GiB, ([\d.]+) GiB of KV cache", text)
+    said = re.search(
+        r"trainer ([\d.]+) GiB per GPU; a server's weights ([\d.]+) GiB, ([\d.]+) GiB of KV cache",
+        text,
+    )
     assert said is not None
     computed = (found.trainer / GIB, found.weights / GIB, found.cache_of_one / GIB)
     assert [float(each) for each in said.groups()] == pytest.approx(computed, rel=0.1), computed
     assert found.trainer / GIB < 0.9 * SMALLEST_GPU
-    assert found.node_copies == (0 if config.model.lora.rank else pytest.approx(2 * found.weights * config.rollout.tensor_parallel))
-    assert found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization) >= config.environment.group_size
+    assert found.node_copies == (
+        0
+        if config.model.lora.rank
+        else pytest.approx(2 * found.weights * config.rollout.tensor_parallel)
+    )
+    assert (
+        found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization)
+        >= config.environment.group_size
+    )
 
 
 @pytest.mark.verl
@@ -74,9 +96,11 @@ def test_sizes_are_those_of_the_model_that_transformers_builds(name: str) -> Non
 
     kind = {key: value for key, value in MODELS[name].items() if key != "model_type"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(MODELS[name]["model_type"], **kind))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(MODELS[name]["model_type"], **kind)
+        )
     parameters = sum(parameter.numel() for parameter in dict(model.named_parameters()).values())
-    assert memory.sizes(MODELS[name]).total == parameters
+    assert sizing.sizes(MODELS[name]).total == parameters
 
 
 def test_every_experiment_says_how_it_is_started_and_what_it_takes() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc import process, rendezvous, watchdog
 from atropos_hpc.config import LaunchConf
-from atropos_hpc.launch.allocation import Process, Step
-from atropos_hpc.launch.plan import Action
+from atropos_hpc.launch.restart_policy import Action
+from atropos_hpc.launch.steps import Process, Step
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.run_dir import RunDir
-from atropos_hpc.watchdog import Progress, Silence, waits
+from atropos_hpc.runtime import membership, process, supervision
+from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.supervision import Progress, Silence, waits
 
 # A member that is at step 3, and then does one of these
 HANGS = {
@@ -28,18 +28,18 @@ def member_program(run: RunDir, kind: str, then: str) -> list[str]:
     program = f"""
         import os, signal, sys, time
         from pathlib import Path
-        from atropos_hpc import process, rendezvous
-        from atropos_hpc.run_dir import RunDir
+        from atropos_hpc.runtime import process, rendezvous
+        from atropos_hpc.runtime.run_dir import RunDir
         def wait_for_the_other():
             while not (member.path.parent / "agent-n-0.json").exists():
                 time.sleep(0.1)
             time.sleep(3)
         def here_it_hangs():
             {then}
-        rendezvous.BEAT_S = 0.1
+        membership.BEAT_S = 0.1
         process.die_with_parent(signal.SIGKILL)
         process.stacks_on_request()
-        member = rendezvous.Member(RunDir(Path({str(run.path)!r})), {kind!r}, "n", rank=0, step=3, state="training")
+        member = membership.Member(RunDir(Path({str(run.path)!r})), {kind!r}, "n", rank=0, step=3, state="training")
         time.sleep({2 if kind == "trainer" else 0})  # until the others are where they stay
         here_it_hangs()
     """
@@ -58,42 +58,78 @@ def run(tmp_path: Path) -> RunDir:
 def test_a_learner_that_hangs_is_named_dumped_and_ended(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    monkeypatch.setattr(rendezvous, "BEAT_S", 0.1)
-    monkeypatch.setattr(rendezvous, "DEAD_S", 1.5)
-    monkeypatch.setattr(watchdog, "HUNG_S", 1.0)
-    commands = {"agent": member_program(run, "agent", "time.sleep(600)"), "trainer": member_program(run, "trainer", HANGS[how])}
-    steps = [Step(name, name, (Process(name, tuple(command), {"ATROPOS_HPC_NODE": "n"}),)) for name, command in commands.items()]
-    conf = LaunchConf(restarts=0, start_timeout_s=30, step_timeout_s=2 if how == "gets no further" else 600, grace_s=1)
-    with rendezvous.Member(run, "environment", "n").waiting("a vLLM server", "the node agents"):
+    monkeypatch.setattr(membership, "BEAT_S", 0.1)
+    monkeypatch.setattr(membership, "DEAD_S", 1.5)
+    monkeypatch.setattr(supervision, "HUNG_S", 1.0)
+    commands = {
+        "agent": member_program(run, "agent", "time.sleep(600)"),
+        "trainer": member_program(run, "trainer", HANGS[how]),
+    }
+    steps = [
+        Step(name, name, (Process(name, tuple(command), {"ATROPOS_HPC_NODE": "n"}),))
+        for name, command in commands.items()
+    ]
+    conf = LaunchConf(
+        restarts=0,
+        start_timeout_s=30,
+        step_timeout_s=2 if how == "gets no further" else 600,
+        grace_s=1,
+    )
+    with membership.Member(run, "environment", "n").waiting("a vLLM server", "the node agents"):
         end = Supervisor(run, conf, steps, lambda members: None).supervise()
     assert end is Action.FAIL
-    assert "environment-n-0 has waited" in caplog.text and "for a vLLM server from the node agents" in caplog.text
+    assert (
+        "environment-n-0 has waited" in caplog.text
+        and "for a vLLM server from the node agents" in caplog.text
+    )
     if how == "waited in vain":
-        assert "here_it_hangs" in (run.logs / "agent.log").read_text(), "those that were waited for tell their stacks"
+        assert "here_it_hangs" in (run.logs / "agent.log").read_text(), (
+            "those that were waited for tell their stacks"
+        )
         return
     named = {"gets no further": "state training, step 3", "is stopped": "no sign for too long"}[how]
-    assert f"trainer-n-0 has {'been in ' if how == 'gets no further' else 'given '}{named}" in caplog.text
+    assert (
+        f"trainer-n-0 has {'been in ' if how == 'gets no further' else 'given '}{named}"
+        in caplog.text
+    )
     if how == "gets no further":
         assert "here_it_hangs" in (run.logs / "trainer.log").read_text()
 
 
 def test_only_who_listens_is_asked_for_stacks(tmp_path: Path) -> None:
-    deaf = process.start("deaf", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+    deaf = process.start(
+        "deaf", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log"
+    )
     time.sleep(0.5)
     assert not process.request_stacks(deaf.pid) and deaf.poll() is None
-    assert os.getpid() not in process.descendants_of(os.getpid()) and deaf.pid in process.descendants_of(os.getpid())
+    assert os.getpid() not in process.descendants_of(
+        os.getpid()
+    ) and deaf.pid in process.descendants_of(os.getpid())
     process.end([deaf], 1)
     assert not process.request_stacks(deaf.pid)
 
 
 def member(name: str = "trainer-n-0", **more: object) -> dict[str, object]:
-    return {"name": name, "pid": 1, "alive": True, "state": "training", "step": 3, "waiting": None, **more}
+    return {
+        "name": name,
+        "pid": 1,
+        "alive": True,
+        "state": "training",
+        "step": 3,
+        "waiting": None,
+        **more,
+    }
 
 
 def test_a_member_is_silent_only_while_it_gives_no_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "HUNG_S", 0.05)
+    monkeypatch.setattr(supervision, "HUNG_S", 0.05)
     silence = Silence()
-    for shown in ([member(alive=False)], [member()], [member(alive=False)], [member(alive=False, state="ended")]):
+    for shown in (
+        [member(alive=False)],
+        [member()],
+        [member(alive=False)],
+        [member(alive=False, state="ended")],
+    ):
         assert silence.hung(shown) == []
         time.sleep(0.06)
     silence.hung([member(alive=False)])
@@ -106,7 +142,14 @@ def test_a_member_is_silent_only_while_it_gives_no_sign(monkeypatch: pytest.Monk
 def test_a_wait_is_no_hang_for_it_has_a_deadline_of_its_own() -> None:
     progress = Progress(start_timeout_s=600, step_timeout_s=0.05)
     wait = {"what": "batch 3", "whom": "the trajectory server", "since": 0.0}
-    for seen in ([member()], [member(step=4)], [member(step=4, waiting=wait)], [member(step=4, state="loading")], [member(step=4)], []):
+    for seen in (
+        [member()],
+        [member(step=4)],
+        [member(step=4, waiting=wait)],
+        [member(step=4, state="loading")],
+        [member(step=4)],
+        [],
+    ):
         assert progress.missing_s(seen) is None
         time.sleep(0.06)
     progress.missing_s([member()])
@@ -122,4 +165,7 @@ def test_who_waits_for_whom_is_told_in_words() -> None:
         member("server", alive=False),
         member("old", alive=False, state="ended", waiting=wait),
     ]
-    assert waits(shown, 100.0) == ["trainer-n-0 has waited 60 s for batch 3 from the trajectory server", "server gives no sign"]
+    assert waits(shown, 100.0) == [
+        "trainer-n-0 has waited 60 s for batch 3 from the trajectory server",
+        "server gives no sign",
+    ]

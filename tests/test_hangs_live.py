@@ -12,12 +12,12 @@ import pytest
 from fault_kinds import engines
 from run_parts import Started
 
-from atropos_hpc import watchdog
 from atropos_hpc.observe import status
-from atropos_hpc.policy.push import PROMPT_S
-from atropos_hpc.rendezvous import BEAT_S, DEAD_S
-from atropos_hpc.rollout.agent import HEALTH_EVERY_S, UNHEALTHY_S
-from atropos_hpc.run_dir import read_json
+from atropos_hpc.policy.weight_update import PROMPT_S
+from atropos_hpc.rollout.node_agent import HEALTH_EVERY_S, UNHEALTHY_S
+from atropos_hpc.runtime import supervision
+from atropos_hpc.runtime.membership import BEAT_S, DEAD_S
+from atropos_hpc.runtime.run_dir import read_json
 
 pytestmark = [
     pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(1800),
@@ -50,23 +50,33 @@ def test_whoever_is_stopped_is_named_ended_and_started_again(tmp_path: Path) -> 
 
 def goes_on(started: Started) -> None:
     at = started.steps()[-1]
-    started.until("two more steps", lambda: started.steps()[-1] >= at + 2 or started.steps()[-1] < at, 240)
+    started.until(
+        "two more steps", lambda: started.steps()[-1] >= at + 2 or started.steps()[-1] < at, 240
+    )
     started.step(len(started.steps()) + 2)
 
 
 def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
     """SIGSTOP to the member of that kind: shown as silent once it counts as dead, and ended HUNG_S later."""
-    name = next(m["name"] for m in status.of(started.run.path)["members"] if m["name"].startswith(kind))
-    pid, before = started.pid(kind), started.log(told_by).count(f"{name} has given no sign for too long")
+    name = next(
+        m["name"] for m in status.of(started.run.path)["members"] if m["name"].startswith(kind)
+    )
+    pid, before = (
+        started.pid(kind),
+        started.log(told_by).count(f"{name} has given no sign for too long"),
+    )
     os.kill(pid, signal.SIGSTOP)
     since = time.monotonic()
 
     def shown() -> bool:
-        return any(m["name"] == name and m["state"] == "silent" for m in status.of(started.run.path)["members"])
+        return any(
+            m["name"] == name and m["state"] == "silent"
+            for m in status.of(started.run.path)["members"]
+        )
 
     within(started, f"{name} in status", shown, since, BEAT_S + DEAD_S)
     told = lambda: started.log(told_by).count(f"{name} has given no sign for too long") > before  # noqa: E731
-    within(started, f"{name} in the log", told, since, BEAT_S + DEAD_S + watchdog.HUNG_S)
+    within(started, f"{name} in the log", told, since, BEAT_S + DEAD_S + supervision.HUNG_S)
     started.until(f"the end of {name}", lambda: not Path(f"/proc/{pid}").exists(), 60)
     goes_on(started)
 
@@ -78,16 +88,29 @@ def stop_the_engine_and_follow(started: Started) -> None:
     agent = started.run.members / "agent-rollout0-0.json"
     served = lambda: read_json(agent)["servers"][0]["version"]  # noqa: E731
     before = served()
-    started.until("another version to be served", lambda: served() != before)  # while it loads one, it is given ten minutes
+    started.until(
+        "another version to be served", lambda: served() != before
+    )  # while it loads one, it is given ten minutes
     os.kill(engine, signal.SIGSTOP)
     since = time.monotonic()
-    said = ("server-0-0 has not answered for", "server-0-0 is stuck: ")  # in the middle of a push, or not
+    said = (
+        "server-0-0 has not answered for",
+        "server-0-0 is stuck: ",
+    )  # in the middle of a push, or not
     told = lambda: any(each in started.log("agent-0") for each in said)  # noqa: E731
-    within(started, "the server in the log", told, since, max(UNHEALTHY_S + 2 * HEALTH_EVERY_S, PROMPT_S))
+    within(
+        started,
+        "the server in the log",
+        told,
+        since,
+        max(UNHEALTHY_S + 2 * HEALTH_EVERY_S, PROMPT_S),
+    )
     started.until("the end of the engine", lambda: not Path(f"/proc/{engine}").exists(), 60)
     goes_on(started)
 
 
-def within(started: Started, what: str, look: Callable[[], bool], since: float, seconds: float) -> None:
+def within(
+    started: Started, what: str, look: Callable[[], bool], since: float, seconds: float
+) -> None:
     started.until(what, look, seconds + SLACK_S)
     print(f"{what}: after {time.monotonic() - since:.0f} s, deadline {seconds:.0f} s")

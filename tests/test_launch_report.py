@@ -9,16 +9,25 @@ from typing import Any
 import pytest
 
 from atropos_hpc.observe import report
-from atropos_hpc.run_dir import RunDir, append_line, write_json
+from atropos_hpc.runtime.run_dir import RunDir, append_line, write_json
 
 
 def point(directory: Path, num: int, job: str | None = "7", **more: Any) -> dict[str, Any]:
     run = RunDir(directory / str(num))
     run.create()
-    return {"num": num, "overrides": ["a=1", f"b={num}"], "run_dir": str(run.path), "job": job, "steps": 4, **more}
+    return {
+        "num": num,
+        "overrides": ["a=1", f"b={num}"],
+        "run_dir": str(run.path),
+        "job": job,
+        "steps": 4,
+        **more,
+    }
 
 
-def trained(row: dict[str, Any], steps: int, reward: float, accuracy: float | None = None) -> RunDir:
+def trained(
+    row: dict[str, Any], steps: int, reward: float, accuracy: float | None = None
+) -> RunDir:
     run = RunDir(Path(row["run_dir"]))
     for step in range(1, steps + 1):
         append_line(run.metrics, {"step": step, "reward": reward, "kl_reference": 0.01 * step})
@@ -43,7 +52,9 @@ def trained(row: dict[str, Any], steps: int, reward: float, accuracy: float | No
         ("RUNNING", None, 3, "running"),  # a run that was complete at 3 steps, and goes on to 4
     ],
 )
-def test_states(tmp_path: Path, queue: str | None, outcome: str | None, done: int | None, expected: str) -> None:
+def test_states(
+    tmp_path: Path, queue: str | None, outcome: str | None, done: int | None, expected: str
+) -> None:
     row = point(tmp_path, 0, queue=queue)
     run = trained(row, 3, 0.5)
     attempt = run.new_attempt()
@@ -60,10 +71,16 @@ def test_reward_and_kl_are_means_over_the_last_tenth_of_the_steps(tmp_path: Path
     run = trained(row, 19, reward=0.0)
     append_line(run.metrics, {"step": 20, "reward": 1.0, "kl_reference": 0.21})
     found = report.row(row)
-    assert (found["reward"], found["kl"], found["step"]) == (pytest.approx(0.5), pytest.approx(0.2), 20)
+    assert (found["reward"], found["kl"], found["step"]) == (
+        pytest.approx(0.5),
+        pytest.approx(0.2),
+        20,
+    )
 
 
-def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highest_reward(tmp_path: Path) -> None:
+def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highest_reward(
+    tmp_path: Path,
+) -> None:
     rows = [point(tmp_path, num) for num in range(3)]
     trained(rows[0], 2, reward=0.9)
     trained(rows[1], 2, reward=0.1)
@@ -83,7 +100,11 @@ def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -
     row = point(tmp_path, 0)
     trained(row, 4, 0.5, accuracy=0.7)
     write_json(tmp_path / "jobs.json", [row])
-    shown = json.loads(subprocess.run([*command, str(tmp_path), "--json"], capture_output=True, text=True, check=True).stdout)
+    shown = json.loads(
+        subprocess.run(
+            [*command, str(tmp_path), "--json"], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert len(shown) == 1 and shown[0]["accuracy"] == 0.7 and shown[0]["best"] is True
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from atropos_hpc import slurm
 from atropos_hpc.config import Config, LaunchConf
-from atropos_hpc.launch.allocation import Process, Step
-from atropos_hpc.launch.plan import Action
+from atropos_hpc.launch.restart_policy import Action
+from atropos_hpc.launch.slurm import commands
+from atropos_hpc.launch.slurm.commands import SlurmError
+from atropos_hpc.launch.steps import Process, Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.launch.sweep import Point
-from atropos_hpc.run_dir import RunDir, read_json, write_json
-from atropos_hpc.slurm import SlurmError
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 
 QUICK = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
 FOR_EVER = "import time; time.sleep(600)"
@@ -33,7 +33,10 @@ sys.exit(75)
 
 
 def step(kind: str, *programs: str) -> Step:
-    processes = (Process(f"{kind}-{i}", (sys.executable, "-c", each), {"ATROPOS_HPC_NODE": kind}) for i, each in enumerate(programs))
+    processes = (
+        Process(f"{kind}-{i}", (sys.executable, "-c", each), {"ATROPOS_HPC_NODE": kind})
+        for i, each in enumerate(programs)
+    )
     return Step(kind, kind, tuple(processes))
 
 
@@ -45,18 +48,28 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def supervise(run: RunDir, *steps: Step, watch: Callable[[dict[str, Any]], Action | None] = lambda _: None) -> Action:
+def supervise(
+    run: RunDir, *steps: Step, watch: Callable[[dict[str, Any]], Action | None] = lambda _: None
+) -> Action:
     return Supervisor(run, QUICK, list(steps), watch).supervise()
 
 
-def test_the_learner_saves_before_a_run_fails_for_want_of_rollout_nodes(run: RunDir, tmp_path: Path) -> None:
+def test_the_learner_saves_before_a_run_fails_for_want_of_rollout_nodes(
+    run: RunDir, tmp_path: Path
+) -> None:
     learner = SAVES.format(requests=str(run.requests), saved=str(tmp_path / "saved"))
-    assert supervise(run, step("agent", "import sys; sys.exit(1)"), step("trainer", learner)) is Action.FAIL
+    assert (
+        supervise(run, step("agent", "import sys; sys.exit(1)"), step("trainer", learner))
+        is Action.FAIL
+    )
     assert (tmp_path / "saved").exists()
 
 
 def test_a_learner_that_does_not_save_in_time_is_ended(run: RunDir) -> None:
-    assert supervise(run, step("agent", "import sys; sys.exit(2)"), step("trainer", FOR_EVER)) is Action.FAIL
+    assert (
+        supervise(run, step("agent", "import sys; sys.exit(2)"), step("trainer", FOR_EVER))
+        is Action.FAIL
+    )
 
 
 def test_a_rank_that_stays_when_the_others_have_left_does_not_hold_the_run(run: RunDir) -> None:
@@ -65,7 +78,9 @@ def test_a_rank_that_stays_when_the_others_have_left_does_not_hold_the_run(run: 
 
 
 def test_a_run_directory_that_is_away_for_a_moment_ends_nothing(run: RunDir) -> None:
-    program = f"import time; time.sleep(3); open({str(run.done)!r}, 'w').write('{{\"version\": 1}}')"
+    program = (
+        f"import time; time.sleep(3); open({str(run.done)!r}, 'w').write('{{\"version\": 1}}')"
+    )
     started, away = time.monotonic(), run.members.with_name("away")
 
     def watch(_members: dict[str, Any]) -> None:
@@ -87,7 +102,7 @@ def test_a_run_directory_that_is_away_for_a_moment_ends_nothing(run: RunDir) -> 
 def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slurm, "PAUSE_S", 0.01)
+    monkeypatch.setattr(commands, "PAUSE_S", 0.01)
     answers = iter([SlurmError("scontrol: Unable to contact slurm controller"), "42"])
 
     def submit() -> str:
@@ -95,19 +110,21 @@ def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
             raise answer
         return answer
 
-    assert slurm.insist(submit) == "42" and "Unable to contact" in caplog.text
-    monkeypatch.setattr(slurm, "AWAY_S", 0.05)
+    assert commands.insist(submit) == "42" and "Unable to contact" in caplog.text
+    monkeypatch.setattr(commands, "AWAY_S", 0.05)
 
     def refused() -> None:
         raise SlurmError("scontrol: Requested operation is presently disabled")
 
     with pytest.raises(SlurmError, match="disabled"):
-        slurm.insist(refused)
+        commands.insist(refused)
 
 
-def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(slurm, "ask", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
+    monkeypatch.setattr(commands, "ask", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
 
     def handler(*_: object) -> None:
         raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
@@ -116,7 +133,7 @@ def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(tmp_path: P
     try:
         with pytest.raises(SlurmError, match="requeue"):
             Point(0, [], Config(), tmp_path).requeue()
-        monkeypatch.setattr(slurm, "ask", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1")
+        monkeypatch.setattr(commands, "ask", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1")
         Point(0, [], Config(), tmp_path).requeue()  # Slurm was quicker
     finally:
         signal.signal(signal.SIGUSR2, previous)

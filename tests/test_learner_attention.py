@@ -18,7 +18,14 @@ from atropos_hpc.learner.backends import packed_attention  # noqa: E402
 def packs() -> list[list[int]]:
     """Lengths of the sequences of each."""
     rng = random.Random(0)
-    return [[1], [7], [1, 2, 4, 8, 16], [64, 1, 1, 63], [5] * 6, *([rng.randrange(1, 70) for _ in range(9)] for _ in range(4))]
+    return [
+        [1],
+        [7],
+        [1, 2, 4, 8, 16],
+        [64, 1, 1, 63],
+        [5] * 6,
+        *([rng.randrange(1, 70) for _ in range(9)] for _ in range(4)),
+    ]
 
 
 def positions(lengths: list[int]) -> torch.Tensor:
@@ -34,14 +41,21 @@ def test_every_sequence_sees_itself_only(lengths: list[int]) -> None:
     theirs = [tensor.detach().clone().requires_grad_() for tensor in mine]
     sequence = (positions(lengths)[0] == 0).cumsum(0)
     mask = (sequence[:, None] == sequence[None]).tril()
-    want = scaled_dot_product_attention(*theirs, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    want = scaled_dot_product_attention(
+        *theirs, attn_mask=mask, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
     module: torch.nn.Module = SimpleNamespace(num_key_value_groups=2)  # type: ignore[assignment]
-    got, _ = packed_attention.attend(module, *mine, None, scaling=0.3, position_ids=positions(lengths))
+    got, _ = packed_attention.attend(
+        module, *mine, None, scaling=0.3, position_ids=positions(lengths)
+    )
     assert got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=1e-12)
     weights = torch.randn_like(want)
     (want * weights).sum().backward()
     (got * weights).sum().backward()
-    assert all(torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12) for one, other in zip(mine, theirs, strict=True))
+    assert all(
+        torch.allclose(one.grad, other.grad, rtol=0, atol=1e-12)
+        for one, other in zip(mine, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -50,7 +64,11 @@ def test_a_models_logits_are_those_of_its_sequences_alone(window: int | None) ->
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 8, "attn_implementation": packed_attention.register()}  # fmt: skip
-    model = Qwen3ForCausalLM(Qwen3Config(**shape)) if window is None else MistralForCausalLM(MistralConfig(**shape, sliding_window=window))
+    model = (
+        Qwen3ForCausalLM(Qwen3Config(**shape))
+        if window is None
+        else MistralForCausalLM(MistralConfig(**shape, sliding_window=window))
+    )
     model = model.double().eval()
     lengths = [9, 20, 1, 14]
     tokens = torch.randint(0, 50, (1, sum(lengths)))
@@ -58,7 +76,9 @@ def test_a_models_logits_are_those_of_its_sequences_alone(window: int | None) ->
         packed = model(tokens, position_ids=positions(lengths), use_cache=False).logits[0]
         model.set_attn_implementation("eager")
         alone = [model(ids[None], use_cache=False).logits[0] for ids in tokens[0].split(lengths)]
-    assert float((packed - torch.cat(alone)).abs().max()) < 1e-6  # "eager" takes its softmax in float32
+    assert (
+        float((packed - torch.cat(alone)).abs().max()) < 1e-6
+    )  # "eager" takes its softmax in float32
 
 
 def test_a_model_that_does_not_tell_positions_is_refused() -> None:

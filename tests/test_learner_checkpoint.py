@@ -20,7 +20,7 @@ from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E4
 from atropos_hpc.learner import checkpoint  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import CheckpointFailed, Checkpoints  # noqa: E402
-from atropos_hpc.run_dir import RunDir, read_json  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir, read_json  # noqa: E402
 
 
 def backend_of(path: Path, learning_rate: float = 1e-3) -> VerlBackend:
@@ -33,7 +33,11 @@ def train(backend: VerlBackend, steps: int) -> list[dict[str, float]]:
     """Steps, with what each generator of random numbers gave before."""
     metrics = []
     for _ in range(steps):
-        drawn = {"drawn0": float(torch.rand(())), "drawn1": random.random(), "drawn2": float(np.random.rand())}
+        drawn = {
+            "drawn0": float(torch.rand(())),
+            "drawn1": random.random(),
+            "drawn2": float(np.random.rand()),
+        }
         metrics.append({**learner_ranks.train(backend, 1)[0], **drawn})
     return metrics
 
@@ -56,7 +60,9 @@ def two_steps_saved(rank: int, world: int, path: Path, run: RunDir) -> Any:
     return at_save, metrics, weights_of(backend)
 
 
-def resumed(rank: int, world: int, path: Path, run: RunDir, steps: int = 2, save: bool = False) -> Any:
+def resumed(
+    rank: int, world: int, path: Path, run: RunDir, steps: int = 2, save: bool = False
+) -> Any:
     """Goes on from the newest checkpoint for some steps, and saves, if asked."""
     random.seed(99)
     backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
@@ -81,7 +87,9 @@ def test_other_numbers_of_ranks(small_model: Path, run: RunDir) -> None:
     both = on_ranks(2, two_steps_saved, small_model, run)
     at_save, metrics, after = both[0]
     ranks = on_ranks(2, resumed, small_model, run)
-    assert [rank[1] for rank in ranks] == [rank[1] for rank in both] and same(after, ranks[0][2]), "2 ranks again: bit-equal"
+    assert [rank[1] for rank in ranks] == [rank[1] for rank in both] and same(after, ranks[0][2]), (
+        "2 ranks again: bit-equal"
+    )
 
     # 2 ranks -> 1, which takes a step and saves -> 2 again, each compared with the run that was never stopped
     loaded, on_one, end, _ = on_ranks(1, resumed, small_model, run, 1, True)[0]
@@ -151,7 +159,9 @@ def save_steps(rank: int, world: int, run: RunDir, steps: list[int], keep: int =
 def load_numbers(rank: int, world: int, run: RunDir) -> Any:
     numbers = Numbers()
     progress = Checkpoints(run, 2).load_latest(numbers)  # type: ignore[arg-type]
-    assert progress is None or ((numbers.values == progress["step"]).all() and numbers.step_count == progress["step"])
+    assert progress is None or (
+        (numbers.values == progress["step"]).all() and numbers.step_count == progress["step"]
+    )
     return progress and progress["step"]
 
 
@@ -159,10 +169,14 @@ def test_the_newest_are_kept_and_what_is_no_use_goes(run: RunDir) -> None:
     assert on_ranks(1, load_numbers, run) == [None]
     assert on_ranks(2, save_steps, run, [1, 2, 3])[0] == ["step-2-0", "step-3-0"]
     (run.checkpoints / "step-9-0").mkdir()  # incomplete
-    (run.checkpoints / "step-8-0").mkdir()  # complete, but never named: left by a crash before latest.json
+    (
+        run.checkpoints / "step-8-0"
+    ).mkdir()  # complete, but never named: left by a crash before latest.json
     (run.checkpoints / "step-8-0" / "manifest.json").write_text('{"step": 8, "files": []}')
     assert on_ranks(1, load_numbers, run) == [3]
-    assert on_ranks(1, save_steps, run, [3, 4])[0] == ["step-3-1", "step-4-0"], "a second attempt at 3 is newer than the first"
+    assert on_ranks(1, save_steps, run, [3, 4])[0] == ["step-3-1", "step-4-0"], (
+        "a second attempt at 3 is newer than the first"
+    )
 
 
 def save_with_milestones(rank: int, world: int, run: RunDir, steps: list[int]) -> list[str]:
@@ -175,21 +189,36 @@ def save_with_milestones(rank: int, world: int, run: RunDir, steps: list[int]) -
 
 
 def test_milestones_stay_in_their_last_attempt(run: RunDir) -> None:
-    assert on_ranks(1, save_with_milestones, run, [2, 4, 6, 8, 8, 9])[0] == ["step-4-0", "step-8-1", "step-9-0"]
-    assert checkpoint.find(run.checkpoints, 8)[0].name == "step-8-1" and checkpoint.find(run.checkpoints)[0].name == "step-9-0"
+    assert on_ranks(1, save_with_milestones, run, [2, 4, 6, 8, 8, 9])[0] == [
+        "step-4-0",
+        "step-8-1",
+        "step-9-0",
+    ]
+    assert (
+        checkpoint.find(run.checkpoints, 8)[0].name == "step-8-1"
+        and checkpoint.find(run.checkpoints)[0].name == "step-9-0"
+    )
     with pytest.raises(FileNotFoundError, match=r"step 6.*there are: 4, 8, 9"):
         checkpoint.find(run.checkpoints, 6)
 
 
-def test_damage_is_noticed_and_an_older_one_taken(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_noticed_and_an_older_one_taken(
+    run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
     on_ranks(1, save_steps, run, [1, 2])
     manifest = read_json(run.checkpoints / "step-2-0" / "manifest.json")
-    assert {entry["file"] for entry in manifest["files"]} == {".metadata", "__0_0.distcp"} and manifest["ranks"] == 1
+    assert {entry["file"] for entry in manifest["files"]} == {
+        ".metadata",
+        "__0_0.distcp",
+    } and manifest["ranks"] == 1
     shard = run.checkpoints / "step-2-0" / "__0_0.distcp"
     os.truncate(shard, shard.stat().st_size - 1)
     assert on_ranks(2, load_numbers, run) == [1, 1]
     (run.checkpoints / "step-1-0" / ".metadata").unlink()
-    with pytest.raises(AssertionError, match=r"BadCheckpoint.*step-2-0.*the manifest says.*step-1-0/.metadata: missing"):
+    with pytest.raises(
+        AssertionError,
+        match=r"BadCheckpoint.*step-2-0.*the manifest says.*step-1-0/.metadata: missing",
+    ):
         on_ranks(2, load_numbers, run)
 
 
@@ -227,11 +256,15 @@ def crash_at(rank: int, world: int, run: RunDir, function: str, call: int) -> No
         ("_retire", 1, 10),  # after latest.json
     ],
 )
-def test_a_crash_leaves_the_last_durable_step(run: RunDir, function: str, call: int, survives: int) -> None:
+def test_a_crash_leaves_the_last_durable_step(
+    run: RunDir, function: str, call: int, survives: int
+) -> None:
     with pytest.raises(FileNotFoundError):  # no result: the process was gone
         on_ranks(1, crash_at, run, function, call)
     assert on_ranks(1, load_numbers, run) == [survives]
-    assert on_ranks(1, save_steps, run, [survives + 1], 1)[0] == [f"step-{survives + 1}-0"], "leftovers go with the next save"
+    assert on_ranks(1, save_steps, run, [survives + 1], 1)[0] == [f"step-{survives + 1}-0"], (
+        "leftovers go with the next save"
+    )
 
 
 def full_disk(rank: int, world: int, run: RunDir) -> Any:
@@ -254,4 +287,7 @@ def full_disk(rank: int, world: int, run: RunDir) -> Any:
 
 def test_a_full_disk_on_one_rank_is_heard_of_on_all(run: RunDir) -> None:
     assert on_ranks(2, full_disk, run) == [2, 2]
-    assert sorted(json.loads((run.checkpoints / "latest.json").read_text()).items()) == [("directory", "step-2-0"), ("step", 2)]
+    assert sorted(json.loads((run.checkpoints / "latest.json").read_text()).items()) == [
+        ("directory", "step-2-0"),
+        ("step", 2),
+    ]

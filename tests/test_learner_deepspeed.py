@@ -18,8 +18,8 @@ from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E4
 from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend, described  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
-from atropos_hpc.policy.publish import snapshot, write_shards  # noqa: E402
-from atropos_hpc.run_dir import RunDir  # noqa: E402
+from atropos_hpc.policy.shard_writer import snapshot, write_shards  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 
 FSDP2 = 0  # where a ZeRO stage is meant
 SMALL_BUDGET = 150  # tokens: several micro-batches per step
@@ -27,9 +27,18 @@ SMALL_BUDGET = 150  # tokens: several micro-batches per step
 
 def backend_of(path: Path, stage: int, dtype: str = "float32") -> VerlBackend:
     own = {"deepspeed": {"zero_optimization": {"stage": stage}}} if stage else {}
-    trainer = TrainerConf(learning_rate=1e-3, warmup_steps=2, schedule="cosine", steps=20, gradient_checkpointing=False, **own)
+    trainer = TrainerConf(
+        learning_rate=1e-3,
+        warmup_steps=2,
+        schedule="cosine",
+        steps=20,
+        gradient_checkpointing=False,
+        **own,
+    )
     model = ModelConf(path=str(path), dtype=dtype, max_length=MAX_LENGTH)
-    return (DeepSpeedBackend if stage else VerlBackend)(model, trainer, AlgorithmConf(kl_coef=0.05), 0)
+    return (DeepSpeedBackend if stage else VerlBackend)(
+        model, trainer, AlgorithmConf(kl_coef=0.05), 0
+    )
 
 
 def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
@@ -45,9 +54,15 @@ def gradients(rank: int, world: int, path: Path, stages: list[int]) -> dict[int,
         backend = backend_of(path, stage)
         step, kept = backend._policy.optimizer_step, {}
 
-        def keep(backend: Any = backend, step: Any = step, kept: Any = kept, stage: int = stage) -> float:
+        def keep(
+            backend: Any = backend, step: Any = step, kept: Any = kept, stage: int = stage
+        ) -> float:
             for name, parameter in backend.module.named_parameters():
-                kept[name] = (safe_get_full_grad(parameter) if stage else parameter.grad.full_tensor()).double().clone()
+                kept[name] = (
+                    (safe_get_full_grad(parameter) if stage else parameter.grad.full_tensor())
+                    .double()
+                    .clone()
+                )
             return step()
 
         backend._policy.optimizer_step = keep
@@ -60,11 +75,17 @@ def test_gradients_are_those_of_the_other_backend(small_model: Path) -> None:
     found = on_ranks(2, gradients, small_model, [FSDP2, 1, 2, 3])[0]
     want, metrics = found.pop(FSDP2)
     norm = torch.sqrt(sum((g**2).sum() for g in want.values()))
-    cases = {**{(2, stage): case for stage, case in found.items()}, (1, 2): on_ranks(1, gradients, small_model, [2])[0][2]}
+    cases = {
+        **{(2, stage): case for stage, case in found.items()},
+        (1, 2): on_ranks(1, gradients, small_model, [2])[0][2],
+    }
     assert len(cases) == 4
     for case, (got, others) in cases.items():
         assert got.keys() == want.keys()
-        assert float(torch.sqrt(sum(((got[name] - g) ** 2).sum() for name, g in want.items())) / norm) < 1e-5, case
+        assert (
+            float(torch.sqrt(sum(((got[name] - g) ** 2).sum() for name, g in want.items())) / norm)
+            < 1e-5
+        ), case
         assert others == pytest.approx(metrics, rel=1e-5, abs=1e-6), case
 
 
@@ -82,7 +103,9 @@ def uninterrupted(rank: int, world: int, path: Path, runs: dict[int, RunDir]) ->
     return made
 
 
-def resumed(rank: int, world: int, path: Path, chain: list[tuple[RunDir, int, int, bool]]) -> list[Any]:
+def resumed(
+    rank: int, world: int, path: Path, chain: list[tuple[RunDir, int, int, bool]]
+) -> list[Any]:
     """For each run directory, with a stage of its own and in order: go on from its newest checkpoint for some steps, and save, if asked.
 
     -> the weights as loaded, what the steps reported, the weights in the end.
@@ -100,25 +123,36 @@ def resumed(rank: int, world: int, path: Path, chain: list[tuple[RunDir, int, in
     return made
 
 
-def test_resume_on_other_numbers_of_ranks_other_stages_and_the_other_backend(small_model: Path, tmp_path: Path) -> None:
+def test_resume_on_other_numbers_of_ranks_other_stages_and_the_other_backend(
+    small_model: Path, tmp_path: Path
+) -> None:
     stages = (1, 2, 3)
     runs = {stage: RunDir(tmp_path / str(stage)) for stage in stages}
     for run in runs.values():
         run.create()
     exact = on_ranks(2, uninterrupted, small_model, runs)[0]
     cases = [(stage, own) for stage in stages for own in (stage, stage % 3 + 1, FSDP2)]
-    again = on_ranks(2, resumed, small_model, [(runs[stage], own, 3, False) for stage, own in cases])[0]
+    again = on_ranks(
+        2, resumed, small_model, [(runs[stage], own, 3, False) for stage, own in cases]
+    )[0]
     for (stage, own), (loaded, metrics, end) in zip(cases, again, strict=True):
         at_save, want, last = exact[stage]
         assert same(loaded, at_save), (stage, own)
         if own == stage:
             assert metrics == want and same(end, last), f"stage {stage}, 2 ranks again: bit-equal"
-        assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in want], abs=1e-6), (stage, own)
+        assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in want], abs=1e-6), (
+            stage,
+            own,
+        )
         assert [m["lr"] for m in metrics] == [m["lr"] for m in want]
 
     # 2 ranks -> 1, which takes a step and saves -> 2 again, each compared with the run that was never stopped
-    on_one = on_ranks(1, resumed, small_model, [(runs[stage], stage, 1, True) for stage in stages])[0]
-    on_two = on_ranks(2, resumed, small_model, [(runs[stage], stage, 1, False) for stage in stages])[0]
+    on_one = on_ranks(1, resumed, small_model, [(runs[stage], stage, 1, True) for stage in stages])[
+        0
+    ]
+    on_two = on_ranks(
+        2, resumed, small_model, [(runs[stage], stage, 1, False) for stage in stages]
+    )[0]
     for stage, one, two in zip(stages, on_one, on_two, strict=True):
         at_save, want, _ = exact[stage]
         assert same(one[0], at_save) and same(two[0], one[2]), stage
@@ -147,14 +181,22 @@ def published(rank: int, world: int, path: Path, directory: Path, stages: tuple[
     for stage in stages:
         backend = backend_of(path, stage)
         train(backend, 1, SMALL_BUDGET)
-        write_shards(snapshot(backend.module, torch.float32, backend.weights()), directory / f"{stage}-1", group)
+        write_shards(
+            snapshot(backend.module, torch.float32, backend.weights()),
+            directory / f"{stage}-1",
+            group,
+        )
         made[stage] = weights_of(backend)
     return made
 
 
 def test_what_is_published(small_model: Path, tmp_path: Path) -> None:
     for stage, weights in on_ranks(2, published, small_model, tmp_path, (2, 3))[0].items():
-        stored = {name: tensor for path in (tmp_path / f"{stage}-1").glob("*.safetensors") for name, tensor in load_file(path).items()}
+        stored = {
+            name: tensor
+            for path in (tmp_path / f"{stage}-1").glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
         assert stored.keys() == load_file(small_model / "model.safetensors").keys()
         assert all(torch.equal(stored[name], weights[name]) for name in stored), stage
 
@@ -162,16 +204,35 @@ def test_what_is_published(small_model: Path, tmp_path: Path) -> None:
 def in_bfloat16(rank: int, world: int, path: Path) -> Any:
     backend = backend_of(path, 2, "bfloat16")
     metrics = train(backend, 2, SMALL_BUDGET)
-    return metrics, {p.dtype for p in backend.module.parameters()}, {t.dtype for t in backend.state_dict()["model"].values()}
+    return (
+        metrics,
+        {p.dtype for p in backend.module.parameters()},
+        {t.dtype for t in backend.state_dict()["model"].values()},
+    )
 
 
 def test_bfloat16_keeps_float32_for_the_optimizer(small_model: Path) -> None:
     metrics, computing, kept = on_ranks(2, in_bfloat16, small_model)[0]
-    assert computing == {torch.bfloat16} and kept == {torch.float32} and all(m["grad_norm"] > 0 for m in metrics)
+    assert (
+        computing == {torch.bfloat16}
+        and kept == {torch.float32}
+        and all(m["grad_norm"] > 0 for m in metrics)
+    )
 
 
 def test_deepspeeds_json_is_passed_on_below_what_the_run_decides() -> None:
-    trainer = TrainerConf(grad_clip=0.5, offload=True, deepspeed={"wall_clock_breakdown": True, "zero_optimization": {"stage": 3}})
+    trainer = TrainerConf(
+        grad_clip=0.5,
+        offload=True,
+        deepspeed={"wall_clock_breakdown": True, "zero_optimization": {"stage": 3}},
+    )
     made = described(ModelConf(dtype="bfloat16"), trainer)
-    assert made["wall_clock_breakdown"] and made["gradient_clipping"] == 0.5 and made["bf16"] == {"enabled": True}
-    assert made["zero_optimization"]["stage"] == 3 and made["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert (
+        made["wall_clock_breakdown"]
+        and made["gradient_clipping"] == 0.5
+        and made["bf16"] == {"enabled": True}
+    )
+    assert (
+        made["zero_optimization"]["stage"] == 3
+        and made["zero_optimization"]["offload_param"]["device"] == "cpu"
+    )

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from atropos_hpc import config as schema
-from atropos_hpc import process
 from atropos_hpc.policy.store import PolicyStore
-from atropos_hpc.rendezvous import Leader, Roster, ask, wait_for
-from atropos_hpc.run_dir import RunDir, read_json, read_lines, write_json
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import Leader, Roster, ask, wait_for
+from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines, write_json
 
 pytestmark = pytest.mark.verl
 
@@ -50,7 +50,13 @@ def new_run(path: Path, model: Path, ranks: int = 1, **trainer: Any) -> RunDir:
     config.model = schema.ModelConf(path=str(model), max_length=32, dtype="float32")
     config.environment = schema.EnvironmentConf(target="none:None", group_size=SIZE)
     config.algorithm = schema.AlgorithmConf(batch_size=GROUPS * SIZE, kl_coef=0.01)
-    options = {"steps": STEPS, "learning_rate": 1e-3, "tokens_per_micro_batch": 128, "gradient_checkpointing": False, "threads": 1}
+    options = {
+        "steps": STEPS,
+        "learning_rate": 1e-3,
+        "tokens_per_micro_batch": 128,
+        "gradient_checkpointing": False,
+        "threads": 1,
+    }
     config.trainer = schema.TrainerConf(**{**options, "checkpoint_every": 2, **trainer})
     config.evaluation = schema.EvaluationConf(before=False, after=False)
     config.staleness = schema.StalenessConf(max=1000)
@@ -71,7 +77,13 @@ def group(seed: int) -> dict[str, Any]:
         logprobs.append([1.0 if label == -100 else -rng.random() * 4 for label in masks[-1]])
     scores = [float(i) for i in range(SIZE)]
     params = {"group_id": f"g{seed}", "policy_versions": [[0, 0]] * SIZE}
-    return {"tokens": tokens, "masks": masks, "scores": scores, "inference_logprobs": logprobs, "generation_params": params}
+    return {
+        "tokens": tokens,
+        "masks": masks,
+        "scores": scores,
+        "inference_logprobs": logprobs,
+        "generation_params": params,
+    }
 
 
 @contextmanager
@@ -109,7 +121,9 @@ def learn(run: RunDir, ranks: int = 1) -> list[process.Child]:
         variables = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                      "ATROPOS_HPC_STEP": step, "ATROPOS_HPC_NODE": "n0"}  # fmt: skip
         command = [sys.executable, "-m", "atropos_hpc.learner", "--run-dir", str(run.path)]
-        children.append(process.start(f"trainer-{rank}", command, run.logs / f"trainer-{rank}.log", variables))
+        children.append(
+            process.start(f"trainer-{rank}", command, run.logs / f"trainer-{rank}.log", variables)
+        )
     return children
 
 
@@ -125,7 +139,9 @@ def ended(run: RunDir, children: list[process.Child]) -> list[int]:
 def weights(run: RunDir) -> tuple[int, list[str]]:
     latest = PolicyStore(run.policy).latest()
     assert latest is not None
-    return latest.version, [file["xxh3"] for file in read_json(latest.directory / "manifest.json")["files"]]
+    return latest.version, [
+        file["xxh3"] for file in read_json(latest.directory / "manifest.json")["files"]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +157,15 @@ def test_every_step_is_trained_published_measured_and_acknowledged(uninterrupted
     run = uninterrupted
     lines = read_lines(run.metrics)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for key in ("reward", "kl_reference", "entropy", "grad_norm", "clip_fraction", "staleness_mean", "length_mean"):
+    for key in (
+        "reward",
+        "kl_reference",
+        "entropy",
+        "grad_norm",
+        "clip_fraction",
+        "staleness_mean",
+        "length_mean",
+    ):
         assert all(key in line for line in lines), key
     for key in ("tokens_per_s", "time/wait", "time/update", "time/publish"):
         assert all(line[key] >= 0 for line in lines), key
@@ -150,7 +174,9 @@ def test_every_step_is_trained_published_measured_and_acknowledged(uninterrupted
     assert read_json(run.checkpoints / "latest.json")["step"] == STEPS
 
 
-def test_three_and_three_steps_give_the_weights_of_six(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+def test_three_and_three_steps_give_the_weights_of_six(
+    uninterrupted: RunDir, model: Path, tmp_path: Path
+) -> None:
     run = new_run(tmp_path, model)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS)])
@@ -163,8 +189,13 @@ def test_three_and_three_steps_give_the_weights_of_six(uninterrupted: RunDir, mo
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS, STEPS * GROUPS)])
         assert ended(run, learn(run)) == [0]
     assert weights(run) == weights(uninterrupted)
-    same = [(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(uninterrupted.metrics)]
-    assert [(line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run.metrics)] == same
+    same = [
+        (line["step"], line["loss"], line["grad_norm"])
+        for line in read_lines(uninterrupted.metrics)
+    ]
+    assert [
+        (line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run.metrics)
+    ] == same
 
 
 @pytest.mark.parametrize("newest", ["whole", "damaged"])
@@ -185,7 +216,9 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
             next((run.checkpoints / latest["directory"]).glob("*.distcp")).unlink()
         post(url, run.token(), [group(seed) for seed in range(5 * GROUPS, STEPS * GROUPS)])
         assert ended(run, learn(run)) == [0]
-    assert ("going back to step-2" in (run.logs / "trainer-0.log").read_text()) == (newest == "damaged")
+    assert ("going back to step-2" in (run.logs / "trainer-0.log").read_text()) == (
+        newest == "damaged"
+    )
     assert weights(run) == weights(uninterrupted)
     assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, STEPS + 1))
 
@@ -194,7 +227,9 @@ def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_st
     uninterrupted: RunDir, model: Path, tmp_path: Path
 ) -> None:
     run = new_run(tmp_path, model)
-    shutil.copytree(uninterrupted.trajectories, run.trajectories, dirs_exist_ok=True)  # of a run that has done all its steps
+    shutil.copytree(
+        uninterrupted.trajectories, run.trajectories, dirs_exist_ok=True
+    )  # of a run that has done all its steps
     with trajectory_server(run):
         assert ended(run, learn(run)) == [2]
     log = (run.logs / "trainer-0.log").read_text()
@@ -202,11 +237,15 @@ def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_st
 
 
 @pytest.mark.parametrize("backend", ["verl", "deepspeed"])
-def test_two_ranks_take_the_same_steps(uninterrupted: RunDir, model: Path, tmp_path: Path, backend: str) -> None:
+def test_two_ranks_take_the_same_steps(
+    uninterrupted: RunDir, model: Path, tmp_path: Path, backend: str
+) -> None:
     run = new_run(tmp_path, model, ranks=2, backend=backend)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(STEPS * GROUPS)])
-        assert ended(run, learn(run, ranks=2)) == [0, 0], process.tail(run.logs / "trainer-0.log", 40)
+        assert ended(run, learn(run, ranks=2)) == [0, 0], process.tail(
+            run.logs / "trainer-0.log", 40
+        )
     for one, two in zip(read_lines(uninterrupted.metrics), read_lines(run.metrics), strict=True):
         assert two["reward"] == one["reward"] and two["trained_tokens"] == one["trained_tokens"]
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
@@ -218,7 +257,9 @@ def exported(run: RunDir, out: Path, *options: str) -> "subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_an_exported_checkpoint_is_the_published_policy(uninterrupted: RunDir, model: Path, tmp_path: Path) -> None:
+def test_an_exported_checkpoint_is_the_published_policy(
+    uninterrupted: RunDir, model: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -226,13 +267,26 @@ def test_an_exported_checkpoint_is_the_published_policy(uninterrupted: RunDir, m
     assert done.returncode == 0 and f"step {STEPS}" in done.stdout, done.stderr
     latest = PolicyStore(uninterrupted.policy).latest()
     assert latest is not None
-    published = {name: tensor for path in latest.directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    published = {
+        name: tensor
+        for path in latest.directory.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert written.keys() == published.keys() and all(written[name].equal(published[name]) for name in written)
+    assert written.keys() == published.keys() and all(
+        written[name].equal(published[name]) for name in written
+    )
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == AutoTokenizer.from_pretrained(model).get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+        == AutoTokenizer.from_pretrained(model).get_vocab()
+    )
 
     again = exported(uninterrupted, tmp_path / "out")
     assert again.returncode == 2 and "exists" in again.stderr and "Traceback" not in again.stderr
     missing = exported(uninterrupted, tmp_path / "other", "--step", "3")
-    assert missing.returncode == 2 and "there are: 4, 6" in missing.stderr and not (tmp_path / "other").exists()
+    assert (
+        missing.returncode == 2
+        and "there are: 4, 6" in missing.stderr
+        and not (tmp_path / "other").exists()
+    )

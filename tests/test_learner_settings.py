@@ -15,26 +15,43 @@ import torch  # noqa: E402
 from learner_ranks import MAX_LENGTH, on_ranks, same, train, whole  # noqa: E402
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig  # noqa: E402
 
-from atropos_hpc import checks  # noqa: E402
+from atropos_hpc import validate  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
-from atropos_hpc.run_dir import RunDir  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 
 BUDGET = 150  # tokens: several micro-batches per step
 
 
 def test_the_names_that_the_checks_know_are_verls() -> None:
-    for section, known, made in (("fsdp_config", checks.FSDP_CONFIG, FSDPEngineConfig), ("optim", checks.OPTIM, FSDPOptimizerConfig)):
-        owned = {key.partition(".")[2] for key in checks.VERL_OWN if key.startswith(section)}
+    for section, known, made in (
+        ("fsdp_config", validate.FSDP_CONFIG, FSDPEngineConfig),
+        ("optim", validate.OPTIM, FSDPOptimizerConfig),
+    ):
+        owned = {key.partition(".")[2] for key in validate.VERL_OWN if key.startswith(section)}
         assert set(known) | owned <= {field.name for field in dataclasses.fields(made)}
         assert not set(known) & owned
 
 
-def backend_of(path: Path, attention: str = "sdpa", algorithm: AlgorithmConf | None = None, **trainer: Any) -> VerlBackend:
-    options = {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "cosine", "steps": 10, "gradient_checkpointing": False, **trainer}
+def backend_of(
+    path: Path, attention: str = "sdpa", algorithm: AlgorithmConf | None = None, **trainer: Any
+) -> VerlBackend:
+    options = {
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "schedule": "cosine",
+        "steps": 10,
+        "gradient_checkpointing": False,
+        **trainer,
+    }
     model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH, attention=attention)
-    return VerlBackend(model, TrainerConf(**options), algorithm or AlgorithmConf(kl_coef=0.05, entropy_coef=0.01), 0)
+    return VerlBackend(
+        model,
+        TrainerConf(**options),
+        algorithm or AlgorithmConf(kl_coef=0.05, entropy_coef=0.01),
+        0,
+    )
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -43,10 +60,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offload by FSDP2": {"offload": True},
     "offload by verl": {"fsdp_config": {"param_offload": True, "optimizer_offload": True}},
     "replicas": {"fsdp_config": {"fsdp_size": 1}},
-    "weights stay whole": {"fsdp_config": {"reshard_after_forward": False, "forward_prefetch": True}},
-    "gradients every micro-batch": {"fsdp_config": {"use_no_sync_for_gradient_accumulation": False}},
+    "weights stay whole": {
+        "fsdp_config": {"reshard_after_forward": False, "forward_prefetch": True}
+    },
+    "gradients every micro-batch": {
+        "fsdp_config": {"use_no_sync_for_gradient_accumulation": False}
+    },
     "padded packs": {"fsdp_config": {"pad_to_length": True, "pad_to_length_bucket": 64}},
-    "entropy": {"fsdp_config": {"entropy_checkpointing": True, "entropy_from_logits_chunk_size": 16}},
+    "entropy": {
+        "fsdp_config": {"entropy_checkpointing": True, "entropy_from_logits_chunk_size": 16}
+    },
 }
 
 
@@ -64,7 +87,9 @@ def with_each(rank: int, world: int, path: Path, run: RunDir) -> dict[str, Any]:
     return made
 
 
-def test_what_changes_where_things_lie_leaves_the_steps_as_they_are(small_model: Path, run: RunDir) -> None:
+def test_what_changes_where_things_lie_leaves_the_steps_as_they_are(
+    small_model: Path, run: RunDir
+) -> None:
     found = on_ranks(2, with_each, small_model, run)[0]
     plain, weights = found["none"]
     for name, (metrics, others) in found.items():
@@ -74,7 +99,11 @@ def test_what_changes_where_things_lie_leaves_the_steps_as_they_are(small_model:
 
 
 def another_optimizer(rank: int, world: int, path: Path, run: RunDir) -> Any:
-    optim = {"optimizer": "SGD", "override_optimizer_config": {"momentum": 0.9}, "min_lr_ratio": 0.5}
+    optim = {
+        "optimizer": "SGD",
+        "override_optimizer_config": {"momentum": 0.9},
+        "min_lr_ratio": 0.5,
+    }
     backend, checkpoints = backend_of(path, optim=optim), Checkpoints(run, keep=1)
     metrics = train(backend, 3)
     checkpoints.save(backend, {})
@@ -82,24 +111,43 @@ def another_optimizer(rank: int, world: int, path: Path, run: RunDir) -> Any:
     checkpoints.wait()
     again = backend_of(path, optim=optim)
     checkpoints.load_latest(again)
-    return metrics, train(again, 2), whole(backend.weights()), whole(again.weights()), type(backend._policy.optimizer).__name__
+    return (
+        metrics,
+        train(again, 2),
+        whole(backend.weights()),
+        whole(again.weights()),
+        type(backend._policy.optimizer).__name__,
+    )
 
 
 def test_another_optimizer_and_floor_of_the_schedule(small_model: Path, run: RunDir) -> None:
     metrics, resumed, one, other, name = on_ranks(2, another_optimizer, small_model, run)[0]
     assert name == "SGD" and metrics[3:] == resumed and same(one, other)
     cosine = [0.5 * (1 + math.cos(math.pi * step / 9)) for step in range(4)]
-    assert [m["lr"] for m in metrics] == pytest.approx([0.0, *(1e-3 * (0.5 + 0.5 * value) for value in cosine)])
+    assert [m["lr"] for m in metrics] == pytest.approx(
+        [0.0, *(1e-3 * (0.5 + 0.5 * value) for value in cosine)]
+    )
 
 
 def stand_in_for_flash_attention() -> Callable[..., torch.Tensor]:
     """flash-attn has no CPU build. In its place: dense attention, each sequence of the pack (whose positions restart) for itself."""
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, position_ids: torch.Tensor, **__: Any) -> torch.Tensor:
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        position_ids: torch.Tensor,
+        **__: Any,
+    ) -> torch.Tensor:
         sequence = (position_ids[0] == 0).cumsum(0)
-        mask = (sequence[:, None] == sequence[None]) & (torch.arange(len(sequence))[:, None] >= torch.arange(len(sequence))[None])
+        mask = (sequence[:, None] == sequence[None]) & (
+            torch.arange(len(sequence))[:, None] >= torch.arange(len(sequence))[None]
+        )
         heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *heads, attn_mask=mask, enable_gqa=True
+        ).transpose(1, 2)
 
     return attend
 
@@ -113,11 +161,17 @@ def over_ulysses(rank: int, world: int, path: Path, algorithm: AlgorithmConf) ->
     modeling_utils.lazy_import_flash_attention = lambda *_, **__: None
     settings = {"fsdp_config": {"ulysses_sequence_parallel_size": 2}} if world > 1 else {}
     backend = backend_of(path, "flash_attention_2", algorithm, **settings)
-    return (backend.data_rank, backend.data_world), train(backend, 3, BUDGET), whole(backend.weights())
+    return (
+        (backend.data_rank, backend.data_world),
+        train(backend, 3, BUDGET),
+        whole(backend.weights()),
+    )
 
 
 def test_sequences_shared_by_two_ranks_are_trained_as_on_one(small_model: Path) -> None:
-    algorithm = AlgorithmConf(advantage="reinforce_plus_plus_baseline", kl_coef=0.05, kl_in="reward")
+    algorithm = AlgorithmConf(
+        advantage="reinforce_plus_plus_baseline", kl_coef=0.05, kl_in="reward"
+    )
     (place, want, weights), *_ = on_ranks(1, over_ulysses, small_model, algorithm)
     assert place == (0, 1)
     for place, metrics, others in on_ranks(2, over_ulysses, small_model, algorithm):

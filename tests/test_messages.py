@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atropos_hpc.launch import doctor
-from atropos_hpc.run_dir import RunDir, append_line, write_json
+from atropos_hpc.runtime.run_dir import RunDir, append_line, write_json
 
 Arrange = Callable[[Path], list[str]]
 
@@ -22,7 +22,12 @@ def finished(path: Path) -> RunDir:
         run.run_json,
         {
             "id": "x",
-            "config": {"run_dir": str(run.path), "trainer": {"steps": 4}, "model": {"path": "none"}, "environment": {"target": "a:B"}},
+            "config": {
+                "run_dir": str(run.path),
+                "trainer": {"steps": 4},
+                "model": {"path": "none"},
+                "environment": {"target": "a:B"},
+            },
         },
     )
     (run.new_attempt() / "trainer-0.log").write_text("first\nlast\n")
@@ -46,21 +51,52 @@ MISTAKES: list[tuple[Arrange, int, tuple[str, ...]]] = [
     (lambda path: ["status", str(path / "nothing")], 2, ("there is no",)),
     (lambda path: ["stop", str(path)], 2, ("is not a run's directory",)),
     (lambda path: ["stop", str(finished(path).path)], 1, ("nothing runs in",)),
-    (lambda path: ["logs", str(finished(path).path), "nobody"], 1, ("no log of nobody", "it has trainer-0")),
-    (lambda path: ["logs", str(finished(path).path), "--attempt", "7"], 1, ("no attempt 7", "there are: 0")),
+    (
+        lambda path: ["logs", str(finished(path).path), "nobody"],
+        1,
+        ("no log of nobody", "it has trainer-0"),
+    ),
+    (
+        lambda path: ["logs", str(finished(path).path), "--attempt", "7"],
+        1,
+        ("no attempt 7", "there are: 0"),
+    ),
     (lambda path: ["samples", str(finished(path).path)], 1, ("has no samples",)),
-    (lambda path: ["resume", str(finished(path).path), "trainer.stepss=5"], 2, ("trainer.stepss", "did you mean trainer.steps?")),
-    (lambda path: ["resume", str(finished(path).path), "trainer.steps"], 2, ("trainer.steps: is not of the form key=value",)),
-    (lambda path: ["validate", "experiment=math_qwen3_4b"], 2, ("environment.target: has to be given",)),
-    (lambda path: ["validate", "trainer.steps=many"], 2, ("trainer.steps", "could not be converted")),
+    (
+        lambda path: ["resume", str(finished(path).path), "trainer.stepss=5"],
+        2,
+        ("trainer.stepss", "did you mean trainer.steps?"),
+    ),
+    (
+        lambda path: ["resume", str(finished(path).path), "trainer.steps"],
+        2,
+        ("trainer.steps: is not of the form key=value",),
+    ),
+    (
+        lambda path: ["validate", "experiment=math_qwen3_4b"],
+        2,
+        ("environment.target: has to be given",),
+    ),
+    (
+        lambda path: ["validate", "trainer.steps=many"],
+        2,
+        ("trainer.steps", "could not be converted"),
+    ),
     (lambda path: ["doctor", "algoritm=grpo"], 2, ("algoritm",)),
     (damaged, 2, ("run.json is not JSON", "damaged")),
 ]
 
 
 @pytest.mark.parametrize(("arrange", "code", "says"), MISTAKES, ids=range(len(MISTAKES)))
-def test_it_is_said_in_one_line(tmp_path: Path, arrange: Arrange, code: int, says: tuple[str, ...]) -> None:
-    done = subprocess.run([sys.executable, "-m", "atropos_hpc.cli", *arrange(tmp_path)], capture_output=True, text=True, check=False)
+def test_it_is_said_in_one_line(
+    tmp_path: Path, arrange: Arrange, code: int, says: tuple[str, ...]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "atropos_hpc.cli", *arrange(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("usage:")]
     assert len(lines) == 1 and all(each in lines[0] for each in says), done.stderr
@@ -68,14 +104,28 @@ def test_it_is_said_in_one_line(tmp_path: Path, arrange: Arrange, code: int, say
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_somebody_else_s_directory(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "atropos_hpc.cli", *closed(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Permission denied" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "atropos_hpc.cli", *closed(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        done.returncode == 2
+        and "Permission denied" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_logs_are_shown_from_the_end_and_followed(tmp_path: Path) -> None:
     run = finished(tmp_path)
     command = [sys.executable, "-u", "-m", "atropos_hpc.cli", "logs", str(run.path)]
-    assert subprocess.run([*command, "trainer", "-n", "1"], capture_output=True, text=True, check=True).stdout == "last\n"
+    assert (
+        subprocess.run(
+            [*command, "trainer", "-n", "1"], capture_output=True, text=True, check=True
+        ).stdout
+        == "last\n"
+    )
     following = subprocess.Popen([*command, "-f", "-n", "1"], stdout=subprocess.PIPE, text=True)
     assert following.stdout is not None and following.stdout.readline() == "trainer-0 | last\n"
     with (run.logs / "trainer-0.log").open("a") as log:
@@ -83,7 +133,9 @@ def test_logs_are_shown_from_the_end_and_followed(tmp_path: Path) -> None:
         log.flush()
         log.write("ine\n")
     assert following.stdout.readline() == "trainer-0 | half a line\n"
-    (run.new_attempt() / "agent-0.log").write_text("of the next attempt\n")  # a resumed run logs elsewhere
+    (run.new_attempt() / "agent-0.log").write_text(
+        "of the next attempt\n"
+    )  # a resumed run logs elsewhere
     assert following.stdout.readline() == "agent-0 | of the next attempt\n"
     write_json(run.done, {"version": 3})
     assert following.wait(30) == 0, "nothing more can come"
@@ -93,11 +145,27 @@ def test_a_run_that_is_complete_is_not_resumed(tmp_path: Path) -> None:
     run = finished(tmp_path)
     write_json(run.done, {"version": 4})
     append_line(run.metrics, {"step": 4})
-    done = subprocess.run([sys.executable, "-m", "atropos_hpc.cli", "resume", str(run.path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "atropos_hpc.cli", "resume", str(run.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "is complete at 4 steps" in done.stdout and "trainer.steps=" in done.stdout
 
 
-def test_the_doctor_finds_an_environment_that_does_not_work_and_tells_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.examine(["roles.rollout.python=/no/python", f"roles.trainer.python={sys.executable}"]) == 1
+def test_the_doctor_finds_an_environment_that_does_not_work_and_tells_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert (
+        doctor.examine(
+            ["roles.rollout.python=/no/python", f"roles.trainer.python={sys.executable}"]
+        )
+        == 1
+    )
     said = capsys.readouterr().out
-    assert "NO there is no /no/python; `make setup` makes it" in said and f"ok {sys.executable}" in said and "this machine" in said
+    assert (
+        "NO there is no /no/python; `make setup` makes it" in said
+        and f"ok {sys.executable}" in said
+        and "this machine" in said
+    )

@@ -31,7 +31,9 @@ def steps(draw: st.DrawFn) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[R
         if draw(st.booleans()):
             numbers[changed] += np.array(draw(st.sampled_from([1, 2**8 - 1])), numbers.dtype)
         else:
-            numbers[changed] = rng.integers(0, 256, changed.sum() * run.width, dtype=np.uint8).view(numbers.dtype)
+            numbers[changed] = rng.integers(0, 256, changed.sum() * run.width, dtype=np.uint8).view(
+                numbers.dtype
+            )
     return old, new, [Run(0, start, 1), *runs]
 
 
@@ -46,7 +48,10 @@ def test_any_bytes_come_back(step: tuple[NDArray[np.uint8], NDArray[np.uint8], l
 
 
 BITS = {
-    "bfloat16": (np.uint16, [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x0001, 0x7F7F]),  # 0, -0, inf, -inf, NaN payloads, denormal
+    "bfloat16": (
+        np.uint16,
+        [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x0001, 0x7F7F],
+    ),  # 0, -0, inf, -inf, NaN payloads, denormal
     "float32": (np.uint32, [0, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00001, 0xFFFFFFFF, 1]),
     "float64": (np.uint64, [0, 1 << 63, 0x7FF0 << 48, 0x7FF8000000000001, 2**64 - 1]),
     "uint8": (np.uint8, [0, 1, 127, 128, 255]),
@@ -57,13 +62,18 @@ BITS = {
 def test_every_special_value_becomes_every_other(kind: str) -> None:
     dtype, values = BITS[kind]
     numbers: NDArray[Any] = np.array(values, dtype)
-    old, new = np.repeat(numbers, len(numbers)).view(np.uint8), np.tile(numbers, len(numbers)).view(np.uint8)
+    old, new = (
+        np.repeat(numbers, len(numbers)).view(np.uint8),
+        np.tile(numbers, len(numbers)).view(np.uint8),
+    )
     target = old.copy()
     apply(encode(old, new, [Run(0, len(old), numbers.itemsize)]), target)
     assert np.array_equal(target, new)
 
 
-@pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, delta.CHUNK - 1, delta.CHUNK, 3 * delta.CHUNK])
+@pytest.mark.parametrize(
+    "gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, delta.CHUNK - 1, delta.CHUNK, 3 * delta.CHUNK]
+)
 def test_any_gap_also_over_whole_chunks(gap: int) -> None:
     old = np.zeros(2 * (gap + 3), np.uint8)
     new = old.copy()
@@ -89,12 +99,16 @@ def test_a_step_of_neighbouring_numbers_costs_half_of_their_share() -> None:
     new[rng.random(len(old)) < 0.024] += np.uint16(1)
     coded = encode(old.view(np.uint8), new.view(np.uint8), [Run(0, 2 * len(old), 2)])
     assert len(coded) < 0.013 * 2 * len(old)
-    assert changed_share(old.view(np.uint8), new.view(np.uint8), [Run(0, 2 * len(old), 2)]) == pytest.approx(0.024, abs=0.003)
+    assert changed_share(
+        old.view(np.uint8), new.view(np.uint8), [Run(0, 2 * len(old), 2)]
+    ) == pytest.approx(0.024, abs=0.003)
 
 
 @settings(max_examples=150, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_damage_is_refused_or_leaves_other_bytes_never_an_error_of_another_kind(where: float, bit: int, cut: bool) -> None:
+def test_damage_is_refused_or_leaves_other_bytes_never_an_error_of_another_kind(
+    where: float, bit: int, cut: bool
+) -> None:
     """The code itself need not notice every flipped bit, the hash of the result does; but it must not do anything else."""
     rng = np.random.default_rng(1)
     old = rng.integers(0, 256, 40_000, dtype=np.uint8)

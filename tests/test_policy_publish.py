@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
-from atropos_hpc.policy import publish as publish_module  # noqa: E402
-from atropos_hpc.policy import share as share_module  # noqa: E402
-from atropos_hpc.policy.publish import PublishFailed, snapshot, write_shards  # noqa: E402
+from atropos_hpc.policy import shard_buffer as share_module  # noqa: E402
+from atropos_hpc.policy import shard_writer as publish_module  # noqa: E402
+from atropos_hpc.policy.shard_writer import PublishFailed, snapshot, write_shards  # noqa: E402
 from atropos_hpc.policy.store import file_digest  # noqa: E402
 
 
@@ -41,8 +41,16 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def trained_and_published(rank: int, world: int, path: Path, directory: Path, dtype: torch.dtype) -> Any:
-    backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(learning_rate=0.1), AlgorithmConf(kl_coef=0), 0, False)
+def trained_and_published(
+    rank: int, world: int, path: Path, directory: Path, dtype: torch.dtype
+) -> Any:
+    backend = VerlBackend(
+        ModelConf(path=str(path), dtype="float32"),
+        TrainerConf(learning_rate=0.1),
+        AlgorithmConf(kl_coef=0),
+        0,
+        False,
+    )
     batch = make_batch(make_groups()[rank::world], AlgorithmConf(), 4096, 150, 0)
     batch.set_old_log_probs(backend.log_probs(batch))
     backend.update(batch)
@@ -55,8 +63,13 @@ def trained_and_published(rank: int, world: int, path: Path, directory: Path, dt
     return weights, write_shards(shot, directory, dist.new_group(backend="gloo"))
 
 
-@pytest.mark.parametrize("world, tied, dtype", [(1, False, torch.bfloat16), (2, True, torch.float32), (2, False, torch.bfloat16)])
-def test_transformers_loads_what_was_published(tmp_path: Path, world: int, tied: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "world, tied, dtype",
+    [(1, False, torch.bfloat16), (2, True, torch.float32), (2, False, torch.bfloat16)],
+)
+def test_transformers_loads_what_was_published(
+    tmp_path: Path, world: int, tied: bool, dtype: torch.dtype
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model, directory = tiny_model(tmp_path / "model", tied), tmp_path / "policy" / "1-1"
@@ -64,12 +77,16 @@ def test_transformers_loads_what_was_published(tmp_path: Path, world: int, tied:
     weights, files = results[0]
     tensors = stored(directory)
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path / "again")
-    assert tensors.keys() == stored(tmp_path / "again").keys(), "the names that save_pretrained gives"
+    assert tensors.keys() == stored(tmp_path / "again").keys(), (
+        "the names that save_pretrained gives"
+    )
     assert ("lm_head.weight" in tensors) != tied
     for name, tensor in tensors.items():
         assert tensor.dtype == dtype and torch.equal(tensor, weights[name].to(dtype)), name
     initial = stored(model)
-    assert not torch.equal(initial["model.embed_tokens.weight"].to(dtype), tensors["model.embed_tokens.weight"]), "the model has learnt"
+    assert not torch.equal(
+        initial["model.embed_tokens.weight"].to(dtype), tensors["model.embed_tokens.weight"]
+    ), "the model has learnt"
     shutil.copy(model / "config.json", directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     for name, tensor in loaded.state_dict().items():
@@ -77,9 +94,13 @@ def test_transformers_loads_what_was_published(tmp_path: Path, world: int, tied:
 
     assert all(rank_files == files for _, rank_files in results), "every rank learns of every file"
     assert sorted(name for file in files for name in file["names"]) == sorted(tensors)
-    assert len(files) == world and sorted(f["file"] for f in files) == sorted(p.name for p in directory.glob("*.safetensors"))
+    assert len(files) == world and sorted(f["file"] for f in files) == sorted(
+        p.name for p in directory.glob("*.safetensors")
+    )
     for file in files:
-        assert (directory / file["file"]).stat().st_size == file["bytes"] and file_digest(directory / file["file"]) == file["xxh3"]
+        assert (directory / file["file"]).stat().st_size == file["bytes"] and file_digest(
+            directory / file["file"]
+        ) == file["xxh3"]
 
 
 class Odd(nn.Module):
@@ -95,13 +116,20 @@ class Odd(nn.Module):
         self.register_buffer("scratch", torch.zeros(4), persistent=False)
 
 
-def odd_published(rank: int, world: int, directory: Path, mesh: tuple[int, ...], bucket: int) -> Any:
+def odd_published(
+    rank: int, world: int, directory: Path, mesh: tuple[int, ...], bucket: int
+) -> Any:
     publish_module.BUCKET_BYTES = bucket
     torch.manual_seed(0)
     module = Odd()
-    fully_shard(module, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :]))
+    fully_shard(
+        module,
+        mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :]),
+    )
     files = write_shards(snapshot(module, torch.float16), directory, dist.new_group(backend="gloo"))
-    return {name: full(tensor) for name, tensor in module.state_dict().items()}, [file["bytes"] for file in files]
+    return {name: full(tensor) for name, tensor in module.state_dict().items()}, [
+        file["bytes"] for file in files
+    ]
 
 
 @pytest.mark.parametrize("mesh", [(3,), (2, 1), (1, 2)])
@@ -140,7 +168,13 @@ def test_a_full_disk_is_heard_of_on_all_ranks_and_leaves_nothing(tmp_path: Path)
 
 
 def experts_published(rank: int, world: int, path: Path, directory: Path) -> None:
-    backend = VerlBackend(ModelConf(path=str(path), dtype="float32"), TrainerConf(), AlgorithmConf(kl_coef=0), 0, False)
+    backend = VerlBackend(
+        ModelConf(path=str(path), dtype="float32"),
+        TrainerConf(),
+        AlgorithmConf(kl_coef=0),
+        0,
+        False,
+    )
     write_shards(snapshot(backend.module, torch.float32), directory, dist.new_group(backend="gloo"))
 
 

@@ -22,11 +22,11 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from atropos_hpc.config import PolicyConf  # noqa: E402
-from atropos_hpc.learner import publishing as publishing_module  # noqa: E402
-from atropos_hpc.learner.publishing import Publishing, Readers  # noqa: E402
+from atropos_hpc.learner import publisher as publishing_module  # noqa: E402
+from atropos_hpc.learner.publisher import Publishing, Readers  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, Published, Superseded, read_manifest, verify  # noqa: E402
-from atropos_hpc.run_dir import RunDir  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 
 
 class Weights:
@@ -49,7 +49,9 @@ class Weights:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 local.mul_(torch.where(torch.rand_like(local) < share, 1.01, 1.0))
             return {
-                name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).bfloat16().clone()
+                name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+                .bfloat16()
+                .clone()
                 for name, tensor in self.module.state_dict().items()
             }
 
@@ -77,12 +79,19 @@ def held(newest: Published | None) -> dict[str, torch.Tensor]:
 
 
 def equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
-    return got.keys() == want.keys() - {"lm_head.weight"} and all(torch.equal(got[name], want[name]) for name in got)
+    return got.keys() == want.keys() - {"lm_head.weight"} and all(
+        torch.equal(got[name], want[name]) for name in got
+    )
 
 
 def follow(root: Path, cache: Path, complaints: list[dict[str, Any]]) -> Follower:
     cache.mkdir(exist_ok=True)
-    return Follower(PolicyStore(root), cache, "reader", lambda version, why: complaints.append({"key": version.key, "why": why}))
+    return Follower(
+        PolicyStore(root),
+        cache,
+        "reader",
+        lambda version, why: complaints.append({"key": version.key, "why": why}),
+    )
 
 
 def deltas_published(rank: int, world: int, path: Path, root: Path, cache: Path) -> Any:
@@ -102,7 +111,11 @@ def deltas_published(rank: int, world: int, path: Path, root: Path, cache: Path)
             manifest = verify(latest)
             there = {file.name for file in latest.directory.iterdir()}
             assert {file.file for file in manifest.there} <= there
-            kinds.append(manifest.kind[0].upper() if not manifest.deltas else {"delta": "d", "full": "B"}[manifest.kind])
+            kinds.append(
+                manifest.kind[0].upper()
+                if not manifest.deltas
+                else {"delta": "d", "full": "B"}[manifest.kind]
+            )
             for follower in followers[: 1 if version % 3 else 2]:
                 assert equal(held(follower.look()), state)
                 taken += 1
@@ -113,13 +126,17 @@ def deltas_published(rank: int, world: int, path: Path, root: Path, cache: Path)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_deltas_are_bit_exact_with_anchors_and_full_versions_where_much_has_changed(tmp_path: Path, world: int) -> None:
+def test_deltas_are_bit_exact_with_anchors_and_full_versions_where_much_has_changed(
+    tmp_path: Path, world: int
+) -> None:
     (tmp_path / "memory").mkdir()
     run = RunDir(tmp_path / "run")
     run.create()
     model = tiny_model(tmp_path / "model", tied=True)
     (kinds, taken), *_ = on_ranks(world, deltas_published, model, run.policy, tmp_path / "memory")
-    assert kinds == "FddddBddFdddd"  # an anchor, with a delta beside it, after five; the ninth has changed too much for one
+    assert (
+        kinds == "FddddBddFdddd"
+    )  # an anchor, with a delta beside it, after five; the ninth has changed too much for one
     assert taken == 13 + 5
 
 
@@ -127,7 +144,10 @@ def full_disk(rank: int, world: int, path: Path, root: Path) -> Any:
     publishing_module.RETRY_S = publishing_module.LOOK_S = 0.1
     alarms: list[str | None] = []
     conf = PolicyConf(keep=1)
-    backend, publishing = Weights(path), Publishing(root, conf, "bfloat16", Readers(tell=alarms.append))
+    backend, publishing = (
+        Weights(path),
+        Publishing(root, conf, "bfloat16", Readers(tell=alarms.append)),
+    )
     backend.step(rank)
     publishing.publish(backend, 0)  # type: ignore[arg-type]
     publishing.wait()
@@ -161,8 +181,13 @@ def test_a_full_disk_pauses_publishing_with_an_alarm_and_training_goes_on(tmp_pa
 def published_again(rank: int, world: int, path: Path, root: Path, cache: Path) -> Any:
     publishing_module.LOOK_S = 0.05
     complaints: list[dict[str, Any]] = []
-    readers = Readers(asked=lambda: complaints[-1] if complaints else None, answered=complaints.clear)
-    backend, publishing = Weights(path), Publishing(root, PolicyConf(sync="delta"), "bfloat16", readers)
+    readers = Readers(
+        asked=lambda: complaints[-1] if complaints else None, answered=complaints.clear
+    )
+    backend, publishing = (
+        Weights(path),
+        Publishing(root, PolicyConf(sync="delta"), "bfloat16", readers),
+    )
     follower = follow(root, cache, complaints) if rank == 0 else None
     for version in range(3):
         state = backend.step(version)
@@ -174,7 +199,9 @@ def published_again(rank: int, world: int, path: Path, root: Path, cache: Path) 
                 assert read_manifest(latest.directory).kind == "delta"
                 for file in latest.directory.glob("*.delta"):
                     file.write_bytes(file.read_bytes()[:-1])
-            for _ in range(100):  # complained of after the second look, published again within a moment
+            for _ in range(
+                100
+            ):  # complained of after the second look, published again within a moment
                 follower._look_again = 0
                 if (newest := follower.look()) is not None and newest.version == version:
                     break
@@ -196,10 +223,20 @@ def published_again(rank: int, world: int, path: Path, root: Path, cache: Path) 
         publishing.wait()
 
 
-def test_a_damaged_version_is_published_again_and_a_superseded_learner_stops(tmp_path: Path) -> None:
+def test_a_damaged_version_is_published_again_and_a_superseded_learner_stops(
+    tmp_path: Path,
+) -> None:
     run = RunDir(tmp_path / "run")
     run.create()
-    on_ranks(2, published_again, tiny_model(tmp_path / "model", tied=True), run.policy, tmp_path / "memory")
+    on_ranks(
+        2,
+        published_again,
+        tiny_model(tmp_path / "model", tied=True),
+        run.policy,
+        tmp_path / "memory",
+    )
     latest = PolicyStore(run.policy).latest()
-    assert latest is not None and latest.version == 3  # what the superseded learner made after it is not public
+    assert (
+        latest is not None and latest.version == 3
+    )  # what the superseded learner made after it is not public
     shutil.rmtree(tmp_path / "memory")

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import xxhash
 
-from atropos_hpc import run_dir
-from atropos_hpc.policy import mirror
+from atropos_hpc.policy import node_cache
 from atropos_hpc.policy import store as store_module
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import (
@@ -30,7 +29,8 @@ from atropos_hpc.policy.store import (
     routes,
     verify,
 )
-from atropos_hpc.run_dir import RunDir, write_file
+from atropos_hpc.runtime import run_dir
+from atropos_hpc.runtime.run_dir import RunDir, write_file
 from bench.policy_crash import KINDS, MEMORY, Learner, try_points, weights
 
 
@@ -41,13 +41,22 @@ def store(tmp_path: Path) -> PolicyStore:
     return PolicyStore(run.policy)
 
 
-def publish(store: PolicyStore, version: int, attempt: int = 1, content: bytes | None = None) -> Published:
+def publish(
+    store: PolicyStore, version: int, attempt: int = 1, content: bytes | None = None
+) -> Published:
     directory = store.begin(version, attempt)
     files = []
     for shard in range(2):
         data = content or f"weights {version} {attempt} {shard}".encode() * 100
         write_file(directory / f"model-{shard}.safetensors", data)
-        files.append({"file": f"model-{shard}.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data), "names": []})
+        files.append(
+            {
+                "file": f"model-{shard}.safetensors",
+                "bytes": len(data),
+                "xxh3": xxhash.xxh3_64_hexdigest(data),
+                "names": [],
+            }
+        )
     return store.commit(version, attempt, files)
 
 
@@ -75,7 +84,9 @@ def test_latest_is_what_was_committed_last(store: PolicyStore) -> None:
     verify(published)
 
 
-def test_versions_of_a_later_attempt_are_newer_even_after_going_back(store: PolicyStore, follow: Callable[..., Follower]) -> None:
+def test_versions_of_a_later_attempt_are_newer_even_after_going_back(
+    store: PolicyStore, follow: Callable[..., Follower]
+) -> None:
     before = publish(store, 12, attempt=store.claim())
     follower = follow(store)
     assert follower.look() == before
@@ -85,7 +96,9 @@ def test_versions_of_a_later_attempt_are_newer_even_after_going_back(store: Poli
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
-def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(store: PolicyStore, follow: Callable[..., Follower], harm: str) -> None:
+def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(
+    store: PolicyStore, follow: Callable[..., Follower], harm: str
+) -> None:
     complaints: list[Published] = []
     follower = follow(store, complain=lambda version, why: complaints.append(version))
     publish(store, 1)
@@ -102,11 +115,15 @@ def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(store: Polic
         path.unlink()
     else:
         (bad.directory / "manifest.json").unlink()
-    with pytest.raises(BadVersion, match=r"manifest\.json" if harm == "manifest" else r"model-1\.safetensors"):
+    with pytest.raises(
+        BadVersion, match=r"manifest\.json" if harm == "manifest" else r"model-1\.safetensors"
+    ):
         verify(bad)
     assert follower.look() == good and follower.bad and not complaints
     follower._look_again = 0
-    assert follower.look() == good and complaints == [bad], "asked for again, when reading it again has not helped"
+    assert follower.look() == good and complaints == [bad], (
+        "asked for again, when reading it again has not helped"
+    )
     follower._look_again = 0
     newer = publish(store, 3)
     assert follower.look() == newer and follower.bad is None
@@ -128,7 +145,9 @@ def test_what_is_retired_is_first_not_found_any_more_and_then_removed(store: Pol
     assert names(store) == ["3-1", "4-1"]
 
 
-def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(store: PolicyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(
+    store: PolicyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for version in range(5):
         publish(store, version)
     reads, dies = Lease(store.root, "a"), Lease(store.root, "b")
@@ -149,7 +168,9 @@ def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(s
     assert names(store) == ["4-1"]
 
 
-def test_no_two_starts_have_the_same_attempt_and_the_older_may_not_publish(store: PolicyStore) -> None:
+def test_no_two_starts_have_the_same_attempt_and_the_older_may_not_publish(
+    store: PolicyStore,
+) -> None:
     first, second = PolicyStore(store.root), PolicyStore(store.root)
     attempts = [first.claim(), second.claim(), first.claim()]
     assert attempts == [1, 2, 3]
@@ -180,7 +201,9 @@ def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[Key], Ma
             raise BadVersion("lost")
         deltas = (File("x.delta", 10, "", "x"),) if kind in "BD" else ()
         base = (1, key[1] - 1) if deltas else None
-        return Manifest(key[1], 1, "delta" if kind == "D" else "full", (File("x", 100, ""),), base, deltas)
+        return Manifest(
+            key[1], 1, "delta" if kind == "D" else "full", (File("x", 100, ""),), base, deltas
+        )
 
     return manifest
 
@@ -200,15 +223,22 @@ def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[Key], Ma
         ("FDD", 5, [(0, [1, 2])]),
     ],
 )
-def test_the_shortest_way_to_a_version_comes_first(kinds: str, have: int | None, ways: list[tuple[int | None, list[int]]]) -> None:
+def test_the_shortest_way_to_a_version_comes_first(
+    kinds: str, have: int | None, ways: list[tuple[int | None, list[int]]]
+) -> None:
     found = routes(chain(kinds), (1, len(kinds) - 1), None if have is None else (1, have))
-    shown = [(way.start.version if way.start else None, [step.version for step in way.deltas]) for way in found]
+    shown = [
+        (way.start.version if way.start else None, [step.version for step in way.deltas])
+        for way in found
+    ]
     assert sorted(shown, key=str) == sorted(ways, key=str)
     assert found[0].bytes == min(way.bytes for way in found)
 
 
 def test_a_version_without_a_way_is_bad() -> None:
-    with pytest.raises(BadVersion, match="neither from a full version nor from the one at hand: lost"):
+    with pytest.raises(
+        BadVersion, match="neither from a full version nor from the one at hand: lost"
+    ):
         routes(chain("F-D"), (1, 2), (1, 0))
 
 
@@ -221,7 +251,9 @@ def quick() -> Iterator[PolicyStore]:
         yield PolicyStore(run.policy)
 
 
-def test_two_hundred_versions_with_random_misses_are_exact(quick: PolicyStore, follow: Callable[..., Follower]) -> None:
+def test_two_hundred_versions_with_random_misses_are_exact(
+    quick: PolicyStore, follow: Callable[..., Follower]
+) -> None:
     store = quick
     learner, follower, rng = Learner(store.root, anchor_every=16), follow(store), random.Random(0)
     read = 0
@@ -232,7 +264,9 @@ def test_two_hundred_versions_with_random_misses_are_exact(quick: PolicyStore, f
             assert newest is not None and newest.version == version
             parts = weights(learner.attempt, version)
             for number, part in enumerate(parts):
-                assert (newest.directory / f"model-{number}.safetensors").read_bytes() == part.bytes.tobytes()
+                assert (
+                    newest.directory / f"model-{number}.safetensors"
+                ).read_bytes() == part.bytes.tobytes()
             read += 1
     assert read > 40
     assert len(names(store)) <= 2 * 16 + 3
@@ -247,15 +281,17 @@ def test_after_a_crash_no_reader_is_wrong_and_the_run_goes_on(kind: str) -> None
 
 def test_hashes_are_what_keeps_a_reader_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The crash tests can fail: without the comparison, damaged files are served."""
-    same = type("Same", (str,), {"__ne__": lambda *_: False, "__eq__": lambda *_: True, "__hash__": None})()
-    monkeypatch.setattr(mirror, "read_into", lambda *arguments: real(*arguments) and same)
-    monkeypatch.setattr(mirror, "xxh3", lambda data: same)
+    same = type(
+        "Same", (str,), {"__ne__": lambda *_: False, "__eq__": lambda *_: True, "__hash__": None}
+    )()
+    monkeypatch.setattr(node_cache, "read_into", lambda *arguments: real(*arguments) and same)
+    monkeypatch.setattr(node_cache, "xxh3", lambda data: same)
     with pytest.raises((AssertionError, ValueError, IndexError)):
         tried = try_points("damaged file", range(60))
         assert tried["wrong answers"] == 0
 
 
-real = mirror.read_into
+real = node_cache.read_into
 
 
 def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained_of(
@@ -266,16 +302,18 @@ def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained
     learner.publish(0)
     status = os.statvfs(store.root)
     full = type("Full", (), {"f_bavail": 0, "f_frsize": status.f_frsize})
-    monkeypatch.setattr(mirror.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(node_cache.os, "statvfs", lambda path: full)
     newest = follower.look()
     assert newest is not None and newest.directory == store.root / "0-1"
     monkeypatch.undo()
     learner.publish(1)
-    monkeypatch.setattr(mirror.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(node_cache.os, "statvfs", lambda path: full)
     for _ in range(2):
         follower._look_again = 0
         assert follower.look() == newest
-    assert "see policy.cache" in str(follower.bad) and [version.version for version in complaints] == [1]
+    assert "see policy.cache" in str(follower.bad) and [
+        version.version for version in complaints
+    ] == [1]
     learner.publish(1, in_full=True)
     follower._look_again = 0
     newest = follower.look()
@@ -315,7 +353,9 @@ def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStor
     assert store.latest() != old
 
 
-def test_a_follower_outlives_a_store_that_vanishes(store: PolicyStore, follow: Callable[..., Follower]) -> None:
+def test_a_follower_outlives_a_store_that_vanishes(
+    store: PolicyStore, follow: Callable[..., Follower]
+) -> None:
     publish(store, 1)
     follower = follow(store)
     good = follower.look()
@@ -324,7 +364,9 @@ def test_a_follower_outlives_a_store_that_vanishes(store: PolicyStore, follow: C
     assert follower.look() == good
 
 
-def test_a_reader_that_ends_does_not_read_to_the_end(store: PolicyStore, follow: Callable[..., Follower]) -> None:
+def test_a_reader_that_ends_does_not_read_to_the_end(
+    store: PolicyStore, follow: Callable[..., Follower]
+) -> None:
     publish(store, 1)
     follower = follow(store, complain=lambda version, why: pytest.fail(why))
     follower.stop()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from atropos_hpc import process
+from atropos_hpc.runtime import process
 
 SLEEPER = "import time; time.sleep(600)"
 
@@ -37,7 +37,9 @@ def test_end_takes_the_whole_group_also_from_one_that_ignores_term(tmp_path: Pat
         print(subprocess.Popen([sys.executable, "-c", {SLEEPER!r}]).pid, flush=True)
         signal.pause()
     """
-    child = process.start("stubborn", [sys.executable, "-c", textwrap.dedent(program)], tmp_path / "log")
+    child = process.start(
+        "stubborn", [sys.executable, "-c", textwrap.dedent(program)], tmp_path / "log"
+    )
     assert until(lambda: (tmp_path / "log").read_text().strip() != "")
     grandchild = int((tmp_path / "log").read_text())
     process.end([child], 0.2)
@@ -45,17 +47,19 @@ def test_end_takes_the_whole_group_also_from_one_that_ignores_term(tmp_path: Pat
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    bind = "from atropos_hpc import process; import signal, time; process.die_with_parent(signal.SIGKILL)"
+    bind = "from atropos_hpc.runtime import process; import signal, time; process.die_with_parent(signal.SIGKILL)"
     bound = f"{bind}; print('bound', flush=True); time.sleep(600)"
     program = f"""
         import sys, time
         from pathlib import Path
-        from atropos_hpc import process
+        from atropos_hpc.runtime import process
         child = process.start("child", [sys.executable, "-c", {bound!r}], Path({str(tmp_path / "log")!r}))
         print(child.pid, flush=True)
         time.sleep(600)
     """
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     assert until(lambda: "bound" in (tmp_path / "log").read_text())
@@ -68,7 +72,7 @@ def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
     """Slurm signals every process of a step, and the agent asks its children besides."""
     program = """
         import asyncio
-        from atropos_hpc import process
+        from atropos_hpc.runtime import process
         async def work():
             try:
                 print("working", flush=True)
@@ -80,16 +84,23 @@ def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
         print("complete" if asyncio.run(process.until_asked(work())) else "asked", flush=True)
     """
     log = tmp_path / "log"
-    child = process.start("member", [sys.executable, "-c", textwrap.dedent(program)], log, end_by=process.END_TASKS)
+    child = process.start(
+        "member", [sys.executable, "-c", textwrap.dedent(program)], log, end_by=process.END_TASKS
+    )
     assert until(lambda: "working" in log.read_text())
     child.ask_to_end()
     assert until(lambda: "tidying" in log.read_text())
     child.signal(signal.SIGTERM)
-    assert child.process.wait(30) == 0 and log.read_text().split() == ["working", "tidying", "tidy", "asked"]
+    assert child.process.wait(30) == 0 and log.read_text().split() == [
+        "working",
+        "tidying",
+        "tidy",
+        "asked",
+    ]
 
 
 def test_a_child_leaves_the_signal_for_tasks_to_its_parent(tmp_path: Path) -> None:
-    program = "from atropos_hpc import process; import time; process.die_with_parent(); print('bound', flush=True); time.sleep(600)"
+    program = "from atropos_hpc.runtime import process; import time; process.die_with_parent(); print('bound', flush=True); time.sleep(600)"
     log = tmp_path / "log"
     child = process.start("member", [sys.executable, "-c", program], log, end_by=process.END_TASKS)
     assert until(lambda: "bound" in log.read_text())
@@ -104,7 +115,7 @@ def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None
     program = f"""
         import os, signal, sys, time
         from pathlib import Path
-        from atropos_hpc import process
+        from atropos_hpc.runtime import process
         process.adopt_orphans()
         orphan = "subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], start_new_session=True)"
         middle = "import subprocess, sys, time; print(" + orphan + ".pid, flush=True); time.sleep(600)"
@@ -117,13 +128,21 @@ def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None
         time.sleep(0.2)
         print(process.end_orphans([]), int(log.read_text()), flush=True)
     """
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
     ended, _, orphan = out.strip().rpartition(" ")
     assert ended == f"[{orphan}]" and until(lambda: gone(int(orphan)))
 
 
 def test_output_goes_to_the_log_and_its_end_can_be_told(tmp_path: Path) -> None:
-    child = process.start("talker", [sys.executable, "-c", "for i in range(30): print('line', i)"], tmp_path / "log")
+    child = process.start(
+        "talker", [sys.executable, "-c", "for i in range(30): print('line', i)"], tmp_path / "log"
+    )
     assert child.process.wait(30) == 0
     assert process.tail(tmp_path / "log", 2) == "line 28\nline 29"
     assert process.tail(tmp_path / "missing") == "(no log)"

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc import rendezvous
-from atropos_hpc.rendezvous import FEW, Leader, Member, Roster, ask, asked, wait_for, withdraw
-from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime import membership
+from atropos_hpc.runtime.membership import (
+    FEW,
+    Leader,
+    Member,
+    Roster,
+    ask,
+    asked,
+    wait_for,
+    withdraw,
+)
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 
 
 @pytest.fixture
@@ -21,7 +30,12 @@ def run(tmp_path: Path) -> RunDir:
 def test_members_appear_in_the_roster_with_what_they_say(run: RunDir) -> None:
     leader, roster = Leader(run), Roster(run.roster)
     assert roster.members("agent") == []
-    agent = Member(run, "agent", "n0", servers=[{"url": "http://a", "version": 3}, {"url": "http://b", "version": None}])
+    agent = Member(
+        run,
+        "agent",
+        "n0",
+        servers=[{"url": "http://a", "version": 3}, {"url": "http://b", "version": None}],
+    )
     server = Member(run, "trajectories", "n1", url="http://t")
     leader.look()
     assert roster.servers() == {"http://a": 3}
@@ -35,9 +49,11 @@ def test_members_appear_in_the_roster_with_what_they_say(run: RunDir) -> None:
     server.leave()
 
 
-def test_a_member_whose_beat_stops_is_not_alive(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "DEAD_S", 0.3)
-    monkeypatch.setattr(rendezvous, "BEAT_S", 0.05)
+def test_a_member_whose_beat_stops_is_not_alive(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "DEAD_S", 0.3)
+    monkeypatch.setattr(membership, "BEAT_S", 0.05)
     leader, roster = Leader(run), Roster(run.roster)
     beating, silent = Member(run, "agent", "n0"), Member(run, "agent", "n1")
     silent._stop.set()
@@ -50,8 +66,10 @@ def test_a_member_whose_beat_stops_is_not_alive(run: RunDir, monkeypatch: pytest
     beating.leave()
 
 
-def test_a_clock_that_is_hours_off_does_not_matter(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous.time, "time", lambda: 12345.0)
+def test_a_clock_that_is_hours_off_does_not_matter(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership.time, "time", lambda: 12345.0)
     member = Member(run, "agent", "n0")
     os.utime(member.path, (0, 0))
     leader = Leader(run)
@@ -66,17 +84,21 @@ def test_a_half_written_member_file_is_passed_over(run: RunDir) -> None:
     member.leave()
 
 
-def test_a_damaged_member_file_does_not_kill_its_owner(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "DEAD_S", 0.3)
+def test_a_damaged_member_file_does_not_kill_its_owner(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "DEAD_S", 0.3)
     leader = Leader(run)
-    monkeypatch.setattr(rendezvous, "BEAT_S", 0.05)
+    monkeypatch.setattr(membership, "BEAT_S", 0.05)
     member = Member(run, "agent", "n0", url="http://a")
     leader.look()
     os.truncate(member.path, 20)
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
         seen = leader.look()["agent-n0-0"]
-        assert seen["alive"] and seen["url"] == "http://a", "as it was seen last, as its file is touched still"
+        assert seen["alive"] and seen["url"] == "http://a", (
+            "as it was seen last, as its file is touched still"
+        )
         time.sleep(0.02)
     member._stop.set()
     member._thread.join()
@@ -118,10 +140,14 @@ def test_requests_are_left_seen_and_withdrawn(run: RunDir) -> None:
     assert asked(run, "stop") is None
 
 
-def test_in_a_crowd_a_change_is_seen_between_rounds_and_rounds_are_rare(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous.threading.Thread, "start", lambda thread: None)  # no beats: 300 threads have nothing to do here
-    monkeypatch.setattr(rendezvous, "ROUND_S", 1.0)
-    monkeypatch.setattr(rendezvous, "READ_S", 0.0)
+def test_in_a_crowd_a_change_is_seen_between_rounds_and_rounds_are_rare(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        membership.threading.Thread, "start", lambda thread: None
+    )  # no beats: 300 threads have nothing to do here
+    monkeypatch.setattr(membership, "ROUND_S", 1.0)
+    monkeypatch.setattr(membership, "READ_S", 0.0)
     leader, roster = Leader(run), Roster(run.roster)
     members = [Member(run, "agent", f"n{i}", servers=[]) for i in range(300)]
     leader.look()
@@ -135,7 +161,9 @@ def test_in_a_crowd_a_change_is_seen_between_rounds_and_rounds_are_rare(run: Run
     assert not rounds
 
 
-def test_a_crowd_looks_at_the_roster_now_and_then(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crowd_looks_at_the_roster_now_and_then(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     roster = Roster(run.roster)
     members = {f"agent-{i}-0": {"kind": "agent", "alive": True, "servers": []} for i in range(1000)}
     write_json(run.roster, {"beat": 1, "members": members})
@@ -143,7 +171,7 @@ def test_a_crowd_looks_at_the_roster_now_and_then(run: RunDir, monkeypatch: pyte
     write_json(run.roster, {"beat": 2, "members": members})
     assert roster.read()["beat"] == 1
     now = time.monotonic()
-    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now + 1000 * rendezvous.READ_S * 1.2)
+    monkeypatch.setattr(membership.time, "monotonic", lambda: now + 1000 * membership.READ_S * 1.2)
     assert roster.read()["beat"] == 2
 
 

@@ -11,35 +11,66 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atropos_hpc.observe import figures, series
-from atropos_hpc.observe.activity import Activity
-from atropos_hpc.run_dir import RunDir, append_line, read_lines, write_json
+from atropos_hpc.observe import history, plots
+from atropos_hpc.observe.timeline import Activity
+from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines, write_json
 
 REPORT = [sys.executable, "-m", "atropos_hpc.cli", "report"]
 STEP_S = 10.0
 
 
-def made(path: Path, kl_coef: float = 0.001, seed: int = 0, steps: int = 40, lost_s: float = 0.0) -> RunDir:
+def made(
+    path: Path, kl_coef: float = 0.001, seed: int = 0, steps: int = 40, lost_s: float = 0.0
+) -> RunDir:
     """A run whose second half was trained by a second attempt, `lost_s` later."""
     run = RunDir(path)
     run.create()
     run.new_attempt()
     config = {"run_dir": str(path), "seed": seed, "algorithm": {"kl_coef": kl_coef}, "trainer": {"steps": steps}, "model": {"make": "a.b"},
               "environment": {"target": "package.module:Class"}}  # fmt: skip
-    write_json(run.run_json, {"id": "x", "created": 1e9, "command": ["train.py", f"algorithm.kl_coef={kl_coef}"], "config": config})
+    write_json(
+        run.run_json,
+        {
+            "id": "x",
+            "created": 1e9,
+            "command": ["train.py", f"algorithm.kl_coef={kl_coef}"],
+            "config": config,
+        },
+    )
     append_line(run.activity, {"time": 1e9, "event": "attempt", "name": "attempt-0"})
     for step in range(1, steps + 1):
         late = lost_s if step > steps // 2 else 0.0
         when = 1e9 + STEP_S * step + late
         if lost_s and step == steps // 2 + 1:
-            append_line(run.activity, {"time": when - STEP_S, "event": "attempt", "name": "attempt-1"})
+            append_line(
+                run.activity, {"time": when - STEP_S, "event": "attempt", "name": "attempt-1"}
+            )
         kl = 0.1 / (1 + 50 * kl_coef) * step / steps
         append_line(run.metrics, {"step": step, "time": when, "reward": step / steps, "kl_reference": kl,
                                   "entropy": 1.0, "tokens_per_s": 100.0, "length_mean": 50.0, "staleness_mean": 0.5,
                                   "time/step": STEP_S, "time/wait": 6.0, "time/update": 3.0})  # fmt: skip
-        append_line(run.activity, {"time": when, "states": {"environment": {"generating": 3, "waiting for room": 1}}, "tokens_per_s": 80.0})
-    append_line(run.evaluations, {"version": 0, "accuracy": 0.2, "sequences": 10, "served": [0, 0], "wall_s": 1.0})
-    append_line(run.evaluations, {"version": steps, "accuracy": 0.9 - kl_coef, "sequences": 10, "served": [40, 40], "wall_s": 1.0})
+        append_line(
+            run.activity,
+            {
+                "time": when,
+                "states": {"environment": {"generating": 3, "waiting for room": 1}},
+                "tokens_per_s": 80.0,
+            },
+        )
+    append_line(
+        run.evaluations,
+        {"version": 0, "accuracy": 0.2, "sequences": 10, "served": [0, 0], "wall_s": 1.0},
+    )
+    append_line(
+        run.evaluations,
+        {
+            "version": steps,
+            "accuracy": 0.9 - kl_coef,
+            "sequences": 10,
+            "served": [40, 40],
+            "wall_s": 1.0,
+        },
+    )
     return run
 
 
@@ -47,7 +78,9 @@ def drawn(directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
     """The page, and each PNG's width and height in pixels."""
     subprocess.run([*REPORT, str(directory)], check=True, stdout=subprocess.DEVNULL)
     out = directory / "report"
-    sizes = {path.stem: struct.unpack(">II", path.read_bytes()[16:24]) for path in out.glob("*.png")}
+    sizes = {
+        path.stem: struct.unpack(">II", path.read_bytes()[16:24]) for path in out.glob("*.png")
+    }
     return (out / "report.html").read_text(), sizes
 
 
@@ -55,8 +88,18 @@ def test_a_run_s_page_stands_alone_and_marks_what_was_started_again(tmp_path: Pa
     run = made(tmp_path / "run", lost_s=100.0)
     append_line(run.activity, {"time": 1e9 + 55, "event": "started again", "name": "server-0-0"})
     page, sizes = drawn(run.path)
-    assert set(sizes) == {"timeline", "learning", "kl", "entropy", "lengths", "staleness", "throughput"}
-    assert page.count('src="data:image/png;base64,') == len(sizes) and not re.search(r'(src|href)="(?!data:)', page)
+    assert set(sizes) == {
+        "timeline",
+        "learning",
+        "kl",
+        "entropy",
+        "lengths",
+        "staleness",
+        "throughput",
+    }
+    assert page.count('src="data:image/png;base64,') == len(sizes) and not re.search(
+        r'(src|href)="(?!data:)', page
+    )
     assert all(width > 600 and height > 150 for width, height in sizes.values())
     for said in ("server-0-0 was started", "attempt 1 was started", "0.200 to 0.899", "40 of 40"):
         assert said in page, said
@@ -70,9 +113,20 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
                      "run_dir": str(tmp_path / str(num)), "job": None, "steps": 40})  # fmt: skip
     write_json(tmp_path / "jobs.json", rows)
     page, sizes = drawn(tmp_path)
-    assert {"kl_coef_accuracy", "kl_coef_kl", "final_kl", "final_accuracy", "accuracy", "reward", "kl"} <= set(sizes)
+    assert {
+        "kl_coef_accuracy",
+        "kl_coef_kl",
+        "final_kl",
+        "final_accuracy",
+        "accuracy",
+        "reward",
+        "kl",
+    } <= set(sizes)
     assert "compared: algorithm.kl_coef" in page and '<tr class="best"><td>0</td>' in page
-    assert f"python -m atropos_hpc.train algorithm.kl_coef=0 seed=0 run_dir=runs/again-{tmp_path.name}-0" in page
+    assert (
+        f"python -m atropos_hpc.train algorithm.kl_coef=0 seed=0 run_dir=runs/again-{tmp_path.name}-0"
+        in page
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -84,37 +138,55 @@ def test_a_run_that_has_hardly_begun_has_a_page_too(tmp_path: Path, steps: int) 
     assert ("nothing to draw" in page) == (steps == 0)
 
 
-def test_a_directory_that_cannot_be_written_to_is_told_and_another_one_can_be_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_to_is_told_and_another_one_can_be_named(
+    tmp_path: Path,
+) -> None:
     run = made(tmp_path / "run")
     (run.path / "report").write_text("in the way")
     done = subprocess.run([*REPORT, str(run.path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "--out" in done.stderr and "Traceback" not in done.stderr
-    subprocess.run([*REPORT, str(run.path), "--out", str(tmp_path / "elsewhere")], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*REPORT, str(run.path), "--out", str(tmp_path / "elsewhere")],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     assert (tmp_path / "elsewhere" / "report.html").exists()
 
 
 def test_the_learner_s_time_is_shared_out_among_its_phases(tmp_path: Path) -> None:
-    run = series.read(made(tmp_path / "run", lost_s=100.0).path)
+    run = history.read(made(tmp_path / "run", lost_s=100.0).path)
     edges = np.linspace(1e9, 1e9 + 40 * STEP_S + 100, 51)
-    shares = series.phases(run, edges)
+    shares = history.phases(run, edges)
     seconds = {name: float((share * np.diff(edges)).sum()) for name, share in shares.items()}
     expected = dict.fromkeys(shares, 0.0) | {"other": 40.0, "wait": 240.0, "update": 120.0}
     assert seconds == pytest.approx(expected)
     gap = (edges[:-1] >= 1e9 + 20 * STEP_S) & (edges[1:] <= 1e9 + 20 * STEP_S + 100)
-    assert gap.any() and sum(share[gap].sum() for share in shares.values()) == pytest.approx(0)  # nothing ran between the attempts
-    states = series.states(run, "environment", edges, hold_s=15.0)
-    assert set(states) == {"generating", "waiting for room"} and states["generating"].max() == pytest.approx(0.75)
+    assert gap.any() and sum(share[gap].sum() for share in shares.values()) == pytest.approx(
+        0
+    )  # nothing ran between the attempts
+    states = history.states(run, "environment", edges, hold_s=15.0)
+    assert set(states) == {"generating", "waiting for room"} and states[
+        "generating"
+    ].max() == pytest.approx(0.75)
 
 
 def test_a_long_curve_is_drawn_with_few_points() -> None:
-    figure, axes = figures._figure(figures.NARROW)
+    figure, axes = plots._figure(plots.NARROW)
     steps = np.arange(100_000.0)
-    assert figures._curve(axes, steps, np.sin(steps), figures.BLUE)
-    assert max(len(line.get_xdata()) for line in axes.lines) <= figures.POINTS and figure is not None
+    assert plots._curve(axes, steps, np.sin(steps), plots.BLUE)
+    assert max(len(line.get_xdata()) for line in axes.lines) <= plots.POINTS and figure is not None
 
 
 def member(name: str, pid: int, state: str = "generating", **more: Any) -> dict[str, Any]:
-    return {"name": name, "kind": name.partition("-")[0], "pid": pid, "state": state, "waiting": None, "alive": True, **more}
+    return {
+        "name": name,
+        "kind": name.partition("-")[0],
+        "pid": pid,
+        "state": state,
+        "waiting": None,
+        "alive": True,
+        **more,
+    }
 
 
 def test_activity_samples_states_and_notes_what_is_started_again(tmp_path: Path) -> None:
@@ -122,12 +194,26 @@ def test_activity_samples_states_and_notes_what_is_started_again(tmp_path: Path)
     run.create()
     run.new_attempt()
     activity = Activity(run)
-    agent = member("agent-0", 1, "serving", servers=[{"name": "server-0-0", "pid": 7, "version": 3}])
-    waiting = member("environment-1", 3, waiting={"what": "policy version 12, served by all", "whom": "x", "since": 0})
-    activity.note({each["name"]: each for each in (agent, member("environment-0", 2, tokens_per_s=5.0), waiting)})
+    agent = member(
+        "agent-0", 1, "serving", servers=[{"name": "server-0-0", "pid": 7, "version": 3}]
+    )
+    waiting = member(
+        "environment-1",
+        3,
+        waiting={"what": "policy version 12, served by all", "whom": "x", "since": 0},
+    )
+    activity.note(
+        {
+            each["name"]: each
+            for each in (agent, member("environment-0", 2, tokens_per_s=5.0), waiting)
+        }
+    )
     agent["servers"] = [{"name": "server-0-0", "pid": 8, "version": None}]
     activity.note({each["name"]: each for each in (agent, member("environment-0", 2), waiting)})
-    lines = [{key: value for key, value in line.items() if key != "time"} for line in read_lines(run.activity)]
+    lines = [
+        {key: value for key, value in line.items() if key != "time"}
+        for line in read_lines(run.activity)
+    ]
     assert lines == [
         {"event": "attempt", "name": "attempt-0"},
         {"states": {"agent": {"serving": 1}, "server": {"serving": 1}, "environment": {"generating": 1, "waiting for policy version": 1}},
@@ -138,5 +224,10 @@ def test_activity_samples_states_and_notes_what_is_started_again(tmp_path: Path)
 
 def test_the_table_as_json_draws_nothing(tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    shown = subprocess.run([*REPORT, str(run.path), "--json"], capture_output=True, text=True, check=True).stdout
-    assert json.loads(shown)[0]["accuracy"] == pytest.approx(0.899) and not (run.path / "report").exists()
+    shown = subprocess.run(
+        [*REPORT, str(run.path), "--json"], capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        json.loads(shown)[0]["accuracy"] == pytest.approx(0.899)
+        and not (run.path / "report").exists()
+    )

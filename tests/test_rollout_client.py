@@ -9,8 +9,14 @@ import pytest
 from aiohttp import web
 from rollout_parts import ANSWER, FakeServer, die, good, hang, list_servers, make_run, status
 
-from atropos_hpc.rollout.pool import Generation, Pool, policy_version, record, record_generations
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.rollout.server_pool import (
+    Generation,
+    Pool,
+    policy_version,
+    record,
+    record_generations,
+)
+from atropos_hpc.runtime.run_dir import RunDir
 
 
 def on_a_run(test: Callable[[RunDir], Awaitable[None]]) -> Callable[[Path], None]:
@@ -72,7 +78,11 @@ async def test_the_deadline_names_the_last_failure(run: RunDir) -> None:
 
 @on_a_run
 async def test_503_moves_and_400_is_final(run: RunDir) -> None:
-    async with FakeServer(status(503)) as paused, FakeServer(good) as fine, FakeServer(status(400)) as refuses:
+    async with (
+        FakeServer(status(503)) as paused,
+        FakeServer(good) as fine,
+        FakeServer(status(400)) as refuses,
+    ):
         list_servers(run, {paused.url: 1, fine.url: 1})
         pool = Pool(run)
         assert await pool.post({}, 10) == ANSWER
@@ -90,7 +100,9 @@ async def test_a_generation_that_a_policy_update_cut_short_is_made_again(run: Ru
     finish = iter(["abort", "abort", "stop"])
 
     async def cut_short(request: web.Request) -> web.StreamResponse:
-        return web.json_response({"choices": [{**ANSWER["choices"][0], "finish_reason": next(finish)}]})
+        return web.json_response(
+            {"choices": [{**ANSWER["choices"][0], "finish_reason": next(finish)}]}
+        )
 
     async with FakeServer(cut_short) as server:
         list_servers(run, {server.url: 1})
@@ -132,7 +144,9 @@ async def test_an_unreadable_roster_keeps_the_servers_known(run: RunDir) -> None
 
 
 @on_a_run
-async def test_every_request_carries_the_run_s_token_and_the_oldest_version_counts(run: RunDir) -> None:
+async def test_every_request_carries_the_run_s_token_and_the_oldest_version_counts(
+    run: RunDir,
+) -> None:
     async with FakeServer(good) as one, FakeServer(good) as other:
         list_servers(run, {one.url: 3, other.url: 2})
         pool = Pool(run)

@@ -12,11 +12,11 @@ pytestmark = pytest.mark.vllm
 pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import EvaluationConf  # noqa: E402
-from atropos_hpc.rollout.environment import room, stamp  # noqa: E402
+from atropos_hpc.rollout.env_adapter import room, stamp  # noqa: E402
+from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
 from atropos_hpc.rollout.evaluation import next_due, numbers  # noqa: E402
-from atropos_hpc.rollout.link import encode  # noqa: E402
-from atropos_hpc.rollout.pool import Generation  # noqa: E402
-from atropos_hpc.rollout.target import check_target  # noqa: E402
+from atropos_hpc.rollout.server_pool import Generation  # noqa: E402
+from atropos_hpc.runtime.http import encode  # noqa: E402
 
 ARITHMETIC = "atropos_hpc.environments.arithmetic:ArithmeticEnv"
 
@@ -69,7 +69,10 @@ def test_a_minimum_share_of_each_batch_is_left_to_whose_it_is() -> None:
     assert groups(part=0.1) == 1
     assert groups(part=0.1, share=16) == 2  # its share, though its weight would give it less
     assert groups(part=0.1, share=16, staleness=2) == 6
-    assert groups(part=0.1, share=16, own_queued=8) == 1 and groups(part=0.1, share=16, under_way=16) == 0
+    assert (
+        groups(part=0.1, share=16, own_queued=8) == 1
+        and groups(part=0.1, share=16, under_way=16) == 0
+    )
     assert groups(shares_of_others=[(16, 0)]) == 6  # the rest, for the others
     assert groups(shares_of_others=[(16, 8), (8, 8)], queued=8, others=8) == 5
     assert groups(shares_of_others=[(16, 0)], staleness=2) == 18
@@ -77,13 +80,18 @@ def test_a_minimum_share_of_each_batch_is_left_to_whose_it_is() -> None:
 
 def test_a_batch_s_share_has_room_though_others_fill_all_batches_to_come() -> None:
     assert groups(share=16, queued=64) == 2 and groups(share=16, queued=192, staleness=2) == 2
-    assert groups(share=16, queued=64, under_way=16) == 0 and groups(share=16, queued=64, own_queued=16) == 0
+    assert (
+        groups(share=16, queued=64, under_way=16) == 0
+        and groups(share=16, queued=64, own_queued=16) == 0
+    )
     assert groups(share=16, served=3, formed=4) == 0  # no batch that it could go into
 
 
 def test_stamps_are_per_sequence_with_the_whole_group_s_range_as_fallback() -> None:
     group: dict[str, Any] = {"tokens": [[1, 2, 50, 60], [1, 2, 70], [9, 9]]}
-    stamp(group, [Generation((50, 60), (1, 1)), Generation((70,), (1, 3)), Generation((4, 4), (2, 2))])
+    stamp(
+        group, [Generation((50, 60), (1, 1)), Generation((70,), (1, 3)), Generation((4, 4), (2, 2))]
+    )
     assert group["generation_params"]["policy_versions"] == [[1, 1], [1, 3], [1, 3]]
 
 
@@ -108,7 +116,9 @@ def test_a_group_without_generations_has_unknown_versions_and_keeps_its_paramete
 
 
 def test_tokens_match_whole_ids_only() -> None:
-    group: dict[str, Any] = {"tokens": [[0x01000000, 0x00000001]]}  # in bytes 00 00 00 01 01 00 00 00: 0x00010100 lies askew in it
+    group: dict[str, Any] = {
+        "tokens": [[0x01000000, 0x00000001]]
+    }  # in bytes 00 00 00 01 01 00 00 00: 0x00010100 lies askew in it
     stamp(group, [Generation((0x00010100,), (1, 1)), Generation((0x00000001,), (2, 2))])
     assert group["generation_params"]["policy_versions"] == [[2, 2]]
 
@@ -127,9 +137,15 @@ def test_posts_are_json_of_numpy_and_gzipped_when_large() -> None:
     import numpy as np
 
     body, headers = encode({"scores": np.float32(0.5), "tokens": np.arange(3)})
-    assert json.loads(body) == {"scores": 0.5, "tokens": [0, 1, 2]} and "Content-Encoding" not in headers
+    assert (
+        json.loads(body) == {"scores": 0.5, "tokens": [0, 1, 2]}
+        and "Content-Encoding" not in headers
+    )
     body, headers = encode({"tokens": list(range(5000))})
-    assert headers["Content-Encoding"] == "gzip" and json.loads(gzip.decompress(body))["tokens"][-1] == 4999
+    assert (
+        headers["Content-Encoding"] == "gzip"
+        and json.loads(gzip.decompress(body))["tokens"][-1] == 4999
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,43 +153,72 @@ def test_posts_are_json_of_numpy_and_gzipped_when_large() -> None:
     [
         (ARITHMETIC, {"eval_problms": 3}, "config.eval_problms", "did you mean eval_problems?"),
         (ARITHMETIC, {"temperature": "hot"}, "config.temperature", "number"),
-        ("atropos_hpc.environments.arithmetic:ArithmeticEnvironment", {}, "target", "did you mean ArithmeticEnv?"),
+        (
+            "atropos_hpc.environments.arithmetic:ArithmeticEnvironment",
+            {},
+            "target",
+            "did you mean ArithmeticEnv?",
+        ),
         ("no.such.module:Class", {}, "target", "cannot be imported"),
         ("no/such/file.py:Class", {}, "target", "cannot be imported"),
     ],
 )
-def test_a_wrong_environment_is_named_by_key(target: str, config: dict[str, Any], key: str, says: str) -> None:
+def test_a_wrong_environment_is_named_by_key(
+    target: str, config: dict[str, Any], key: str, says: str
+) -> None:
     (problem,) = check_target(target, config)
     assert problem.key == key
     assert says in problem.message
 
 
 def test_the_check_runs_as_a_command() -> None:
-    command = [sys.executable, "-m", "atropos_hpc.rollout.worker", "--check", "--target", ARITHMETIC, "--config"]
+    command = [
+        sys.executable,
+        "-m",
+        "atropos_hpc.rollout.env_worker",
+        "--check",
+        "--target",
+        ARITHMETIC,
+        "--config",
+    ]
     done = subprocess.run([*command, '{"seeds": 1}'], capture_output=True, text=True, check=True)
     (problem,) = json.loads(done.stdout.splitlines()[-1])
     assert problem["key"] == "config.seeds" and "did you mean seed?" in problem["message"]
 
 
 def test_a_target_may_be_a_file(tmp_path: Path) -> None:
-    (tmp_path / "my_env.py").write_text("from atropos_hpc.environments.arithmetic import ArithmeticEnv as Mine\n")
+    (tmp_path / "my_env.py").write_text(
+        "from atropos_hpc.environments.arithmetic import ArithmeticEnv as Mine\n"
+    )
     assert check_target(f"{tmp_path}/my_env.py:Mine", {"eval_problems": 5}) == []
 
 
 def test_evaluations_are_due_before_every_so_often_and_after() -> None:
     conf = EvaluationConf(every=10, before=True, after=True)
     assert next_due(conf, served=0, last=25, done=set()) == 0
-    assert next_due(conf, served=50, last=60, done=set()) == 50  # a run that goes on from 50 starts from 50
+    assert (
+        next_due(conf, served=50, last=60, done=set()) == 50
+    )  # a run that goes on from 50 starts from 50
     assert next_due(conf, served=3, last=25, done={0}) == 10
     assert next_due(conf, served=21, last=25, done={0}) == 20  # 10 was passed
     assert next_due(conf, served=22, last=25, done={0, 20}) == 25
     assert next_due(conf, served=25, last=25, done={0}) == 25  # the last is never passed over
     assert next_due(conf, served=25, last=25, done={0, 25}) is None
-    assert next_due(EvaluationConf(every=0, before=False, after=False), served=0, last=5, done=set()) is None
+    assert (
+        next_due(EvaluationConf(every=0, before=False, after=False), served=0, last=5, done=set())
+        is None
+    )
 
 
 def test_metrics_are_the_finite_numbers_about_evaluation() -> None:
     import numpy as np
 
-    metrics = {"eval/a": np.float32(0.5), "eval/b": 1, "eval/c": float("nan"), "train/d": 1.0, "eval/table": object(), "eval/e": np.ones(3)}
+    metrics = {
+        "eval/a": np.float32(0.5),
+        "eval/b": 1,
+        "eval/c": float("nan"),
+        "train/d": 1.0,
+        "eval/table": object(),
+        "eval/e": np.ones(3),
+    }
     assert numbers(metrics) == {"eval/a": 0.5, "eval/b": 1.0}

@@ -8,17 +8,24 @@ import pytest
 from rollout_parts import make_run
 
 from atropos_hpc.config import ModelConf, RolloutConf
-from atropos_hpc.rollout.guard import RUN_DIR, TokenGuard
-from atropos_hpc.rollout.server import arguments, variables
+from atropos_hpc.rollout.vllm_server import arguments, variables
+from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
 
 
 def test_arguments_follow_the_config() -> None:
-    rollout = RolloutConf(tensor_parallel=4, memory_utilization=0.8, max_sequences=64, arguments=["--max-num-batched-tokens", "8192"])
-    line = arguments(rollout, ModelConf(path="models/a", max_length=4096), "127.0.0.1", 8123, seed=7)
+    rollout = RolloutConf(
+        tensor_parallel=4,
+        memory_utilization=0.8,
+        max_sequences=64,
+        arguments=["--max-num-batched-tokens", "8192"],
+    )
+    line = arguments(
+        rollout, ModelConf(path="models/a", max_length=4096), "127.0.0.1", 8123, seed=7
+    )
     for flag, value in {
         "--model": "models/a", "--port": "8123", "--tensor-parallel-size": "4", "--gpu-memory-utilization": "0.8", "--seed": "7",
         "--max-model-len": "4096", "--max-num-seqs": "64", "--dtype": "bfloat16",
-        "--weight-transfer-config": '{"backend": "disk"}', "--middleware": "atropos_hpc.rollout.guard.TokenGuard",
+        "--weight-transfer-config": '{"backend": "disk"}', "--middleware": "atropos_hpc.runtime.token_check.TokenGuard",
     }.items():  # fmt: skip
         assert line[line.index(flag) + 1] == value
     assert "--enable-scale-out" in line
@@ -39,7 +46,9 @@ def test_variables_of_the_config_have_the_last_word(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE" not in variables(conf, ModelConf(path="name/on-the-hub"))
 
 
-def ask(guard: TokenGuard, path: str, authorization: str | None, kind: str = "http") -> list[dict[str, Any]]:
+def ask(
+    guard: TokenGuard, path: str, authorization: str | None, kind: str = "http"
+) -> list[dict[str, Any]]:
     """What the guard sends for one request."""
     sent: list[dict[str, Any]] = []
     headers = [] if authorization is None else [(b"authorization", authorization.encode())]
@@ -65,7 +74,10 @@ def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenGuard:
     return TokenGuard(app)
 
 
-@pytest.mark.parametrize("path", ["/pause", "/v1/models", "/metrics", "/", "/health/", "/health/../pause", "/invocations"])
+@pytest.mark.parametrize(
+    "path",
+    ["/pause", "/v1/models", "/metrics", "/", "/health/", "/health/../pause", "/invocations"],
+)
 def test_nothing_is_open_but_health(guard: TokenGuard, path: str, tmp_path: Path) -> None:
     token = (tmp_path / "run" / "secret").read_text()
     assert ask(guard, path, f"Bearer {token}") == [{"type": "served"}]

@@ -21,14 +21,14 @@ pytest.importorskip("vllm")
 import aiohttp  # noqa: E402
 
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
-from atropos_hpc.policy import adapter  # noqa: E402
+from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
-from atropos_hpc.policy.push import PushError, push  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, file_digest  # noqa: E402
-from atropos_hpc.process import children_of  # noqa: E402
-from atropos_hpc.rendezvous import Member, Roster  # noqa: E402
-from atropos_hpc.rollout.pool import GENERATE  # noqa: E402
-from atropos_hpc.run_dir import RunDir, read_lines  # noqa: E402
+from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
+from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
+from atropos_hpc.runtime.membership import Member, Roster  # noqa: E402
+from atropos_hpc.runtime.process import children_of  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir, read_lines  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
 
 PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
@@ -50,22 +50,35 @@ class Served:
         self.token = run.token()
         self.version = 0
 
-    def ask(self, method: str, route: str, json: Any = None, token: str | None = None) -> tuple[int, Any]:
+    def ask(
+        self, method: str, route: str, json: Any = None, token: str | None = None
+    ) -> tuple[int, Any]:
         async def main() -> tuple[int, Any]:
             headers = {"Authorization": f"Bearer {token or self.token}"}
-            async with aiohttp.ClientSession() as session, session.request(method, self.url + route, json=json, headers=headers) as answer:
-                return answer.status, await (answer.json() if answer.content_type == "application/json" else answer.text())
+            async with (
+                aiohttp.ClientSession() as session,
+                session.request(method, self.url + route, json=json, headers=headers) as answer,
+            ):
+                return answer.status, await (
+                    answer.json() if answer.content_type == "application/json" else answer.text()
+                )
 
         return asyncio.run(main())
 
     def greedy(self) -> tuple[list[int], list[float], str]:
         """(tokens, log-probs, version) of the greedy answer to PROMPT."""
         sampling = {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
-        status, answer = self.ask("POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling})
+        status, answer = self.ask(
+            "POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling}
+        )
         assert status == 200, answer
         (choice,) = answer["choices"]
         (span,) = choice["weight_versions"]
-        return choice["token_ids"], [position["logprob"] for position in choice["logprobs"]["content"]], span["version"]
+        return (
+            choice["token_ids"],
+            [position["logprob"] for position in choice["logprobs"]["content"]],
+            span["version"],
+        )
 
     def push(self, weights: Path, damage: bool = False) -> int:
         """Publish as the next version and push it."""
@@ -104,7 +117,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = root / "server.log"
-    with module("atropos_hpc.rollout.server", "--run-dir", str(run.path), "--port", str(port), log=log) as child:
+    with module(
+        "atropos_hpc.rollout.vllm_server", "--run-dir", str(run.path), "--port", str(port), log=log
+    ) as child:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
         server = Served(run, url, child.pid, root / "base", root / "other")
         while True:
@@ -134,13 +149,24 @@ def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_p
     served.push(served.base)
     base = served.greedy()[:2]
     follower = Follower(PolicyStore(served.run.policy), tmp_path, "a test")
-    weights = {"base": served.base / "model.safetensors", "other": served.other / "model.safetensors"}
-    for old, new, expected in ((None, "base", base), ("base", "other", other), ("other", "base", base)):
+    weights = {
+        "base": served.base / "model.safetensors",
+        "other": served.other / "model.safetensors",
+    }
+    for old, new, expected in (
+        (None, "base", base),
+        ("base", "other", other),
+        ("other", "base", base),
+    ):
         if old is not None:
             served.version += 1
             publish_delta(served.run, weights[old], weights[new], served.version)
         newest = follower.look()
-        assert newest is not None and newest.version == served.version and newest.directory.is_relative_to(tmp_path), follower.bad
+        assert (
+            newest is not None
+            and newest.version == served.version
+            and newest.directory.is_relative_to(tmp_path)
+        ), follower.bad
         served.push_directory(newest.directory)
         assert served.greedy() == (*expected, str(served.version))
     follower.close()
@@ -151,7 +177,11 @@ def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) 
     from safetensors.torch import load_file, save_file
 
     base = load_file(served.base / "model.safetensors")
-    names = [name.removesuffix(".weight") for name in base if name.endswith(("q_proj.weight", "down_proj.weight"))]
+    names = [
+        name.removesuffix(".weight")
+        for name in base
+        if name.endswith(("q_proj.weight", "down_proj.weight"))
+    ]
     tensors = {}
     torch.manual_seed(0)
     for name in names:
@@ -160,8 +190,8 @@ def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) 
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 4) / 4
     folder = served.run.path / "made"
     folder.mkdir()
-    save_file(tensors, folder / adapter.FILE)
-    (folder / adapter.CONFIG).write_text('{"r": 4, "lora_alpha": 8}')
+    save_file(tensors, folder / lora.FILE)
+    (folder / lora.CONFIG).write_text('{"r": 4, "lora_alpha": 8}')
     full = {name: tensor.clone() for name, tensor in base.items()}
     for name in names:
         up, down = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "BA")
@@ -171,17 +201,27 @@ def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) 
     served.push(folder)
     tokens, log_probs, _ = served.greedy()
     served.push(served.base)
-    assert served.greedy()[1] != pytest.approx(log_probs, abs=1e-3), "the adapter makes a difference"
+    assert served.greedy()[1] != pytest.approx(log_probs, abs=1e-3), (
+        "the adapter makes a difference"
+    )
     store = PolicyStore(served.run.policy)
     served.version += 1
     directory = store.begin(served.version, 1)
     files = []
-    for name in (adapter.FILE, adapter.CONFIG):
+    for name in (lora.FILE, lora.CONFIG):
         shutil.copy(folder / name, directory / name)
-        files.append({"file": name, "bytes": (folder / name).stat().st_size, "xxh3": file_digest(folder / name)})
+        files.append(
+            {
+                "file": name,
+                "bytes": (folder / name).stat().st_size,
+                "xxh3": file_digest(folder / name),
+            }
+        )
     served.push_directory(store.commit(served.version, 1, files, "adapter").directory)
     again, same, reported = served.greedy()
-    assert (again, reported) == (tokens, str(served.version)) and same == pytest.approx(log_probs, abs=1e-5)
+    assert (again, reported) == (tokens, str(served.version)) and same == pytest.approx(
+        log_probs, abs=1e-5
+    )
 
 
 def test_a_damaged_version_leaves_the_old_weights_in_place(served: Served) -> None:
@@ -223,12 +263,17 @@ def test_log_probs_are_of_the_policy_at_the_sampling_temperature(served: Served)
     with torch.no_grad():
         expected = (model(tokens).logits[0, len(PROMPT) - 1 : -1] / 0.5).log_softmax(-1)
     expected = expected.gather(-1, tokens[0, len(PROMPT) :, None])[:, 0].tolist()
-    assert [position["logprob"] for position in choice["logprobs"]["content"]] == pytest.approx(expected, abs=1e-3)
+    assert [position["logprob"] for position in choice["logprobs"]["content"]] == pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 def test_requests_in_flight_outlive_a_push(served: Served) -> None:
     async def main() -> list[int]:
-        body = {"token_ids": PROMPT, "sampling_params": {"temperature": 1.0, "max_tokens": 26, "min_tokens": 26, "n": 8}}
+        body = {
+            "token_ids": PROMPT,
+            "sampling_params": {"temperature": 1.0, "max_tokens": 26, "min_tokens": 26, "n": 8},
+        }
         headers = {"Authorization": f"Bearer {served.token}"}
 
         async def generate(session: aiohttp.ClientSession) -> list[int]:
@@ -247,7 +292,17 @@ def test_requests_in_flight_outlive_a_push(served: Served) -> None:
 
 
 def test_every_route_but_health_asks_for_the_token(served: Served) -> None:
-    routes = ("/v1/models", "/metrics", "/pause", "/resume", "/start_weight_update", "/collective_rpc", "/invocations", GENERATE, "/docs")
+    routes = (
+        "/v1/models",
+        "/metrics",
+        "/pause",
+        "/resume",
+        "/start_weight_update",
+        "/collective_rpc",
+        "/invocations",
+        GENERATE,
+        "/docs",
+    )
     for route in routes:
         assert served.ask("POST", route, token="wrong")[0] == 401, route
         assert served.ask("GET", route, token="wrong")[0] == 401, route
@@ -264,13 +319,19 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
         stack.enter_context(leader(run))
         agent = Member(run, "agent", "local", servers=[{"url": served.url, "version": version}])
         stack.callback(agent.leave)
-        stack.enter_context(module("atropos_hpc.trajectories.server", *arguments, log=run.path / "trajectories.log"))
+        stack.enter_context(
+            module("atropos_hpc.trajectories.server", *arguments, log=run.path / "trajectories.log")
+        )
         roster = Roster(run.roster)
         while roster.trajectory_server() is None:
             time.sleep(0.05)
         learner = TrajectoryClient(roster.trajectory_server, run.token(), 30)
-        learner.register(batch_size=20, max_token_len=32, starting_step=version, num_steps=version + 2)
-        stack.enter_context(module("atropos_hpc.rollout.worker", *arguments, log=run.path / "worker.log"))
+        learner.register(
+            batch_size=20, max_token_len=32, starting_step=version, num_steps=version + 2
+        )
+        stack.enter_context(
+            module("atropos_hpc.rollout.env_worker", *arguments, log=run.path / "worker.log")
+        )
         kinds = {}
         for step in (version, version + 1):
             groups = learner.lease(step, rank=0, world=1, oldest=step, version=step, wait_s=90)
@@ -306,13 +367,18 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
     run = make_run(
         tmp_path / "run",
         model={"path": str(served.base), "max_length": 32, "dtype": "float32"},
-        environment={"target": target, "config": {"eval_problems": 40} if "Arithmetic" in target else {}},
+        environment={
+            "target": target,
+            "config": {"eval_problems": 40} if "Arithmetic" in target else {},
+        },
         trainer={"steps": version + 1},
     )
     run.secret.write_text(served.token)
     with leader(run):
         agent = Member(run, "agent", "local", servers=[{"url": served.url, "version": version}])
-        with module("atropos_hpc.rollout.evaluation", "--run-dir", str(run.path), log=tmp_path / "log") as evaluator:
+        with module(
+            "atropos_hpc.rollout.evaluation", "--run-dir", str(run.path), log=tmp_path / "log"
+        ) as evaluator:
             while not read_lines(run.evaluations):
                 assert evaluator.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)

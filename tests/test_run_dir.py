@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc import run_dir
-from atropos_hpc.run_dir import RunDir, append_line, read_json, read_lines, write_file, write_json
+from atropos_hpc.runtime import run_dir
+from atropos_hpc.runtime.run_dir import (
+    RunDir,
+    append_line,
+    read_json,
+    read_lines,
+    write_file,
+    write_json,
+)
 
 
 def test_create_makes_a_private_directory_with_a_secret(tmp_path: Path) -> None:
@@ -20,7 +27,9 @@ def test_create_makes_a_private_directory_with_a_secret(tmp_path: Path) -> None:
     assert run.token() == token and len(token) >= 32
 
 
-def test_a_full_disk_leaves_the_old_content_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_content_and_no_debris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file.json"
     write_json(path, {"n": 1})
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from run_parts import Started
 
-from atropos_hpc.launch.allocation import PACKAGE_HOME
+from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
 from atropos_hpc.policy.store import read_manifest
-from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import read_json, read_lines
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
@@ -51,13 +51,33 @@ def assert_complete(started: Started, steps: int) -> None:
 def assert_the_story_can_be_read(started: Started, killed: str) -> None:
     """What people look at afterwards, on what a real run has left: the status, the page, what the policy said."""
     found = status.of(started.run.path)
-    assert found["state"] == "complete" and found["step"] == found["steps"] and found["tokens_per_s"]["trainer"] > 0
-    assert {member["kind"] for member in found["members"]} >= {"supervisor", "trajectories", "trainer", "agent", "environment"}
-    events = [line["name"] for line in read_lines(started.run.activity) if line.get("event") == "started again"]
+    assert (
+        found["state"] == "complete"
+        and found["step"] == found["steps"]
+        and found["tokens_per_s"]["trainer"] > 0
+    )
+    assert {member["kind"] for member in found["members"]} >= {
+        "supervisor",
+        "trajectories",
+        "trainer",
+        "agent",
+        "environment",
+    }
+    events = [
+        line["name"]
+        for line in read_lines(started.run.activity)
+        if line.get("event") == "started again"
+    ]
     assert killed in events
-    subprocess.run([sys.executable, "-m", "atropos_hpc.cli", "report", str(started.run.path)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "atropos_hpc.cli", "report", str(started.run.path)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     page = (started.run.path / "report" / "report.html").read_text()
-    assert f"{killed} was started" in page and (started.run.path / "report" / "timeline.png").exists()
+    assert (
+        f"{killed} was started" in page and (started.run.path / "report" / "timeline.png").exists()
+    )
     versions = [line["version"] for line in read_lines(started.run.samples)]
     assert sorted(set(versions)) == list(range(found["steps"])) and versions == sorted(versions)
     (best, *_) = samples.read(started.run, version=0, last=2)
@@ -65,15 +85,27 @@ def assert_the_story_can_be_read(started: Started, killed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "victim, noted_in", [("server-0-0", "agent-0"), ("environment-0", "agent-0"), ("trajectories", "supervisor"), ("agent", "supervisor")]
+    "victim, noted_in",
+    [
+        ("server-0-0", "agent-0"),
+        ("environment-0", "agent-0"),
+        ("trajectories", "supervisor"),
+        ("agent", "supervisor"),
+    ],
 )
-def test_a_killed_member_comes_back_and_the_run_ends_by_itself(start: Callable[..., Started], victim: str, noted_in: str) -> None:
+def test_a_killed_member_comes_back_and_the_run_ends_by_itself(
+    start: Callable[..., Started], victim: str, noted_in: str
+) -> None:
     started = start(8)
     started.step(2)
     os.kill(started.pid(victim), signal.SIGKILL)
     assert_complete(started, 8)
     log = started.log(noted_in)
-    assert f"{victim.split('-')[0]}" in log and "was killed by SIGKILL" in log and "start" in log.partition("SIGKILL")[2]
+    assert (
+        f"{victim.split('-')[0]}" in log
+        and "was killed by SIGKILL" in log
+        and "start" in log.partition("SIGKILL")[2]
+    )
 
 
 def test_a_killed_rank_restarts_from_the_last_durable_step(start: Callable[..., Started]) -> None:
@@ -86,11 +118,19 @@ def test_a_killed_rank_restarts_from_the_last_durable_step(start: Callable[..., 
     assert_the_story_can_be_read(started, "trainer-trainer0-0")
 
 
-def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: Callable[..., Started]) -> None:
+def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(
+    start: Callable[..., Started],
+) -> None:
     started = start(40)
     started.step(4)
-    second = subprocess.run(started.command, capture_output=True, text=True, timeout=120, check=False)
-    assert second.returncode == 2 and f"pid {started.process.pid}" in second.stderr and "is in use by" in second.stderr
+    second = subprocess.run(
+        started.command, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (
+        second.returncode == 2
+        and f"pid {started.process.pid}" in second.stderr
+        and "is in use by" in second.stderr
+    )
     started.process.kill()
     started.process.wait()
     started.assert_nothing_is_left()
@@ -100,11 +140,15 @@ def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(start: 
     assert_complete(started, 40)
     assert f"starts at step {durable}" in started.log("trainer-0")
     # the same command once more: there is nothing left to do
-    again = subprocess.run(started.command, capture_output=True, text=True, timeout=120, check=False)
+    again = subprocess.run(
+        started.command, capture_output=True, text=True, timeout=120, check=False
+    )
     assert again.returncode == 0 and "complete already" in again.stderr
 
 
-def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(start: Callable[..., Started]) -> None:
+def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(
+    start: Callable[..., Started],
+) -> None:
     started = start(6)
     started.step(2)
     started.process.send_signal(signal.SIGINT)
@@ -126,9 +170,15 @@ def test_term_ends_everything_also_while_servers_start(start: Callable[..., Star
     started.assert_nothing_is_left()
 
 
-def test_two_of_everything_strictly_on_policy_with_evaluations(start: Callable[..., Started]) -> None:
+def test_two_of_everything_strictly_on_policy_with_evaluations(
+    start: Callable[..., Started],
+) -> None:
     two = ["roles.trainer.ranks_per_node=2", "rollout.servers=2", "environment.workers=2"]
-    evaluated = ["evaluation.before=true", "evaluation.after=true", "environment.config.eval_problems=100"]
+    evaluated = [
+        "evaluation.before=true",
+        "evaluation.after=true",
+        "environment.config.eval_problems=100",
+    ]
     started = start(4, "staleness.max=0", *two, *evaluated)
     assert_complete(started, 4)
     for name in ("trainer-1", "server-0-1", "environment-1"):
@@ -136,13 +186,23 @@ def test_two_of_everything_strictly_on_policy_with_evaluations(start: Callable[.
     assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
     lines = read_lines(started.run.evaluations)
     assert [line["version"] for line in lines] == [0, 4]
-    assert all(line["served"] == [line["version"]] * 2 and 0 <= line["accuracy"] <= 1 and line["sequences"] == 100 for line in lines)
+    assert all(
+        line["served"] == [line["version"]] * 2
+        and 0 <= line["accuracy"] <= 1
+        and line["sequences"] == 100
+        for line in lines
+    )
     summary = read_json(started.run.summary)
-    assert summary["accuracy_before"] == lines[0]["accuracy"] and summary["accuracy_after"] == lines[1]["accuracy"]
+    assert (
+        summary["accuracy_before"] == lines[0]["accuracy"]
+        and summary["accuracy_after"] == lines[1]["accuracy"]
+    )
     assert summary["stale_sequences"] == 0
 
 
-def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(start: Callable[..., Started]) -> None:
+def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(
+    start: Callable[..., Started],
+) -> None:
     """In float32, a learning rate this small moves a per cent of the weights at a step; an ordinary one all of them."""
     small_steps = ["trainer.learning_rate=1e-10", "staleness.max=0", "rollout.servers=2"]
     started = start(8, "policy.sync=delta", "policy.anchor_every=4", "policy.keep=6", *small_steps)
@@ -150,8 +210,14 @@ def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(start: Ca
     os.kill(started.pid("server-0-1"), signal.SIGKILL)
     assert_complete(started, 8)
     assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
-    kinds = {path.parent.name: read_manifest(path.parent).kind for path in started.run.policy.glob("*-*/manifest.json")}
-    assert kinds["8-1"] == kinds["4-1"] == "full" and kinds["7-1"] == kinds["6-1"] == kinds["5-1"] == "delta"
+    kinds = {
+        path.parent.name: read_manifest(path.parent).kind
+        for path in started.run.policy.glob("*-*/manifest.json")
+    }
+    assert (
+        kinds["8-1"] == kinds["4-1"] == "full"
+        and kinds["7-1"] == kinds["6-1"] == kinds["5-1"] == "delta"
+    )
     assert "is not used" not in started.log("agent-0")
 
 
@@ -160,7 +226,9 @@ def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:
     assert_complete(started, 4)
 
 
-def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(start: Callable[..., Started], tmp_path: Path) -> None:
+def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
     """With a model that knows nothing: every answer is wrong, which shows the way of the problems, not learning."""
     import torch
 
@@ -175,7 +243,10 @@ def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(start: Cal
                     "+environment.config.ensure_scores_are_not_same=false", "environment.group_size=4", "algorithm.batch_size=16",
                     f"model.path={tmp_path / 'model'}", "model.max_length=1024")  # fmt: skip
     assert_complete(started, 2)
-    assert all(line["reward"] == 0 and line["trained_tokens"] > 0 for line in read_lines(started.run.metrics))
+    assert all(
+        line["reward"] == 0 and line["trained_tokens"] > 0
+        for line in read_lines(started.run.metrics)
+    )
 
 
 def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[..., Started]) -> None:
@@ -184,7 +255,9 @@ def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[...
     os.kill(started.pid("trainer"), signal.SIGKILL)
     assert_complete(started, 4)
     runs = list((started.run.path / "wandb").glob("offline-run-*"))
-    assert len(runs) == 2 and {path.name.rpartition("-")[2] for path in runs} == {read_json(started.run.run_json)["id"]}
+    assert len(runs) == 2 and {path.name.rpartition("-")[2] for path in runs} == {
+        read_json(started.run.run_json)["id"]
+    }
     assert f"wandb sync {started.run.path}/wandb/offline-run-*" in started.output.read_text()
     assert list((started.run.path / "tensorboard").glob("events.*"))
 
@@ -197,16 +270,26 @@ def test_several_environments_share_a_run(start: Callable[..., Started]) -> None
     assert_complete(started, 6)
     lines = read_lines(started.run.metrics)
     assert all(line["sequences/environment"] + line["sequences/kinds"] == 128 for line in lines)
-    for line in lines[3:]:  # by then the second has registered too, and what was generated without it is used up
-        assert line["sequences/kinds"] >= 32 and line["reward/kinds"] == 0.5 and 0 < line["reward/environment"] < 1
+    for line in lines[
+        3:
+    ]:  # by then the second has registered too, and what was generated without it is used up
+        assert (
+            line["sequences/kinds"] >= 32
+            and line["reward/kinds"] == 0.5
+            and 0 < line["reward/environment"] < 1
+        )
     (evaluated,) = read_lines(started.run.evaluations)
-    assert 0 < evaluated["accuracy"] < 1 and evaluated["error"].startswith("more_environments.kinds: LookupError")
+    assert 0 < evaluated["accuracy"] < 1 and evaluated["error"].startswith(
+        "more_environments.kinds: LookupError"
+    )
 
 
 def test_an_environment_of_the_users_own_runs_unmodified(start: Callable[..., Started]) -> None:
     """It asks in every way there is, over several turns with a tool's tokens between them, which must not be trained."""
     target = PACKAGE_HOME / "tests" / "kinds_env.py"
-    started = start(2, "environment=atropos", f"environment.target={target}:KindsEnv", "algorithm.batch_size=80")
+    started = start(
+        2, "environment=atropos", f"environment.target={target}:KindsEnv", "algorithm.batch_size=80"
+    )
     assert_complete(started, 2)
     for line in read_lines(started.run.metrics):
         assert 0 < line["trained_tokens"] < line["tokens"]

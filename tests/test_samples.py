@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from atropos_hpc.contracts.group import Group
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.metrics import Metrics
-from atropos_hpc.run_dir import RunDir, read_lines, write_json
-from atropos_hpc.trajectories.schema import Group
+from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_json
 
 pytestmark = pytest.mark.verl  # the tokenizer is made with transformers
 
@@ -25,7 +25,13 @@ def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.create()
     make_tokenizer().save_pretrained(tmp_path / "model")
-    write_json(run.run_json, {"id": "x", "config": {"model": {"path": str(tmp_path / "model")}, "trainer": {"steps": 500}}})
+    write_json(
+        run.run_json,
+        {
+            "id": "x",
+            "config": {"model": {"path": str(tmp_path / "model")}, "trainer": {"steps": 500}},
+        },
+    )
     return run
 
 
@@ -38,9 +44,13 @@ def group(model: Path, answers: dict[str, float]) -> Group:
     sequences = [(prompt, tokenizer.encode(answer, add_special_tokens=False)) for answer in answers]
     lengths = np.array([len(start) + len(end) for start, end in sequences], np.uint32)
     tokens = np.array([token for start, end in sequences for token in (*start, *end)], np.int32)
-    trained = np.array([flag for start, end in sequences for flag in [False] * len(start) + [True] * len(end)])
+    trained = np.array(
+        [flag for start, end in sequences for flag in [False] * len(start) + [True] * len(end)]
+    )
     versions = {"policy_versions": [[4, 5]] * len(answers)}
-    return Group(lengths, np.array(list(answers.values())), tokens, trained, generation_params=versions)
+    return Group(
+        lengths, np.array(list(answers.values())), tokens, trained, generation_params=versions
+    )
 
 
 def test_the_best_and_the_worst_of_a_group_now_and_then(run: RunDir, tmp_path: Path) -> None:
@@ -52,7 +62,9 @@ def test_the_best_and_the_worst_of_a_group_now_and_then(run: RunDir, tmp_path: P
         (0, 1.0), (0, 0.0), (5, 1.0), (5, 0.0), (10, 1.0), (10, 0.0),
     ]  # fmt: skip
     found = samples.read(run, version=5, last=5)
-    assert [line["completion"].strip() for line in found] == ["640", "641"] and PROMPT in found[0]["prompt"]
+    assert [line["completion"].strip() for line in found] == ["640", "641"] and PROMPT in found[0][
+        "prompt"
+    ]
     Metrics(run, [], resume_at=10)  # version 10 is trained on again
     assert {line["version"] for line in read_lines(run.samples)} == {0, 5}
 
@@ -63,7 +75,9 @@ def test_the_command_shows_them_and_says_when_there_is_none(run: RunDir, tmp_pat
     assert nothing.returncode == 1 and "has no samples yet" in nothing.stderr
     Metrics(run, [], resume_at=0).sample(0, 500, [group(tmp_path / "model", {"640": 1.0})])
     assert "640" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    shown = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    shown = json.loads(
+        subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    )
     assert shown[0]["score"] == 1.0 and shown[0]["policy_versions"] == [4, 5]
 
 
@@ -76,6 +90,12 @@ def test_without_a_tokenizer_the_token_ids_are_shown(run: RunDir, tmp_path: Path
 def test_no_run_is_a_readable_refusal(tmp_path: Path) -> None:
     for command in ("samples", "logs", "stop", "resume"):
         done = subprocess.run(
-            [sys.executable, "-m", "atropos_hpc.cli", command, str(tmp_path)], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "atropos_hpc.cli", command, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        assert done.returncode == 2 and "is not a run's directory" in done.stderr, (command, done.stderr)
+        assert done.returncode == 2 and "is not a run's directory" in done.stderr, (
+            command,
+            done.stderr,
+        )

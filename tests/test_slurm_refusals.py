@@ -27,20 +27,60 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         ("cluster.partition=gpu", "cluster.partition", "there is no partition gpu; there are main"),
         ("roles.rollout.partition=hihg", "roles.rollout.partition", "did you mean high?"),
         ("cluster.partition=closed", "cluster.partition", "partition closed is not up"),
-        ("roles.trainer.gpus_per_node=9", "roles.trainer.gpus_per_node", "9 GPUs: no node of partition main has as much; the most is 4"),
+        (
+            "roles.trainer.gpus_per_node=9",
+            "roles.trainer.gpus_per_node",
+            "9 GPUs: no node of partition main has as much; the most is 4",
+        ),
         ("roles.trainer.gres=gpu:h100:2", "roles.trainer.gres", "2 h100: no node"),
-        ("roles.rollout.mem=99G", "roles.rollout.mem", "99G: no node of partition main has as much; the most is 16000M"),
-        ("roles.trainer.cpus_per_task=32", "roles.trainer.cpus_per_task", "32 CPUs: no node of partition main has as much; the most is 16"),
-        ("roles.trainer.ranks_per_node=20", "roles.trainer.cpus_per_task", "20 CPUs (20 ranks of 1)"),
-        ("roles.rollout.nodes=5", "roles.rollout.nodes", "5 are more than the 3 nodes of partition main"),
-        ("roles.rollout.nodes=9", "roles.rollout.nodes", "9 are more than the 8 that partition main gives one job"),
-        ("roles.trainer.constraint=smal", "roles.trainer.constraint", "they have fake, small; did you mean small?"),
-        ("launch.minutes=2000", "launch.minutes", "2000 are more than the 1440 that partition main allows"),
-        ("cluster.partition=physics", "roles.trainer.account", "partition physics is for physics only"),
+        (
+            "roles.rollout.mem=99G",
+            "roles.rollout.mem",
+            "99G: no node of partition main has as much; the most is 16000M",
+        ),
+        (
+            "roles.trainer.cpus_per_task=32",
+            "roles.trainer.cpus_per_task",
+            "32 CPUs: no node of partition main has as much; the most is 16",
+        ),
+        (
+            "roles.trainer.ranks_per_node=20",
+            "roles.trainer.cpus_per_task",
+            "20 CPUs (20 ranks of 1)",
+        ),
+        (
+            "roles.rollout.nodes=5",
+            "roles.rollout.nodes",
+            "5 are more than the 3 nodes of partition main",
+        ),
+        (
+            "roles.rollout.nodes=9",
+            "roles.rollout.nodes",
+            "9 are more than the 8 that partition main gives one job",
+        ),
+        (
+            "roles.trainer.constraint=smal",
+            "roles.trainer.constraint",
+            "they have fake, small; did you mean small?",
+        ),
+        (
+            "launch.minutes=2000",
+            "launch.minutes",
+            "2000 are more than the 1440 that partition main allows",
+        ),
+        (
+            "cluster.partition=physics",
+            "roles.trainer.account",
+            "partition physics is for physics only",
+        ),
         ("+roles.trainer.sbatch.exclusve=true", "launch", "unrecognized option '--exclusve'"),
         # what cannot be
         ("roles.rollout.nodes=0", "roles.rollout.nodes", "0 is less than 1"),
-        ("+roles.trainer.sbatch.nodes=3", "roles.trainer.sbatch.nodes", "change roles.trainer.nodes instead"),
+        (
+            "+roles.trainer.sbatch.nodes=3",
+            "roles.trainer.sbatch.nodes",
+            "change roles.trainer.nodes instead",
+        ),
         ("launch.minutes=1", "launch.signal_s", "is before the start of launch.minutes=1"),
         ("launch.save_timeout_s=600", "launch.signal_s", "less than a checkpoint may take"),
         ("cluster.gpus=gres", "cluster.gpus", "--gres=gpu:{n}"),
@@ -48,31 +88,51 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         ("roles.rollout.python=/no/python", "roles.rollout.python", "there is no /no/python"),
         ("model.path=/no/model", "model.path", "there is no /no/model"),
         # typing errors
-        ("roles.trainer.gpu_per_node=4", "roles.trainer.gpu_per_node", "did you mean roles.trainer.gpus_per_node?"),
-        ("roles.trainer.sbatch.exclusive=true", "roles.trainer.sbatch.exclusive", "+roles.trainer.sbatch.exclusive=... adds it"),
+        (
+            "roles.trainer.gpu_per_node=4",
+            "roles.trainer.gpu_per_node",
+            "did you mean roles.trainer.gpus_per_node?",
+        ),
+        (
+            "roles.trainer.sbatch.exclusive=true",
+            "roles.trainer.sbatch.exclusive",
+            "+roles.trainer.sbatch.exclusive=... adds it",
+        ),
         ("roles.traner.nodes=2", "roles.traner", "did you mean roles.trainer?"),
         ("hydra.launcher.slot=1", "slot", "hydra.launcher"),
         ("hydra/launcher=submitit_slrum", "hydra/launcher/submitit_slrum", "submitit_slurm"),
         # where the run would be
-        ("cluster.shared=[/lustre]", "run_dir", "not on a filesystem that all nodes share: /lustre (cluster.shared)"),
+        (
+            "cluster.shared=[/lustre]",
+            "run_dir",
+            "not on a filesystem that all nodes share: /lustre (cluster.shared)",
+        ),
         ("run_dir=/proc/runs", "run_dir", "/proc/runs"),
     ],
 )
-def test_a_submission_that_cannot_work_is_refused(cluster: Cluster, tmp_path: Path, override: str, key: str, says: str) -> None:
+def test_a_submission_that_cannot_work_is_refused(
+    cluster: Cluster, tmp_path: Path, override: str, key: str, says: str
+) -> None:
     usual = ["launch.signal_s=60"] if override == "launch.minutes=1" else []
     done = submit(cluster, tmp_path / "sweep", *stand_in(tmp_path), *usual, override, check=False)
     queued = cluster.jobs()
     if queued:
         cluster.clear()
     assert done.returncode == 2 and queued == {}, done.stdout + done.stderr
-    assert key in done.stderr and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert key in done.stderr and says in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
 
 
-def test_everything_wrong_is_said_at_once_with_the_points_it_concerns(cluster: Cluster, tmp_path: Path) -> None:
+def test_everything_wrong_is_said_at_once_with_the_points_it_concerns(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     wrong = ["roles.rollout.nodes=1,5", "roles.trainer.gpus_per_node=9", "launch.minutes=2000"]
     done = submit(cluster, tmp_path / "sweep", *stand_in(tmp_path), *wrong, check=False)
     lines = [line for line in done.stderr.splitlines() if line.startswith("  ")]
-    assert len(lines) == 3 and any(line.startswith("  roles.rollout.nodes: ") and line.endswith("(point 1)") for line in lines)
+    assert len(lines) == 3 and any(
+        line.startswith("  roles.rollout.nodes: ") and line.endswith("(point 1)") for line in lines
+    )
     assert any(line.endswith("(point 0, 1)") for line in lines) and cluster.jobs() == {}
 
 
@@ -86,10 +146,20 @@ def test_validate_asks_the_cluster_too(cluster: Cluster, tmp_path: Path) -> None
         "cluster.shared=[/]",
         f"run_dir={tmp_path / 'run'}",
     ]
-    good = subprocess.run([*command, *stand_in(tmp_path)], env=cluster.env, capture_output=True, text=True, check=False)
+    good = subprocess.run(
+        [*command, *stand_in(tmp_path)],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert good.returncode == 0, good.stderr
     bad = subprocess.run(
-        [*command, *stand_in(tmp_path), "cluster.partition=gpu"], env=cluster.env, capture_output=True, text=True, check=False
+        [*command, *stand_in(tmp_path), "cluster.partition=gpu"],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert bad.returncode == 2 and "cluster.partition: there is no partition gpu" in bad.stderr
 
@@ -98,9 +168,17 @@ def test_accounts_that_a_partition_refuses_are_named() -> None:
     from test_config import composed
 
     config = composed("launch=het", "cluster.partition=gpu", "cluster.account=physics")
-    partition = cluster_check.Partition("gpu", True, True, 1e9, 1e9, (), {}, {"account": ("physics",)})
-    found = list(cluster_check._limits(config, "roles.trainer", cluster_check.batch.options(config, "trainer"), partition))
-    assert [str(problem) for problem in found] == ["roles.trainer.account: partition gpu is not for physics"]
+    partition = cluster_check.Partition(
+        "gpu", True, True, 1e9, 1e9, (), {}, {"account": ("physics",)}
+    )
+    found = list(
+        cluster_check._limits(
+            config, "roles.trainer", cluster_check.batch.options(config, "trainer"), partition
+        )
+    )
+    assert [str(problem) for problem in found] == [
+        "roles.trainer.account: partition gpu is not for physics"
+    ]
 
 
 def test_het_jobs_need_the_backfill_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,4 +186,6 @@ def test_het_jobs_need_the_backfill_scheduler(monkeypatch: pytest.MonkeyPatch) -
 
     config = composed("launch=het")
     found = list(cluster_check._scheduler(config, cluster_check.Cluster({}, "sched/builtin", 1001)))
-    assert [problem.key for problem in found] == ["launch.allocation"] and "use split or single" in found[0].message
+    assert [problem.key for problem in found] == [
+        "launch.allocation"
+    ] and "use split or single" in found[0].message

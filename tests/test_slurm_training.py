@@ -15,12 +15,20 @@ import pytest
 from slurm_cluster import ROOT, Cluster, until
 from slurm_parts import Submitted, kill, node_of, require_slurm, sbatch, submit, submitted
 
-from atropos_hpc.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import read_json, read_lines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
-long = pytest.mark.skipif(not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it")
-SMALL = ["evaluation.every=0", "evaluation.before=false", "evaluation.after=false", "cluster.shared=[/]", "roles.rollout.cpus_per_task=4"]
+long = pytest.mark.skipif(
+    not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it"
+)
+SMALL = [
+    "evaluation.every=0",
+    "evaluation.before=false",
+    "evaluation.after=false",
+    "cluster.shared=[/]",
+    "roles.rollout.cpus_per_task=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +51,17 @@ def saved(run: Submitted) -> int:
 
 def preempt(cluster: Cluster, run: Submitted, *options: str) -> None:
     """Have a more important job take the run's nodes for a moment."""
-    important = cluster.command("sbatch", "--parsable", "-p", "high", "--exclusive", *options, "--wrap", "sleep 1")
+    important = cluster.command(
+        "sbatch", "--parsable", "-p", "high", "--exclusive", *options, "--wrap", "sleep 1"
+    )
     until("the preemption", lambda: run.state() == "PENDING", 60, run.story)
     assert saved(run) == run.steps()[-1], run.story()
-    until("the end of the important job", lambda: cluster.jobs()[important] == "COMPLETED", 90, cluster.story)
+    until(
+        "the end of the important job",
+        lambda: cluster.jobs()[important] == "COMPLETED",
+        90,
+        cluster.story,
+    )
     cluster.skip_requeue_delay(run.job)
 
 
@@ -65,31 +80,59 @@ def test_a_sweep_over_the_kl_coefficient(cluster: Cluster, tmp_path: Path) -> No
         assert point.log("trainer-0") and point.log("trainer-1") and point.log("server-0-0")
     points[-1].frees_memory()
     command = [str(Path(sys.executable).with_name("atropos-hpc")), "report", str(sweep), "--json"]
-    report = json.loads(subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=True).stdout)
+    report = json.loads(
+        subprocess.run(command, env=cluster.env, capture_output=True, text=True, check=True).stdout
+    )
     assert [(row["state"], row["step"]) for row in report] == [("complete", 4)] * 3
     assert all(0 <= row["accuracy"] <= 1 and row["kl"] is not None for row in report)
-    assert [row["accuracy"] for row in report if row["best"]] == [max(row["accuracy"] for row in report)]
+    assert [row["accuracy"] for row in report if row["best"]] == [
+        max(row["accuracy"] for row in report)
+    ]
 
 
-def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     template = (ROOT / "slurm" / "het_grpo.sbatch").read_text()
-    (tmp_path / "two.sbatch").write_text(template.replace("#SBATCH --nodes=1", "#SBATCH --nodes=2", 1))
-    overrides = [f"run_dir={tmp_path / 'run'}", "trainer.steps=14", "trainer.checkpoint_every=100", *SMALL]
-    run = Submitted(cluster, tmp_path / "run", sbatch(cluster, tmp_path, str(tmp_path / "two.sbatch"), *overrides))
+    (tmp_path / "two.sbatch").write_text(
+        template.replace("#SBATCH --nodes=1", "#SBATCH --nodes=2", 1)
+    )
+    overrides = [
+        f"run_dir={tmp_path / 'run'}",
+        "trainer.steps=14",
+        "trainer.checkpoint_every=100",
+        *SMALL,
+    ]
+    run = Submitted(
+        cluster,
+        tmp_path / "run",
+        sbatch(cluster, tmp_path, str(tmp_path / "two.sbatch"), *overrides),
+    )
     run.reach(4, seconds=300)
     preempt(cluster, run, "--nodes=4")
     at = saved(run)
     run.completes(14, attempts=2, seconds=400)
     run.said_goodbye()
     run.frees_memory()
-    assert f"starts at step {at}" in run.log("trainer-0") and f"starts at step {at}" in run.log("trainer-1")
+    assert f"starts at step {at}" in run.log("trainer-0") and f"starts at step {at}" in run.log(
+        "trainer-1"
+    )
     assert cluster.job(run.job)["Restarts"] == "1"
-    assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == 14 * 256  # each batch once
+    assert (
+        sum(line["sequences"] for line in read_lines(run.run.metrics)) == 14 * 256
+    )  # each batch once
 
 
 def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) -> None:
     """The rank inside its allocation, then `scancel --batch --signal=USR2`: one job, requeued once, one W&B run."""
-    run = submitted(clear, tmp_path / "sweep", "trainer.steps=12", "trainer.checkpoint_every=3", "wandb.mode=offline", *SMALL)
+    run = submitted(
+        clear,
+        tmp_path / "sweep",
+        "trainer.steps=12",
+        "trainer.checkpoint_every=3",
+        "wandb.mode=offline",
+        *SMALL,
+    )
     until("a durable step", lambda: saved(run), 300, run.story)
     identity, durable = read_json(run.run.run_json)["id"], saved(run)
     kill(run.member("trainer")["pid"])
@@ -104,7 +147,9 @@ def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) 
     run.completes(12, attempts=2, seconds=400)
     assert clear.job(run.job)["Restarts"] == "1" and f"starts at step {at}" in run.log("trainer-0")
     assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == 12 * 256
-    assert {path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")} == {identity}
+    assert {
+        path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")
+    } == {identity}
 
 
 # --- the long ones: every fault in the middle of a run that then ends, and what its policy has come to
@@ -126,7 +171,9 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> f
 
 def accuracy(run: Submitted) -> float:
     (line,) = read_lines(run.run.evaluations)
-    print(f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues: {line['accuracy']:.3f}")
+    print(
+        f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues: {line['accuracy']:.3f}"
+    )
     return float(line["accuracy"])
 
 
@@ -138,7 +185,9 @@ def assert_it_ends_as_without(run: Submitted, attempts: int, undisturbed: float)
 
 
 @long
-def test_het_loses_a_rollout_node_then_its_leader(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
+def test_het_loses_a_rollout_node_then_its_leader(
+    clear: Cluster, tmp_path: Path, undisturbed: float
+) -> None:
     two = ["roles.trainer.nodes=2", "roles.rollout.nodes=2", *APART]
     run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *two)
     run.reach(3, seconds=400)
@@ -147,7 +196,9 @@ def test_het_loses_a_rollout_node_then_its_leader(clear: Cluster, tmp_path: Path
     clear.kill_node(first)
     until("the loss", lambda: "node lost" in run.log("supervisor"), 90, run.story)
     run.reach(len(run.steps()) + 3, seconds=300)
-    assert run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+    assert (
+        run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+    )
 
     leader = node_of(run, "trainer")
     clear.kill_node(leader)
@@ -165,10 +216,17 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
 ) -> None:
     roles = ["launch=split", "roles.trainer.partition=sudden", "roles.rollout.partition=main", "roles.rollout.nodes=2",
              "+roles.trainer.sbatch.nodelist=n0", *APART]  # fmt: skip
-    spare = clear.command("sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=n3", "--wrap", "sleep 3600")
+    spare = clear.command(
+        "sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=n3", "--wrap", "sleep 3600"
+    )
     run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *roles)
     run.reach(3, seconds=400)
-    until("both servers", lambda: "is up at" in run.log("agent-0") and "is up at" in run.log("agent-1"), 120, run.story)
+    until(
+        "both servers",
+        lambda: "is up at" in run.log("agent-0") and "is up at" in run.log("agent-1"),
+        120,
+        run.story,
+    )
     rollout = read_json(run.run.path / "rollout_job.json")["job"]
     node = clear.command("squeue", "-h", "-o", "%N", "-j", f"{rollout}_1")
     clear.kill_node(node)
@@ -176,19 +234,31 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
     clear.start_node(node)
     until("the node back", lambda: run.log("agent-1").count("is up at") == 2, 240, run.story)
     run.reach(len(run.steps()) + 3, seconds=120)
-    assert run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+    assert (
+        run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+    )
 
     preempt(clear, run, "--nodelist=n0")
     at = saved(run)
     clear.command("scancel", spare)
     assert_it_ends_as_without(run, 2, undisturbed)
     assert f"starts at step {at}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
-    assert read_json(run.run.path / "rollout_job.json")["job"] == rollout and run.log("agent-0").count("is up at") == 1
+    assert (
+        read_json(run.run.path / "rollout_job.json")["job"] == rollout
+        and run.log("agent-0").count("is up at") == 1
+    )
 
 
 @long
-def test_preempted_without_grace_then_at_its_time_limit(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
-    limits = ["cluster.partition=sudden", "launch.minutes=2", "launch.signal_s=60", "trainer.checkpoint_every=1000"]
+def test_preempted_without_grace_then_at_its_time_limit(
+    clear: Cluster, tmp_path: Path, undisturbed: float
+) -> None:
+    limits = [
+        "cluster.partition=sudden",
+        "launch.minutes=2",
+        "launch.signal_s=60",
+        "trainer.checkpoint_every=1000",
+    ]
     run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *limits)
     run.reach(3, seconds=110)
     preempt(clear, run, "--nodes=4")
@@ -203,7 +273,9 @@ def test_preempted_without_grace_then_at_its_time_limit(clear: Cluster, tmp_path
 
 
 @long
-def test_preempted_with_grace_then_a_killed_rank_then_a_warning(clear: Cluster, tmp_path: Path, undisturbed: float) -> None:
+def test_preempted_with_grace_then_a_killed_rank_then_a_warning(
+    clear: Cluster, tmp_path: Path, undisturbed: float
+) -> None:
     run = submitted(clear, tmp_path / "sweep", *TO_THE_END, "trainer.checkpoint_every=10")
     run.reach(8, seconds=400)
     preempt(clear, run, "--nodes=4")
@@ -214,7 +286,11 @@ def test_preempted_with_grace_then_a_killed_rank_then_a_warning(clear: Cluster, 
     durable = saved(run)
     kill(run.member("trainer")["pid"])
     until("the restart", lambda: run.log("trainer-0").count("starts at step") == 3, 120, run.story)
-    assert durable > at and f"starts at step {saved(run)}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
+    assert (
+        durable > at
+        and f"starts at step {saved(run)}" in run.log("trainer-0")
+        and clear.job(run.job)["Restarts"] == "1"
+    )
 
     run.reach(durable + 13, seconds=300)
     clear.command("scancel", "--batch", "--signal=USR2", run.job)
@@ -224,18 +300,38 @@ def test_preempted_with_grace_then_a_killed_rank_then_a_warning(clear: Cluster, 
 
 
 @long
-@pytest.mark.parametrize("end", ["scancel of the leader", "scancel of the rollout component", "a rank that crashes too often"])
+@pytest.mark.parametrize(
+    "end",
+    ["scancel of the leader", "scancel of the rollout component", "a rank that crashes too often"],
+)
 def test_however_it_ends_no_process_is_left(clear: Cluster, tmp_path: Path, end: str) -> None:
-    run = submitted(clear, tmp_path / "sweep", "trainer.steps=1000", "trainer.checkpoint_every=1000", "launch.restarts=1", *SMALL)
+    run = submitted(
+        clear,
+        tmp_path / "sweep",
+        "trainer.steps=1000",
+        "trainer.checkpoint_every=1000",
+        "launch.restarts=1",
+        *SMALL,
+    )
     run.reach(3, seconds=400)
     killed: list[int] = []
     for _ in range(2 if end.startswith("a rank") else 0):
-        until("a learner", lambda: run.member("trainer").get("pid") not in (None, *killed), 120, run.story)
+        until(
+            "a learner",
+            lambda: run.member("trainer").get("pid") not in (None, *killed),
+            120,
+            run.story,
+        )
         killed.append(run.member("trainer")["pid"])
         kill(killed[-1])
     if not killed:
         clear.command("scancel", run.job if "leader" in end else f"{run.job}+1")
-    until("the end", lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"}, 120, run.story)
+    until(
+        "the end",
+        lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"},
+        120,
+        run.story,
+    )
     run.leaves_nothing()
     if killed:
         assert run.state() == "FAILED" and "crashed too often" in run.log("supervisor")

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from atropos_hpc.observe import report, screen, status
-from atropos_hpc.rendezvous import DEAD_S, Member
-from atropos_hpc.run_dir import RunDir, append_line, last_lines, write_json
+from atropos_hpc.observe import report, status, status_view
+from atropos_hpc.runtime.membership import DEAD_S, Member
+from atropos_hpc.runtime.run_dir import RunDir, append_line, last_lines, write_json
 
 COMMAND = [sys.executable, "-m", "atropos_hpc.cli"]
 
@@ -32,12 +32,16 @@ def made(path: Path, trained: int = 7, steps: int = 10, **holder: Any) -> RunDir
     for step in range(1, trained + 1):
         append_line(run.metrics, {"step": step, "time": 1000.0 + step, "reward": 0.1 * step, "kl_reference": 0.01, "tokens": 100,
                                   "time/step": 2.0, "time/wait": 1.0, "time/update": 0.5, "time/checkpoint": 0.25})  # fmt: skip
-    (attempt / "trainer-0.log").write_text("2026-01-01 10:00:00,123 W atropos_hpc.learner: something is odd\nother text\n")
+    (attempt / "trainer-0.log").write_text(
+        "2026-01-01 10:00:00,123 W atropos_hpc.learner: something is odd\nother text\n"
+    )
     return run
 
 
 def shown(run: RunDir) -> dict[str, Any]:
-    done = subprocess.run([*COMMAND, "status", str(run.path), "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*COMMAND, "status", str(run.path), "--json"], capture_output=True, text=True, check=True
+    )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -45,44 +49,90 @@ def shown(run: RunDir) -> dict[str, Any]:
 def test_a_running_one(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
     append_line(run.evaluations, {"version": 4, "accuracy": 0.5, "sequences": 10})
-    agent = Member(run, "agent", "rollout0", servers=[{"name": "server-0-0", "version": 6}, {"name": "server-0-1", "version": None}])
+    agent = Member(
+        run,
+        "agent",
+        "rollout0",
+        servers=[{"name": "server-0-0", "version": 6}, {"name": "server-0-1", "version": None}],
+    )
     trainer = Member(run, "trainer", "trainer0", step=7, state="training")
     with trainer.waiting("batch 7", "the trajectory server"):
         found = shown(run)
-        drawn = subprocess.run([*COMMAND, "status", str(run.path), "--once"], capture_output=True, text=True, check=True).stdout
+        drawn = subprocess.run(
+            [*COMMAND, "status", str(run.path), "--once"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     assert (found["state"], found["step"], found["steps"]) == ("running", 7, 10)
-    assert found["eta_s"] == pytest.approx(6) and found["tokens_per_s"]["trainer"] == pytest.approx(50)
-    assert found["time_shares"] == {"waiting for data": 0.5, "training": 0.25, "publishing": 0, "checkpointing": 0.125, "other": 0.125}
-    assert found["evaluation"] == {"version": 4, "accuracy": 0.5, "sequences": 10} and found["versions"]["served"] == 6
-    assert [(wait["who"], wait["what"]) for wait in found["waits"]] == [("trainer-trainer0-0", "batch 7")]
-    assert found["warnings"] == [
-        {"time": "2026-01-01 10:00:00", "log": "trainer-0.log", "level": "W", "message": "atropos_hpc.learner: something is odd"}
+    assert found["eta_s"] == pytest.approx(6) and found["tokens_per_s"]["trainer"] == pytest.approx(
+        50
+    )
+    assert found["time_shares"] == {
+        "waiting for data": 0.5,
+        "training": 0.25,
+        "publishing": 0,
+        "checkpointing": 0.125,
+        "other": 0.125,
+    }
+    assert (
+        found["evaluation"] == {"version": 4, "accuracy": 0.5, "sequences": 10}
+        and found["versions"]["served"] == 6
+    )
+    assert [(wait["who"], wait["what"]) for wait in found["waits"]] == [
+        ("trainer-trainer0-0", "batch 7")
     ]
-    for said in ("running", "step 7 of 10", "6 s to go", "0.500 at version 4", "1 of 2 servers serve", "something is odd"):
+    assert found["warnings"] == [
+        {
+            "time": "2026-01-01 10:00:00",
+            "log": "trainer-0.log",
+            "level": "W",
+            "message": "atropos_hpc.learner: something is odd",
+        }
+    ]
+    for said in (
+        "running",
+        "step 7 of 10",
+        "6 s to go",
+        "0.500 at version 4",
+        "1 of 2 servers serve",
+        "something is odd",
+    ):
         assert said in drawn, drawn
     agent.leave()
     trainer.leave()
 
 
 def test_one_whose_processes_are_gone_is_lost_and_says_how_to_go_on(tmp_path: Path) -> None:
-    died = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    died = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     run = made(tmp_path, pid=int(died.stdout))
     member = Member(run, "trainer", "trainer0", state="training")
     member._stop.set()  # as KILL would: no word of goodbye
     write_json(run.checkpoints / "latest.json", {"step": 5})
     assert shown(run)["state"] == "lost" and [m["state"] for m in shown(run)["members"]] == ["gone"]
-    drawn = subprocess.run([*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True).stdout
+    drawn = subprocess.run(
+        [*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True
+    ).stdout
     assert f"atropos-hpc resume {tmp_path}" in drawn and "from step 5" in drawn
 
 
 @pytest.mark.parametrize(("silent_s", "state"), [(0.0, "running"), (DEAD_S + 5, "lost")])
-def test_one_on_another_machine_is_judged_by_its_roster(tmp_path: Path, silent_s: float, state: str) -> None:
+def test_one_on_another_machine_is_judged_by_its_roster(
+    tmp_path: Path, silent_s: float, state: str
+) -> None:
     run = made(tmp_path, pid=1, host="elsewhere")
     os.utime(run.roster, (time.time() - silent_s,) * 2)
     assert shown(run)["state"] == state
 
 
-@pytest.mark.parametrize(("outcome", "state"), [("stop", "stopped"), ("fail", "failed"), ("requeue", "requeued")])
+@pytest.mark.parametrize(
+    ("outcome", "state"), [("stop", "stopped"), ("fail", "failed"), ("requeue", "requeued")]
+)
 def test_one_that_has_ended_says_how(tmp_path: Path, outcome: str, state: str) -> None:
     run = made(tmp_path)
     write_json(run.logs / "attempt.json", {"outcome": outcome})
@@ -95,19 +145,38 @@ def test_one_that_has_no_step_yet(tmp_path: Path) -> None:
     run = made(tmp_path, trained=0, pid=os.getpid())
     run.run_json.unlink()  # it comes once the base model is made
     found = shown(run)
-    assert (found["state"], found["step"], found["eta_s"], found["time_shares"]) == ("starting", 0, None, {})
+    assert (found["state"], found["step"], found["eta_s"], found["time_shares"]) == (
+        "starting",
+        0,
+        None,
+        {},
+    )
 
 
 def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
     rows = []
     for num in range(3):
         made(tmp_path / str(num), trained=num * 5)
-        rows.append({"num": num, "overrides": [f"seed={num}"], "run_dir": str(tmp_path / str(num)), "job": None, "steps": 10})
+        rows.append(
+            {
+                "num": num,
+                "overrides": [f"seed={num}"],
+                "run_dir": str(tmp_path / str(num)),
+                "job": None,
+                "steps": 10,
+            }
+        )
     write_json(tmp_path / "jobs.json", rows)
     write_json(RunDir(tmp_path / "2").done, {"version": 10})
-    drawn = subprocess.run([*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True).stdout
+    drawn = subprocess.run(
+        [*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True
+    ).stdout
     lines = [line.split() for line in drawn.splitlines() if "seed=" in line]
-    assert [line[:3] for line in lines] == [["0", "lost", "0/10"], ["1", "lost", "5/10"], ["2", "complete", "10/10"]]
+    assert [line[:3] for line in lines] == [
+        ["0", "lost", "0/10"],
+        ["1", "lost", "5/10"],
+        ["2", "complete", "10/10"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,14 +184,21 @@ def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
     [
         (lambda path: None, "there is no"),
         (lambda path: path.mkdir(), "is empty"),
-        (lambda path: (path.mkdir(), (path / "notes.txt").write_text("")), "holds no jobs.json and no run.json"),
+        (
+            lambda path: (path.mkdir(), (path / "notes.txt").write_text("")),
+            "holds no jobs.json and no run.json",
+        ),
         (lambda path: path.write_text(""), "is a file"),
     ],
 )
 @pytest.mark.parametrize("command", ["status", "report"])
-def test_what_is_neither_a_run_nor_a_sweep_is_refused(tmp_path: Path, make: Any, says: str, command: str) -> None:
+def test_what_is_neither_a_run_nor_a_sweep_is_refused(
+    tmp_path: Path, make: Any, says: str, command: str
+) -> None:
     make(tmp_path / "it")
-    done = subprocess.run([*COMMAND, command, str(tmp_path / "it")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*COMMAND, command, str(tmp_path / "it")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -137,9 +213,13 @@ def test_of_many_members_those_are_shown_that_need_a_look(tmp_path: Path) -> Non
     from rich.console import Console
 
     terminal = Console(width=160, record=True, file=open(os.devnull, "w"))
-    terminal.print(screen.draw(status.of(tmp_path)))
+    terminal.print(status_view.draw(status.of(tmp_path)))
     text = terminal.export_text()
-    assert "environment x 200" in text and "199 generating, 1 silent" in text and "environment-rollout117-0" in text
+    assert (
+        "environment x 200" in text
+        and "199 generating, 1 silent" in text
+        and "environment-rollout117-0" in text
+    )
     assert "environment-rollout116-0" not in text
 
 
@@ -148,7 +228,13 @@ def test_the_live_screen_ends_with_ctrl_c(tmp_path: Path) -> None:
 
     made(tmp_path, pid=os.getpid())
     leader, follower = pty.openpty()
-    live = subprocess.Popen([*COMMAND, "status", str(tmp_path)], stdin=follower, stdout=follower, stderr=follower, close_fds=True)
+    live = subprocess.Popen(
+        [*COMMAND, "status", str(tmp_path)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        close_fds=True,
+    )
     os.close(follower)
     seen, deadline = b"", time.monotonic() + 60
     while b"held-out accuracy" not in seen and time.monotonic() < deadline:
@@ -161,7 +247,10 @@ def test_the_live_screen_ends_with_ctrl_c(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [0, 1, 5, 5000])
 def test_the_last_lines_of_a_file_whatever_its_length(tmp_path: Path, length: int) -> None:
     path = tmp_path / "lines.jsonl"
-    path.write_text("".join(json.dumps({"step": n, "pad": "x" * (n % 300)}) + "\n" for n in range(length)) + '{"torn')
+    path.write_text(
+        "".join(json.dumps({"step": n, "pad": "x" * (n % 300)}) + "\n" for n in range(length))
+        + '{"torn'
+    )
     assert [line["step"] for line in last_lines(path, 5)] == list(range(length))[-5:]
     assert last_lines(tmp_path / "none", 5) == []
 
@@ -174,9 +263,15 @@ def test_login_commands_import_nothing_heavy(tmp_path: Path) -> None:
         "heavy = {'torch', 'ray', 'verl', 'vllm', 'hydra', 'matplotlib', 'numpy', 'submitit', 'aiohttp'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", probe, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", probe, str(tmp_path)], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_a_step_with_an_evaluation_in_it_does_not_move_the_end(tmp_path: Path) -> None:
     lines = [{"step": step, "time/step": 100.0 if step == 3 else 1.0} for step in range(1, 6)]
-    assert report.eta(lines, 15) == pytest.approx(10) and report.eta([], 15) is None and report.eta(lines, None) is None
+    assert (
+        report.eta(lines, 15) == pytest.approx(10)
+        and report.eta([], 15) is None
+        and report.eta(lines, None) is None
+    )

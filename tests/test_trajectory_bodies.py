@@ -46,7 +46,9 @@ def test_a_body_over_the_limit_is_a_413(tmp_path):
             for _ in range(11):
                 yield b" " * 1000
 
-        response = await http.client.post("/scored_data", data=in_pieces(), headers={"Authorization": f"Bearer {TOKEN}"})
+        response = await http.client.post(
+            "/scored_data", data=in_pieces(), headers={"Authorization": f"Bearer {TOKEN}"}
+        )
         assert response.status == 413
 
     with_service(tmp_path, story, max_body_bytes=10_000)
@@ -81,9 +83,14 @@ def test_more_bodies_at_once_than_memory_allows_are_sent_again_later(tmp_path):
             await go_on.wait()
             yield json.dumps(group(1)).encode()
 
-        slow = [asyncio.ensure_future(http.raw("POST", "/scored_data", slowly())) for _ in range(server.BODIES)]
+        slow = [
+            asyncio.ensure_future(http.raw("POST", "/scored_data", slowly()))
+            for _ in range(server.BODIES)
+        ]
         await half_sent.wait()
-        while (refused := await http.raw("POST", "/scored_data", group(2)))[0] == 200:  # until all of them are being read
+        while (refused := await http.raw("POST", "/scored_data", group(2)))[
+            0
+        ] == 200:  # until all of them are being read
             pass
         assert refused[0] == 429 and b"send it again later" in refused[1]
         go_on.set()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from atropos_hpc.trajectories.journal import Damaged, Journal, NotWritten
-from atropos_hpc.trajectories.record import EVENT, SNAPSHOT, Record
+from atropos_hpc.trajectories.wal_record import EVENT, SNAPSHOT, Record
 
 ROOMY = 1 << 20  # bytes of a segment that no test here fills
 
@@ -42,7 +42,11 @@ def write(directory, *texts, at_once=False, segment_bytes=ROOMY):
 def replay(directory):
     """The events' texts, in order."""
     journal = Journal(directory, ROOMY)
-    texts = [bytes(record[64 : 64 + header.meta_size]) for _, header, record in journal.replay() if header.kind == EVENT]
+    texts = [
+        bytes(record[64 : 64 + header.meta_size])
+        for _, header, record in journal.replay()
+        if header.kind == EVENT
+    ]
     journal.close()
     return texts
 
@@ -82,7 +86,9 @@ def test_damage_in_the_middle_is_refused(tmp_path, inside):
     data = bytearray(segment(tmp_path).read_bytes())
     data[places[1].offset + inside] ^= 1
     segment(tmp_path).write_bytes(data)
-    with pytest.raises(Damaged, match=f"damaged at byte {places[1].offset}: an intact record follows"):
+    with pytest.raises(
+        Damaged, match=f"damaged at byte {places[1].offset}: an intact record follows"
+    ):
         replay(tmp_path)
     assert segment(tmp_path).read_bytes() == data
 
@@ -106,7 +112,10 @@ def test_records_of_one_unfinished_commit_may_be_torn_in_any_order(tmp_path):
         list(journal.replay())
         journal.start(no_state)
         with journal._wake:  # so that the three are written together
-            appends = [asyncio.ensure_future(journal.append(event(text), places.append)) for text in (b"x" * 90, b"y" * 90, b"z" * 90)]
+            appends = [
+                asyncio.ensure_future(journal.append(event(text), places.append))
+                for text in (b"x" * 90, b"y" * 90, b"z" * 90)
+            ]
             for _ in range(3):
                 await asyncio.sleep(0)
         await asyncio.gather(*appends)
@@ -181,10 +190,16 @@ def test_what_a_failed_commit_left_cannot_come_back(tmp_path, monkeypatch):
             patch.setattr(os, "fdatasync", broken)
             patch.setattr(os, "ftruncate", broken)
             with journal._wake:  # so that the two are written together
-                appends = [asyncio.ensure_future(journal.append(event(text), lambda place: None)) for text in (b"refused", b"revenant")]
+                appends = [
+                    asyncio.ensure_future(journal.append(event(text), lambda place: None))
+                    for text in (b"refused", b"revenant")
+                ]
                 for _ in range(2):
                     await asyncio.sleep(0)
-            assert all(isinstance(outcome, NotWritten) for outcome in await asyncio.gather(*appends, return_exceptions=True))
+            assert all(
+                isinstance(outcome, NotWritten)
+                for outcome in await asyncio.gather(*appends, return_exceptions=True)
+            )
         await journal.append(event(b"instead"), lambda place: None)
         await asyncio.to_thread(journal.close)
 
@@ -202,7 +217,10 @@ def test_segments_are_retired_only_behind_a_durable_snapshot(tmp_path, monkeypat
             await journal.append(event(text), places.append)
         assert [place.segment for place in places] == [0, 1, 2]
         journal.retire(lambda number: number == 0)
-        assert sorted(path.name for path in tmp_path.glob("*.journal")) == ["00000000.journal", "00000002.journal"]
+        assert sorted(path.name for path in tmp_path.glob("*.journal")) == [
+            "00000000.journal",
+            "00000002.journal",
+        ]
         assert journal.read(places[0])[64:65] == b"a"
         with pytest.raises(KeyError):
             journal.read(places[1])

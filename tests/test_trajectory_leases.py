@@ -20,7 +20,10 @@ def test_leases_are_numbered_and_repeatable_and_end_with_the_ack(tmp_path):
         assert numbers(await http.lease(1)) == [2, 3]
         assert await http.lease(2) is None
         assert numbers(await http.lease(0)) == [0, 1]
-        assert await refused(http, "/lease?batch=4&rank=0&world=1") == (409, "the next batch is 2, not 4")
+        assert await refused(http, "/lease?batch=4&rank=0&world=1") == (
+            409,
+            "the next batch is 2, not 4",
+        )
         assert (await refused(http, "/lease?batch=x&rank=0&world=1"))[0] == 422
         assert (await refused(http, "/lease?batch=0&rank=1&world=1"))[0] == 422
         assert (await refused(http, "/ack?batch=2", "POST"))[0] == 409
@@ -38,8 +41,16 @@ def test_ranks_share_a_batch_without_overlap(tmp_path):
         await http.send(*(group(number, length=6 + number) for number in range(4)))
         shares = [numbers(await http.lease(0, rank=rank, world=3)) for rank in range(3)]
         assert sorted(number for share in shares for number in share) == [0, 1, 2, 3]
-        assert all(shares) and shares == [numbers(await http.lease(0, rank=rank, world=3)) for rank in range(3)]
-        assert [len(await http.lease(0, rank=rank, world=5)) for rank in range(5)] == [1, 1, 1, 1, 0]
+        assert all(shares) and shares == [
+            numbers(await http.lease(0, rank=rank, world=3)) for rank in range(3)
+        ]
+        assert [len(await http.lease(0, rank=rank, world=5)) for rank in range(5)] == [
+            1,
+            1,
+            1,
+            1,
+            0,
+        ]
 
     with_service(tmp_path, story)
 
@@ -48,11 +59,16 @@ def test_a_lease_waits_for_the_group_that_completes_it(tmp_path):
     async def story(http):
         await http.start(8)
         await http.send(group(1))
-        waiting = [asyncio.ensure_future(http.lease(0, rank=rank, world=2, wait=30)) for rank in range(2)]
+        waiting = [
+            asyncio.ensure_future(http.lease(0, rank=rank, world=2, wait=30)) for rank in range(2)
+        ]
         await asyncio.sleep(0.05)
         assert not any(one.done() for one in waiting)
         await http.send(group(2))
-        assert sorted(numbers([g for share in await asyncio.gather(*waiting) for g in share])) == [1, 2]
+        assert sorted(numbers([g for share in await asyncio.gather(*waiting) for g in share])) == [
+            1,
+            2,
+        ]
 
     with_service(tmp_path, story)
 
@@ -82,7 +98,9 @@ def test_the_oldest_version_of_a_group_counts(tmp_path):
     async def story(http):
         await http.start(2)
         versions = [[5, 6], [1, 6]]
-        await http.send(group(1, 2, generation_params={"policy_versions": versions}), group(2, 2, version=5))
+        await http.send(
+            group(1, 2, generation_params={"policy_versions": versions}), group(2, 2, version=5)
+        )
         assert numbers(await http.lease(0, oldest=2)) == [2]
 
     with_service(tmp_path, story)
@@ -115,7 +133,7 @@ def test_the_queue_counts_until_the_learner_has_moved_on(tmp_path):
 
 
 def test_a_batch_of_sizes_that_do_not_add_up_comes_a_little_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("atropos_hpc.trajectories.ledger.QUIET_S", 0.3)
+    monkeypatch.setattr("atropos_hpc.trajectories.batching.QUIET_S", 0.3)
 
     async def story(http):
         await http.start(8)

@@ -4,8 +4,18 @@ import random
 
 import pytest
 
+from atropos_hpc.trajectories.batching import (
+    BUSY_WAIT_S,
+    QUIET_S,
+    SHARE_WAIT_S,
+    SILENT_S,
+    Item,
+    Ledger,
+    Presence,
+    choose,
+    share_out,
+)
 from atropos_hpc.trajectories.journal import Place
-from atropos_hpc.trajectories.ledger import BUSY_WAIT_S, QUIET_S, SHARE_WAIT_S, SILENT_S, Item, Ledger, Presence, choose, share_out
 
 
 def item(gid, sequences=4, tokens=10, env_id=0, oldest=-1, segment=0):
@@ -15,9 +25,22 @@ def item(gid, sequences=4, tokens=10, env_id=0, oldest=-1, segment=0):
 def ledger(batch_size=8, environments=(), **registration):
     """A ledger with a trainer, and environments given as dicts, all heard of at time 0."""
     made = Ledger()
-    made.apply({"event": "register", "data": {"batch_size": batch_size, "max_token_len": 0, **registration}})
+    made.apply(
+        {
+            "event": "register",
+            "data": {"batch_size": batch_size, "max_token_len": 0, **registration},
+        }
+    )
     for env_id, more in enumerate(environments):
-        data = {"env_id": env_id, "desired_name": "e", "real_name": "e", "max_token_length": 10, "group_size": 4, "weight": 1.0, **more}
+        data = {
+            "env_id": env_id,
+            "desired_name": "e",
+            "real_name": "e",
+            "max_token_length": 10,
+            "group_size": 4,
+            "weight": 1.0,
+            **more,
+        }
         made.apply({"event": "environment", "data": data})
         made.presence[env_id] = Presence(0.0)
     return made
@@ -72,10 +95,18 @@ def test_a_batch_is_found_whenever_there_is_one():
 
 @pytest.mark.parametrize(
     ("sizes", "want", "chosen"),
-    [([3] * 6, 16, [0, 1, 2, 3, 4]), ([12, 8, 8], 16, [1, 2]), ([20], 16, None), ([7, 20, 7], 16, [0, 2]), ([5, 5, 5, 2], 16, [0, 1, 2])],
+    [
+        ([3] * 6, 16, [0, 1, 2, 3, 4]),
+        ([12, 8, 8], 16, [1, 2]),
+        ([20], 16, None),
+        ([7, 20, 7], 16, [0, 2]),
+        ([5, 5, 5, 2], 16, [0, 1, 2]),
+    ],
 )
 def test_sizes_that_never_add_up_fill_a_batch_as_far_as_they_go(sizes, want, chosen):
-    assert choose([item(gid, size) for gid, size in enumerate(sizes)], want, exactly=False) == chosen
+    assert (
+        choose([item(gid, size) for gid, size in enumerate(sizes)], want, exactly=False) == chosen
+    )
 
 
 def test_a_batch_is_short_only_when_no_group_comes_any_more():
@@ -109,7 +140,9 @@ def test_who_keeps_silent_holds_up_one_batch_and_then_no_other_until_it_delivers
     led = ledger(8, [{}, {"min_batch_allocation": 0.5}])
     add(led, *(item(gid) for gid in range(10)))
     led.deliver(1, 0.0)
-    assert led.choose(50.0) is None  # from when the batch is asked for: before, the learner was busy
+    assert (
+        led.choose(50.0) is None
+    )  # from when the batch is asked for: before, the learner was busy
     assert led.choose(50.0 + SHARE_WAIT_S) == [0, 1]
     led.apply({"event": "batch", "batch": 0, "groups": [0, 1], "version": 0})
     assert led.choose(70.0) == [2, 3]
@@ -160,11 +193,25 @@ def test_a_learner_that_resumes_may_still_go_back_further():
     led = ledger()
     add(led, *(item(gid) for gid in range(6)))
     for batch in range(3):
-        led.apply({"event": "batch", "batch": batch, "groups": [2 * batch, 2 * batch + 1], "version": batch})
+        led.apply(
+            {
+                "event": "batch",
+                "batch": batch,
+                "groups": [2 * batch, 2 * batch + 1],
+                "version": batch,
+            }
+        )
     for step in (2, 0):
-        led.apply({"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": step}})
+        led.apply(
+            {
+                "event": "register",
+                "data": {"batch_size": 8, "max_token_len": 0, "starting_step": step},
+            }
+        )
         assert list(led.batches) == [0, 1, 2] and led.formed == 3
-    led.apply({"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": 7}})
+    led.apply(
+        {"event": "register", "data": {"batch_size": 8, "max_token_len": 0, "starting_step": 7}}
+    )
     assert led.formed == 7
 
 
@@ -173,12 +220,19 @@ def test_queue_size_counts_what_waits_to_be_trained_on():
     add(led, *(item(gid) for gid in range(5)))
     led.apply({"event": "batch", "batch": 0, "groups": [0, 1], "version": 0})
     led.apply({"event": "batch", "batch": 1, "groups": [2, 3], "version": 0})
-    assert led.status_of(0, 0.0)["queue_size"] == 5  # the learner, at version 0, has not finished batch 0
+    assert (
+        led.status_of(0, 0.0)["queue_size"] == 5
+    )  # the learner, at version 0, has not finished batch 0
     led.version = 1
     assert led.status_of(0, 0.0)["queue_size"] == 3
     led.version = 2
     status = led.status_of(0, 0.0)
-    assert (status["queue_size"], status["self_queue_size"], status["queued_sequences"], status["formed"]) == (1, 1, 4, 2)
+    assert (
+        status["queue_size"],
+        status["self_queue_size"],
+        status["queued_sequences"],
+        status["formed"],
+    ) == (1, 1, 4, 2)
 
 
 def test_silent_environments_count_no_longer_until_heard_again():
@@ -186,7 +240,11 @@ def test_silent_environments_count_no_longer_until_heard_again():
     led.hear(0, 0.0, in_flight=5)
     led.hear(1, 0.0, in_flight=7)
     status = led.status_of(0, 1.0)
-    assert (status["env_weight"], status["unallocated_fraction"], status["others_in_flight"]) == (0.25, 0.25, 7)
+    assert (status["env_weight"], status["unallocated_fraction"], status["others_in_flight"]) == (
+        0.25,
+        0.25,
+        7,
+    )
     assert led.status_of(0, 31.0)["others_in_flight"] == 0
     led.hear(0, SILENT_S)
     status = led.status_of(0, SILENT_S + 1)
@@ -197,17 +255,25 @@ def test_silent_environments_count_no_longer_until_heard_again():
 
 def test_environments_are_told_of_shares_and_of_who_lacks_them():
     led = ledger(16, [{}, {"min_batch_allocation": 0.25}, {"min_batch_allocation": 0.5}])
-    assert led.status_of(0, 0.0)["shares_of_others"] == []  # nobody has delivered: who knows whether they will
+    assert (
+        led.status_of(0, 0.0)["shares_of_others"] == []
+    )  # nobody has delivered: who knows whether they will
     led.deliver(1, 0.0)
     led.deliver(2, 0.0)
     add(led, item(0, env_id=2), item(1, env_id=2), item(2, env_id=0))
     led.hear(2, 0.0, in_flight=3)
     told = [led.status_of(env_id, 0.0) for env_id in range(3)]
     assert [(status["own_queued"], status["share"]) for status in told] == [(4, 0), (0, 4), (8, 8)]
-    assert [status["shares_of_others"] for status in told] == [[[4, 0], [8, 11]], [[8, 11]], [[4, 0]]]
+    assert [status["shares_of_others"] for status in told] == [
+        [[4, 0], [8, 11]],
+        [[8, 11]],
+        [[4, 0]],
+    ]
     assert led.choose(1.0) is None  # a batch is asked for, and 1 keeps silent
     led.hear(2, 2 + SHARE_WAIT_S, in_flight=3)
-    assert led.status_of(0, 2 + SHARE_WAIT_S)["shares_of_others"] == [[8, 11]]  # the others may fill its place
+    assert led.status_of(0, 2 + SHARE_WAIT_S)["shares_of_others"] == [
+        [8, 11]
+    ]  # the others may fill its place
 
 
 def test_when_all_have_gone_the_answer_is_still_one():

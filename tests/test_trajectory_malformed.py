@@ -27,7 +27,20 @@ NOT_JSON = [
     b'{"a": 1,}', b"NaN NaN", b"tru", b'"unfinished', b"\xef\xbb\xbf", b"[" * 5000, b'{"a":' * 5000, b"{" * 5000, b"01", b"1.", b"--1",
     b'"\\ud800', b"\x80abc", b"<html></html>", b"a=1&b=2", b"//comment", b"/* */ {}", b"undefined", b"None", b"+1", b"0x10", b".5", b"\\",
 ]  # fmt: skip
-WRONG_WHOLES = [b"null", b"true", b"3", b"-1.5", b'"text"', b"[]", b"[1]", b"[null]", b'["x"]', b"[[]]", b"[[1, 2], [3]]", b"[true]"]
+WRONG_WHOLES = [
+    b"null",
+    b"true",
+    b"3",
+    b"-1.5",
+    b'"text"',
+    b"[]",
+    b"[1]",
+    b"[null]",
+    b'["x"]',
+    b"[[]]",
+    b"[[1, 2], [3]]",
+    b"[true]",
+]
 
 
 class Server:
@@ -37,9 +50,13 @@ class Server:
         self.service, self.port = service, port
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
 
-    def call(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, str]:
+    def call(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, str]:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        self.connection.request(method, path, data, {"Authorization": f"Bearer {TOKEN}"} | (headers or {}))
+        self.connection.request(
+            method, path, data, {"Authorization": f"Bearer {TOKEN}"} | (headers or {})
+        )
         response = self.connection.getresponse()
         text = response.read().decode(errors="replace")
         return response.status, text
@@ -47,13 +64,23 @@ class Server:
     def state(self) -> Any:
         ledger, journal = self.service.ledger, self.service.journal
         seen = {env_id: (p.in_flight, p.delivered) for env_id, p in ledger.presence.items()}
-        return copy.deepcopy((ledger.snapshot(), list(ledger.known), seen, journal._tail, ledger.repeated))
+        return copy.deepcopy(
+            (ledger.snapshot(), list(ledger.known), seen, journal._tail, ledger.repeated)
+        )
 
-    def refuses(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> str:
+    def refuses(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> str:
         """The refusal's words, after having seen to it that it is one and that nothing has changed."""
         before = self.state()
         status, text = self.call(method, path, body, headers)
-        assert 400 <= status < 500 and status not in (401, 404), (method, path, str(body)[:300], status, text[:300])
+        assert 400 <= status < 500 and status not in (401, 404), (
+            method,
+            path,
+            str(body)[:300],
+            status,
+            text[:300],
+        )
         assert self.state() == before, (method, path, str(body)[:300])
         return str(json.loads(text)["detail"])
 
@@ -62,7 +89,9 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(tmp_path_factory.mktemp("journal")) as (service, port):
         made = Server(service, port)
-        made.call("POST", "/register", registration(8, vocab_size=VOCABULARY, max_token_len=LONGEST))
+        made.call(
+            "POST", "/register", registration(8, vocab_size=VOCABULARY, max_token_len=LONGEST)
+        )
         assert made.call("GET", "/lease?batch=0&rank=0&world=1")[0] == 204
         assert made.call("POST", "/register-env", environment())[0] == 200
         for number in range(5):
@@ -78,7 +107,8 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/register-env"): environment() | {"min_batch_allocation": 0.5, "member": "m"},
     ("GET", "/status-env"): {"env_id": 0, "in_flight": 3},
     ("POST", "/disconnect-env"): {"env_id": 0, "in_flight": 3},
-    ("POST", "/scored_data"): group(700, version=0) | {"env_id": 0, "overrides": [{}] * 4, "group_overrides": {}, "messages": []},
+    ("POST", "/scored_data"): group(700, version=0)
+    | {"env_id": 0, "overrides": [{}] * 4, "group_overrides": {}, "messages": []},
 }
 LENIENT = {"save_checkpoint_interval", "num_steps"}  # of no consequence here: any whole number
 
@@ -102,8 +132,18 @@ def bodies(method: str, route: str) -> list[tuple[Any, str]]:
     kinds: list[tuple[Any, str]] = [(body, "") for body in (*NOT_JSON, *WRONG_WHOLES)]
     for field, value in good.items():
         if field != "generation_params":
-            kinds += [({**good, field: wrong}, field) for wrong in wrong_values(route, field, value)]
-    for field in ("batch_size", "max_token_len", "max_token_length", "env_id", "tokens", "masks", "scores"):
+            kinds += [
+                ({**good, field: wrong}, field) for wrong in wrong_values(route, field, value)
+            ]
+    for field in (
+        "batch_size",
+        "max_token_len",
+        "max_token_length",
+        "env_id",
+        "tokens",
+        "masks",
+        "scores",
+    ):
         if field in good and not (field == "env_id" and route == "/scored_data"):
             kinds.append(({name: value for name, value in good.items() if name != field}, field))
             kinds.append(({**good, field: None}, field))
@@ -124,13 +164,32 @@ def test_sixty_kinds_of_bad_bodies_to_each_route(server: Server, method: str, ro
 
 
 def test_sixty_kinds_of_bad_queries(server: Server) -> None:
-    wrong = ["", "x", "-1", "1.5", "1e3", "NaN", "inf", "99999999999999999999", "0x1", "null", "%00", "%ff", "1%202", "true", "[1]", "--1"]
+    wrong = [
+        "",
+        "x",
+        "-1",
+        "1.5",
+        "1e3",
+        "NaN",
+        "inf",
+        "99999999999999999999",
+        "0x1",
+        "null",
+        "%00",
+        "%ff",
+        "1%202",
+        "true",
+        "[1]",
+        "--1",
+    ]
     good = {"batch": "0", "rank": "0", "world": "1", "oldest": "0", "version": "0", "wait": "0"}
     lenient = {"wait": {"1.5", "1e3"}}
     for name in good:
         for value in wrong:
             if value not in lenient.get(name, ()):
-                query = "&".join(f"{key}={value if key == name else known}" for key, known in good.items())
+                query = "&".join(
+                    f"{key}={value if key == name else known}" for key, known in good.items()
+                )
                 assert name in server.refuses("GET", f"/lease?{query}")
     for query, named in (("", "batch"), ("rank=0&world=1", "batch"), ("batch=0&rank=0", "world"), ("batch=0&world=1", "rank"),
                          ("batch=0&rank=1&world=1", "rank"), ("batch=0&rank=0&world=0", "rank"), ("batch=7&rank=0&world=1", "batch"),
@@ -142,13 +201,33 @@ def test_sixty_kinds_of_bad_queries(server: Server) -> None:
 
 
 def test_other_methods_and_encodings_are_refused_on_every_route(server: Server) -> None:
-    bodiless = [("GET", path) for path in ("/", "/health", "/info", "/wandb_info", "/status", "/latest_example", "/batch", "/reset_data")]
-    for method, route in (*REQUESTS, *bodiless, ("GET", "/lease"), ("POST", "/ack"), ("POST", "/scored_data_list")):
+    bodiless = [
+        ("GET", path)
+        for path in (
+            "/",
+            "/health",
+            "/info",
+            "/wandb_info",
+            "/status",
+            "/latest_example",
+            "/batch",
+            "/reset_data",
+        )
+    ]
+    for method, route in (
+        *REQUESTS,
+        *bodiless,
+        ("GET", "/lease"),
+        ("POST", "/ack"),
+        ("POST", "/scored_data_list"),
+    ):
         for other in {"GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"} - {method}:
             assert route in server.refuses(other, route)
     for method, route in (*REQUESTS, ("POST", "/scored_data_list")):
         for encoding in ("br", "deflate", "zstd", "gzip", "compress", "gzip, gzip", "x"):
-            assert encoding.split(",")[0] in server.refuses(method, route, b"{}", {"Content-Encoding": encoding})
+            assert encoding.split(",")[0] in server.refuses(
+                method, route, b"{}", {"Content-Encoding": encoding}
+            )
 
 
 # --- generated
@@ -160,27 +239,54 @@ def wrong_fields(value: Any) -> set[str]:
         return {"body"}
     found = set()
     tokens = value.get("tokens")
-    if not _rows(tokens, lambda x: _whole(x) and 0 <= x < VOCABULARY) or not tokens or not all(0 < len(row) <= LONGEST for row in tokens):
+    if (
+        not _rows(tokens, lambda x: _whole(x) and 0 <= x < VOCABULARY)
+        or not tokens
+        or not all(0 < len(row) <= LONGEST for row in tokens)
+    ):
         found.add("tokens")
-        return found | {"tokens", "masks", "scores", "inference_logprobs"}  # what the others are compared with is wrong
+        return found | {
+            "tokens",
+            "masks",
+            "scores",
+            "inference_logprobs",
+        }  # what the others are compared with is wrong
     masks = value.get("masks")
     alike = _rows(masks, _whole) and [len(row) for row in masks] == [len(row) for row in tokens]
-    pairs = [pair for mask, row in zip(masks, tokens, strict=True) for pair in zip(mask, row, strict=True)] if alike else []
-    if not alike or not (all(label in (-100, token) for label, token in pairs) or all(label in (-100, 1) for label, _ in pairs)):
+    pairs = (
+        [
+            pair
+            for mask, row in zip(masks, tokens, strict=True)
+            for pair in zip(mask, row, strict=True)
+        ]
+        if alike
+        else []
+    )
+    if not alike or not (
+        all(label in (-100, token) for label, token in pairs)
+        or all(label in (-100, 1) for label, _ in pairs)
+    ):
         found.add("masks")
     scores = value.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(_finite(score) for score in scores):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(_finite(score) for score in scores)
+    ):
         found.add("scores")
     log_probs = value.get("inference_logprobs")
     if log_probs not in (None, []) and (
-        not _rows(log_probs, lambda x: _finite(x) and abs(x) < 3e38) or [len(row) for row in log_probs] != [len(row) for row in tokens]
+        not _rows(log_probs, lambda x: _finite(x) and abs(x) < 3e38)
+        or [len(row) for row in log_probs] != [len(row) for row in tokens]
     ):
         found.add("inference_logprobs")
     return found
 
 
 def _rows(value: Any, good: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(isinstance(row, list) and all(good(x) for x in row) for row in value)
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(good(x) for x in row) for row in value
+    )
 
 
 def _whole(value: Any) -> bool:
@@ -203,7 +309,11 @@ ANYTHING = st.one_of(
 @st.composite
 def changed_groups(draw: st.DrawFn) -> Any:
     """A group in which one to three things were replaced, taken away or doubled."""
-    value: dict[str, Any] = group(draw(st.integers(900, 999)), sequences=draw(st.integers(1, 3)), length=draw(st.integers(3, 8)))
+    value: dict[str, Any] = group(
+        draw(st.integers(900, 999)),
+        sequences=draw(st.integers(1, 3)),
+        length=draw(st.integers(3, 8)),
+    )
     for _ in range(draw(st.integers(1, 3))):
         at: Any = value
         key: Any = draw(st.sampled_from(["tokens", "masks", "scores", "inference_logprobs"]))
@@ -216,7 +326,10 @@ def changed_groups(draw: st.DrawFn) -> Any:
                 at.insert(key, copy.deepcopy(at[key]))
             case _:
                 at[key] = copy.deepcopy(draw(ANYTHING))  # it may be changed further
-        if any(name not in value or not isinstance(value[name], list) or not value[name] for name in ("tokens", "masks", "scores")):
+        if any(
+            name not in value or not isinstance(value[name], list) or not value[name]
+            for name in ("tokens", "masks", "scores")
+        ):
             break
     return value
 
@@ -239,14 +352,27 @@ def changed_bytes(draw: st.DrawFn) -> tuple[bytes, bool]:
 
 
 def profile(share: float) -> Any:
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-    return settings(max_examples=int(GENERATED * share), deadline=None, suppress_health_check=checks, database=None, derandomize=True)
+    checks = [
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+    ]
+    return settings(
+        max_examples=int(GENERATED * share),
+        deadline=None,
+        suppress_health_check=checks,
+        database=None,
+        derandomize=True,
+    )
 
 
 @pytest.mark.timeout(1200)
 @profile(0.7)
 @given(value=changed_groups(), many=st.booleans())
-def test_generated_groups_are_refused_by_field_or_good(server: Server, value: Any, many: bool) -> None:
+def test_generated_groups_are_refused_by_field_or_good(
+    server: Server, value: Any, many: bool
+) -> None:
     path, body = ("/scored_data_list", [value]) if many else ("/scored_data", value)
     if wrong := wrong_fields(value):
         detail = server.refuses("POST", path, body)
@@ -263,7 +389,9 @@ def test_generated_bytes_never_harm(server: Server, change: tuple[bytes, bool], 
     body, gzipped = change
     before = server.state()
     headers = {"Content-Encoding": "gzip"} if gzipped else {}
-    status, text = server.call("POST", "/scored_data_list" if many else "/scored_data", body, headers)
+    status, text = server.call(
+        "POST", "/scored_data_list" if many else "/scored_data", body, headers
+    )
     assert status in (200, 400, 413, 415, 422), (body, status, text)
     assert status == 200 or (server.state() == before and json.loads(text)["detail"]), body
 

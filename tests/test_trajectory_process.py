@@ -25,7 +25,9 @@ def post(run, path, body):
         raise ConnectionError("no server yet")
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
     try:
-        connection.request("POST", path, json.dumps(body), {"Authorization": f"Bearer {run.token()}"})
+        connection.request(
+            "POST", path, json.dumps(body), {"Authorization": f"Bearer {run.token()}"}
+        )
         response = connection.getresponse()
         assert response.status == 200, response.read()
         return json.loads(response.read())
@@ -43,7 +45,9 @@ def deliver(run, value):
 
 
 def register(client, batch_size=8, starting_step=0):
-    client.register(batch_size, max_token_len=64, starting_step=starting_step, num_steps=100, vocab_size=100_000)
+    client.register(
+        batch_size, max_token_len=64, starting_step=starting_step, num_steps=100, vocab_size=100_000
+    )
 
 
 def test_a_life_of_a_server(tmp_path):
@@ -92,7 +96,11 @@ def test_term_ends_a_server_at_once_though_leases_wait(tmp_path):
         client = client_of(run)
         register(client)
         answers = []
-        waiting = threading.Thread(target=lambda: answers.append(client._connection.call("GET", "/lease?batch=0&rank=0&world=1&wait=50")))
+        waiting = threading.Thread(
+            target=lambda: answers.append(
+                client._connection.call("GET", "/lease?batch=0&rank=0&world=1&wait=50")
+            )
+        )
         waiting.start()
         time.sleep(0.5)  # it waits now
         process.send_signal(signal.SIGTERM)
@@ -120,7 +128,9 @@ def test_killed_under_load_nothing_answered_is_lost_or_doubled(tmp_path):
             register(client, batch_size)
             for batch in range(senders * each * 4 // batch_size):
                 for _ in range(2):  # asked twice, it is the same, whatever lies between
-                    while (groups := client.lease(batch, 0, 1, oldest=0, version=batch, wait_s=5)) is None:
+                    while (
+                        groups := client.lease(batch, 0, 1, oldest=0, version=batch, wait_s=5)
+                    ) is None:
                         pass
                     assert batches.setdefault(batch, numbers(groups)) == numbers(groups)
                 if batch % 10 == 9:
@@ -128,7 +138,9 @@ def test_killed_under_load_nothing_answered_is_lost_or_doubled(tmp_path):
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=send, args=(sender,), daemon=True) for sender in range(senders)]
+    threads = [
+        threading.Thread(target=send, args=(sender,), daemon=True) for sender in range(senders)
+    ]
     threads.append(threading.Thread(target=learn, daemon=True))
     for thread in threads:
         thread.start()
@@ -142,18 +154,25 @@ def test_killed_under_load_nothing_answered_is_lost_or_doubled(tmp_path):
             thread.join(60)
     assert not failures, failures
     taken = [number for batch in batches.values() for number in batch]
-    assert sorted(taken) == sorted(sender * 1000 + index for sender in range(senders) for index in range(each))
+    assert sorted(taken) == sorted(
+        sender * 1000 + index for sender in range(senders) for index in range(each)
+    )
 
 
 def test_an_absent_server_is_waited_for_and_named(tmp_path):
     run = make_run(tmp_path / "run")
     client = client_of(run, patience_s=0.3)
-    with pytest.raises(TimeoutError, match=r"trajectory server \(none listens\): waited .* for an answer to GET /status"):
+    with pytest.raises(
+        TimeoutError,
+        match=r"trajectory server \(none listens\): waited .* for an answer to GET /status",
+    ):
         client.status()
     closed = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     closed.close()
-    with pytest.raises(TimeoutError, match=rf"{url}.*POST /ack\?batch=3; last: ConnectionRefusedError"):
+    with pytest.raises(
+        TimeoutError, match=rf"{url}.*POST /ack\?batch=3; last: ConnectionRefusedError"
+    ):
         TrajectoryClient(lambda: url, "token", 0.3).ack(3)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trajectory_parts import group
 
-from atropos_hpc.trajectories.schema import Refused, as_json, decode, from_python, read_group
+from atropos_hpc.contracts.group import Refused, as_json, decode, from_python, read_group
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,7 +45,10 @@ def test_a_group_keeps_all_that_it_holds():
     assert got.scores.tolist() == [0.0, 1.0] and got.scores.dtype == np.float64
     assert got.tokens.tolist() == [5, 0, 2, 3, 5, 1, 2, 3] and got.tokens.dtype == np.int32
     assert got.trained.tolist() == [False, False, True, True] * 2
-    assert got.inference_logprobs.tolist() == [1, 1, -0.25, -0.25] * 2 and got.inference_logprobs.dtype == np.float32
+    assert (
+        got.inference_logprobs.tolist() == [1, 1, -0.25, -0.25] * 2
+        and got.inference_logprobs.dtype == np.float32
+    )
     assert got.advantages.tolist() == [0.5, -0.5, 1, 2] * 2
     assert got.ref_logprobs.tolist() == [-1, -2, -3, -4] * 2
     assert got.overrides == [{"set_advantage_to_zero": True}, {}]
@@ -58,14 +61,25 @@ def test_a_group_keeps_all_that_it_holds():
 def test_what_is_left_out_stays_unknown():
     got = through({"tokens": [[1, 2], [3]], "masks": [[-100, 2], [3]], "scores": [1, 0]})
     assert got.lengths.tolist() == [2, 1]
-    assert (got.inference_logprobs, got.advantages, got.ref_logprobs, got.overrides, got.generation_params) == (None,) * 5
+    assert (
+        got.inference_logprobs,
+        got.advantages,
+        got.ref_logprobs,
+        got.overrides,
+        got.generation_params,
+    ) == (None,) * 5
     assert got.policy_versions == [None, None]
     assert got.env_id == -1
 
 
 def test_json_comes_back_as_it_was_sent():
     sent = group(
-        3, version=2, messages=[[{"role": "user", "content": "[hé]"}]] * 4, images=["x"], env_id=0, distill_token_ids=[[[1, 2]]] * 4
+        3,
+        version=2,
+        messages=[[{"role": "user", "content": "[hé]"}]] * 4,
+        images=["x"],
+        env_id=0,
+        distill_token_ids=[[[1, 2]]] * 4,
     )
     (record,) = decode(json.dumps(sent).encode(), many=False)
     back = json.loads(as_json(record.header(0) + record.payload))
@@ -139,7 +153,10 @@ def test_a_refusal_names_the_field(field, value, parsed):
     assert field in str(refused.value)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 5000, b'{"tokens": [[1'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"nonsense", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 5000, b'{"tokens": [[1'],
+)
 @pytest.mark.parametrize("many", [False, True])
 def test_what_is_not_json_is_a_400(body, many):
     with pytest.raises(Refused) as refused:
@@ -148,7 +165,9 @@ def test_what_is_not_json_is_a_400(body, many):
     decode(json.dumps([group(1)]).encode(), many=True)  # and the next body is read
 
 
-@pytest.mark.parametrize(("body", "many"), [([], False), ({}, True), (3, False), ([3], True), (None, False)])
+@pytest.mark.parametrize(
+    ("body", "many"), [([], False), ({}, True), (3, False), ([3], True), (None, False)]
+)
 def test_one_group_and_many_are_not_confused(body, many):
     with pytest.raises(Refused) as refused:
         decode(json.dumps(body).encode(), many)
@@ -156,12 +175,16 @@ def test_one_group_and_many_are_not_confused(body, many):
 
 
 def test_nan_in_free_form_fields_becomes_null():
-    got = through(group(1, generation_params={"temperature": NAN, "group_id": "x", "deep": [{"x": INF}]}))
+    got = through(
+        group(1, generation_params={"temperature": NAN, "group_id": "x", "deep": [{"x": INF}]})
+    )
     assert got.generation_params == {"temperature": None, "group_id": "x", "deep": [{"x": None}]}
 
 
 def test_whole_numbers_may_be_written_as_floats():
-    assert through({"tokens": [[1.0, 2]], "masks": [[-100.0, 2.0]], "scores": [1]}).tokens.tolist() == [1, 2]
+    assert through(
+        {"tokens": [[1.0, 2]], "masks": [[-100.0, 2.0]], "scores": [1]}
+    ).tokens.tolist() == [1, 2]
 
 
 def test_ones_may_mark_what_is_trained_where_nothing_else_can_be_meant():
@@ -178,7 +201,9 @@ def test_arrays_of_a_lease_can_be_written_to():
 def test_repeats_have_the_same_hash_whoever_sends_them():
     (first,) = decode(json.dumps(group(1, env_id=0)).encode(), many=False)
     (again,) = decode(json.dumps(group(1, env_id=5), indent=1).encode(), many=False)
-    (other,) = decode(json.dumps(group(1, generation_params={"group_id": "other"})).encode(), many=False)
+    (other,) = decode(
+        json.dumps(group(1, generation_params={"group_id": "other"})).encode(), many=False
+    )
     assert first.hash == again.hash != other.hash
 
 
@@ -186,6 +211,12 @@ def test_equal_groups_of_one_body_are_told_apart_in_the_same_way_each_time():
     body = json.dumps([group(1, messages=[[]] * 4)] * 3).encode()
     records = decode(body, many=True)
     assert len({record.hash for record in records}) == 3
-    assert [record.hash for record in decode(body, many=True)] == [record.hash for record in records]
-    assert all(read_group(bytearray(r.header(0) + r.payload)).tokens.tolist() == through(group(1)).tokens.tolist() for r in records)
+    assert [record.hash for record in decode(body, many=True)] == [
+        record.hash for record in records
+    ]
+    assert all(
+        read_group(bytearray(r.header(0) + r.payload)).tokens.tolist()
+        == through(group(1)).tokens.tolist()
+        for r in records
+    )
     assert json.loads(as_json(records[2].header(0) + records[2].payload))["messages"] == [[]] * 4

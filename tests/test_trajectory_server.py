@@ -7,8 +7,30 @@ import pytest
 from trajectory_parts import TOKEN, environment, group, numbers, registration, with_service
 
 ROUTES = [
-    *(("GET", path) for path in ("/", "/info", "/wandb_info", "/status", "/latest_example", "/status-env", "/reset_data", "/batch")),
-    *(("POST", path) for path in ("/register", "/register-env", "/disconnect-env", "/scored_data", "/scored_data_list", "/ack?batch=0")),
+    *(
+        ("GET", path)
+        for path in (
+            "/",
+            "/info",
+            "/wandb_info",
+            "/status",
+            "/latest_example",
+            "/status-env",
+            "/reset_data",
+            "/batch",
+        )
+    ),
+    *(
+        ("POST", path)
+        for path in (
+            "/register",
+            "/register-env",
+            "/disconnect-env",
+            "/scored_data",
+            "/scored_data_list",
+            "/ack?batch=0",
+        )
+    ),
     ("GET", "/lease?batch=0&rank=0&world=1"),
     ("GET", "/no-such-route"),
 ]
@@ -21,7 +43,18 @@ def basic(password):
 # --- who may ask
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", f"Bearer {TOKEN}x", f"Digest {TOKEN}", basic("wrong"), "Basic ???"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer wrong",
+        f"Bearer {TOKEN}x",
+        f"Digest {TOKEN}",
+        basic("wrong"),
+        "Basic ???",
+    ],
+)
 def test_no_route_but_health_answers_without_the_token(tmp_path, header):
     async def story(http):
         for method, path in ROUTES:
@@ -53,7 +86,9 @@ def test_before_a_trainer_registers(tmp_path):
         assert (await http.get("/latest_example"))["tokens"] == []
         batch = await http.get("/batch")
         assert (batch["status"], batch["batch"]) == ("error", [])
-        assert await http.post("/register-env", environment()) == {"status": "wait for trainer to start"}
+        assert await http.post("/register-env", environment()) == {
+            "status": "wait for trainer to start"
+        }
         await http.send(group(1))  # taken, and kept for the trainer that comes
         await http.post("/register", registration(4))
         assert len((await http.get("/batch"))["batch"]) == 1
@@ -66,7 +101,9 @@ def test_a_trainer_and_an_environment_of_atropos(tmp_path):
         assert type((await http.post("/register", registration(8)))["uuid"]) is int
         assert await http.get("/info") == {"batch_size": 8, "max_token_len": 100}
         assert await http.get("/wandb_info") == {"group": "group", "project": "project"}
-        assert await http.post("/register-env", environment()) == {"status": "wait for trainer to start"}
+        assert await http.post("/register-env", environment()) == {
+            "status": "wait for trainer to start"
+        }
         assert await http.get("/batch") == {"batch": None}
         first = await http.post("/register-env", environment())
         assert first == {
@@ -83,11 +120,22 @@ def test_a_trainer_and_an_environment_of_atropos(tmp_path):
         listed = await http.post("/scored_data_list", [group(2, env_id=0), group(3, env_id=1)])
         assert listed == {"status": "received", "groups_processed": 2}
         status = await http.get("/status-env", {"env_id": 0})
-        expected = {"current_step": 0, "queue_size": 3, "self_queue_size": 2, "max_group_size": 4, "unallocated_fraction": 1.0}
+        expected = {
+            "current_step": 0,
+            "queue_size": 3,
+            "self_queue_size": 2,
+            "max_group_size": 4,
+            "unallocated_fraction": 1.0,
+        }
         assert expected.items() <= status.items() and status["env_weight"] == 0.5
-        assert json.loads((await http.raw("GET", "/latest_example"))[1])["tokens"] == group(3)["tokens"]
+        assert (
+            json.loads((await http.raw("GET", "/latest_example"))[1])["tokens"]
+            == group(3)["tokens"]
+        )
         batch = (await http.get("/batch"))["batch"]
-        assert [{name: value for name, value in one.items() if value is not None} for one in batch] == [
+        assert [
+            {name: value for name, value in one.items() if value is not None} for one in batch
+        ] == [
             group(1, env_id=0),
             group(2, env_id=0),
         ]
@@ -153,7 +201,12 @@ def test_a_member_that_registers_again_keeps_its_id(tmp_path):
         assert (await http.post("/register-env", environment("a")))["env_id"] == 2
         await http.get("/status-env", {"env_id": 1, "in_flight": 12})
         status = await http.get("/status-env", {"env_id": 0, "in_flight": 3})
-        assert (status["others_in_flight"], status["batch_size"], status["formed"], status["queued_sequences"]) == (12, 8, 0, 0)
+        assert (
+            status["others_in_flight"],
+            status["batch_size"],
+            status["formed"],
+            status["queued_sequences"],
+        ) == (12, 8, 0, 0)
 
     with_service(tmp_path, story)
     with_service(tmp_path, later)

@@ -41,11 +41,19 @@ def test_after_a_restart_everything_is_as_it_was(tmp_path):
 def test_a_group_sent_again_counts_once_also_after_a_restart(tmp_path):
     async def story(http):
         await http.start(8)
-        both = await asyncio.gather(*(http.post("/scored_data", group(1, env_id=number)) for number in range(2)))
+        both = await asyncio.gather(
+            *(http.post("/scored_data", group(1, env_id=number)) for number in range(2))
+        )
         assert both == [{"status": "received"}] * 2
-        assert await http.post("/scored_data_list", [group(1), group(2), group(2)]) == {"status": "received", "groups_processed": 3}
+        assert await http.post("/scored_data_list", [group(1), group(2), group(2)]) == {
+            "status": "received",
+            "groups_processed": 3,
+        }
         status = await http.get("/status")
-        assert (status["queue_size"], status["repeated"]) == (3, 2)  # two equal ones of one body are two
+        assert (status["queue_size"], status["repeated"]) == (
+            3,
+            2,
+        )  # two equal ones of one body are two
 
     async def later(http):
         await http.send(group(1), group(2), group(3))
@@ -83,7 +91,9 @@ def test_acknowledged_segments_go_and_the_state_stays(tmp_path):
     segments = sorted(tmp_path.glob("*.journal"))
     assert len(segments) <= 6 and int(segments[-1].stem) > 8
 
-    async def again(http):  # the groups of segments that are gone are still known when they are sent once more
+    async def again(
+        http,
+    ):  # the groups of segments that are gone are still known when they are sent once more
         await http.send(group(0), group(59))
         status = await http.get("/status")
         assert (status["queue_size"], status["repeated"]) == (0, 2)
@@ -98,27 +108,46 @@ def test_any_history_is_replayed_to_the_state_it_left(tmp_path, seed):
     state = {}
 
     def what_must_survive(ledger):
-        return ledger.snapshot() | {"version": None, "known": list(ledger.known), "live": ledger.live}  # the version is told again
+        return ledger.snapshot() | {
+            "version": None,
+            "known": list(ledger.known),
+            "live": ledger.live,
+        }  # the version is told again
 
     async def story(http):
         ledger = http.service.ledger
         if state:
             assert what_must_survive(ledger) == state["left"]
-        live = {item.place.segment for item in (*ledger.queue.values(), *itertools.chain(*ledger.batches.values()))}
+        live = {
+            item.place.segment
+            for item in (*ledger.queue.values(), *itertools.chain(*ledger.batches.values()))
+        }
         there = {int(path.stem) for path in tmp_path.glob("*.journal")}
-        assert live <= there and len(there - live) <= 1, "dead segments are unlinked, but for the one that is written to"
+        assert live <= there and len(there - live) <= 1, (
+            "dead segments are unlinked, but for the one that is written to"
+        )
         await http.post("/register", registration(8, starting_step=max(0, ledger.formed - 3)))
         for _ in range(40):
             request = dice.random()
             if request < 0.6:
                 version = dice.choice([None, ledger.formed, max(0, ledger.formed - 2)])
-                await http.send(group(dice.randrange(400), dice.choice([1, 3, 4, 4, 4]), version=version, env_id=dice.choice([None, 0])))
+                await http.send(
+                    group(
+                        dice.randrange(400),
+                        dice.choice([1, 3, 4, 4, 4]),
+                        version=version,
+                        env_id=dice.choice([None, 0]),
+                    )
+                )
             elif request < 0.8:
                 await http.lease(ledger.formed, oldest=max(0, ledger.formed - 1))
             elif request < 0.9 and ledger.formed:
                 await http.post(f"/ack?batch={dice.randrange(ledger.formed)}")
             elif request < 0.95 and ledger.started:
-                await http.post("/register-env", environment(dice.choice("ab"), member=dice.choice([None, "x", "y"])))
+                await http.post(
+                    "/register-env",
+                    environment(dice.choice("ab"), member=dice.choice([None, "x", "y"])),
+                )
         state["left"] = what_must_survive(ledger)
 
     for _ in range(6):
@@ -164,7 +193,11 @@ def test_a_full_disk_is_a_503_and_then_passes(tmp_path, monkeypatch):
         assert numbers(await http.lease(0)) == [1]
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", no_space)
-            for path, body in (("/scored_data", group(2)), ("/register", registration(4)), ("/ack?batch=0", None)):
+            for path, body in (
+                ("/scored_data", group(2)),
+                ("/register", registration(4)),
+                ("/ack?batch=0", None),
+            ):
                 status, answer = await http.raw("POST", path, body)
                 assert status == 503 and b"No space left on device" in answer, path
             assert numbers(await http.lease(0)) == [1]

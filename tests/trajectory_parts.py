@@ -17,16 +17,18 @@ from typing import Any
 
 import aiohttp
 
-from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.contracts.group import Group
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 from atropos_hpc.trajectories.client import groups_of
-from atropos_hpc.trajectories.schema import Group
 from atropos_hpc.trajectories.server import application, start
 from atropos_hpc.trajectories.service import Service
 
 TOKEN = "a-token"
 
 
-def group(number: int, sequences: int = 4, length: int = 6, version: int | None = None, **more: Any) -> dict[str, Any]:
+def group(
+    number: int, sequences: int = 4, length: int = 6, version: int | None = None, **more: Any
+) -> dict[str, Any]:
     """A ScoredData whose first token ids tell its number; the first two tokens of each sequence are masked."""
     tokens = [[number, row, *range(2, length)] for row in range(sequences)]
     value = {
@@ -55,7 +57,12 @@ def registration(batch_size: int = 8, **more: Any) -> dict[str, Any]:
 
 
 def environment(name: str = "env", group_size: int = 4, **more: Any) -> dict[str, Any]:
-    return {"max_token_length": 100, "desired_name": name, "weight": 1.0, "group_size": group_size} | more
+    return {
+        "max_token_length": 100,
+        "desired_name": name,
+        "weight": 1.0,
+        "group_size": group_size,
+    } | more
 
 
 def numbers(groups: list[Group]) -> list[int]:
@@ -69,9 +76,13 @@ class Http:
     def __init__(self, service: Service, client: aiohttp.ClientSession) -> None:
         self.service, self.client = service, client
 
-    async def raw(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    async def raw(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         data = json.dumps(body).encode() if isinstance(body, dict | list) else body
-        response = await self.client.request(method, path, data=data, headers={"Authorization": f"Bearer {TOKEN}"} | (headers or {}))
+        response = await self.client.request(
+            method, path, data=data, headers={"Authorization": f"Bearer {TOKEN}"} | (headers or {})
+        )
         return response.status, await response.read()
 
     async def get(self, path: str, body: Any = None) -> Any:
@@ -91,7 +102,9 @@ class Http:
     async def lease(self, batch: int, **query: Any) -> list[Group] | None:
         """None for 204; raises AssertionError for what is neither 200 nor 204."""
         query = {"rank": 0, "world": 1} | query
-        path = f"/lease?batch={batch}&" + "&".join(f"{name}={value}" for name, value in query.items())
+        path = f"/lease?batch={batch}&" + "&".join(
+            f"{name}={value}" for name, value in query.items()
+        )
         status, body = await self.raw("GET", path)
         assert status in (200, 204), (path, status, body)
         return groups_of(bytearray(body)) if status == 200 else None
@@ -103,7 +116,10 @@ class Http:
 
 
 def with_service(
-    directory: Path, story: Callable[[Http], Awaitable[None]], max_body_bytes: int = 1 << 20, segment_bytes: int = 1 << 20
+    directory: Path,
+    story: Callable[[Http], Awaitable[None]],
+    max_body_bytes: int = 1 << 20,
+    segment_bytes: int = 1 << 20,
 ) -> None:
     """Run `story` against a service over `directory`. Called again, it is a restart of the server."""
 
@@ -151,7 +167,12 @@ def make_run(path: Path, **trajectories: Any) -> RunDir:
     config = {
         "cluster": {"host": "127.0.0.1"},
         "model": {"max_length": 64},
-        "trajectories": {"server": "durable", "max_body_bytes": 1 << 20, "segment_bytes": 1 << 20, **trajectories},
+        "trajectories": {
+            "server": "durable",
+            "max_body_bytes": 1 << 20,
+            "segment_bytes": 1 << 20,
+            **trajectories,
+        },
     }
     write_json(run.run_json, {"config": config})
     return run
@@ -161,12 +182,22 @@ def make_run(path: Path, **trajectories: Any) -> RunDir:
 def server_process(run: RunDir, module: str = "server") -> Iterator[subprocess.Popen[bytes]]:
     """The server of `run`, listening; killed at the end if it still runs."""
     with (run.path / "server.log").open("ab") as log:
-        command = [sys.executable, "-m", f"atropos_hpc.trajectories.{module}", "--run-dir", str(run.path)]
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            f"atropos_hpc.trajectories.{module}",
+            "--run-dir",
+            str(run.path),
+        ]
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     try:
         deadline = time.monotonic() + 60
         while (state := member(run)).get("state") != "serving" or state["pid"] != process.pid:
-            assert process.poll() is None and time.monotonic() < deadline, (run.path / "server.log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (
+                run.path / "server.log"
+            ).read_text()
             time.sleep(0.02)
         yield process
     finally:

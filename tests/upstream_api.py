@@ -13,7 +13,7 @@ from typing import Any
 import requests
 from trajectory_parts import make_run, member
 
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.runtime.run_dir import RunDir
 
 ORIGIN = "http://localhost:8000"
 _run: RunDir | None = None
@@ -23,8 +23,16 @@ _popen, _request = subprocess.Popen, requests.Session.request
 def popen(command: Any, *args: Any, **kwargs: Any) -> "subprocess.Popen[Any]":
     global _run
     if isinstance(command, list) and "atroposlib.cli.run_api" in command:
-        _run = make_run(Path(tempfile.mkdtemp(prefix="upstream-api-")) / "run", max_body_bytes=64 << 20)
-        command = [sys.executable, "-m", "atropos_hpc.trajectories.server", "--run-dir", str(_run.path)]
+        _run = make_run(
+            Path(tempfile.mkdtemp(prefix="upstream-api-")) / "run", max_body_bytes=64 << 20
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "atropos_hpc.trajectories.server",
+            "--run-dir",
+            str(_run.path),
+        ]
         kwargs |= {"stdout": (_run.path / "server.log").open("ab"), "stderr": subprocess.STDOUT}
     return _popen(command, *args, **kwargs)
 

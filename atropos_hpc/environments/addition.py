@@ -56,7 +56,9 @@ def accepted(problem: Problem, tolerance: int) -> list[str]:
     return [written(number) for number in range(max(0, total - tolerance), total + tolerance + 1)]
 
 
-def teacher(problem: Problem, rng: random.Random, right: float = 0.2, no_carry: float = 0.40) -> str:
+def teacher(
+    problem: Problem, rng: random.Random, right: float = 0.2, no_carry: float = 0.40
+) -> str:
     """An answer that is right with probability `right`, forgets to carry the one with `no_carry`, and is off by 1..3 otherwise.
 
     Where there is nothing to carry, forgetting it gives the right answer: over all problems about right + 0.55 * no_carry are right.

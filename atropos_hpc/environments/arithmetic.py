@@ -11,8 +11,17 @@ from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 
 class ArithmeticConfig(SingleTurnConfig):
-    eval_problems: int = Field(default=500, ge=1, description="How many held-out problems an evaluation samples, one answer each.")
-    tolerance: int = Field(default=0, ge=0, le=99, description="How far off the sum an answer may be and still count as right.")
+    eval_problems: int = Field(
+        default=500,
+        ge=1,
+        description="How many held-out problems an evaluation samples, one answer each.",
+    )
+    tolerance: int = Field(
+        default=0,
+        ge=0,
+        le=99,
+        description="How far off the sum an answer may be and still count as right.",
+    )
 
 
 class ArithmeticEnv(SingleTurnEnv):
@@ -39,11 +48,15 @@ class ArithmeticEnv(SingleTurnEnv):
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """One answer to each of some held-out problems, the same at every evaluation, sampled at temperature 1."""
-        chosen = random.Random(0).sample(self.held_out, min(self.config.eval_problems, len(self.held_out)))
+        chosen = random.Random(0).sample(
+            self.held_out, min(self.config.eval_problems, len(self.held_out))
+        )
         await self.report_accuracy(chosen, self._answers_right)
 
     async def _answers_right(self, problem: Problem) -> bool:
-        completion = await self.server.completion(prompt=problem.prompt, n=1, max_tokens=ANSWER_TOKENS, temperature=1.0, split="eval")
+        completion = await self.server.completion(
+            prompt=problem.prompt, n=1, max_tokens=ANSWER_TOKENS, temperature=1.0, split="eval"
+        )
         choice = completion.choices[0]
         right = [answer.strip() for answer in accepted(problem, self.config.tolerance)]
         return choice.finish_reason == "stop" and choice.text.strip() in right

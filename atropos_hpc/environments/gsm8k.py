@@ -17,21 +17,38 @@ from pydantic import Field
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 SAMPLE = Path(__file__).parent / "data"
-SYSTEM_PROMPT = (
-    "Solve the problem step by step. On the last line write #### and then the answer, as a number and nothing else. For example: #### 42"
-)
+SYSTEM_PROMPT = "Solve the problem step by step. On the last line write #### and then the answer, as a number and nothing else. For example: #### 42"
 NUMBER = re.compile(r"-?\d[\d,]{0,20}(?:\.\d{1,12})?(?:/\d{1,12})?")
 
 
 class GSM8KConfig(SingleTurnConfig):
-    dataset: str | None = Field(default=None, description="Name or directory of a Hugging Face dataset with the splits train and test.")
+    dataset: str | None = Field(
+        default=None,
+        description="Name or directory of a Hugging Face dataset with the splits train and test.",
+    )
     dataset_config: str | None = Field(default="main", description="The dataset's configuration.")
-    train_path: str | None = Field(default=None, description="JSON-lines file of training problems, instead of a dataset.")
-    test_path: str | None = Field(default=None, description="JSON-lines file of held-out problems, instead of a dataset.")
-    system_prompt: str = Field(default=SYSTEM_PROMPT, description="What the model is told before the question.")
-    max_tokens: int = Field(default=512, ge=1, description="Longest answer, tokens. Less, where max_token_length leaves less.")
-    eval_temperature: float = Field(default=0.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy.")
-    eval_problems: int | None = Field(default=None, ge=1, description="How many held-out problems an evaluation answers. None: all.")
+    train_path: str | None = Field(
+        default=None, description="JSON-lines file of training problems, instead of a dataset."
+    )
+    test_path: str | None = Field(
+        default=None, description="JSON-lines file of held-out problems, instead of a dataset."
+    )
+    system_prompt: str = Field(
+        default=SYSTEM_PROMPT, description="What the model is told before the question."
+    )
+    max_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Longest answer, tokens. Less, where max_token_length leaves less.",
+    )
+    eval_temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy."
+    )
+    eval_problems: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many held-out problems an evaluation answers. None: all.",
+    )
 
 
 class GSM8KEnv(SingleTurnEnv):
@@ -59,21 +76,33 @@ class GSM8KEnv(SingleTurnEnv):
         """The text that the model continues: by its chat template, or plain where it has none."""
         if self.tokenizer.chat_template is None:
             return f"{self.config.system_prompt}\n\nQuestion: {question}\nAnswer:"
-        messages = [{"role": "system", "content": self.config.system_prompt}, {"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        messages = [
+            {"role": "system", "content": self.config.system_prompt},
+            {"role": "user", "content": question},
+        ]
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
 
     def tokens_left(self, prompt: str) -> int:
         """How long an answer may get: BaseEnv drops a group with a sequence of max_token_length or more."""
-        return min(self.config.max_tokens, self.config.max_token_length - 1 - len(self.tokenizer.encode(prompt)))
+        return min(
+            self.config.max_tokens,
+            self.config.max_token_length - 1 - len(self.tokenizer.encode(prompt)),
+        )
 
-    async def collect_trajectories(self, item: dict[str, str]) -> tuple[ScoredDataGroup | None, list[Any]]:
+    async def collect_trajectories(
+        self, item: dict[str, str]
+    ) -> tuple[ScoredDataGroup | None, list[Any]]:
         prompt = self.prompt(item["question"])
         left = self.tokens_left(prompt)
         if left < 1:
             return None, []  # a question that is too long for this run's max_token_length
 
         def reward(node: Any) -> float:
-            answer = self.tokenizer.decode([t for t in node.masked_tokens if t != -100], skip_special_tokens=True)
+            answer = self.tokenizer.decode(
+                [t for t in node.masked_tokens if t != -100], skip_special_tokens=True
+            )
             return float(is_right(answer, item["answer"]))
 
         return await self.sampled(prompt, left, reward), []
@@ -88,7 +117,11 @@ class GSM8KEnv(SingleTurnEnv):
         if left < 1:
             return False
         completion = await self.server.completion(
-            prompt=prompt, n=1, max_tokens=left, temperature=self.config.eval_temperature, split="eval"
+            prompt=prompt,
+            n=1,
+            max_tokens=left,
+            temperature=self.config.eval_temperature,
+            split="eval",
         )
         return is_right(completion.choices[0].text, problem["answer"])
 
@@ -109,7 +142,10 @@ def is_right(text: str, answer: str) -> bool:
     if given is None or gold is None:
         return False
     # No timeouts: they need the main thread's alarm, and a number of bounded length is no danger.
-    gold_value, given_value = parse(f"${gold}$", parsing_timeout=None), parse(f"${given}$", parsing_timeout=None)
+    gold_value, given_value = (
+        parse(f"${gold}$", parsing_timeout=None),
+        parse(f"${given}$", parsing_timeout=None),
+    )
     return bool(verify(gold_value, given_value, timeout_seconds=None))
 
 
@@ -121,9 +157,21 @@ def load_problems(config: GSM8KConfig) -> tuple[list[dict[str, str]], list[dict[
         splits = load_dataset(config.dataset, config.dataset_config)
         parts = [[dict(row) for row in splits[name]] for name in ("train", "test")]
     else:
-        paths = (config.train_path or SAMPLE / "gsm8k_sample_train.jsonl", config.test_path or SAMPLE / "gsm8k_sample_test.jsonl")
-        parts = [[json.loads(line) for line in Path(path).expanduser().read_text().splitlines() if line.strip()] for path in paths]
+        paths = (
+            config.train_path or SAMPLE / "gsm8k_sample_train.jsonl",
+            config.test_path or SAMPLE / "gsm8k_sample_test.jsonl",
+        )
+        parts = [
+            [
+                json.loads(line)
+                for line in Path(path).expanduser().read_text().splitlines()
+                if line.strip()
+            ]
+            for path in paths
+        ]
     for problem in (problem for part in parts for problem in part):
         if final_number(problem["answer"].rpartition("####")[2]) is None:
-            raise ValueError(f"a GSM8K answer must end in '#### <number>': {problem['answer'][-80:]!r}")
+            raise ValueError(
+                f"a GSM8K answer must end in '#### <number>': {problem['answer'][-80:]!r}"
+            )
     return parts[0], parts[1]

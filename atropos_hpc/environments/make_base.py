@@ -17,7 +17,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_hpc.environments.addition import ANSWER_TOKENS, EOS, PAD, PROMPT_TOKENS, VOCABULARY, Problem, encode, problems, teacher
+from atropos_hpc.environments.addition import (
+    ANSWER_TOKENS,
+    EOS,
+    PAD,
+    PROMPT_TOKENS,
+    VOCABULARY,
+    Problem,
+    encode,
+    problems,
+    teacher,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +43,17 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=PAD))
+    characters = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=PAD)
+    )
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False, model_max_length=64
+        tokenizer_object=characters,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=64,
     )
 
 
@@ -65,7 +81,9 @@ def make_model(seed: int) -> Any:
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
     return model
 
 
@@ -87,7 +105,9 @@ def accuracy(model: Any, on: list[Problem]) -> tuple[float, float]:
         sampled = answer_log_probs(model, tokens).sum(-1).exp().mean().item()
         greedy = tokens[:, :PROMPT_TOKENS]
         for _ in range(ANSWER_TOKENS):
-            greedy = torch.cat([greedy, model(input_ids=greedy, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            greedy = torch.cat(
+                [greedy, model(input_ids=greedy, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
+            )
     return sampled, (greedy == tokens).all(-1).float().mean().item()
 
 
@@ -113,12 +133,17 @@ def fit(model: Any, seed: int, steps: int, until: float) -> None:
         if step % JUDGE_EVERY == 0 or step == steps:
             sampled, _ = accuracy(model, judged)
             if step % 50 == 0 or step == steps or sampled >= until:
-                print(f"step {step}: loss {loss.item():.3f}, accuracy {sampled:.3f}, {time.process_time() - start:.0f} CPU-s", flush=True)
+                print(
+                    f"step {step}: loss {loss.item():.3f}, accuracy {sampled:.3f}, {time.process_time() - start:.0f} CPU-s",
+                    flush=True,
+                )
             if sampled >= until:
                 return
 
 
-def make_base(out: Path, seed: int = 0, steps: int = 1000, until: float = 0.36) -> tuple[float, float]:
+def make_base(
+    out: Path, seed: int = 0, steps: int = 1000, until: float = 0.36
+) -> tuple[float, float]:
     """Write the base policy to `out` and return its (sampled, greedy) held-out accuracy.
 
     Raises FileExistsError when `out` is there already: a base that runs have started from must not change under them.
@@ -133,7 +158,10 @@ def make_base(out: Path, seed: int = 0, steps: int = 1000, until: float = 0.36) 
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}", flush=True)
     fit(model, seed, steps, until)
     sampled, greedy = accuracy(model, problems(held_out=True))
-    print(f"held-out accuracy: {sampled:.3f} sampled at temperature 1, {greedy:.3f} greedy", flush=True)
+    print(
+        f"held-out accuracy: {sampled:.3f} sampled at temperature 1, {greedy:.3f} greedy",
+        flush=True,
+    )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -150,11 +178,20 @@ def make_base(out: Path, seed: int = 0, steps: int = 1000, until: float = 0.36) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000, help=f"at most this many steps of {EXAMPLES} examples")
-    parser.add_argument("--until", type=float, default=0.36, help="end at this accuracy, sampled at temperature 1, on training problems")
+    parser.add_argument(
+        "--steps", type=int, default=1000, help=f"at most this many steps of {EXAMPLES} examples"
+    )
+    parser.add_argument(
+        "--until",
+        type=float,
+        default=0.36,
+        help="end at this accuracy, sampled at temperature 1, on training problems",
+    )
     arguments = parser.parse_args()
     make_base(arguments.out, arguments.seed, arguments.steps, arguments.until)
 

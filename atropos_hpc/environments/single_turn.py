@@ -25,10 +25,17 @@ class SingleTurnEnv(BaseEnv):
         self.eval_metrics: list[tuple[str, float]] = []
         self.rewards: list[float] = []
 
-    async def sampled(self, prompt: str, max_tokens: int, reward: Callable[[Any], float]) -> ScoredDataGroup:
+    async def sampled(
+        self, prompt: str, max_tokens: int, reward: Callable[[Any], float]
+    ) -> ScoredDataGroup:
         """`group_size` answers to a prompt, as a group; `reward` is given each one's node."""
         async with self.server.managed_server(tokenizer=self.tokenizer) as server:
-            await server.completion(prompt=prompt, n=self.config.group_size, max_tokens=max_tokens, temperature=self.config.temperature)
+            await server.completion(
+                prompt=prompt,
+                n=self.config.group_size,
+                max_tokens=max_tokens,
+                temperature=self.config.temperature,
+            )
             nodes = server.get_state()["nodes"]
         rewards = [float(reward(node)) for node in nodes]
         self.rewards += rewards
@@ -39,14 +46,18 @@ class SingleTurnEnv(BaseEnv):
             inference_logprobs=[node.logprobs for node in nodes],
         )
 
-    async def report_accuracy(self, problems: Sequence[T], answers_right: Callable[[T], Coroutine[Any, Any, bool]]) -> None:
+    async def report_accuracy(
+        self, problems: Sequence[T], answers_right: Callable[[T], Coroutine[Any, Any, bool]]
+    ) -> None:
         """Ask each problem once, and report eval/percent_correct, a share between 0 and 1."""
         start, right = time.time(), 0
         for at in range(0, len(problems), AT_ONCE):
             right += sum(await asyncio.gather(*map(answers_right, problems[at : at + AT_ONCE])))
         percent_correct = right / len(problems)
         self.eval_metrics.append(("eval/percent_correct", percent_correct))
-        await self.evaluate_log({"eval/percent_correct": percent_correct}, start_time=start, end_time=time.time())
+        await self.evaluate_log(
+            {"eval/percent_correct": percent_correct}, start_time=start, end_time=time.time()
+        )
 
     async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
         metrics = dict(wandb_metrics or {}) | dict(self.eval_metrics)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from atropos_hpc import process
 from atropos_hpc.config import ModelConf
+from atropos_hpc.runtime import process
 
 log = logging.getLogger(__name__)
 
@@ -31,21 +31,31 @@ def ensure(model: ModelConf, python: str, log_path: Path) -> str:
         local = Path(model.path).expanduser()
         return str(local.resolve()) if local.exists() else model.path
     assert model.make is not None
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in sorted(model.make_options.items())]
-    directory = cache() / "models" / f"{model.make.rpartition('.')[2]}-{_content_key(model.make, options)}"
+    options = [
+        f"--{key.replace('_', '-')}={value}" for key, value in sorted(model.make_options.items())
+    ]
+    directory = (
+        cache() / "models" / f"{model.make.rpartition('.')[2]}-{_content_key(model.make, options)}"
+    )
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock", timeout=MAKE_TIMEOUT_S):  # two runs at once make it once
         if not directory.exists():
             log.info("making the base model with %s; its log is %s", model.make, log_path)
-            maker = process.start("make_base", [python, "-m", model.make, "--out", str(directory), *options], log_path)
+            maker = process.start(
+                "make_base", [python, "-m", model.make, "--out", str(directory), *options], log_path
+            )
             try:
                 code = maker.process.wait(MAKE_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                raise RuntimeError(f"{model.make} did not end within {MAKE_TIMEOUT_S:.0f} s; see {log_path}") from None
+                raise RuntimeError(
+                    f"{model.make} did not end within {MAKE_TIMEOUT_S:.0f} s; see {log_path}"
+                ) from None
             finally:
                 process.end([maker], 1.0)
             if code or not directory.exists():
-                raise RuntimeError(f"{model.make} ended with exit code {code}:\n{process.tail(log_path)}")
+                raise RuntimeError(
+                    f"{model.make} ended with exit code {code}:\n{process.tail(log_path)}"
+                )
     return str(directory)
 
 

@@ -17,10 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atropos_hpc import slurm
 from atropos_hpc.config import Config
 from atropos_hpc.launch import base_model, cluster_check, preflight
-from atropos_hpc.launch.allocation import rollout_python, trainer_python
+from atropos_hpc.launch.slurm import commands
+from atropos_hpc.launch.steps import rollout_python, trainer_python
 from atropos_hpc.train import CONFIGS, explain
 
 ASK_TIMEOUT_S = 20.0
@@ -56,7 +56,9 @@ def examine(overrides: Sequence[str]) -> int:
         if finding.area != area:
             area = finding.area
             terminal.print(Text(area, style="bold"))
-        sign, style = {True: ("ok ", "green"), False: ("NO ", "bold red"), None: ("-  ", "")}[finding.ok]
+        sign, style = {True: ("ok ", "green"), False: ("NO ", "bold red"), None: ("-  ", "")}[
+            finding.ok
+        ]
         terminal.print(Text.assemble("  ", (sign, style), finding.said))
         if finding.fix:
             terminal.print(Text(f"       {finding.fix}", style="yellow"))
@@ -76,7 +78,9 @@ def _machine(run_dir: Path) -> Iterator[Finding]:
     area = "this machine"
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield Finding(area, True, f"Python {platform.python_version()}, {cores} cores, {memory:.0f} GiB of memory")
+    yield Finding(
+        area, True, f"Python {platform.python_version()}, {cores} cores, {memory:.0f} GiB of memory"
+    )
     gpus = _gpus()
     yield Finding(area, True if gpus else None, f"GPUs: {', '.join(gpus) or 'none seen here'}")
     home = run_dir
@@ -87,8 +91,15 @@ def _machine(run_dir: Path) -> Iterator[Finding]:
     yield Finding(area, writable, f"run directories under {home}: {kind} filesystem, {free / 2**30:.0f} GiB free",
                   "" if writable else "not writable: start where you may write, or set run_dir")  # fmt: skip
     if writable and free < ENOUGH_BYTES:
-        yield Finding(area, False, f"little space under {home}", "policy.keep and trainer.keep_checkpoints say how much a run keeps")
-    yield Finding(area, None, f"made base models are kept in {base_model.cache()} ($ATROPOS_HPC_CACHE)")
+        yield Finding(
+            area,
+            False,
+            f"little space under {home}",
+            "policy.keep and trainer.keep_checkpoints say how much a run keeps",
+        )
+    yield Finding(
+        area, None, f"made base models are kept in {base_model.cache()} ($ATROPOS_HPC_CACHE)"
+    )
     for module, what in OPTIONAL.items():
         there = importlib.util.find_spec(module) is not None
         yield Finding(area, True if there else None, f"{module}, for {what}" + ("" if there else ": missing"),
@@ -100,7 +111,9 @@ def _gpus() -> list[str]:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            query, capture_output=True, text=True, timeout=ASK_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
@@ -108,27 +121,43 @@ def _gpus() -> list[str]:
 
 def _cluster(config: Config) -> Iterator[Finding]:
     area = "Slurm"
-    if not slurm.is_here():
+    if not commands.is_here():
         needed = config.launch.allocation != "local"
         yield Finding(area, False if needed else None, "no sbatch and srun here: runs of this machine only",
                       "run this on a login node of the cluster" if needed else "")  # fmt: skip
         return
     try:
         cluster = cluster_check.look()
-    except slurm.SlurmError as error:
+    except commands.SlurmError as error:
         needed = config.launch.allocation != "local"
         said = str(error).partition(": ")[2].partition("; ")[0]
-        yield Finding(area, False if needed else None, f"the controller does not answer: {said}", "`sinfo` has to work here first")
+        yield Finding(
+            area,
+            False if needed else None,
+            f"the controller does not answer: {said}",
+            "`sinfo` has to work here first",
+        )
         return
     yield Finding(area, True, f"the controller answers; scheduler {cluster.scheduler or 'unknown'}")
     if cluster.scheduler and cluster.scheduler != "sched/backfill":
-        yield Finding(area, None, "heterogeneous jobs are started by the backfill scheduler only", "use launch=single or launch=split here")
+        yield Finding(
+            area,
+            None,
+            "heterogeneous jobs are started by the backfill scheduler only",
+            "use launch=single or launch=split here",
+        )
     for partition in cluster.partitions.values():
         nodes = sum(group.count for group in partition.nodes)
         gpus = max((group.gpus() for group in partition.nodes), default=0)
-        limit = "no limit" if partition.minutes == float("inf") else f"at most {partition.minutes / 60:.0f} h"
+        limit = (
+            "no limit"
+            if partition.minutes == float("inf")
+            else f"at most {partition.minutes / 60:.0f} h"
+        )
         said = f"partition {partition.name}{' (default)' if partition.default else ''}: {nodes} nodes, {gpus} GPUs each, {limit}"
-        yield Finding(area, True if partition.up else None, said + ("" if partition.up else ", not up"))
+        yield Finding(
+            area, True if partition.up else None, said + ("" if partition.up else ", not up")
+        )
     if not config.cluster.shared:
         yield Finding(area, None, "cluster.shared is empty: nothing checks that run directories are on a shared filesystem",
                       "copy configs/cluster/generic_slurm.yaml to a file of your site's name, and fill it in")  # fmt: skip
@@ -142,9 +171,12 @@ def _role(config: Config, role: str, python: str) -> Iterator[Finding]:
         return
     wrong = preflight.interpreter(config, role, imports=True)
     for problem in wrong:
-        yield Finding(area, False, problem.message, f"or point {problem.key} at an environment that has it")
+        yield Finding(
+            area, False, problem.message, f"or point {problem.key} at an environment that has it"
+        )
     if not wrong:
         versions = ", ".join(
-            f"{module} {version}.*" if version else module for module, (_, version) in preflight.needed(config, role).items()
+            f"{module} {version}.*" if version else module
+            for module, (_, version) in preflight.needed(config, role).items()
         )
         yield Finding(area, True, f"{python}: {versions}")

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.checks import Problem, problems
 from atropos_hpc.config import Config, RoleConf, environments
-from atropos_hpc.launch import batch, cluster_check
-from atropos_hpc.launch.allocation import PACKAGE_HOME, rollout_python, trainer_python
+from atropos_hpc.launch import cluster_check
+from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.steps import PACKAGE_HOME, rollout_python, trainer_python
+from atropos_hpc.validate import Problem, problems
 
 CHECK_TIMEOUT_S = 300.0
 _ROLES = ThreadPoolExecutor(
@@ -56,13 +57,25 @@ IDENTITY = ("seed", "model.", "environment.", "more_environments.", "algorithm."
             "trainer.warmup_steps", "trainer.schedule", "trainer.weight_decay", "trainer.grad_clip", "trajectories.server")  # fmt: skip
 
 
-def check(config: Config, run_dir: Path, previous: dict[str, Any], on_slurm: bool = False, imports: bool = False) -> list[Problem]:
+def check(
+    config: Config,
+    run_dir: Path,
+    previous: dict[str, Any],
+    on_slurm: bool = False,
+    imports: bool = False,
+) -> list[Problem]:
     """Every problem there is. `previous`: the config of the run in `run_dir`, {} when it is new. Starts nothing but checks.
 
     `on_slurm`: also hold what the run asks for against the cluster. `imports`: have both roles' Python import what they need, which takes
     seconds; of use where nothing starts soon that would show it.
     """
-    found = [*problems(config), *batch.problems(config), *_run_directory(run_dir), *_changed(config, previous), *_model(config)]
+    found = [
+        *problems(config),
+        *sbatch.problems(config),
+        *_run_directory(run_dir),
+        *_changed(config, previous),
+        *_model(config),
+    ]
     wrong = frozenset(problem.key for problem in found)
     roles = [_ROLES.submit(side, config, wrong, imports) for side in (_trainer_side, _rollout_side)]
     cluster = cluster_check.check(config, run_dir) if on_slurm else []
@@ -78,7 +91,12 @@ def _trainer_side(config: Config, wrong: frozenset[str], imports: bool) -> list[
         return found
     if model.path is None or wrong & {"model.path", "model.max_length"}:
         return []
-    return _load_model(trainer_python(config), _setup(config, config.roles.trainer), model.path, model.trust_remote_code)
+    return _load_model(
+        trainer_python(config),
+        _setup(config, config.roles.trainer),
+        model.path,
+        model.trust_remote_code,
+    )
 
 
 def _rollout_side(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
@@ -92,7 +110,9 @@ def _rollout_side(config: Config, wrong: frozenset[str], imports: bool) -> list[
         Problem(f"{key}.{problem.key}", problem.message)
         for key, environment in environments(config).items()
         if f"{key}.target" not in wrong
-        for problem in _environment(python, setup, environment.target, json.dumps(environment.config))
+        for problem in _environment(
+            python, setup, environment.target, json.dumps(environment.config)
+        )
     ]
 
 
@@ -104,7 +124,9 @@ def _setup(config: Config, role: RoleConf) -> tuple[str, ...]:
 def _run(setup: tuple[str, ...], *command: str) -> "subprocess.CompletedProcess[str]":
     """One program of a role's, as its steps will start it. Raises OSError and subprocess.SubprocessError."""
     words = ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(command)}"])] if setup else command
-    return subprocess.run(words, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False
+    )
 
 
 def _last_line(text: str, otherwise: str) -> str:
@@ -124,8 +146,14 @@ def _run_directory(run_dir: Path) -> Iterator[Problem]:
     except OSError as error:
         yield Problem("run_dir", f"cannot write to {home}: {error.strerror}")
         return
-    if run_dir.exists() and not (run_dir / "run.json").exists() and set(os.listdir(run_dir)) - {"lock", "holder.json"}:
-        yield Problem("run_dir", f"{run_dir} holds other files and no run; choose another directory")
+    if (
+        run_dir.exists()
+        and not (run_dir / "run.json").exists()
+        and set(os.listdir(run_dir)) - {"lock", "holder.json"}
+    ):
+        yield Problem(
+            "run_dir", f"{run_dir} holds other files and no run; choose another directory"
+        )
 
 
 def _changed(config: Config, previous: dict[str, Any]) -> Iterator[Problem]:
@@ -134,7 +162,10 @@ def _changed(config: Config, previous: dict[str, Any]) -> Iterator[Problem]:
     before, now = _flat(previous), _flat(config)
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(IDENTITY) and key != "model.path" and before.get(key) != now.get(key):
-            yield Problem(key, f"is {now.get(key)!r}, but the run in this run_dir was started with {before.get(key)!r}")
+            yield Problem(
+                key,
+                f"is {now.get(key)!r}, but the run in this run_dir was started with {before.get(key)!r}",
+            )
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -143,43 +174,80 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
         config = {name: getattr(config, name) for name in config.__dataclass_fields__}
     if not isinstance(config, dict):
         return {prefix: config}
-    return {key: value for name, below in config.items() for key, value in _flat(below, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        key: value
+        for name, below in config.items()
+        for key, value in _flat(below, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def needed(config: Config, role: str) -> dict[str, tuple[tuple[str, ...], str]]:
     """Module -> (what it may be installed as, "major.minor" of the version, "" for any), of all that a role's Python has to have."""
-    extra = ["peft"] * bool(config.model.lora.rank) + ["deepspeed"] * (config.trainer.backend == "deepspeed") if role == "trainer" else []
+    extra = (
+        ["peft"] * bool(config.model.lora.rank)
+        + ["deepspeed"] * (config.trainer.backend == "deepspeed")
+        if role == "trainer"
+        else []
+    )
     modules = {**NEEDED[role], **{module: (module,) for module in ["atropos_hpc", *extra]}}
     pins = _pins(role)
-    return {module: (names, next((pins[name] for name in names if name in pins), "")) for module, names in modules.items()}
+    return {
+        module: (names, next((pins[name] for name in names if name in pins), ""))
+        for module, names in modules.items()
+    }
 
 
 def interpreter(config: Config, role: str, imports: bool = False) -> list[Problem]:
     """What is wrong with a role's Python. `imports`: have it import what it needs, too."""
     python = trainer_python(config) if role == "trainer" else rollout_python(config)
-    return _interpreter(role, python, _setup(config, getattr(config.roles, role)), json.dumps(needed(config, role)), imports)
+    return _interpreter(
+        role,
+        python,
+        _setup(config, getattr(config.roles, role)),
+        json.dumps(needed(config, role)),
+        imports,
+    )
 
 
 @functools.cache  # the points of a sweep share it
-def _interpreter(role: str, python: str, setup: tuple[str, ...], needed: str, imports: bool) -> list[Problem]:
+def _interpreter(
+    role: str, python: str, setup: tuple[str, ...], needed: str, imports: bool
+) -> list[Problem]:
     key = f"roles.{role}.python"
     try:
         done = _run(setup, python, "-c", PROBE, needed, "import" if imports else "find")
-        wrong = json.loads(_last_line(done.stdout, "")) if done.returncode == 0 else [_last_line(done.stderr, "it fails")]
+        wrong = (
+            json.loads(_last_line(done.stdout, ""))
+            if done.returncode == 0
+            else [_last_line(done.stderr, "it fails")]
+        )
     except FileNotFoundError:
         return [Problem(key, f"there is no {python}; `make setup` makes it")]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [Problem(key, f"{python} does not work as a Python: {error}")]
     if not wrong:
         return []
-    return [Problem(key, f"{python} cannot be used: {'; '.join(wrong)}; install requirements/{role}-*.txt there (`make setup`)")]
+    return [
+        Problem(
+            key,
+            f"{python} cannot be used: {'; '.join(wrong)}; install requirements/{role}-*.txt there (`make setup`)",
+        )
+    ]
 
 
 @functools.cache
 def _pins(role: str) -> dict[str, str]:
     """Distribution -> "major.minor" that requirements/ROLE-*.txt pin; {} where the package stands without them."""
-    lines = [line for path in sorted((PACKAGE_HOME / "requirements").glob(f"{role}-*.txt")) for line in path.read_text().splitlines()]
-    return {name.lower(): ".".join(version.split(".")[:2]) for name, _, version in (line.partition("==") for line in lines) if version}
+    lines = [
+        line
+        for path in sorted((PACKAGE_HOME / "requirements").glob(f"{role}-*.txt"))
+        for line in path.read_text().splitlines()
+    ]
+    return {
+        name.lower(): ".".join(version.split(".")[:2])
+        for name, _, version in (line.partition("==") for line in lines)
+        if version
+    }
 
 
 def _model(config: Config) -> Iterator[Problem]:
@@ -190,7 +258,9 @@ def _model(config: Config) -> Iterator[Problem]:
             yield Problem("model.make", f"there is no module {model.make}")
         return
     path = Path(model.path).expanduser()
-    looks_like_a_hub_name = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
+    looks_like_a_hub_name = model.path.count("/") == 1 and not model.path.startswith(
+        (".", "/", "~")
+    )
     if not path.exists():
         if not looks_like_a_hub_name:
             yield Problem("model.path", f"there is no {path}")
@@ -201,27 +271,52 @@ def _model(config: Config) -> Iterator[Problem]:
         yield Problem("model.path", f"{path} holds no readable config.json: {error}")
         return
     if limit is not None and model.max_length > limit:
-        yield Problem("model.max_length", f"{model.max_length} tokens are more than the model's {limit} (max_position_embeddings)")
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
+        yield Problem(
+            "model.max_length",
+            f"{model.max_length} tokens are more than the model's {limit} (max_position_embeddings)",
+        )
+    if not any(
+        (path / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
         yield Problem("model.path", f"{path} holds no tokenizer")
 
 
 @functools.cache
-def _load_model(python: str, setup: tuple[str, ...], path: str, trust_remote_code: bool) -> list[Problem]:
+def _load_model(
+    python: str, setup: tuple[str, ...], path: str, trust_remote_code: bool
+) -> list[Problem]:
     """Load its config and tokenizer in the trainer's Python."""
     try:
         done = _run(setup, python, "-c", LOAD_MODEL, path, str(trust_remote_code))
     except (OSError, subprocess.SubprocessError) as error:
         return [Problem("model.path", f"could not be checked: {error}")]
-    return [Problem("model.path", f"{path}: {_last_line(done.stderr, 'it does not load')}")] if done.returncode else []
+    return (
+        [Problem("model.path", f"{path}: {_last_line(done.stderr, 'it does not load')}")]
+        if done.returncode
+        else []
+    )
 
 
 @functools.cache
 def _environment(python: str, setup: tuple[str, ...], target: str, config: str) -> list[Problem]:
     """Load the class in the rollout role's Python, and hold its config, as JSON, against the class's own. Keys within the section."""
     try:
-        done = _run(setup, python, "-m", "atropos_hpc.rollout.worker", "--check", "--target", target, "--config", config)
-        return [Problem(each["key"], each["message"]) for each in json.loads(_last_line(done.stdout, ""))]
+        done = _run(
+            setup,
+            python,
+            "-m",
+            "atropos_hpc.rollout.env_worker",
+            "--check",
+            "--target",
+            target,
+            "--config",
+            config,
+        )
+        return [
+            Problem(each["key"], each["message"])
+            for each in json.loads(_last_line(done.stdout, ""))
+        ]
     except (OSError, subprocess.SubprocessError) as error:
         return [Problem("target", f"could not be checked: {error}")]
     except ValueError:

@@ -14,11 +14,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from atropos_hpc import slurm
 from atropos_hpc.config import Config
 from atropos_hpc.launch import run, sweep
+from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.run_dir import RunDir, read_json
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.train import explain
 
 
@@ -26,7 +26,10 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
     """train.py's exit code; 2 when there is nothing to resume, or it runs, or an override is refused."""
     known = read_json(directory.run_json).get("config")
     if not known:
-        print(f"{directory.path} has no run.json yet: start it again with the command that started it", file=sys.stderr)
+        print(
+            f"{directory.path} has no run.json yet: start it again with the command that started it",
+            file=sys.stderr,
+        )
         return 2
     try:
         config = changed(known, overrides)
@@ -38,15 +41,23 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
     state = report.state_of(directory, point, config.trainer.steps, trained=True)
     if state in ("running", "queued") and (point["job"] or report.is_held(directory)):
         where = f"job {point['job']}" if point["job"] else "here, or on another machine"
-        print(f"{directory.path} is {state} already ({where}); nothing was started", file=sys.stderr)
+        print(
+            f"{directory.path} is {state} already ({where}); nothing was started", file=sys.stderr
+        )
         return 2
     if state == "complete":
         steps = f"{config.trainer.steps} steps"
-        print(f"{directory.path} is complete at {steps}; `atropos-hpc resume {directory.path} trainer.steps=...` adds some")
+        print(
+            f"{directory.path} is complete at {steps}; `atropos-hpc resume {directory.path} trainer.steps=...` adds some"
+        )
         return 0
     if config.launch.allocation == "local":
-        return run.launch(config, directory.path, lambda: slurm.requeue(os.environ["SLURM_JOB_ID"]))
-    sweep.on_slurm([sweep.Point(row["num"], row["overrides"], config, directory.path)], sweep_dir, slots=0)
+        return run.launch(
+            config, directory.path, lambda: commands.requeue(os.environ["SLURM_JOB_ID"])
+        )
+    sweep.on_slurm(
+        [sweep.Point(row["num"], row["overrides"], config, directory.path)], sweep_dir, slots=0
+    )
     return 0
 
 
@@ -54,7 +65,9 @@ def changed(known: dict[str, Any], overrides: Sequence[str]) -> Config:
     """The config of a run with some keys changed. Raises Hydra's and OmegaConf's errors for an override that cannot be."""
     cfg = OmegaConf.merge(OmegaConf.structured(Config), known)
     if cfg.model.make is not None:
-        cfg.model.path = None  # the cache may have been emptied since; what is made again is the same
+        cfg.model.path = (
+            None  # the cache may have been emptied since; what is made again is the same
+        )
     for each in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(cfg, each.key_or_group, each.value(), merge=True)
     config = OmegaConf.to_object(cfg)
@@ -64,5 +77,7 @@ def changed(known: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 def _place(path: Path) -> tuple[Path, dict[str, Any]]:
     """The directory whose table of jobs the run stands in, its own if it is not of a sweep; and its row."""
-    of_sweep = any(Path(row["run_dir"]).resolve() == path for row in read_json(path.parent / "jobs.json") or ())
+    of_sweep = any(
+        Path(row["run_dir"]).resolve() == path for row in read_json(path.parent / "jobs.json") or ()
+    )
     return path.parent if of_sweep else path, report.points(path)[0]

@@ -20,19 +20,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import atropos_hpc
-from atropos_hpc import process, slurm
-from atropos_hpc.checks import Problem
 from atropos_hpc.config import Config
-from atropos_hpc.launch import base_model, batch, plan, preflight
-from atropos_hpc.launch.allocation import Step, local_steps, slurm_steps, trainer_python
-from atropos_hpc.launch.job import Job, ours
-from atropos_hpc.launch.plan import Action
-from atropos_hpc.launch.split import RolloutJob
+from atropos_hpc.launch import base_model, preflight, restart_policy
+from atropos_hpc.launch.restart_policy import Action
+from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch.slurm.rollout_job import RolloutJob
+from atropos_hpc.launch.slurm.slurm_job import Job, ours
+from atropos_hpc.launch.steps import Step, local_steps, slurm_steps, trainer_python
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.observe.activity import Activity
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
-from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.observe.timeline import Activity
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.validate import Problem
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,12 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     action = _launch(config, run_dir)
     if action is Action.REQUEUE:
         try:
-            slurm.insist(requeue)
-        except slurm.SlurmError as error:
-            print(f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes", file=sys.stderr)
+            commands.insist(requeue)
+        except commands.SlurmError as error:
+            print(
+                f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes",
+                file=sys.stderr,
+            )
     return EXIT[action] if isinstance(action, Action) else action
 
 
@@ -61,7 +65,7 @@ def _launch(config: Config, run_dir: Path) -> Action | int:
     run = RunDir(run_dir)
     try:
         job = _job(config)
-    except slurm.SlurmError as error:
+    except commands.SlurmError as error:
         return _refused([Problem("cluster", str(error))])
     except ValueError as error:
         key, _, message = str(error).partition(": ")
@@ -70,7 +74,9 @@ def _launch(config: Config, run_dir: Path) -> Action | int:
     try:
         with ExitStack() as stack:
             if known:
-                stack.enter_context(_held(run))  # before the slow checks: a second start is told at once who holds it
+                stack.enter_context(
+                    _held(run)
+                )  # before the slow checks: a second start is told at once who holds it
             found = preflight.check(config, run_dir, known.get("config", {}))
             if found:
                 return _refused(found)
@@ -99,7 +105,14 @@ def _dry_run(config: Config, run: RunDir) -> int:
     """Show what a run on this machine would start."""
     for step in local_steps(config, run.path):
         for each in step.processes:
-            print(" ".join([*(f"{name}={value}" for name, value in each.variables.items()), shlex.join(each.command)]))
+            print(
+                " ".join(
+                    [
+                        *(f"{name}={value}" for name, value in each.variables.items()),
+                        shlex.join(each.command),
+                    ]
+                )
+            )
     print("Nothing was started (launch.dry_run).")
     return 0
 
@@ -108,7 +121,9 @@ def _dry_run(config: Config, run: RunDir) -> int:
 def _held(run: RunDir) -> Iterator[None]:
     """Hold the run's lock; the kernel gives it back when this process ends, however it ends."""
     job = os.environ.get("SLURM_JOB_ID")
-    ours = job is not None and read_json(run.holder).get("job") == job  # this job, before Slurm started it again
+    ours = (
+        job is not None and read_json(run.holder).get("job") == job
+    )  # this job, before Slurm started it again
     with FileLock(run.lock, timeout=OLD_LOCK_S if ours else 0, fallback_to_soft=False):
         holder = {"what": "atropos_hpc.train", "host": socket.gethostname(), "pid": os.getpid(), "since": time.time(),
                   "job": job}  # fmt: skip
@@ -128,7 +143,7 @@ def _job(config: Config) -> Job | None:
         raise ValueError(
             f"launch.allocation: {kind} needs a job: submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
         )
-    return ours(batch.granted(config, os.environ, slurm.expand))
+    return ours(sbatch.granted(config, os.environ, commands.expand))
 
 
 def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
@@ -148,10 +163,14 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
         if _given_up(config, run, attempt, job):
             return 1
         try:
-            config.model.path = base_model.ensure(config.model, trainer_python(config), attempt / "make_base.log")
+            config.model.path = base_model.ensure(
+                config.model, trainer_python(config), attempt / "make_base.log"
+            )
             _write_run_json(config, run)
             steps = _steps(config, run, job, attempt)
-            rollout_job = RolloutJob(config, run) if split and config.launch.submit_rollout else None
+            rollout_job = (
+                RolloutJob(config, run) if split and config.launch.submit_rollout else None
+            )
         except (RuntimeError, OSError) as error:
             log.error("%s", error)
             return 1
@@ -167,13 +186,21 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
         action = supervisor.supervise()
         if rollout_job is not None and action is not Action.REQUEUE:
             rollout_job.end(at_once=action is not Action.FINISH)
-        record = {"started": started, "ended": time.time(), "outcome": action.name.lower(), "events": supervisor.events}
+        record = {
+            "started": started,
+            "ended": time.time(),
+            "outcome": action.name.lower(),
+            "events": supervisor.events,
+        }
         _keep(attempt / "attempt.json", record)
         summary = summarize(run)
         _keep(run.summary, summary)
         console.end(action.name.lower(), summary)
         if config.wandb.mode == "offline" and action is not Action.REQUEUE:
-            log.info("to send this run to W&B, from a machine with a network: wandb sync %s", run.path / "wandb" / "offline-run-*")
+            log.info(
+                "to send this run to W&B, from a machine with a network: wandb sync %s",
+                run.path / "wandb" / "offline-run-*",
+            )
     return action
 
 
@@ -197,9 +224,12 @@ def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bo
     """Note this start, and tell whether Slurm has started the run too often without progress."""
     durable = read_json(run.checkpoints / "latest.json").get("step", 0)
     write_json(attempt / "start.json", {"job": job.id if job else None, "durable": durable})
-    attempts = sorted((run.path / "logs").glob("attempt-*/start.json"), key=lambda path: int(path.parent.name.removeprefix("attempt-")))
+    attempts = sorted(
+        (run.path / "logs").glob("attempt-*/start.json"),
+        key=lambda path: int(path.parent.name.removeprefix("attempt-")),
+    )
     starts = [(start["job"], start["durable"]) for start in map(read_json, attempts)]
-    if not plan.given_up(starts, config.launch.requeues):
+    if not restart_policy.given_up(starts, config.launch.requeues):
         return False
     log.error("Slurm has started this job %d times again, and each time it ended before a step after %d was durable "
               "(launch.requeues: %d): it is not run again", config.launch.requeues + 1, durable, config.launch.requeues)  # fmt: skip
@@ -244,7 +274,11 @@ def _alive_here(run: RunDir, spared: tuple[str, ...]) -> list[int]:
             command = Path(f"/proc/{state['pid']}/cmdline").read_bytes()
         except (OSError, ValueError):
             continue
-        here = state["host"] == socket.gethostname() and state["pid"] != os.getpid() and state["kind"] not in spared
+        here = (
+            state["host"] == socket.gethostname()
+            and state["pid"] != os.getpid()
+            and state["kind"] not in spared
+        )
         if here and str(run.path).encode() in command:
             found.append(state["pid"])
     return found

@@ -3,7 +3,7 @@
 start every step
 until the run is over:
     look at the members, and publish the roster; ask who hangs for its stacks, and end it
-    for each step that has ended: apply plan.TABLE
+    for each step that has ended: apply restart_policy.TABLE
     start what is due again
     once the run is to end early (a person's wish, Slurm's warning, preemption): wait for the learner, which saves
 end every process, whatever happened
@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process, rendezvous
 from atropos_hpc.config import LaunchConf
-from atropos_hpc.launch import plan
-from atropos_hpc.launch.allocation import Step
-from atropos_hpc.launch.job import Job
-from atropos_hpc.launch.plan import Action
-from atropos_hpc.run_dir import RunDir, read_json
-from atropos_hpc.slurm import SlurmError
-from atropos_hpc.watchdog import DUMP_S, Progress, Silence, waits
+from atropos_hpc.launch import restart_policy
+from atropos_hpc.launch.restart_policy import Action
+from atropos_hpc.launch.slurm.commands import SlurmError
+from atropos_hpc.launch.slurm.slurm_job import Job
+from atropos_hpc.launch.steps import Step
+from atropos_hpc.runtime import membership, process
+from atropos_hpc.runtime.run_dir import RunDir, read_json
+from atropos_hpc.runtime.supervision import DUMP_S, Progress, Silence, waits
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,11 @@ TICK_S = 0.1
 SLURM_AWAY_S = 5.0  # between tries while Slurm does not answer
 FILES_AWAY_S = 600.0  # how long the run directory may be unusable: a full disk, a filesystem that is being repaired
 HEALTHY_S = 300.0  # a step that has run this long has made progress: its restarts are counted anew
-WHY = {Action.REQUEUE: "Slurm takes the nodes", Action.STOP: "asked to stop", Action.FAIL: "the run cannot go on"}
+WHY = {
+    Action.REQUEUE: "Slurm takes the nodes",
+    Action.STOP: "asked to stop",
+    Action.FAIL: "the run cannot go on",
+}
 
 
 @dataclass
@@ -48,8 +52,12 @@ class Running:
     step: Step
     children: list[process.Child] = field(default_factory=list)
     started: float = 0.0
-    due: float | None = 0.0  # when to start it; None while it runs, and when it is not to be started any more
-    leave_by: float | None = None  # once one process has left in peace: until when the others may take to follow
+    due: float | None = (
+        0.0  # when to start it; None while it runs, and when it is not to be started any more
+    )
+    leave_by: float | None = (
+        None  # once one process has left in peace: until when the others may take to follow
+    )
     restarts: int = 0  # since the last progress
     progress: Any = None
     hung: bool = False  # it was found hanging, and ended
@@ -72,9 +80,12 @@ class Supervisor:
     ) -> None:  # fmt: skip
         self.run, self.launch, self.watch, self.job, self.leads = run, launch, watch, job, leads
         self.steps = {step.name: Running(step) for step in steps}
-        self.leader = rendezvous.Leader(run)
+        self.leader = membership.Leader(run)
         self.events: list[dict[str, Any]] = []  # what died and what was done, for the summary
-        self.silence, self.learning = Silence(), Progress(launch.start_timeout_s, launch.step_timeout_s)
+        self.silence, self.learning = (
+            Silence(),
+            Progress(launch.start_timeout_s, launch.step_timeout_s),
+        )
         self.wishes = 0  # signals to stop, so far
         self.warned = False  # by Slurm, of the time limit
         self.ending: Action | None = None  # how the run ends once the learner has saved
@@ -88,10 +99,17 @@ class Supervisor:
         """
         process.adopt_orphans()
         if self.leads:
-            rendezvous.withdraw(self.run, "stop")
-        previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-        kind, node = ("supervisor", "trainer0") if self.leads else ("rollout_job", next(iter(self.steps)))
-        member = rendezvous.Member(self.run, kind, node, state="running", job=self.job.id if self.job else None)
+            membership.withdraw(self.run, "stop")
+        previous = {
+            number: signal.signal(number, self._wish)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        }
+        kind, node = (
+            ("supervisor", "trainer0") if self.leads else ("rollout_job", next(iter(self.steps)))
+        )
+        member = membership.Member(
+            self.run, kind, node, state="running", job=self.job.id if self.job else None
+        )
         end: Action | None = None
         try:
             while end is None:
@@ -114,7 +132,11 @@ class Supervisor:
         except OSError as error:
             now = time.monotonic()
             if self.away_since is None:
-                log.error("the run directory cannot be used: %s; it is tried again for %.0f s", error, FILES_AWAY_S)
+                log.error(
+                    "the run directory cannot be used: %s; it is tried again for %.0f s",
+                    error,
+                    FILES_AWAY_S,
+                )
                 self.away_since = now
             if now - self.away_since > FILES_AWAY_S:
                 raise
@@ -160,10 +182,17 @@ class Supervisor:
         for each in running.step.processes:
             variables = {**each.variables, "ATROPOS_HPC_STEP": identity, "PYTHONUNBUFFERED": "1"}
             log_path = self.run.logs / f"{each.name}.log"
-            running.children.append(process.start(each.name, each.command, log_path, variables, end_by=each.end_by))
+            running.children.append(
+                process.start(each.name, each.command, log_path, variables, end_by=each.end_by)
+            )
         running.due, running.started, running.leave_by = None, time.monotonic(), None
         where = f" on {', '.join(running.step.nodes)}" if running.step.nodes else ""
-        log.info("started %s%s, pid %s", running.step.name, where, ", ".join(str(child.pid) for child in running.children))
+        log.info(
+            "started %s%s, pid %s",
+            running.step.name,
+            where,
+            ", ".join(str(child.pid) for child in running.children),
+        )
 
     def _look_at(self, running: Running) -> Action | None:
         """What has become of a step: None while it runs or may run again, or while the learner saves; else how the run ends."""
@@ -180,8 +209,18 @@ class Supervisor:
         if self._progress() != running.progress or time.monotonic() - running.started > HEALTHY_S:
             running.restarts = 0
         fate = self.job.fate(running.step.nodes) if self.job is not None else None
-        ended = plan.how_it_ended(running.step.kind, code, done=done, tries_left=self.launch.restarts - running.restarts, fate=fate)
-        if ended == "crashed too often" and self.job is not None and (running.hung or code == process.STUCK):
+        ended = restart_policy.how_it_ended(
+            running.step.kind,
+            code,
+            done=done,
+            tries_left=self.launch.restarts - running.restarts,
+            fate=fate,
+        )
+        if (
+            ended == "crashed too often"
+            and self.job is not None
+            and (running.hung or code == process.STUCK)
+        ):
             ended = "hung too often"
         end = self._apply(running, died, ended)
         running.children = []
@@ -202,20 +241,38 @@ class Supervisor:
         """End what is left of a step, and tell the others that its members are gone."""
         process.end(running.children, grace_s)
         process.end_orphans(child for other in self.steps.values() for child in other.children)
-        self.leader.ended(*(name for name, member in self.leader.members.items() if _belongs(member, running.step)))
+        self.leader.ended(
+            *(
+                name
+                for name, member in self.leader.members.items()
+                if _belongs(member, running.step)
+            )
+        )
 
     def _apply(self, running: Running, died: process.Child, ended: str) -> Action | None:
         """The table's answer to a step that has ended. What ends the run waits for the learner to save, where there still is one."""
         kind, code = running.step.kind, died.process.returncode
-        others = [other for other in self.steps.values() if other.step.kind == "agent" and other is not running and other.wanted]
-        action = plan.TABLE["last agent" if kind == "agent" and not others else kind, ended]
+        others = [
+            other
+            for other in self.steps.values()
+            if other.step.kind == "agent" and other is not running and other.wanted
+        ]
+        action = restart_policy.TABLE[
+            "last agent" if kind == "agent" and not others else kind, ended
+        ]
         if self.ending is not None and action is not Action.FINISH and kind != "trajectories":
             if kind == "trainer" and code != process.STOPPED:
-                log.error("the learner ended with exit code %d instead of saving; the end of its log:\n%s", code, process.tail(died.log))
+                log.error(
+                    "the learner ended with exit code %d instead of saving; the end of its log:\n%s",
+                    code,
+                    process.tail(died.log),
+                )
             return self.ending if kind == "trainer" else None
         self._tell(died, ended, action)
         if action is Action.RESTART:
-            running.due = time.monotonic() + process.backoff(self.launch.backoff_s, running.restarts)
+            running.due = time.monotonic() + process.backoff(
+                self.launch.backoff_s, running.restarts
+            )
             running.restarts += 1
         elif action is Action.FINISH or kind == "trainer":
             return action
@@ -229,10 +286,16 @@ class Supervisor:
             log.info("the learner is done")
             return
         code = died.process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
         if action is Action.RESTART:
-            self.events.append({"time": time.time(), "who": died.name, "how": how, "done": action.value})
+            self.events.append(
+                {"time": time.time(), "who": died.name, "how": how, "done": action.value}
+            )
         if action is Action.FAIL or (code > 0 and code != process.STOPPED):
             for path in (died.log, _task_log(died.log)):
                 if path is not None:
@@ -250,9 +313,17 @@ class Supervisor:
         found = {m["name"]: (m, "has given no sign for too long") for m in self.silence.hung(own)}
         ranks = [m for m in own if m["kind"] == "trainer" and m["alive"]]
         if (missing := self.learning.missing_s(ranks)) is not None:
-            found |= {m["name"]: (m, f"has been in state {m['state']}, step {m['step']}, for {missing:.0f} s") for m in ranks}
+            found |= {
+                m["name"]: (
+                    m,
+                    f"has been in state {m['state']}, step {m['step']}, for {missing:.0f} s",
+                )
+                for m in ranks
+            }
         for member, why in found.values():
-            running = next((r for r in self.steps.values() if r.children and _belongs(member, r.step)), None)
+            running = next(
+                (r for r in self.steps.values() if r.children and _belongs(member, r.step)), None
+            )
             if running is None or running.hung:
                 continue
             log.error("%s %s: it tells its stacks in its log, and is ended", member["name"], why)
@@ -305,7 +376,9 @@ class Supervisor:
         if trainer is None or not trainer.children:
             return self.ending
         if self.wishes > 1 or time.monotonic() > self.patience:
-            log.warning("the learner is not waited for any longer; a resume goes back to the last checkpoint that it wrote")
+            log.warning(
+                "the learner is not waited for any longer; a resume goes back to the last checkpoint that it wrote"
+            )
             return self.ending
         return None
 
@@ -315,9 +388,14 @@ class Supervisor:
             return
         self.ending, self.patience = action, time.monotonic() + self.launch.save_timeout_s
         if self.leads:
-            log.warning("%s: the learner saves a checkpoint, at most %.0f s (%s)", WHY[action], self.launch.save_timeout_s, action.value)
+            log.warning(
+                "%s: the learner saves a checkpoint, at most %.0f s (%s)",
+                WHY[action],
+                self.launch.save_timeout_s,
+                action.value,
+            )
             try:
-                rendezvous.ask(self.run, "stop")
+                membership.ask(self.run, "stop")
             except OSError as error:  # a full disk; a signal tells the learner the same
                 log.warning("cannot write the request to stop: %s", error)
                 for child in self.steps["trainer"].children:
@@ -326,8 +404,14 @@ class Supervisor:
     def _end_all(self) -> None:
         """Have every process of the run end, the trajectory server last; then what they may have left."""
         for last in (False, True):
-            steps = [running for running in self.steps.values() if (running.step.kind == "trajectories") == last]
-            process.end((child for running in steps for child in running.children), self.launch.grace_s)
+            steps = [
+                running
+                for running in self.steps.values()
+                if (running.step.kind == "trajectories") == last
+            ]
+            process.end(
+                (child for running in steps for child in running.children), self.launch.grace_s
+            )
         while process.end_orphans([]):
             pass
 

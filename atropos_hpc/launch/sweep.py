@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process, slurm
-from atropos_hpc.checks import Problem
 from atropos_hpc.config import Config
-from atropos_hpc.launch import batch, preflight, run
+from atropos_hpc.launch import preflight, run
+from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
-from atropos_hpc.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.validate import Problem
 
 LOOK_S = 3.0
 
@@ -36,7 +37,9 @@ class Point:
         """Run it, or resume it. What goes wrong is raised, so that the job fails; submitit keeps the error."""
         code = run.launch(self.config, self.run_dir, self.requeue)
         if code in (1, 2):
-            raise RuntimeError(f"the run in {self.run_dir} {'failed' if code == 1 else 'was refused'}; its logs say why")
+            raise RuntimeError(
+                f"the run in {self.run_dir} {'failed' if code == 1 else 'was refused'}; its logs say why"
+            )
         if code:
             sys.exit(code)  # stopped: submitit writes no result, as Slurm may start the job again
         return str(self.run_dir)
@@ -46,12 +49,16 @@ class Point:
 
         Nothing happens when Slurm has requeued it already.
         """
-        if slurm.restarted(slurm.records(slurm.ask("scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"]))[0]):
+        if commands.restarted(
+            commands.records(
+                commands.ask("scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"])
+            )[0]
+        ):
             return
         try:
             signal.raise_signal(signal.SIGUSR2)
         except (OSError, subprocess.SubprocessError) as error:
-            raise slurm.SlurmError(str(error)) from None
+            raise commands.SlurmError(str(error)) from None
 
     def checkpoint(self) -> Any:
         """What submitit is to call after the requeue: the same again, which resumes in the same directory."""
@@ -72,10 +79,10 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         if point.config.launch.allocation == "local":
             point.config.launch.allocation = "het"  # a job's nodes are not this machine
     launch = points[0].config.launch
-    names = batch.slot_names(launch.job_name, str(sweep_dir), len(points), slots)
+    names = sbatch.slot_names(launch.job_name, str(sweep_dir), len(points), slots)
     folder = sweep_dir / ".submitit"
     if launch.dry_run:
-        answers = slurm.answers()
+        answers = commands.answers()
         _refuse(points, answers)
         return _dry_run(points, folder, names, answers)
     _refuse(points, True)
@@ -115,7 +122,7 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[
 
 
 def _script(point: Point, name: str | None) -> Any:
-    return lambda command, output: batch.script(point.config, output, command, name)
+    return lambda command, output: sbatch.script(point.config, output, command, name)
 
 
 def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked: bool) -> Outcomes:
@@ -123,10 +130,16 @@ def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked
     command = f"env SUBMITIT_EXECUTOR=slurm {sys.executable} -u -m submitit.core._submit {folder}"
     hours = 0.0
     for point, name in zip(points, names, strict=True):
-        hours += batch.gpu_hours(point.config)
-        print(f"# point {point.num}: {' '.join(point.overrides)}\n{batch.script(point.config, f'{folder}/%j_0_log.out', command, name)}")
-    unchecked = "" if checked else " Slurm does not answer here: whether it can start them was not checked."
-    print(f"# {len(points)} jobs, at most {hours:.1f} GPU-hours. Nothing was submitted (launch.dry_run).{unchecked}")
+        hours += sbatch.gpu_hours(point.config)
+        print(
+            f"# point {point.num}: {' '.join(point.overrides)}\n{sbatch.script(point.config, f'{folder}/%j_0_log.out', command, name)}"
+        )
+    unchecked = (
+        "" if checked else " Slurm does not answer here: whether it can start them was not checked."
+    )
+    print(
+        f"# {len(points)} jobs, at most {hours:.1f} GPU-hours. Nothing was submitted (launch.dry_run).{unchecked}"
+    )
     return [(point, None) for point in points]
 
 
@@ -136,11 +149,12 @@ def _wait(points: list[Point], rows: list[dict[str, Any]]) -> Outcomes:
     ended = 0  # looks in a row: for a moment, a job that is requeued looks as if it had ended
     while True:
         time.sleep(LOOK_S if said else 0.0)
-        if not slurm.answers():
+        if not commands.answers():
             continue
         found = [report.row(row) for row in report.with_job_states(rows)]
         lines = [
-            f"{point.num:>3}  {each['state']:<10} step {each['step']}/{each['steps']}" for point, each in zip(points, found, strict=True)
+            f"{point.num:>3}  {each['state']:<10} step {each['step']}/{each['steps']}"
+            for point, each in zip(points, found, strict=True)
         ]
         for line, before in zip(lines, said or [""] * len(lines), strict=True):
             if line != before:
@@ -166,19 +180,27 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         print("# Nothing was started (launch.dry_run).")
         return [(point, None) for point in points]
     _refuse(points, False)
-    rows = [_row(point, job=None, slot=None, log=str(sweep_dir / f"{point.num}.log")) for point in points]
+    rows = [
+        _row(point, job=None, slot=None, log=str(sweep_dir / f"{point.num}.log"))
+        for point in points
+    ]
     sweep_dir.mkdir(parents=True, exist_ok=True)
     _note(sweep_dir, rows)
     _show(rows, sweep_dir)
     waiting, running, codes = list(points), {}, {}  # type: tuple[list[Point], dict[int, process.Child], dict[int, int]]
     stopping: list[int] = []
-    previous = {number: signal.signal(number, lambda *_: stopping.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, lambda *_: stopping.append(1))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     asked = 0
     try:
         while running or (waiting and not stopping):
             while waiting and len(running) < slots and not stopping:
                 point = waiting.pop(0)
-                running[point.num] = process.start(f"point-{point.num}", _command(point), sweep_dir / f"{point.num}.log")
+                running[point.num] = process.start(
+                    f"point-{point.num}", _command(point), sweep_dir / f"{point.num}.log"
+                )
                 print(f"point {point.num} started: {' '.join(point.overrides)}", file=sys.stderr)
             for child in running.values() if len(stopping) > asked else ():
                 os.kill(child.pid, signal.SIGTERM)
@@ -211,13 +233,18 @@ def _refuse(points: Iterable[Point], on_slurm: bool) -> None:
     found: dict[Problem, list[int]] = {}
     for point in points:
         previous = read_json(RunDir(point.run_dir).run_json).get("config", {})
-        for problem in preflight.check(point.config, point.run_dir, previous, on_slurm, imports=on_slurm):
+        for problem in preflight.check(
+            point.config, point.run_dir, previous, on_slurm, imports=on_slurm
+        ):
             found.setdefault(problem, []).append(point.num)
     if not found:
         return
     print("The sweep was refused; nothing was queued.", file=sys.stderr)
     for problem, of in found.items():
-        print(f"  {problem} (point {', '.join(map(str, of[:5]))}{', ...' if len(of) > 5 else ''})", file=sys.stderr)
+        print(
+            f"  {problem} (point {', '.join(map(str, of[:5]))}{', ...' if len(of) > 5 else ''})",
+            file=sys.stderr,
+        )
     sys.exit(2)
 
 
@@ -235,6 +262,12 @@ def _note(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
 
 def _show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
     lines = [["point", "job", "overrides", "run directory", "log"]]
-    for row, overrides in zip(rows, report.varying([row["overrides"] for row in rows]), strict=True):
-        lines.append([str(row["num"]), row["job"] or "-", " ".join(overrides), row["run_dir"], row["log"]])
-    print(f"{report.aligned(lines)}\nThis table: {sweep_dir / 'jobs.json'}. How it goes: atropos-hpc status {sweep_dir}")
+    for row, overrides in zip(
+        rows, report.varying([row["overrides"] for row in rows]), strict=True
+    ):
+        lines.append(
+            [str(row["num"]), row["job"] or "-", " ".join(overrides), row["run_dir"], row["log"]]
+        )
+    print(
+        f"{report.aligned(lines)}\nThis table: {sweep_dir / 'jobs.json'}. How it goes: atropos-hpc status {sweep_dir}"
+    )

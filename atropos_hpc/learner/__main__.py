@@ -19,7 +19,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process
 from atropos_hpc.config import (
     AlgorithmConf,
     EvaluationConf,
@@ -32,9 +31,19 @@ from atropos_hpc.config import (
     environments,
     from_dict,
 )
-from atropos_hpc.process import DONE, REFUSED, STOPPED, STUCK
-from atropos_hpc.rendezvous import REPUBLISH, Member, Roster, asked, keep_to_interface, own_host, wait_for, withdraw
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import (
+    REPUBLISH,
+    Member,
+    Roster,
+    asked,
+    keep_to_interface,
+    own_host,
+    wait_for,
+    withdraw,
+)
+from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
+from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +96,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
 
 
-def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Member, rank: int, world: int) -> bool:
+def _train(
+    run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Member, rank: int, world: int
+) -> bool:
     import torch
 
     from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
     from atropos_hpc.learner.checkpoint import Checkpoints
+    from atropos_hpc.learner.collective import Together
     from atropos_hpc.learner.kl import Coefficient
     from atropos_hpc.learner.loop import Batches, Conf, train
-    from atropos_hpc.learner.publishing import Publishing, Readers
-    from atropos_hpc.learner.together import Together
+    from atropos_hpc.learner.publisher import Publishing, Readers
     from atropos_hpc.observe.metrics import Metrics, sinks
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
@@ -116,7 +127,9 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
 
     Client = UpstreamClient if config["trajectories"]["server"] == "atropos" else TrajectoryClient
     find = Roster(run.roster).trajectory_server
-    leasing, client = (Client(find, run.token(), LEASE_PATIENCE_S) for _ in range(2))  # the thread's, and the loop's own
+    leasing, client = (
+        Client(find, run.token(), LEASE_PATIENCE_S) for _ in range(2)
+    )  # the thread's, and the loop's own
     wandb: WandbConf = from_dict(WandbConf, config["wandb"])
     if rank == 0:
         leasing.register(
@@ -131,14 +144,40 @@ def _train(run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Me
         )
     at = backend.step_count
     metrics = Metrics(run, sinks(run, wandb, config["tensorboard"], at), at) if rank == 0 else None
-    readers = Readers(partial(asked, run, REPUBLISH), partial(withdraw, run, REPUBLISH), lambda alarm: member.update(alarm=alarm))
+    readers = Readers(
+        partial(asked, run, REPUBLISH),
+        partial(withdraw, run, REPUBLISH),
+        lambda alarm: member.update(alarm=alarm),
+    )
     publishing = Publishing(run.policy, policy, model.dtype, readers)
     batches = Batches(leasing, backend.data_rank, backend.data_world, config["staleness"]["max"])
-    names = tuple(map(environment_name, environments(config))) if config["more_environments"] else ()
-    conf = Conf(model, algorithm, trainer, from_dict(EvaluationConf, config["evaluation"]), launch, config["staleness"]["max"], names)
+    names = (
+        tuple(map(environment_name, environments(config))) if config["more_environments"] else ()
+    )
+    conf = Conf(
+        model,
+        algorithm,
+        trainer,
+        from_dict(EvaluationConf, config["evaluation"]),
+        launch,
+        config["staleness"]["max"],
+        names,
+    )
     kl = Coefficient(algorithm, progress.get("kl_coef"))
     try:
-        return train(conf, run, backend, client, batches, checkpoints, publishing, metrics, Together(run, member), member, kl)
+        return train(
+            conf,
+            run,
+            backend,
+            client,
+            batches,
+            checkpoints,
+            publishing,
+            metrics,
+            Together(run, member),
+            member,
+            kl,
+        )
     finally:
         if metrics is not None:
             metrics.close()
@@ -163,12 +202,24 @@ def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_
     import torch
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=timeout_s + 600)  # ranks load and wait at different speeds; a lost one ends the step anyway
+    timeout = timedelta(
+        seconds=timeout_s + 600
+    )  # ranks load and wait at different speeds; a lost one ends the step anyway
     if rank == 0:
-        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        port = listener.getsockname()[1]  # bound here, because the store itself would listen on every interface
+        listener = socket.create_server(
+            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+        port = listener.getsockname()[
+            1
+        ]  # bound here, because the store itself would listen on every interface
         store = dist.TCPStore(
-            host, port, world, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+            host,
+            port,
+            world,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listener.detach(),
         )
         member.update(state="joining", store=[host, port])
     else:
@@ -176,9 +227,18 @@ def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_
 
         def opened() -> list[Any] | None:
             ranks = roster.members("trainer")
-            return next((m["store"] for m in ranks if m["rank"] == 0 and m.get("store") and m["step_id"] == step_id), None)
+            return next(
+                (
+                    m["store"]
+                    for m in ranks
+                    if m["rank"] == 0 and m.get("store") and m["step_id"] == step_id
+                ),
+                None,
+            )
 
-        address, port = wait_for("the ranks' store", "trainer rank 0", opened, timeout_s, member=member)
+        address, port = wait_for(
+            "the ranks' store", "trainer rank 0", opened, timeout_s, member=member
+        )
         store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from atropos_hpc.config import AlgorithmConf
-from atropos_hpc.learner.advantage import relative
+from atropos_hpc.learner.advantages import relative
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
 
 # isort: split
@@ -37,7 +37,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils
 
 if TYPE_CHECKING:
-    from atropos_hpc.trajectories.schema import Group
+    from atropos_hpc.contracts.group import Group
 
 FILLER_TOKENS = 2  # the shortest sequence that has a response
 
@@ -52,8 +52,12 @@ class Sequences:
     tokens: NDArray[np.int64]  # [T]
     mask: NDArray[np.bool_]  # [R], what is trained
     advantages: NDArray[np.float32]  # [R], zero where not trained
-    behaviour: NDArray[np.float32]  # [R], log-probs of the policy that sampled, nats; zero where not trained, NaN in unknown sequences
-    reference: NDArray[np.float32]  # [R], log-probs of a reference that the environment gave, likewise
+    behaviour: NDArray[
+        np.float32
+    ]  # [R], log-probs of the policy that sampled, nats; zero where not trained, NaN in unknown sequences
+    reference: NDArray[
+        np.float32
+    ]  # [R], log-probs of a reference that the environment gave, likewise
     kept: NDArray[np.bool_]  # of all the groups' sequences, which these are
     first_tokens: int = 0  # that Atropos' mask trains, but nothing predicts
     still_groups: int = 0  # whose advantages are all zero
@@ -81,7 +85,8 @@ class Statistics:
             "reward_std": math.sqrt(max(0.0, sums["reward_squared"] / sequences - mean * mean)),
             "length_mean": sums["tokens"] / sequences,
             "length_max": self.maxima["length"],
-            "response_length_mean": sums["trained_tokens"] / (sums["trained_sequences"] or math.nan),
+            "response_length_mean": sums["trained_tokens"]
+            / (sums["trained_sequences"] or math.nan),
             "truncated_fraction": sums["truncated"] / sequences,
             "zero_advantage_groups": sums["zero_advantage_groups"],
             "without_log_probs": sums["without_log_probs"],
@@ -91,7 +96,9 @@ class Statistics:
         }
         for name in (key.removeprefix("reward/") for key in sums if key.startswith("reward/")):
             metrics[f"sequences/{name}"] = sums[f"sequences/{name}"]
-            metrics[f"reward/{name}"] = sums[f"reward/{name}"] / (sums[f"sequences/{name}"] or math.nan)
+            metrics[f"reward/{name}"] = sums[f"reward/{name}"] / (
+                sums[f"sequences/{name}"] or math.nan
+            )
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
@@ -104,15 +111,21 @@ class Batch:
     needs_log_probs: bool  # some rank lacks old log-probs: all ranks must call the backend's log_probs and `set_old_log_probs`
     needs_reference: bool  # some sequence came without reference log-probs: likewise
     statistics: Statistics = field(repr=False)  # over all ranks
-    given_reference: torch.Tensor = field(repr=False)  # jagged [B, response], NaN in sequences without
-    kept: NDArray[np.bool_] = field(repr=False)  # of this rank's sequences, which have something to train
+    given_reference: torch.Tensor = field(
+        repr=False
+    )  # jagged [B, response], NaN in sequences without
+    kept: NDArray[np.bool_] = field(
+        repr=False
+    )  # of this rank's sequences, which have something to train
     copies: int = 1  # ranks that have the same sequences as this one, itself included
 
     def set_old_log_probs(self, own: torch.Tensor) -> None:
         """Take the learner's own log-probs, jagged [B, response], for the sequences that have no old ones yet."""
         old = self.tensors["old_log_probs"]
         values = torch.where(old.values().isnan(), own.values().to(old.values()), old.values())
-        self.tensors["old_log_probs"] = torch.nested.nested_tensor_from_jagged(values, old.offsets())
+        self.tensors["old_log_probs"] = torch.nested.nested_tensor_from_jagged(
+            values, old.offsets()
+        )
         self.needs_log_probs = False
 
     def set_reference_log_probs(self, reference: torch.Tensor | None) -> None:
@@ -122,8 +135,13 @@ class Batch:
         """
         if reference is not None:
             given = self.given_reference
-            values = torch.where(given.values().isnan(), reference.values().to(given.values()), given.values())
-            self.tensors["ref_log_prob"] = torch.nested.nested_tensor_from_jagged(values, given.offsets())  # type: ignore[attr-defined]
+            values = torch.where(
+                given.values().isnan(), reference.values().to(given.values()), given.values()
+            )
+            self.tensors["ref_log_prob"] = torch.nested.nested_tensor_from_jagged(
+                values,
+                given.offsets(),  # type: ignore[attr-defined]
+            )
 
 
 def make_batch(
@@ -146,8 +164,12 @@ def make_batch(
         )
     recompute = algorithm.old_log_probs == "recompute"
     fillers = max(1, int(totals.maxima["trained_sequences"])) - len(sequences.lengths)
-    tensors = jagged(sequences, fillers, int(totals.sums["trained_sequences"]), tokens_per_micro_batch, recompute)
-    of_response = _offsets(np.append(sequences.lengths - sequences.starts, np.ones(fillers, np.int64)))
+    tensors = jagged(
+        sequences, fillers, int(totals.sums["trained_sequences"]), tokens_per_micro_batch, recompute
+    )
+    of_response = _offsets(
+        np.append(sequences.lengths - sequences.starts, np.ones(fillers, np.int64))
+    )
     batch = Batch(
         tensors=tensors,
         trained_sequences=int(totals.sums["trained_sequences"]),
@@ -163,7 +185,12 @@ def make_batch(
     return batch
 
 
-def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArray[np.float64] | None = None, copies: int = 1) -> Sequences:
+def flatten(
+    groups: Sequence[Group],
+    algorithm: AlgorithmConf,
+    penalties: NDArray[np.float64] | None = None,
+    copies: int = 1,
+) -> Sequences:
     """The groups' trained sequences, in order. Collective for some of `algorithm.advantage` (see `advantage.relative`).
 
     A group's own token-level advantages take the place of those from its scores. `set_advantage_to_zero`, of a sequence or of the
@@ -182,22 +209,37 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArra
     trained[begins] = False
     position = np.arange(ends[-1]) - np.repeat(begins, lengths)
     first = np.minimum.reduceat(np.where(trained, position, np.iinfo(np.int64).max), begins)
-    stop = np.maximum.reduceat(np.where(trained, position, -1), begins) + 1  # 0 where nothing is trained
+    stop = (
+        np.maximum.reduceat(np.where(trained, position, -1), begins) + 1
+    )  # 0 where nothing is trained
     kept = stop > 0
     in_sequence = position < np.repeat(stop, lengths)
     in_response = in_sequence & (position >= np.repeat(first, lengths))
 
     of_group = np.cumsum([len(group.lengths) for group in groups])[:-1]
     counts = np.split(np.add.reduceat(trained, begins, dtype=np.int64), of_group)
-    advantages, still = _advantages(groups, algorithm, np.zeros(len(lengths)) if penalties is None else penalties, counts, copies)
+    advantages, still = _advantages(
+        groups,
+        algorithm,
+        np.zeros(len(lengths)) if penalties is None else penalties,
+        counts,
+        copies,
+    )
 
     def log_probs(name: str) -> NDArray[np.floating]:
         unknown = np.float32(np.nan)
         arrays = [(group, getattr(group, name)) for group in groups]
-        values = np.concatenate([np.full(len(group.tokens), unknown) if array is None else array for group, array in arrays])
+        values = np.concatenate(
+            [
+                np.full(len(group.tokens), unknown) if array is None else array
+                for group, array in arrays
+            ]
+        )
         valid = np.isfinite(values) & (values <= 0)  # placeholders are positive
         known = np.logical_and.reduceat(valid | ~trained, begins)
-        return np.where(np.repeat(known, lengths), np.where(trained, values, 0), np.nan)[in_response]
+        return np.where(np.repeat(known, lengths), np.where(trained, values, 0), np.nan)[
+            in_response
+        ]
 
     return Sequences(
         lengths=stop[kept],
@@ -215,12 +257,20 @@ def flatten(groups: Sequence[Group], algorithm: AlgorithmConf, penalties: NDArra
 
 
 def statistics(
-    groups: Sequence[Group], sequences: Sequences, max_length: int, version: int, environments: Sequence[str] = ()
+    groups: Sequence[Group],
+    sequences: Sequences,
+    max_length: int,
+    version: int,
+    environments: Sequence[str] = (),
 ) -> Statistics:
     """Of this rank. `version` is the learner's; staleness is it minus the oldest version behind a sequence, where that is known."""
-    lengths = np.concatenate([group.lengths for group in groups]) if groups else np.zeros(0, np.uint32)
+    lengths = (
+        np.concatenate([group.lengths for group in groups]) if groups else np.zeros(0, np.uint32)
+    )
     scores = np.concatenate([group.scores for group in groups]) if groups else np.zeros(0)
-    staleness = np.array([max(0, version - known[0]) for group in groups for known in group.policy_versions if known])
+    staleness = np.array(
+        [max(0, version - known[0]) for group in groups for known in group.policy_versions if known]
+    )
     responses = np.cumsum(sequences.lengths - sequences.starts)
     ends = responses - 1  # the last token of a response is trained
     sums = {
@@ -241,15 +291,25 @@ def statistics(
         "stale_sequences": (staleness > 0).sum(),
     }
     for name in environments:  # the same on every rank, whatever groups it has
-        own = [group.scores for group in groups if (group.generation_params or {}).get("environment") == name]
-        sums |= {f"sequences/{name}": sum(map(len, own)), f"reward/{name}": sum(float(scores.sum()) for scores in own)}
+        own = [
+            group.scores
+            for group in groups
+            if (group.generation_params or {}).get("environment") == name
+        ]
+        sums |= {
+            f"sequences/{name}": sum(map(len, own)),
+            f"reward/{name}": sum(float(scores.sum()) for scores in own),
+        }
     maxima = {
         "length": lengths.max(initial=0),
         "longest_trained": sequences.lengths.max(initial=0),
         "trained_sequences": sequences.lengths.size,
         "staleness": staleness.max(initial=0),
     }
-    return Statistics({name: float(value) for name, value in sums.items()}, {name: float(value) for name, value in maxima.items()})
+    return Statistics(
+        {name: float(value) for name, value in sums.items()},
+        {name: float(value) for name, value in maxima.items()},
+    )
 
 
 def over_ranks(local: Statistics, copies: int = 1) -> Statistics:
@@ -264,10 +324,19 @@ def over_ranks(local: Statistics, copies: int = 1) -> Statistics:
     dist.all_reduce(sums)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
     sums /= copies
-    return Statistics(dict(zip(local.sums, sums.tolist(), strict=True)), dict(zip(local.maxima, maxima.tolist(), strict=True)))
+    return Statistics(
+        dict(zip(local.sums, sums.tolist(), strict=True)),
+        dict(zip(local.maxima, maxima.tolist(), strict=True)),
+    )
 
 
-def jagged(sequences: Sequences, fillers: int, trained_sequences: int, tokens_per_micro_batch: int, recompute: bool = False) -> TensorDict:
+def jagged(
+    sequences: Sequences,
+    fillers: int,
+    trained_sequences: int,
+    tokens_per_micro_batch: int,
+    recompute: bool = False,
+) -> TensorDict:
     """verl's batch of B = S + `fillers` sequences.
 
     verl wants equally many micro-batches on all ranks, none of them empty, and raises where a rank has fewer sequences than that. No
@@ -278,23 +347,34 @@ def jagged(sequences: Sequences, fillers: int, trained_sequences: int, tokens_pe
     """
     lengths = np.append(sequences.lengths, np.full(fillers, FILLER_TOKENS))
     starts = np.append(sequences.starts, np.full(fillers, FILLER_TOKENS - 1))
-    tokens = torch.from_numpy(np.append(sequences.tokens, np.zeros(fillers * FILLER_TOKENS, np.int64)))
+    tokens = torch.from_numpy(
+        np.append(sequences.tokens, np.zeros(fillers * FILLER_TOKENS, np.int64))
+    )
     begins = np.cumsum(lengths) - lengths
     position = torch.from_numpy(np.arange(len(tokens)) - np.repeat(begins, lengths))
     in_prompt = position < torch.from_numpy(np.repeat(starts, lengths))
-    of_sequence, of_prompt, of_response = _offsets(lengths), _offsets(starts), _offsets(lengths - starts)
+    of_sequence, of_prompt, of_response = (
+        _offsets(lengths),
+        _offsets(starts),
+        _offsets(lengths - starts),
+    )
 
     def response(values: NDArray[Any]) -> torch.Tensor:
         return _response(values, fillers, of_response)
 
-    behaviour, unknown = response(sequences.behaviour), response(np.full_like(sequences.behaviour, np.nan))
+    behaviour, unknown = (
+        response(sequences.behaviour),
+        response(np.full_like(sequences.behaviour, np.nan)),
+    )
     tensors: dict[str, Any] = {
         "input_ids": torch.nested.nested_tensor_from_jagged(tokens, of_sequence),
         "position_ids": torch.nested.nested_tensor_from_jagged(position, of_sequence),
         "prompts": torch.nested.nested_tensor_from_jagged(tokens[in_prompt], of_prompt),
         "responses": torch.nested.nested_tensor_from_jagged(tokens[~in_prompt], of_response),
         "response_mask": response(_f32(sequences.mask)),
-        "loss_mask": response(_f32(sequences.mask)),  # verl only adds it up, to count the trained tokens of all ranks
+        "loss_mask": response(
+            _f32(sequences.mask)
+        ),  # verl only adds it up, to count the trained tokens of all ranks
         "advantages": response(sequences.advantages),
         "old_log_probs": unknown if recompute else behaviour,
         "behaviour_log_probs": behaviour,
@@ -309,7 +389,9 @@ def jagged(sequences: Sequences, fillers: int, trained_sequences: int, tokens_pe
     if (sequences.temperatures == 1).all():
         options["temperature"] = 1.0  # spares verl a copy of the logits
     else:
-        tensors["temperature"] = torch.from_numpy(np.append(sequences.temperatures, np.ones(fillers, np.float32)))
+        tensors["temperature"] = torch.from_numpy(
+            np.append(sequences.temperatures, np.ones(fillers, np.float32))
+        )
     return tensordict_utils.get_tensordict(tensors, non_tensor_dict=options)
 
 
@@ -328,16 +410,25 @@ def _advantages(
 ) -> tuple[NDArray[np.float64], int]:
     """Of every token, and the number of groups that have none but zeros. `trained`: tokens of each sequence of each group."""
     of_group = np.cumsum([len(group.scores) for group in groups])[:-1]
-    rewards = [group.scores - penalty for group, penalty in zip(groups, np.split(penalties, of_group), strict=False)]
+    rewards = [
+        group.scores - penalty
+        for group, penalty in zip(groups, np.split(penalties, of_group), strict=False)
+    ]
     scored = [i for i, group in enumerate(groups) if group.advantages is None]
     scores, tokens = [rewards[i] for i in scored], [trained[i] for i in scored]
     estimated = relative(scores, tokens, algorithm.advantage, algorithm.normalize_by_std, copies)
     of_scores = dict(zip(scored, estimated, strict=True))
     rows, still = [np.zeros(0)], 0
     for i, group in enumerate(groups):
-        row = group.advantages.astype(np.float64) if group.advantages is not None else np.repeat(of_scores[i], group.lengths)
+        row = (
+            group.advantages.astype(np.float64)
+            if group.advantages is not None
+            else np.repeat(of_scores[i], group.lengths)
+        )
         common = group.group_overrides or {}
-        overrides = [{**common, **override} for override in group.overrides or [{}] * len(group.lengths)]
+        overrides = [
+            {**common, **override} for override in group.overrides or [{}] * len(group.lengths)
+        ]
         silent = [bool(override.get("set_advantage_to_zero")) for override in overrides]
         if any(silent):
             row = np.where(np.repeat(silent, group.lengths), 0, row)
@@ -352,8 +443,13 @@ def _temperatures(group: Group) -> NDArray[np.float64]:
     Greedy decoding (0) has no distribution to train; its sequences are treated as samples at 1.
     """
     common = {**(group.generation_params or {}), **(group.group_overrides or {})}.get("temperature")
-    given = [override.get("temperature", common) for override in group.overrides or [{}] * len(group.lengths)]
-    return np.array([float(value) if isinstance(value, (int, float)) and value > 0 else 1.0 for value in given])
+    given = [
+        override.get("temperature", common)
+        for override in group.overrides or [{}] * len(group.lengths)
+    ]
+    return np.array(
+        [float(value) if isinstance(value, (int, float)) and value > 0 else 1.0 for value in given]
+    )
 
 
 def _offsets(lengths: NDArray[np.int64]) -> torch.Tensor:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from atropos_hpc.learner.backends.base import Backend
-from atropos_hpc.run_dir import RunDir, Unreadable, read_json, sync_directory, write_json
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_json, sync_directory, write_json
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,20 @@ class Checkpoints:
     other ranks and for the disk.
     """
 
-    def __init__(self, run: RunDir, keep: int, keep_every: int = 0, timeout_s: float = 1800.0) -> None:
-        self.root, self.keep, self.keep_every, self.timeout_s = run.checkpoints, keep, keep_every, timeout_s
+    def __init__(
+        self, run: RunDir, keep: int, keep_every: int = 0, timeout_s: float = 1800.0
+    ) -> None:
+        self.root, self.keep, self.keep_every, self.timeout_s = (
+            run.checkpoints,
+            keep,
+            keep_every,
+            timeout_s,
+        )
         limit = timedelta(seconds=timeout_s)
         self._asking = dist.new_group(backend="gloo", timeout=limit)
-        self._writing = dist.new_group(backend="gloo", timeout=limit)  # the background's own: its messages must not mix with training's
+        self._writing = dist.new_group(
+            backend="gloo", timeout=limit
+        )  # the background's own: its messages must not mix with training's
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Stored, Future[None]] | None = None
         self._newly_durable: int | None = None
@@ -82,7 +91,9 @@ class Checkpoints:
         self._settle(block=True)
         target = self._begin(backend.step_count)
         state = {**backend.state_dict(), "random": {str(dist.get_rank()): _random_state()}}
-        writer = FileSystemWriter(target.path, single_file_per_rank=True, sync_files=True, thread_count=1)
+        writer = FileSystemWriter(
+            target.path, single_file_per_rank=True, sync_files=True, thread_count=1
+        )
         upload = async_save(state, storage_writer=writer, process_group=self._writing)
         assert isinstance(upload, Future)
         manifest = {"step": target.step, "ranks": dist.get_world_size(), "progress": progress}
@@ -149,7 +160,13 @@ class Checkpoints:
         """Make the next attempt's directory, on rank 0, and tell all."""
         number = torch.zeros(1, dtype=torch.int64)
         if dist.get_rank() == 0:
-            number += max((stored.attempt for stored in _stored(self.root) if stored.step == step), default=-1) + 1
+            number += (
+                max(
+                    (stored.attempt for stored in _stored(self.root) if stored.step == step),
+                    default=-1,
+                )
+                + 1
+            )
             (self.root / f"step-{step}-{int(number)}").mkdir()
         dist.broadcast(number, src=0, group=self._asking)
         return Stored(step, int(number), self.root / f"step-{step}-{int(number)}")
@@ -159,7 +176,11 @@ class Checkpoints:
         upload.result()
         seen: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
         # Each rank surely sees its own files; over NFS, rank 0's view of the others' may lag.
-        dist.all_gather_object(seen, {file.name: file.stat().st_size for file in target.path.iterdir()}, group=self._writing)
+        dist.all_gather_object(
+            seen,
+            {file.name: file.stat().st_size for file in target.path.iterdir()},
+            group=self._writing,
+        )
         if dist.get_rank() != 0:
             return
         sizes = {name: max(view.get(name, 0) for view in seen) for view in seen for name in view}
@@ -185,7 +206,11 @@ class Checkpoints:
             return
         self._pending = None
         if agreed < 0:
-            what = error or (f"not written after {self.timeout_s:.0f} s" if late else "another rank could not write it")
+            what = error or (
+                f"not written after {self.timeout_s:.0f} s"
+                if late
+                else "another rank could not write it"
+            )
             raise CheckpointFailed(f"checkpoint {target.path}: {what}") from error
         self._newly_durable = target.step
         self.safe = (self._last or 0) if self.keep > 1 else target.step
@@ -202,10 +227,17 @@ def find(root: Path, step: int | None = None) -> tuple[Path, dict[str, Any]]:
         if found is None:
             raise FileNotFoundError(f"no checkpoint under {root} yet")
         return root / found[0], found[1]
-    complete = [stored for stored in _stored(root) if (stored.path / MANIFEST).exists()] if root.is_dir() else []
+    complete = (
+        [stored for stored in _stored(root) if (stored.path / MANIFEST).exists()]
+        if root.is_dir()
+        else []
+    )
     of_step = [stored for stored in complete if stored.step == step]
     if not of_step:
-        there = ", ".join(str(number) for number in sorted({stored.step for stored in complete})) or "none"
+        there = (
+            ", ".join(str(number) for number in sorted({stored.step for stored in complete}))
+            or "none"
+        )
         raise FileNotFoundError(f"no checkpoint of step {step} under {root}; there are: {there}")
     path = max(of_step).path
     return path, _verify(path)
@@ -221,14 +253,22 @@ def _retire(root: Path, latest: Stored, keep: int, keep_every: int = 0) -> None:
     """Remove what is incomplete, what is newer than the latest (a branch that was left), and of what is older than the newest `keep` all
     but the last attempt at each multiple of `keep_every`.
     """
-    complete = sorted((s for s in _stored(root) if s <= latest and (s.path / MANIFEST).exists()), reverse=True)
+    complete = sorted(
+        (s for s in _stored(root) if s <= latest and (s.path / MANIFEST).exists()), reverse=True
+    )
     kept = {latest.path, *(stored.path for stored in complete[: max(1, keep)])}
-    milestones = {stored.step: stored.path for stored in reversed(complete) if keep_every and stored.step % keep_every == 0}
+    milestones = {
+        stored.step: stored.path
+        for stored in reversed(complete)
+        if keep_every and stored.step % keep_every == 0
+    }
     kept.update(milestones.values())
     for stored in _stored(root):
         if stored.path not in kept:
             (stored.path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(stored.path, ignore_errors=True)  # what a network filesystem holds back goes with the next save
+            shutil.rmtree(
+                stored.path, ignore_errors=True
+            )  # what a network filesystem holds back goes with the next save
 
 
 def _newest_whole(root: Path) -> tuple[str, dict[str, Any]] | None:
@@ -249,7 +289,9 @@ def _newest_whole(root: Path) -> tuple[str, dict[str, Any]] | None:
         if damage:
             log.warning("going back to %s, because: %s", stored.path.name, "; ".join(damage))
         return stored.path.name, manifest
-    raise BadCheckpoint(f"no checkpoint under {root} is whole: {'; '.join(damage)}. To start afresh, take another run directory")
+    raise BadCheckpoint(
+        f"no checkpoint under {root} is whole: {'; '.join(damage)}. To start afresh, take another run directory"
+    )
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -265,7 +307,9 @@ def _verify(path: Path) -> dict[str, Any]:
         except FileNotFoundError:
             raise BadCheckpoint(f"{path / entry['file']}: missing") from None
         if size != entry["bytes"]:
-            raise BadCheckpoint(f"{path / entry['file']}: {size} bytes, the manifest says {entry['bytes']}")
+            raise BadCheckpoint(
+                f"{path / entry['file']}: {size} bytes, the manifest says {entry['bytes']}"
+            )
     return manifest
 
 
@@ -274,7 +318,9 @@ def _random_state() -> torch.Tensor:
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex()
+        if torch.cuda.is_available()
+        else None,
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
@@ -285,14 +331,18 @@ def _set_random_state(stored: torch.Tensor) -> None:
     state = json.loads(stored.numpy().tobytes())
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
+        torch.cuda.set_rng_state(
+            torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8)
+        )
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))
 
 
 def _seed(step: int) -> None:
-    mixed = int(np.random.SeedSequence([step, dist.get_rank(), dist.get_world_size()]).generate_state(1)[0])
+    mixed = int(
+        np.random.SeedSequence([step, dist.get_rank(), dist.get_world_size()]).generate_state(1)[0]
+    )
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atropos_hpc.config import ModelConf, from_dict
 from atropos_hpc.learner.checkpoint import find
-from atropos_hpc.observe.card import card
-from atropos_hpc.policy import adapter
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.observe.model_card import card
+from atropos_hpc.policy import lora
+from atropos_hpc.runtime.run_dir import RunDir
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,22 +36,28 @@ def export(run: RunDir, out: Path, step: int | None = None) -> int:
     path, manifest = find(run.checkpoints, step)
     conf: ModelConf = from_dict(ModelConf, run.config()["model"])
     assert conf.path is not None, "a run that has a checkpoint has had a model"
-    model = AutoModelForCausalLM.from_pretrained(conf.path, dtype=torch.float32, trust_remote_code=conf.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        conf.path, dtype=torch.float32, trust_remote_code=conf.trust_remote_code
+    )
     own = model.state_dict()
     weights = read_weights(path)
     if conf.lora.rank:
-        named = {name: tensor for key, tensor in weights.items() if (name := adapter.file_name(key))}
-        (weights,) = adapter.merge([own], named, {"r": conf.lora.rank, "lora_alpha": conf.lora.alpha})
+        named = {name: tensor for key, tensor in weights.items() if (name := lora.file_name(key))}
+        (weights,) = lora.merge([own], named, {"r": conf.lora.rank, "lora_alpha": conf.lora.alpha})
     missing = own.keys() - weights.keys() - set(getattr(model, "_tied_weights_keys", None) or ())
     if missing or weights.keys() - own.keys():
         raise ValueError(
             f"{path} and {conf.path} are not of the same model: {', '.join(sorted(missing ^ (weights.keys() - own.keys()))[:5])}"
         )
-    model.load_state_dict(weights, strict=False)  # a tied output layer is the input embedding, loaded already
+    model.load_state_dict(
+        weights, strict=False
+    )  # a tied output layer is the input embedding, loaded already
     temporary = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         model.to(DTYPES[conf.dtype]).save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(conf.path, trust_remote_code=conf.trust_remote_code).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(
+            conf.path, trust_remote_code=conf.trust_remote_code
+        ).save_pretrained(temporary)
         (temporary / "README.md").write_text(card(run, int(manifest["step"])))
         temporary.rename(out)
     finally:
@@ -63,6 +69,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The model's tensors in a checkpoint directory, whole, whatever number of ranks wrote them."""
     reader, prefix = FileSystemReader(path), "model."
     stored = reader.read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in stored.items() if key.startswith(prefix)}  # type: ignore[union-attr]
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+        for key, entry in stored.items()
+        if key.startswith(prefix)
+    }
     load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix(prefix): tensor for key, tensor in state.items()}

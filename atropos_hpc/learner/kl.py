@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.config import AlgorithmConf
+from atropos_hpc.contracts.group import Group
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
 from atropos_hpc.learner.batch import Batch, flatten
-from atropos_hpc.trajectories.schema import Group
 
 # isort: split
 from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController, kl_penalty
@@ -31,7 +31,9 @@ class Coefficient:
             self._controller = FixedKLController(algorithm.kl_coef)
         else:
             start = algorithm.kl_coef if stored is None else stored
-            self._controller = AdaptiveKLController(start, algorithm.kl_target, algorithm.kl_horizon)
+            self._controller = AdaptiveKLController(
+                start, algorithm.kl_target, algorithm.kl_horizon
+            )
 
     @property
     def value(self) -> float:
@@ -43,7 +45,9 @@ class Coefficient:
             self._controller.update(kl, self._sequences)
 
 
-def penalize(batch: Batch, groups: Sequence[Group], algorithm: AlgorithmConf, coefficient: float) -> dict[str, float]:
+def penalize(
+    batch: Batch, groups: Sequence[Group], algorithm: AlgorithmConf, coefficient: float
+) -> dict[str, float]:
     """With algorithm.kl_in=reward, compute the batch's advantages anew, from scores less the KL. `groups`: those it was made of.
 
     Collective. Needs old and reference log-probs. Returns kl_penalty: what was taken off, mean over the trained sequences of all ranks.
@@ -51,15 +55,22 @@ def penalize(batch: Batch, groups: Sequence[Group], algorithm: AlgorithmConf, co
     if algorithm.kl_in != "reward":
         return {}
     tensors = batch.tensors
-    old, reference, mask = (tensors[name].values() for name in ("old_log_probs", "ref_log_prob", "response_mask"))
+    old, reference, mask = (
+        tensors[name].values() for name in ("old_log_probs", "ref_log_prob", "response_mask")
+    )
     each: torch.Tensor = kl_penalty(old.double(), reference.double(), algorithm.kl_estimator) * mask  # type: ignore[arg-type]
-    of_sequence = torch.segment_reduce(each, "sum", lengths=tensors["response_mask"].offsets().diff()).numpy() * coefficient
+    of_sequence = (
+        torch.segment_reduce(each, "sum", lengths=tensors["response_mask"].offsets().diff()).numpy()
+        * coefficient
+    )
     penalties = np.zeros(len(batch.kept))
     penalties[batch.kept] = of_sequence[: batch.kept.sum()]
     advantages = torch.from_numpy(flatten(groups, algorithm, penalties, batch.copies).advantages)
     own = tensors["advantages"]
     fillers = own.values()[len(advantages) :]
-    tensors["advantages"] = torch.nested.nested_tensor_from_jagged(torch.cat([advantages, fillers]), own.offsets())
+    tensors["advantages"] = torch.nested.nested_tensor_from_jagged(
+        torch.cat([advantages, fillers]), own.offsets()
+    )
     totals = torch.tensor([penalties.sum(), batch.kept.sum()], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(totals)

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelConf, TrainerConf
+from atropos_hpc.contracts.group import Group
 from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.learner.batch import make_batch
 from atropos_hpc.learner.checkpoint import Checkpoints
-from atropos_hpc.learner.correction import correct
+from atropos_hpc.learner.collective import StopAsked, Together
+from atropos_hpc.learner.importance import correct
 from atropos_hpc.learner.kl import Coefficient, penalize
-from atropos_hpc.learner.publishing import Publishing
-from atropos_hpc.learner.together import StopAsked, Together
+from atropos_hpc.learner.publisher import Publishing
 from atropos_hpc.observe.metrics import Metrics, Phases
-from atropos_hpc.rendezvous import Member
-from atropos_hpc.run_dir import RunDir, read_lines, write_json
+from atropos_hpc.runtime.membership import Member
+from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_json
 from atropos_hpc.trajectories.client import TrajectoryClient
-from atropos_hpc.trajectories.schema import Group
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class Batches:
     def _lease(self, number: int, version: int) -> tuple[list[Group], dict[str, Any]]:
         oldest = number - self.staleness_max
         while not self._closed:
-            groups = self.client.lease(number, self.rank, self.world, oldest=oldest, version=version, wait_s=LEASE_WAIT_S)
+            groups = self.client.lease(
+                number, self.rank, self.world, oldest=oldest, version=version, wait_s=LEASE_WAIT_S
+            )
             if groups is not None:
                 return groups, self.client.status() if self.rank == 0 else {}
         return [], {}
@@ -118,8 +120,19 @@ def train(
             if version + 1 < conf.trainer.steps:
                 batches.ask(version + 1, version)
             with phases("batch"):
-                budget, copies = conf.trainer.tokens_per_micro_batch, backend.world // backend.data_world
-                batch = make_batch(groups, conf.algorithm, budget, conf.model.max_length, version, copies, conf.environments)
+                budget, copies = (
+                    conf.trainer.tokens_per_micro_batch,
+                    backend.world // backend.data_world,
+                )
+                batch = make_batch(
+                    groups,
+                    conf.algorithm,
+                    budget,
+                    conf.model.max_length,
+                    version,
+                    copies,
+                    conf.environments,
+                )
             with phases("log_probs"):
                 if batch.needs_log_probs:
                     batch.set_old_log_probs(backend.log_probs(batch))
@@ -128,7 +141,12 @@ def train(
                 off_policy = correct(batch, conf.algorithm.correction)
                 penalty = penalize(batch, groups, conf.algorithm, kl.value)
             with phases("update"):
-                updated = {**off_policy, **penalty, **backend.update(batch, kl.value), "kl_coef": kl.value}
+                updated = {
+                    **off_policy,
+                    **penalty,
+                    **backend.update(batch, kl.value),
+                    "kl_coef": kl.value,
+                }
             kl.update(updated.get("kl_reference"))
             with phases("publish"):
                 publishing.publish(backend, version + 1)
@@ -138,7 +156,16 @@ def train(
                 _acknowledge(client, checkpoints.durable(), checkpoints.safe, backend.rank)
             if metrics is not None:
                 metrics.sample(version, conf.trainer.steps, groups)
-                metrics.write(version + 1, _figures(batch.statistics.metrics(), updated, phases.take(), server, conf.staleness_max))
+                metrics.write(
+                    version + 1,
+                    _figures(
+                        batch.statistics.metrics(),
+                        updated,
+                        phases.take(),
+                        server,
+                        conf.staleness_max,
+                    ),
+                )
             together.check()
         _save_now(backend, client, checkpoints, publishing, kl)
         _evaluated(run, backend.step_count, conf.evaluation.after, conf, together)
@@ -159,10 +186,18 @@ def _acknowledge(client: TrajectoryClient, durable: int | None, safe: int, rank:
         client.ack(safe - 1)
 
 
-def _save_now(backend: Backend, client: TrajectoryClient, checkpoints: Checkpoints, publishing: Publishing, kl: Coefficient) -> None:
+def _save_now(
+    backend: Backend,
+    client: TrajectoryClient,
+    checkpoints: Checkpoints,
+    publishing: Publishing,
+    kl: Coefficient,
+) -> None:
     """Make the present step durable, and its version public, before anything else."""
     publishing.wait()
-    if publishing.newest != backend.step_count:  # it failed: once more, now that nothing else is written
+    if (
+        publishing.newest != backend.step_count
+    ):  # it failed: once more, now that nothing else is written
         publishing.publish(backend, backend.step_count)
         publishing.wait()
     durable = checkpoints.wait()
@@ -176,11 +211,20 @@ def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: To
     """Wait for the held-out evaluation of a version. Training before the first one would change what it evaluates."""
     if wanted:
         there = lambda: any(line["version"] == version for line in read_lines(run.evaluations))  # noqa: E731
-        together.wait(f"the evaluation of version {version}", "the evaluator", there, conf.evaluation.timeout_s)
+        together.wait(
+            f"the evaluation of version {version}",
+            "the evaluator",
+            there,
+            conf.evaluation.timeout_s,
+        )
 
 
 def _figures(
-    batch: dict[str, float], updated: dict[str, float], times: dict[str, float], server: dict[str, Any], staleness_max: int
+    batch: dict[str, float],
+    updated: dict[str, float],
+    times: dict[str, float],
+    server: dict[str, Any],
+    staleness_max: int,
 ) -> dict[str, float]:
     """One line of metrics.jsonl."""
     step = times["time/step"]

@@ -10,14 +10,26 @@ from typing import Any
 
 from rich.console import Console as Terminal
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from atropos_hpc import process
-from atropos_hpc.run_dir import RunDir
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir
 
 PLAIN_S = 10.0  # between plain progress lines
-FIGURES = (("reward", "reward", ".3f"), ("kl", "kl_reference", ".4f"), ("stale", "staleness_mean", ".2f"), ("s/step", "time/step", ".2f"))
+FIGURES = (
+    ("reward", "reward", ".3f"),
+    ("kl", "kl_reference", ".4f"),
+    ("stale", "staleness_mean", ".2f"),
+    ("s/step", "time/step", ".2f"),
+)
 
 
 class Tail:
@@ -49,7 +61,9 @@ class Console:
         self.metrics, self.evaluations = Tail(run.metrics), Tail(run.evaluations)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[figures]}"))  # fmt: skip
-        self.progress = Progress(*columns, console=self.terminal, disable=not self.terminal.is_terminal)
+        self.progress = Progress(
+            *columns, console=self.terminal, disable=not self.terminal.is_terminal
+        )
         self.task = self.progress.add_task("starting", total=steps, figures="")
         self._plain_at, self._said = 0.0, ""
 
@@ -58,9 +72,15 @@ class Console:
         """Send the log to `path` and to the terminal, and show progress, inside this block."""
         to_file = logging.FileHandler(path)
         to_file.setFormatter(logging.Formatter(process.LOG_FORMAT))
-        on_screen = RichHandler(console=self.terminal, show_path=False) if self.terminal.is_terminal else logging.StreamHandler()
+        on_screen = (
+            RichHandler(console=self.terminal, show_path=False)
+            if self.terminal.is_terminal
+            else logging.StreamHandler()
+        )
         if not self.terminal.is_terminal:
-            on_screen.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+            on_screen.setFormatter(
+                logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+            )
         root = logging.getLogger()
         level = root.level
         root.setLevel(logging.INFO)
@@ -79,13 +99,23 @@ class Console:
         """Bring the view up to date."""
         for line in self.evaluations.read():
             accuracy = line.get("accuracy")
-            said = f"{accuracy:.3f} on {line['sequences']} held-out problems" if accuracy is not None else line.get("error", "no accuracy")
-            logging.getLogger("atropos_hpc.evaluation").info("policy version %d: accuracy %s", line["version"], said)
+            said = (
+                f"{accuracy:.3f} on {line['sequences']} held-out problems"
+                if accuracy is not None
+                else line.get("error", "no accuracy")
+            )
+            logging.getLogger("atropos_hpc.evaluation").info(
+                "policy version %d: accuracy %s", line["version"], said
+            )
         lines = self.metrics.read()
         if lines:
             last = lines[-1]
-            figures = "  ".join(f"{name} {last[key]:{form}}" for name, key, form in FIGURES if key in last)
-            self.progress.update(self.task, description="training", completed=last["step"], figures=figures)
+            figures = "  ".join(
+                f"{name} {last[key]:{form}}" for name, key, form in FIGURES if key in last
+            )
+            self.progress.update(
+                self.task, description="training", completed=last["step"], figures=figures
+            )
             self._plain(f"step {last['step']}/{self.steps}  {figures}")
         elif not self.progress.tasks[0].completed:
             self._plain(_starting(members))
@@ -102,9 +132,24 @@ class Console:
         words = {"finish": "complete", "stop": "stopped; the same command with this run_dir resumes it", "fail": "failed",
                  "requeue": "saved; Slurm starts it again"}  # fmt: skip
         table = Table(title=f"run {words[outcome]}", show_header=False)
-        for key in ("accuracy_before", "accuracy_after", "steps", "sequences", "tokens", "wall_s", "restarts"):
+        for key in (
+            "accuracy_before",
+            "accuracy_after",
+            "steps",
+            "sequences",
+            "tokens",
+            "wall_s",
+            "restarts",
+        ):
             value = summary.get(key)
-            table.add_row(key, "-" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}")
+            table.add_row(
+                key,
+                "-"
+                if value is None
+                else f"{value:.3f}"
+                if isinstance(value, float)
+                else f"{value:,}",
+            )
         self.terminal.print(table)
 
 

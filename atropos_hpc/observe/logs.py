@@ -4,9 +4,9 @@ import sys
 import time
 from pathlib import Path
 
-from atropos_hpc import process
 from atropos_hpc.observe import report
-from atropos_hpc.run_dir import RunDir, read_json
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 LOOK_S = 0.5
 
@@ -20,11 +20,18 @@ def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None
     found = matching(folder, member)
     if not found and not follow:
         if not folder.exists():
-            there = ", ".join(path.name.removeprefix("attempt-") for path in report.attempts(run)) or "none"
+            there = (
+                ", ".join(path.name.removeprefix("attempt-") for path in report.attempts(run))
+                or "none"
+            )
             print(f"{run.path} has no attempt {attempt}; there are: {there}", file=sys.stderr)
             return 1
         known = ", ".join(sorted(path.name.removesuffix(".log") for path in folder.glob("*.log")))
-        print(f"{folder} has no log of {member or 'anybody'}" + (f"; it has {known}" if known else ""), file=sys.stderr)
+        print(
+            f"{folder} has no log of {member or 'anybody'}"
+            + (f"; it has {known}" if known else ""),
+            file=sys.stderr,
+        )
         return 1
     at: dict[Path, int] = {}
     for path in found:
@@ -33,7 +40,9 @@ def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None
         _print(path, end, one=len(found) == 1 and not follow)
     over = False
     while follow and not over:
-        over = bool(read_json(run.done)) and not report.is_held(run)  # before the last look: what is said meanwhile is not missed
+        over = bool(read_json(run.done)) and not report.is_held(
+            run
+        )  # before the last look: what is said meanwhile is not missed
         time.sleep(0 if over else LOOK_S)
         for path in matching(folder, member):
             before = at.get(path, 0)

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from atropos_hpc.config import WandbConf
+from atropos_hpc.contracts.group import Group
 from atropos_hpc.observe import samples
-from atropos_hpc.observe.sinks import Sink, TensorBoard, Wandb
-from atropos_hpc.run_dir import RunDir, append_line, read_lines, write_file
-from atropos_hpc.trajectories.schema import Group
+from atropos_hpc.observe.trackers import Sink, TensorBoard, Wandb
+from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines, write_file
 
 
 class Phases:
@@ -35,7 +35,9 @@ class Phases:
     def take(self) -> dict[str, float]:
         """{"time/<phase>": s, ..., "time/step": s since the last take}, and start anew."""
         now = time.monotonic()
-        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()} | {"time/step": now - self._since}
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()} | {
+            "time/step": now - self._since
+        }
         self._seconds, self._since = {}, now
         return taken
 
@@ -45,7 +47,10 @@ class Metrics:
 
     def __init__(self, run: RunDir, sinks: Sequence[Sink], resume_at: int) -> None:
         self.run, self._sinks = run, sinks
-        for path, key in ((run.metrics, "step"), (run.samples, "version")):  # what is trained on at version k makes step k + 1
+        for path, key in (
+            (run.metrics, "step"),
+            (run.samples, "version"),
+        ):  # what is trained on at version k makes step k + 1
             kept = [line for line in read_lines(path) if line[key] < resume_at + (key == "step")]
             write_file(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
         self._evaluations = 0
@@ -54,7 +59,11 @@ class Metrics:
         """One step's figures; with the accuracy of the last held-out evaluation, and its version, if one has come in since the last."""
         evaluations = self._new_evaluations()
         if evaluations:
-            values = {**values, "accuracy": evaluations[-1]["accuracy"], "accuracy_version": evaluations[-1]["version"]}
+            values = {
+                **values,
+                "accuracy": evaluations[-1]["accuracy"],
+                "accuracy_version": evaluations[-1]["version"],
+            }
         append_line(self.run.metrics, {"step": step, "time": time.time(), **values})
         for sink in self._sinks:
             sink.figures(step, values)

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import slurm
-from atropos_hpc.rendezvous import DEAD_S
-from atropos_hpc.run_dir import RunDir, last_lines, read_json
+from atropos_hpc.launch.slurm import commands
+from atropos_hpc.runtime.membership import DEAD_S
+from atropos_hpc.runtime.run_dir import RunDir, last_lines, read_json
 
 RECENT = 50  # steps whose pace counts
 FINAL = 0.1  # the last part of the steps, over which a final value is averaged
@@ -30,15 +30,29 @@ def points(directory: Path) -> list[dict[str, Any]]:
     """
     if rows := read_json(directory / "jobs.json"):
         return list(rows)
-    runs = [directory] if is_run(directory) else sorted((path.parent for path in directory.glob("*/run.json")), key=_by_number)
+    runs = (
+        [directory]
+        if is_run(directory)
+        else sorted((path.parent for path in directory.glob("*/run.json")), key=_by_number)
+    )
     return [_row(run, num) for num, run in enumerate(runs)]
 
 
 def _row(run: Path, num: int) -> dict[str, Any]:
     of_sweep = read_json(run.resolve().parent / "jobs.json") or ()
-    known: dict[str, Any] = next((row for row in of_sweep if Path(row["run_dir"]).resolve() == run.resolve()), {})
+    known: dict[str, Any] = next(
+        (row for row in of_sweep if Path(row["run_dir"]).resolve() == run.resolve()), {}
+    )
     job = read_json(RunDir(run).holder).get("job")  # who holds it may have come after the sweep
-    return {"num": num, "overrides": [], "steps": None, "job": job, **known, "run_dir": str(run), **({"job": job} if job else {})}
+    return {
+        "num": num,
+        "overrides": [],
+        "steps": None,
+        "job": job,
+        **known,
+        "run_dir": str(run),
+        **({"job": job} if job else {}),
+    }
 
 
 def found(directory: Path) -> list[dict[str, Any]]:
@@ -46,17 +60,25 @@ def found(directory: Path) -> list[dict[str, Any]]:
     if not directory.exists():
         raise NotOne(f"there is no {directory}")
     if not directory.is_dir():
-        raise NotOne(f"{directory} is a file; give the directory of a run (run_dir=...) or of a sweep")
+        raise NotOne(
+            f"{directory} is a file; give the directory of a run (run_dir=...) or of a sweep"
+        )
     rows = points(directory)
     if not rows:
-        is_what = "is empty" if not any(directory.iterdir()) else "holds no jobs.json and no run.json, here or one level below"
+        is_what = (
+            "is empty"
+            if not any(directory.iterdir())
+            else "holds no jobs.json and no run.json, here or one level below"
+        )
         raise NotOne(f"{directory} {is_what}: it is neither a run's directory nor a sweep's")
     return rows
 
 
 def is_run(directory: Path) -> bool:
     """Is it a run's directory? run.json comes a little after the rest, once the base model is there."""
-    return (directory / "run.json").exists() or ((directory / "secret").exists() and (directory / "rendezvous").is_dir())
+    return (directory / "run.json").exists() or (
+        (directory / "secret").exists() and (directory / "rendezvous").is_dir()
+    )
 
 
 def _by_number(path: Path) -> tuple[int, str]:
@@ -72,8 +94,8 @@ def with_job_states(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     if not jobs or shutil.which("squeue") is None:
         return rows
     try:
-        states = slurm.states(jobs)
-    except slurm.SlurmError:  # the run directories tell the rest
+        states = commands.states(jobs)
+    except commands.SlurmError:  # the run directories tell the rest
         return rows
     return [{**row, "queue": states.get(row["job"])} for row in rows]
 
@@ -89,7 +111,9 @@ def row(point: dict[str, Any]) -> dict[str, Any]:
     evaluations = [e for e in last_lines(run.evaluations, RECENT) if e.get("accuracy") is not None]
     last = lines[-1] if lines else {}
     final = lines[-max(1, int(last.get("step", 0) * FINAL)) :]
-    steps = point.get("steps") or read_json(run.run_json).get("config", {}).get("trainer", {}).get("steps")
+    steps = point.get("steps") or read_json(run.run_json).get("config", {}).get("trainer", {}).get(
+        "steps"
+    )
     state = state_of(run, point, steps, bool(lines))
     return {
         "point": point["num"],
@@ -117,7 +141,11 @@ def mean(lines: list[dict[str, Any]], key: str) -> float | None:
 def eta(lines: list[dict[str, Any]], steps: int | None) -> float | None:
     """Seconds until the last step, at the pace of these; their median, so that one step with an evaluation in it does not count."""
     known = [line["time/step"] for line in lines if "time/step" in line]
-    return None if not known or steps is None else statistics.median(known) * max(0, steps - lines[-1]["step"])
+    return (
+        None
+        if not known or steps is None
+        else statistics.median(known) * max(0, steps - lines[-1]["step"])
+    )
 
 
 def rate(lines: list[dict[str, Any]], key: str) -> float | None:
@@ -153,7 +181,10 @@ def state_of(run: RunDir, point: dict[str, Any], steps: int | None, trained: boo
 
 def attempts(run: RunDir) -> list[Path]:
     """The log directories of the run's attempts, in order."""
-    return sorted((run.path / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+    return sorted(
+        (run.path / "logs").glob("attempt-*"),
+        key=lambda path: int(path.name.removeprefix("attempt-")),
+    )
 
 
 def is_held(run: RunDir) -> bool:
@@ -179,9 +210,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned text; the best is marked, and of the overrides those are shown that not all points share."""
     top, shown, swept = best(rows), [list(COLUMNS)], varying([each["overrides"] for each in rows])
     for each, overrides in zip(rows, swept, strict=True):
-        figures = ["-" if each[key] is None else f"{each[key]:.4g}" for key in ("reward", "accuracy", "kl")]
-        mark, step = ("best" if each is top else ""), f"{each['step']}/{each['steps'] if each['steps'] is not None else '?'}"
-        shown.append([mark, str(each["point"]), each["state"], step, *figures, " ".join(overrides), each["run_dir"]])
+        figures = [
+            "-" if each[key] is None else f"{each[key]:.4g}" for key in ("reward", "accuracy", "kl")
+        ]
+        mark, step = (
+            ("best" if each is top else ""),
+            f"{each['step']}/{each['steps'] if each['steps'] is not None else '?'}",
+        )
+        shown.append(
+            [
+                mark,
+                str(each["point"]),
+                each["state"],
+                step,
+                *figures,
+                " ".join(overrides),
+                each["run_dir"],
+            ]
+        )
     return aligned(shown)
 
 
@@ -198,4 +244,7 @@ def varying(overrides: list[list[str]]) -> list[list[str]]:
 def aligned(lines: list[list[str]]) -> str:
     """Cells as text in columns, whatever the terminal's width: the table is read by people and by grep."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -8,10 +8,10 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_hpc.run_dir import RunDir, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, read_lines
 
 if TYPE_CHECKING:
-    from atropos_hpc.trajectories.schema import Group
+    from atropos_hpc.contracts.group import Group
 
 TIMES = 100  # a run
 
@@ -42,7 +42,9 @@ def choose(group: "Group", version: int) -> list[dict[str, Any]]:
 
 def read(run: RunDir, version: int | None, last: int) -> list[dict[str, Any]]:
     """The last so many samples (of one version, if given), decoded; with token ids in place of text where there is no tokenizer."""
-    lines = [line for line in read_lines(run.samples) if version is None or line["version"] == version]
+    lines = [
+        line for line in read_lines(run.samples) if version is None or line["version"] == version
+    ]
     return decoded(lines[-last:], run.config()["model"]["path"]) if lines and last > 0 else []
 
 
@@ -51,8 +53,14 @@ def decoded(lines: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     tokenizer = _tokenizer(model)
     if tokenizer is None:
         return lines
-    text = {name: tokenizer.decode_batch([line[name] for line in lines], skip_special_tokens=False) for name in ("prompt", "completion")}
-    return [{**line, "prompt": text["prompt"][index], "completion": text["completion"][index]} for index, line in enumerate(lines)]
+    text = {
+        name: tokenizer.decode_batch([line[name] for line in lines], skip_special_tokens=False)
+        for name in ("prompt", "completion")
+    }
+    return [
+        {**line, "prompt": text["prompt"][index], "completion": text["completion"][index]}
+        for index, line in enumerate(lines)
+    ]
 
 
 @functools.cache
@@ -79,6 +87,19 @@ def show(found: list[dict[str, Any]]) -> None:
     terminal = Console(highlight=False)
     for line in found:
         versions = line["policy_versions"]
-        by = "" if versions is None else f", sampled by version {'-'.join(map(str, dict.fromkeys(versions)))}"
-        terminal.rule(f"trained on at version {line['version']}{by}: score {line['score']:g}", style="dim", align="left")
-        terminal.print(Text(str(line["prompt"]), style="dim"), Text(str(line["completion"]), style="bold"), sep="", soft_wrap=True)
+        by = (
+            ""
+            if versions is None
+            else f", sampled by version {'-'.join(map(str, dict.fromkeys(versions)))}"
+        )
+        terminal.rule(
+            f"trained on at version {line['version']}{by}: score {line['score']:g}",
+            style="dim",
+            align="left",
+        )
+        terminal.print(
+            Text(str(line["prompt"]), style="dim"),
+            Text(str(line["completion"]), style="bold"),
+            sep="",
+            soft_wrap=True,
+        )

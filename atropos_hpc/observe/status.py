@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.observe import report
-from atropos_hpc.rendezvous import DEAD_S
-from atropos_hpc.run_dir import RunDir, last_lines, read_json
+from atropos_hpc.runtime.membership import DEAD_S
+from atropos_hpc.runtime.run_dir import RunDir, last_lines, read_json
 
 FIGURES = {"reward": "reward", "kl": "kl_reference", "entropy": "entropy", "response_length": "response_length_mean",
            "staleness_mean": "staleness_mean", "staleness_max": "staleness_max", "dropped_as_stale": "dropped_as_stale",
@@ -47,9 +47,17 @@ def of_run(point: dict[str, Any]) -> dict[str, Any]:
     config = read_json(run.run_json).get("config", {})
     steps = config.get("trainer", {}).get("steps")
     state = report.state_of(run, point, steps, bool(lines))
-    evaluations = [line for line in last_lines(run.evaluations, report.RECENT) if line.get("accuracy") is not None]
+    evaluations = [
+        line
+        for line in last_lines(run.evaluations, report.RECENT)
+        if line.get("accuracy") is not None
+    ]
     members = list(_members(run, going=state in ("running", "starting") or report.is_held(run)))
-    accuracy = {key: evaluations[-1][key] for key in ("version", "accuracy", "sequences")} if evaluations else None
+    accuracy = (
+        {key: evaluations[-1][key] for key in ("version", "accuracy", "sequences")}
+        if evaluations
+        else None
+    )
     return {
         "run_dir": str(run.path), "state": state, "job": point["job"], "slurm": point.get("queue"),
         "attempts": len(report.attempts(run)), "holder": read_json(run.holder) or None,
@@ -71,7 +79,15 @@ def _pace(lines: list[dict[str, Any]]) -> float | None:
 def _members(run: RunDir, going: bool) -> Iterator[dict[str, Any]]:
     """Each member's row, in order of kind and number. `going`: is the run under way? Then one that is silent is said to be."""
     now = time.time()
-    order = ("supervisor", "rollout_job", "trajectories", "trainer", "agent", "environment", "evaluator")
+    order = (
+        "supervisor",
+        "rollout_job",
+        "trajectories",
+        "trainer",
+        "agent",
+        "environment",
+        "evaluator",
+    )
     rows = []
     for path in run.members.glob("[!.]*.json") if run.members.is_dir() else ():
         try:
@@ -95,7 +111,13 @@ def _members(run: RunDir, going: bool) -> Iterator[dict[str, Any]]:
             "tokens_per_s": state.get("tokens_per_s"), "in_flight": state.get("in_flight"), "sent": state.get("sent"),
             "queued_sequences": state.get("queued_sequences"), "error": state.get("error"),
         })  # fmt: skip
-    yield from sorted(rows, key=lambda row: (order.index(row["kind"]) if row["kind"] in order else len(order), _natural(row["name"])))
+    yield from sorted(
+        rows,
+        key=lambda row: (
+            order.index(row["kind"]) if row["kind"] in order else len(order),
+            _natural(row["name"]),
+        ),
+    )
 
 
 def _natural(name: str) -> list[Any]:
@@ -105,27 +127,57 @@ def _natural(name: str) -> list[Any]:
 
 def _wait(member: dict[str, Any]) -> dict[str, Any]:
     wait = member["waiting"]
-    return {"who": member["name"], "what": wait["what"], "whom": wait["whom"], "for_s": round(max(0.0, time.time() - wait["since"]), 1)}
+    return {
+        "who": member["name"],
+        "what": wait["what"],
+        "whom": wait["whom"],
+        "for_s": round(max(0.0, time.time() - wait["since"]), 1),
+    }
 
 
 def _queue(members: list[dict[str, Any]], last: dict[str, Any]) -> dict[str, Any]:
     """Sequences that wait for the learner, as the trajectory server says now, or said at the last step; groups under way."""
-    queued = next((member["queued_sequences"] for member in members if member["queued_sequences"] is not None), None)
-    under_way = [member["in_flight"] for member in members if member["in_flight"] is not None and member["state"] not in ("ended", "gone")]
-    return {"sequences": last.get("queued_sequences") if queued is None else queued, "groups_under_way": sum(under_way)}
+    queued = next(
+        (
+            member["queued_sequences"]
+            for member in members
+            if member["queued_sequences"] is not None
+        ),
+        None,
+    )
+    under_way = [
+        member["in_flight"]
+        for member in members
+        if member["in_flight"] is not None and member["state"] not in ("ended", "gone")
+    ]
+    return {
+        "sequences": last.get("queued_sequences") if queued is None else queued,
+        "groups_under_way": sum(under_way),
+    }
 
 
 def _versions(run: RunDir, members: list[dict[str, Any]], last: dict[str, Any]) -> dict[str, Any]:
     """Policy versions: the learner's, the newest published, the newest durable, and the oldest that a server still serves."""
-    served = [member["version"] for member in members if member["kind"] == "agent" and member["version"] is not None]
+    served = [
+        member["version"]
+        for member in members
+        if member["kind"] == "agent" and member["version"] is not None
+    ]
     return {"learner": last.get("step", 0), "published": read_json(run.policy / "latest.json").get("version"),
             "durable": read_json(run.checkpoints / "latest.json").get("step"), "served": min(served, default=None)}  # fmt: skip
 
 
 def _rates(lines: list[dict[str, Any]], members: list[dict[str, Any]]) -> dict[str, float | None]:
     """Tokens per second of each role: trained on, over the last steps; generated, over the environment workers' last seconds."""
-    generated = [m["tokens_per_s"] for m in members if m["tokens_per_s"] is not None and m["state"] not in ("ended", "gone", "silent")]
-    return {"trainer": report.rate(lines, "tokens"), "rollout": sum(generated) if generated else None}
+    generated = [
+        m["tokens_per_s"]
+        for m in members
+        if m["tokens_per_s"] is not None and m["state"] not in ("ended", "gone", "silent")
+    ]
+    return {
+        "trainer": report.rate(lines, "tokens"),
+        "rollout": sum(generated) if generated else None,
+    }
 
 
 def shares(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -133,8 +185,14 @@ def shares(lines: list[dict[str, Any]]) -> dict[str, float]:
     whole = sum(line.get("time/step", 0.0) for line in lines)
     if not whole:
         return {}
-    found = {name: sum(line.get(f"time/{phase}", 0.0) for line in lines for phase in of) / whole for name, of in SHARES.items()}
-    return {**{name: round(share, 4) for name, share in found.items()}, "other": round(max(0.0, 1 - sum(found.values())), 4)}
+    found = {
+        name: sum(line.get(f"time/{phase}", 0.0) for line in lines for phase in of) / whole
+        for name, of in SHARES.items()
+    }
+    return {
+        **{name: round(share, 4) for name, share in found.items()},
+        "other": round(max(0.0, 1 - sum(found.values())), 4),
+    }
 
 
 def warnings(run: RunDir) -> list[dict[str, str]]:
@@ -156,5 +214,8 @@ def warnings(run: RunDir) -> list[dict[str, str]]:
         vllms = ((f"{year}-{when.decode()}", "E", said) for when, said in _VLLMS.findall(data))
         found += [{"time": when, "log": path.name, "level": level, "message": said.decode(errors="replace")}
                   for when, level, said in (*ours, *vllms)]  # fmt: skip
-    newest = {(each["log"], re.sub(r"\d+", "", each["message"])): each for each in sorted(found, key=lambda each: each["time"])}
+    newest = {
+        (each["log"], re.sub(r"\d+", "", each["message"])): each
+        for each in sorted(found, key=lambda each: each["time"])
+    }
     return sorted(newest.values(), key=lambda each: each["time"])[-WARNINGS:]

@@ -59,7 +59,9 @@ def encode(old: Bytes, new: Bytes, runs: Sequence[Run]) -> bytes:
             own = [compressor.compress(coded.data) for coded in (gaps, values)]
             chunks.append([start, count, width, len(gaps), len(where), *map(len, own)])
             frames += own
-    head = json.dumps({"codec": CODEC, "bytes": len(new), "chunks": chunks}, separators=(",", ":")).encode()
+    head = json.dumps(
+        {"codec": CODEC, "bytes": len(new), "chunks": chunks}, separators=(",", ":")
+    ).encode()
     return b"".join([len(head).to_bytes(8, "little"), head, *frames])
 
 
@@ -74,12 +76,17 @@ def apply(delta: Any, target: Bytes) -> None:
         for start, count, width, coded, changes, *sizes in chunks:
             gaps, values = (
                 np.frombuffer(_plain(decompressor, view[begin : begin + size], length), np.uint8)
-                for begin, size, length in ((at, sizes[0], coded), (at + sizes[0], sizes[1], changes * width))
+                for begin, size, length in (
+                    (at, sizes[0], coded),
+                    (at + sizes[0], sizes[1], changes * width),
+                )
             )
             at += sum(sizes)
             where = _positions(gaps)
             if len(where) != changes or len(values) != changes * width or where[-1] >= count:
-                raise BadDelta(f"chunk at {start}: {len(where)} positions and {len(values)} bytes for {changes} changes")
+                raise BadDelta(
+                    f"chunk at {start}: {len(where)} positions and {len(values)} bytes for {changes} changes"
+                )
             numbers = _numbers(target, start, count, width)
             numbers[where] += _differences(values, width)
     except zstandard.ZstdError as error:
@@ -117,12 +124,18 @@ def _head(view: memoryview, length: int) -> tuple[list[list[int]], int]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadDelta(f"no head that can be read: {error!r}") from error
     if codec != CODEC or expected != length:
-        raise BadDelta(f"a delta in {codec} for {expected} bytes, where one in {CODEC} for {length} is needed")
+        raise BadDelta(
+            f"a delta in {codec} for {expected} bytes, where one in {CODEC} for {length} is needed"
+        )
     for chunk in chunks:
         if len(chunk) != 7 or not all(isinstance(number, int) and number >= 0 for number in chunk):
             raise BadDelta(f"a chunk is described as {chunk}")
         start, count, width, _, changes, *_ = chunk
-        if width not in (1, 2, 4, 8) or start + count * width > length or not 0 < changes <= count <= CHUNK:
+        if (
+            width not in (1, 2, 4, 8)
+            or start + count * width > length
+            or not 0 < changes <= count <= CHUNK
+        ):
             raise BadDelta(f"a chunk is described as {chunk}, of {length} bytes")
     return chunks, at
 
@@ -133,7 +146,11 @@ def _chunks(runs: Sequence[Run]) -> Iterator[tuple[int, int, int]]:
     for run in runs:
         if run.bytes % run.width:
             raise ValueError(f"{run} is not a whole number of elements")
-        if merged and merged[-1].width == run.width and merged[-1].start + merged[-1].bytes == run.start:
+        if (
+            merged
+            and merged[-1].width == run.width
+            and merged[-1].start + merged[-1].bytes == run.start
+        ):
             merged[-1] = Run(merged[-1].start, merged[-1].bytes + run.bytes, run.width)
         else:
             merged.append(run)
@@ -174,7 +191,9 @@ def _gaps(where: NDArray[np.intp]) -> Bytes:
 def _positions(gaps: Bytes) -> NDArray[np.intp]:
     """`_gaps`, undone."""
     change = gaps != ESCAPE
-    where = (gaps + change).astype(np.intp)  # steps: an escape's and the longest gap's are both of 255
+    where = (gaps + change).astype(
+        np.intp
+    )  # steps: an escape's and the longest gap's are both of 255
     np.cumsum(where, out=where)
     where -= 1
     return where if change.all() else where[change]

@@ -11,8 +11,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from atropos_hpc.policy.mirror import Mirror
-from atropos_hpc.policy.store import BadVersion, Lease, NoRoom, PolicyStore, Published, routes, verify
+from atropos_hpc.policy.node_cache import Mirror
+from atropos_hpc.policy.store import (
+    BadVersion,
+    Lease,
+    NoRoom,
+    PolicyStore,
+    Published,
+    routes,
+    verify,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +33,13 @@ class Follower:
     `complain` is called with a version, and why it cannot be used, when trying again has not helped.
     """
 
-    def __init__(self, store: PolicyStore, cache: Path, reader: str, complain: Callable[[Published, str], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        store: PolicyStore,
+        cache: Path,
+        reader: str,
+        complain: Callable[[Published, str], None] = lambda *_: None,
+    ) -> None:
         self.store, self.complain = store, complain
         self.mirror, self.lease = Mirror(cache, store.root), Lease(store.root, reader)
         self.newest: Published | None = None  # the newest verified version: this node's copy
@@ -45,7 +59,9 @@ class Follower:
             self.newest = self._bring(latest)
         except (BadVersion, OSError) as error:
             if self.lease.over or (latest is not None and self._was_replaced(latest)):
-                return self.newest  # it was retired while we read: the next look takes the newer one
+                return (
+                    self.newest
+                )  # it was retired while we read: the next look takes the newer one
             self._failed(latest, error)
         else:
             self.bad, self.failures = None, 0
@@ -67,20 +83,31 @@ class Follower:
             target = self.store.manifest(latest.key)
             have = self.mirror.newest.key if self.mirror.newest else None
             ways = routes(self.store.manifest, latest.key, have)
-            self.lease.take({latest.directory.name, *(name for way in ways for name in way.directories)})
+            self.lease.take(
+                {latest.directory.name, *(name for way in ways for name in way.directories)}
+            )
             for way in ways:
                 try:
                     return self.mirror.bring(target, way, self.lease)
                 except NoRoom as error:
                     if target.kind == "delta":
                         raise
-                    log.warning("every server reads version %d from the store itself: %s", latest.version, error)
+                    log.warning(
+                        "every server reads version %d from the store itself: %s",
+                        latest.version,
+                        error,
+                    )
                     verify(latest)
                     return latest
                 except BadVersion as error:
                     if way is ways[-1]:
                         raise
-                    log.warning("policy version %d is not taken as %s: %s", latest.version, "delta" if way.deltas else "full", error)
+                    log.warning(
+                        "policy version %d is not taken as %s: %s",
+                        latest.version,
+                        "delta" if way.deltas else "full",
+                        error,
+                    )
             raise AssertionError("unreachable")
         finally:
             self.lease.take([])

@@ -28,7 +28,7 @@ from typing import Any
 
 import xxhash
 
-from atropos_hpc.run_dir import read_json, write_json
+from atropos_hpc.runtime.run_dir import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,9 @@ class PolicyStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._leases: dict[str, tuple[bytes, float]] = {}  # name -> (content, when it was new, monotonic)
+        self._leases: dict[
+            str, tuple[bytes, float]
+        ] = {}  # name -> (content, when it was new, monotonic)
 
     # --- publishing
 
@@ -161,12 +163,20 @@ class PolicyStore:
 
     def check_room(self, needed: int, limit: int | None) -> None:
         """Raises NoRoom if `needed` more bytes would make the store larger than `limit`, or do not fit on its filesystem."""
-        used = sum(entry.stat().st_size for _, _, directory in self._versions() for entry in _files(directory))
+        used = sum(
+            entry.stat().st_size
+            for _, _, directory in self._versions()
+            for entry in _files(directory)
+        )
         if limit is not None and used + needed > limit:
-            raise NoRoom(f"the store has {used} bytes, a version needs {needed}, and policy.max_bytes is {limit}")
+            raise NoRoom(
+                f"the store has {used} bytes, a version needs {needed}, and policy.max_bytes is {limit}"
+            )
         status = os.statvfs(self.root)
         if status.f_bavail * status.f_frsize < needed + RESERVE_BYTES:
-            raise NoRoom(f"a version needs {needed} bytes, and {self.root} has {status.f_bavail * status.f_frsize} left")
+            raise NoRoom(
+                f"a version needs {needed} bytes, and {self.root} has {status.f_bavail * status.f_frsize} left"
+            )
 
     def commit(
         self, version: int, attempt: int, files: Sequence[dict[str, Any]], kind: str = "full",
@@ -182,12 +192,21 @@ class PolicyStore:
         Raises Superseded when another start of the learner has claimed the store.
         """
         if self._owner() > attempt:
-            raise Superseded(f"{self.root}: attempt {self._owner()} publishes here now; this is attempt {attempt}")
+            raise Superseded(
+                f"{self.root}: attempt {self._owner()} publishes here now; this is attempt {attempt}"
+            )
         directory = self.root / f"{version}-{attempt}"
         plain = tuple(File(file["file"], file["bytes"], file["xxh3"]) for file in files)
-        changes = tuple(File(file["file"], file["bytes"], file["xxh3"], file["makes"]) for file in deltas)
-        write_manifest(directory, Manifest(version, attempt, kind, plain, base if changes else None, changes))
-        write_json(self.root / "latest.json", {"version": version, "attempt": attempt, "directory": directory.name})
+        changes = tuple(
+            File(file["file"], file["bytes"], file["xxh3"], file["makes"]) for file in deltas
+        )
+        write_manifest(
+            directory, Manifest(version, attempt, kind, plain, base if changes else None, changes)
+        )
+        write_json(
+            self.root / "latest.json",
+            {"version": version, "attempt": attempt, "directory": directory.name},
+        )
         return Published(attempt, version, directory)
 
     def retire(self, keep: int, attempt: int) -> None:
@@ -223,7 +242,9 @@ class PolicyStore:
                 (self.root / manifest.name / MANIFEST).unlink(missing_ok=True)
         for key, directory in gone:
             if key not in leased and key != latest.key:
-                shutil.rmtree(directory, ignore_errors=True)  # on NFS a reader's open file leaves a name behind: the next sweep takes it
+                shutil.rmtree(
+                    directory, ignore_errors=True
+                )  # on NFS a reader's open file leaves a name behind: the next sweep takes it
 
     # --- reading
 
@@ -233,7 +254,9 @@ class PolicyStore:
             latest = read_json(self.root / "latest.json")
             if not latest:
                 return None
-            published = Published(latest["attempt"], latest["version"], self.root / latest["directory"])
+            published = Published(
+                latest["attempt"], latest["version"], self.root / latest["directory"]
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise BadVersion(f"{self.root}/latest.json is damaged: {error!r}") from error
         if published.directory.name != f"{published.version}-{published.attempt}":
@@ -363,7 +386,9 @@ def routes(manifest: Callable[[Key], Manifest], target: Key, have: Key | None) -
         deltas.append(step)
         key = step.base
     if not found:
-        raise BadVersion(f"{target[1]}-{target[0]} can be made neither from a full version nor from the one at hand{why}")
+        raise BadVersion(
+            f"{target[1]}-{target[0]} can be made neither from a full version nor from the one at hand{why}"
+        )
     return sorted(found, key=lambda route: route.bytes)
 
 

@@ -26,13 +26,23 @@ from typing import Any
 import safetensors.torch
 import torch
 import xxhash
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
-from atropos_hpc.policy import adapter
-from atropos_hpc.policy.share import tensors_of
+from atropos_hpc.policy import lora
+from atropos_hpc.policy.shard_buffer import tensors_of
 from atropos_hpc.policy.store import BadVersion, read_manifest
 
 log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handler
@@ -80,7 +90,9 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         self._shards = []
         if not update_info.directory:
             raise BadVersion("the update was abandoned")
-        self._shards = read_version(Path(update_info.directory), update_info.version, self.model_config.model)
+        self._shards = read_version(
+            Path(update_info.directory), update_info.version, self.model_config.model
+        )
 
     def finish_weight_update(self) -> None:
         if not self._shards:
@@ -92,9 +104,14 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
             pack_output_layers(self.model)
             missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
             if loaded is not None and self.model_config.quantization is None and missing:
-                raise BadVersion(f"the version has no weights for {', '.join(sorted(missing)[:5])} ({len(missing)} parameters)")
+                raise BadVersion(
+                    f"the version has no weights for {', '.join(sorted(missing)[:5])} ({len(missing)} parameters)"
+                )
         except BaseException:
-            log.critical("applying new weights failed half way; this server ends, because it has neither version whole", exc_info=True)
+            log.critical(
+                "applying new weights failed half way; this server ends, because it has neither version whole",
+                exc_info=True,
+            )
             logging.shutdown()
             os._exit(EXIT_HALF_APPLIED)
         finally:
@@ -116,7 +133,9 @@ def read_version(directory: Path, version: int, base: str) -> list[dict[str, tor
     """
     manifest = read_manifest(directory)
     if manifest.version != version or manifest.kind not in ("full", "adapter"):
-        raise BadVersion(f"{directory.name}: {manifest.kind} version {manifest.version}, where version {version} was announced")
+        raise BadVersion(
+            f"{directory.name}: {manifest.kind} version {manifest.version}, where version {version} was announced"
+        )
     shards, described = [], {}
     for file in manifest.files:
         shard = f"{file.file} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
@@ -129,7 +148,7 @@ def read_version(directory: Path, version: int, base: str) -> list[dict[str, tor
         if (digest := xxhash.xxh3_64_hexdigest(data)) != file.xxh3:
             raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {file.xxh3}")
         try:
-            if file.file == adapter.CONFIG:
+            if file.file == lora.CONFIG:
                 described = json.loads(bytes(data))
             else:
                 shards.append(tensors_in(data))
@@ -140,9 +159,15 @@ def read_version(directory: Path, version: int, base: str) -> list[dict[str, tor
     if manifest.kind == "full":
         return shards
     try:
-        return adapter.merge((safetensors.torch.load_file(path) for path in adapter.base_files(base)), shards[0], described)
+        return lora.merge(
+            (safetensors.torch.load_file(path) for path in lora.base_files(base)),
+            shards[0],
+            described,
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise BadVersion(f"{directory.name}: this adapter does not fit the base model: {error!r}") from error
+        raise BadVersion(
+            f"{directory.name}: this adapter does not fit the base model: {error!r}"
+        ) from error
 
 
 def _content(path: Path, size: int, local: bool) -> Any:
@@ -159,7 +184,11 @@ def tensors_in(data: Any) -> dict[str, torch.Tensor]:
     for name, (dtype, shape, start, end) in tensors_of(data).items():
         kind = DTYPES[dtype]
         count = (end - start) // kind.itemsize
-        flat = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
+        flat = (
+            torch.frombuffer(data, dtype=kind, count=count, offset=start)
+            if count
+            else torch.empty(0, dtype=kind)
+        )
         found[name] = flat.reshape(shape)
     return found
 
@@ -171,7 +200,9 @@ def pack_output_layers(model: torch.nn.Module) -> None:
     is new, but the packed copy that it multiplies with would still be the old one.
     """
     for layer in model.modules():
-        if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+        if isinstance(layer, ParallelLMHead) and isinstance(
+            layer.quant_method, UnquantizedEmbeddingMethod
+        ):
             layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -24,11 +24,11 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc import process
 from atropos_hpc.config import EvaluationConf, environment_name, environments, from_dict
-from atropos_hpc.rendezvous import Member
-from atropos_hpc.rollout.worker import live, quiet_atropos, seed_everything
-from atropos_hpc.run_dir import RunDir, append_line, read_lines
+from atropos_hpc.rollout.env_worker import live, quiet_atropos, seed_everything
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import Member
+from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,11 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     for name, value in metrics.items():
         if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # numpy's and torch's scalars
             value = value.item()
-        if isinstance(value, Number) and not name.startswith("train") and math.isfinite(float(value)):  # type: ignore[arg-type]
+        if (
+            isinstance(value, Number)
+            and not name.startswith("train")
+            and math.isfinite(float(value))  # type: ignore[arg-type]
+        ):
             found[name] = float(value)  # type: ignore[arg-type]
     return found
 
@@ -69,7 +73,7 @@ def as_evaluator(environment: type[Any]) -> type[Any]:
     """
     from atroposlib.envs.base import BaseEnv
 
-    from atropos_hpc.rollout.client import VllmServer
+    from atropos_hpc.rollout.vllm_client import VllmServer
 
     class Reported(BaseEnv):
         reported: dict[str, Any]
@@ -83,12 +87,16 @@ def as_evaluator(environment: type[Any]) -> type[Any]:
             self.reported |= wandb_metrics or {}
             await super().wandb_log(wandb_metrics)
 
-    return type(f"{environment.__name__}Evaluator", (environment, Reported), {"server_cls": VllmServer, "__doc__": environment.__doc__})
+    return type(
+        f"{environment.__name__}Evaluator",
+        (environment, Reported),
+        {"server_cls": VllmServer, "__doc__": environment.__doc__},
+    )
 
 
 async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
     """One evaluation: its metrics, which versions generated, how many sequences. Raises what the environment raises, and TimeoutError."""
-    from atropos_hpc.rollout.pool import record_generations
+    from atropos_hpc.rollout.server_pool import record_generations
 
     async def complete() -> None:
         await env.evaluate()
@@ -99,8 +107,12 @@ async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
     with record_generations() as generations:
         await asyncio.wait_for(complete(), timeout_s)
     kept = getattr(env, "eval_metrics", None)
-    if isinstance(kept, list):  # most environments put (name, value) there, for their wandb_log to send
-        env.reported |= {item[0]: item[1] for item in kept if isinstance(item, tuple | list) and len(item) == 2}
+    if isinstance(
+        kept, list
+    ):  # most environments put (name, value) there, for their wandb_log to send
+        env.reported |= {
+            item[0]: item[1] for item in kept if isinstance(item, tuple | list) and len(item) == 2
+        }
     await env.wandb_log()
     versions = [version for generation in generations for version in generation.versions]
     return {
@@ -113,7 +125,11 @@ async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
 def accuracy(metrics: dict[str, float], name: str) -> float | None:
     """The metric that environment.metric names; None, with a warning, when the environment does not report it."""
     if name not in metrics:
-        log.warning("environment.metric=%s is not among the environment's metrics: %s", name, ", ".join(sorted(metrics)) or "none")
+        log.warning(
+            "environment.metric=%s is not among the environment's metrics: %s",
+            name,
+            ", ".join(sorted(metrics)) or "none",
+        )
     return metrics.get(name)
 
 
@@ -129,14 +145,14 @@ class Evaluator:
 
     def build(self) -> dict[str, Any]:
         """Each environment, by its key. Raises TargetError when one cannot be used as configured."""
-        from atropos_hpc.rollout import target
+        from atropos_hpc.rollout import env_loader
 
         seed_everything(self.config["seed"])
-        target.plain_chat_templates()
+        env_loader.plain_chat_templates()
         quiet_atropos()
         built = {}
         for key in environments(self.config):
-            environment, env_config, servers = target.of_run(self.run, key, self.config["seed"])
+            environment, env_config, servers = env_loader.of_run(self.run, key, self.config["seed"])
             built[key] = as_evaluator(environment)(env_config, servers, slurm=False)
         return built
 
@@ -164,15 +180,27 @@ class Evaluator:
 
     def _show_wait(self, due: int | None) -> None:
         """Shown in the roster. It lasts as long as training takes, for which the supervisor has its own deadlines."""
-        what, whom = ("a vLLM server", "the node agents") if due is None else (f"policy version {due}", "the learner")
+        what, whom = (
+            ("a vLLM server", "the node agents")
+            if due is None
+            else (f"policy version {due}", "the learner")
+        )
         if (self.member.state["waiting"] or {}).get("what") != what:
-            self.member.update(state="idle", waiting={"what": what, "whom": whom, "since": time.time()})
+            self.member.update(
+                state="idle", waiting={"what": what, "whom": whom, "since": time.time()}
+            )
 
     async def line(self, envs: dict[str, Any], version: int) -> None:
         """Evaluate, and append the line. One that failed gets a line with the error: it is not tried again."""
         self.member.update(state=f"evaluating version {version}", waiting=None)
         start = time.time()
-        line: dict[str, Any] = {"version": version, "served": None, "metrics": {}, "accuracy": None, "sequences": 0}
+        line: dict[str, Any] = {
+            "version": version,
+            "served": None,
+            "metrics": {},
+            "accuracy": None,
+            "sequences": 0,
+        }
         for key, env in envs.items():
             try:
                 found = await evaluate(env, self.conf.timeout_s)
@@ -180,20 +208,34 @@ class Evaluator:
                 log.exception("the evaluation of version %d failed on %s", version, key)
                 line["error"] = f"{key}: {error!r}"
                 continue
-            log.info("version %d on %s: %s, by versions %s", version, key, found["metrics"], found["served"])
+            log.info(
+                "version %d on %s: %s, by versions %s",
+                version,
+                key,
+                found["metrics"],
+                found["served"],
+            )
             if key == "environment":
                 line |= found
                 line["accuracy"] = accuracy(found["metrics"], self.metric)
             else:
-                line["metrics"] |= {f"{environment_name(key)}/{name}": value for name, value in found["metrics"].items()}
+                line["metrics"] |= {
+                    f"{environment_name(key)}/{name}": value
+                    for name, value in found["metrics"].items()
+                }
         if any(known["version"] == version for known in read_lines(self.run.evaluations)):
             return  # another node had taken the evaluation over
-        append_line(self.run.evaluations, {**line, "wall_s": round(time.time() - start, 3), "time": time.time()})
+        append_line(
+            self.run.evaluations,
+            {**line, "wall_s": round(time.time() - start, 3), "time": time.time()},
+        )
 
 
 def main() -> int:
     process.die_with_parent(signal.SIGKILL)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", type=Path, required=True)
     options = parser.parse_args()
     process.log_to_stderr()

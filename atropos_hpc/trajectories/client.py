@@ -12,8 +12,15 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from atropos_hpc.trajectories.record import scan
-from atropos_hpc.trajectories.schema import ANY_LENGTH, ANY_VOCABULARY, Group, Refused, from_python, read_group
+from atropos_hpc.contracts.group import (
+    ANY_LENGTH,
+    ANY_VOCABULARY,
+    Group,
+    Refused,
+    from_python,
+    read_group,
+)
+from atropos_hpc.trajectories.wal_record import scan
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,9 @@ class Connection:
         self._connection: http.client.HTTPConnection | None = None
         self._url: str | None = None
 
-    def call(self, method: str, path: str, body: Any = None, wait_s: float = 0.0) -> tuple[int, bytearray]:
+    def call(
+        self, method: str, path: str, body: Any = None, wait_s: float = 0.0
+    ) -> tuple[int, bytearray]:
         """(status, body), of an answer below 500. Repeats the request until there is one, so it must bear that.
 
         Raises TimeoutError after `patience_s` seconds without one, ServerRefused for 4xx.
@@ -56,7 +65,10 @@ class Connection:
                     return status, answer
                 why = _detail(answer)
                 if status < 500:
-                    raise ServerRefused(status, f"trajectory server {self._url} refused {method} {path} ({status}): {why}")
+                    raise ServerRefused(
+                        status,
+                        f"trajectory server {self._url} refused {method} {path} ({status}): {why}",
+                    )
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 why = f"{type(error).__name__}: {error}"
@@ -66,7 +78,14 @@ class Connection:
                 raise TimeoutError(
                     f"trajectory server {where}: waited {max(0, waited):.0f} s for an answer to {method} {path}; last: {why}"
                 )
-            log.warning("waiting for the trajectory server %s, %s %s, for %.0f s: %s", self._url, method, path, max(0, waited), why)
+            log.warning(
+                "waiting for the trajectory server %s, %s %s, for %.0f s: %s",
+                self._url,
+                method,
+                path,
+                max(0, waited),
+                why,
+            )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -76,10 +95,14 @@ class Connection:
             if self._url is None:
                 raise ConnectionError("no trajectory server is in the roster")
             parts = urllib.parse.urlsplit(self._url)
-            self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=CONNECT_S)
+            self._connection = http.client.HTTPConnection(
+                parts.hostname or "", parts.port or 80, timeout=CONNECT_S
+            )
             self._connection.connect()
         self._connection.sock.settimeout(wait_s + TIMEOUT_S)
-        self._connection.request(method, path, None if body is None else json.dumps(body), self._headers)
+        self._connection.request(
+            method, path, None if body is None else json.dumps(body), self._headers
+        )
         response = self._connection.getresponse()
         return response.status, _read(response)
 
@@ -151,7 +174,9 @@ class TrajectoryClient:
         }
         self._connection.call("POST", "/register", self._registered)
 
-    def lease(self, batch: int, rank: int, world: int, oldest: int, version: int, wait_s: float) -> list[Group] | None:
+    def lease(
+        self, batch: int, rank: int, world: int, oldest: int, version: int, wait_s: float
+    ) -> list[Group] | None:
         """This rank's groups of the batch, the same however often it is asked; None: it is not there after `wait_s` seconds.
 
         `oldest`: the oldest policy version that the batch may hold, if it is formed now. `version`: the learner's own.
@@ -161,7 +186,14 @@ class TrajectoryClient:
         while True:
             wait = min(max(0.0, deadline - time.monotonic()), PATIENT_WAIT_S)
             query = urllib.parse.urlencode(
-                {"batch": batch, "rank": rank, "world": world, "oldest": max(0, oldest), "version": version, "wait": f"{wait:.3f}"}
+                {
+                    "batch": batch,
+                    "rank": rank,
+                    "world": world,
+                    "oldest": max(0, oldest),
+                    "version": version,
+                    "wait": f"{wait:.3f}",
+                }
             )
             status, body = self._connection.call("GET", f"/lease?{query}", wait_s=wait)
             if status == 200:
@@ -201,22 +233,30 @@ class UpstreamClient(TrajectoryClient):
 
     def __init__(self, find_url: FindUrl, token: str, patience_s: float) -> None:
         super().__init__(find_url, token, patience_s)
-        self._held: tuple[int, list[Group]] | None = None  # the last batch, in case it is asked for again
+        self._held: tuple[int, list[Group]] | None = (
+            None  # the last batch, in case it is asked for again
+        )
         self._next_gid = 0
 
-    def lease(self, batch: int, rank: int, world: int, oldest: int, version: int, wait_s: float) -> list[Group] | None:
+    def lease(
+        self, batch: int, rank: int, world: int, oldest: int, version: int, wait_s: float
+    ) -> list[Group] | None:
         """The next batch; None: not there after `wait_s` seconds. Groups that are stale or malformed are left out, and logged.
 
         Raises ValueError unless `world` is 1: that server gives a batch to one asker only.
         """
         if world != 1:
-            raise ValueError(f"trajectories.server=atropos serves one trainer rank, not {world}: choose trajectories.server=durable")
+            raise ValueError(
+                f"trajectories.server=atropos serves one trainer rank, not {world}: choose trajectories.server=durable"
+            )
         if self._held is not None and self._held[0] == batch:
             return self._held[1]
         deadline = time.monotonic() + wait_s
         while True:
             served = json.loads(self._connection.call("GET", "/batch")[1]).get("batch")
-            groups = [group for value in served or [] if (group := self._group(value, oldest)) is not None]
+            groups = [
+                group for value in served or [] if (group := self._group(value, oldest)) is not None
+            ]
             if groups:
                 self._held = (batch, groups)
                 return groups
@@ -230,10 +270,14 @@ class UpstreamClient(TrajectoryClient):
         try:
             record = from_python(value, vocabulary, self._registered["max_token_len"] or ANY_LENGTH)
         except Refused as error:
-            log.error("left out a malformed group of environment %s: %s", value.get("env_id"), error)
+            log.error(
+                "left out a malformed group of environment %s: %s", value.get("env_id"), error
+            )
             return None
         if 0 <= record.oldest < oldest:
-            log.warning("left out a group of policy version %d, older than %d", record.oldest, oldest)
+            log.warning(
+                "left out a group of policy version %d, older than %d", record.oldest, oldest
+            )
             return None
         record.gid = self._next_gid
         self._next_gid += 1

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from atropos_hpc.run_dir import sync_directory
-from atropos_hpc.trajectories.record import MAGIC, Header, Record, header_at, scan
+from atropos_hpc.runtime.run_dir import sync_directory
+from atropos_hpc.trajectories.wal_record import MAGIC, Header, Record, header_at, scan
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,10 @@ class Journal:
             fd = self._files[segment] = os.open(path, os.O_RDWR)
             size, end = os.fstat(fd).st_size, 0
             if size:
-                with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as buffer:
+                with (
+                    mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapped,
+                    memoryview(mapped) as buffer,
+                ):
                     mapped.madvise(mmap.MADV_SEQUENTIAL)
                     for start, end, header in scan(buffer):
                         with buffer[start:end] as record:
@@ -89,14 +92,18 @@ class Journal:
                     if end < size:
                         self._refuse_damage(path, mapped, buffer, end, last=segment == segments[-1])
             if end < size:
-                log.warning("%s: cut off %d bytes of an unfinished write at byte %d", path, size - end, end)
+                log.warning(
+                    "%s: cut off %d bytes of an unfinished write at byte %d", path, size - end, end
+                )
                 os.ftruncate(fd, end)
             if segment == segments[-1]:
                 os.fsync(fd)  # a killed server may have written this without having made it durable
             self._tail = (segment, end)
 
     @staticmethod
-    def _refuse_damage(path: Path, mapped: mmap.mmap, buffer: memoryview, bad: int, last: bool) -> None:
+    def _refuse_damage(
+        path: Path, mapped: mmap.mmap, buffer: memoryview, bad: int, last: bool
+    ) -> None:
         """A power cut may keep later records of a commit and lose earlier ones; what was durable before is not lost that way."""
         where = f"{path} is damaged at byte {bad}"
         advice = "restore it from a copy; or, to give up the groups that wait in it, move the directory away and resume from the checkpoint"
@@ -114,7 +121,9 @@ class Journal:
         self._snapshot, self._loop = snapshot, asyncio.get_running_loop()
         if not self._files:
             self._begin(0)
-        self._thread = threading.Thread(target=self._write_until_closed, name="journal", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write_until_closed, name="journal", daemon=True
+        )
         self._thread.start()
 
     def append(self, record: Record, then: Then) -> "asyncio.Future[None]":
@@ -135,7 +144,9 @@ class Journal:
         """The record at `place`, as it lies in the file. Raises KeyError if its segment has been retired."""
         data = os.pread(self._files[place.segment], place.size, place.offset)
         if len(data) != place.size:
-            raise Damaged(f"{self._path(place.segment)}: {len(data)} of {place.size} bytes at {place.offset}; was the file changed?")
+            raise Damaged(
+                f"{self._path(place.segment)}: {len(data)} of {place.size} bytes at {place.offset}; was the file changed?"
+            )
         return data
 
     def retire(self, live: Callable[[int], bool]) -> None:
@@ -174,9 +185,18 @@ class Journal:
                 places = self._commit([record for record, _, _ in batch])
             except Exception as failure:  # whatever it was, the senders must hear of it
                 self._failures += 1
-                if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a full disk lasts
-                    log.error("cannot write the journal in %s (%d times): %s", self.directory, self._failures, failure)
-                error = NotWritten(f"the journal in {self.directory} cannot be written: {failure}; nothing was kept, send it again later")
+                if (
+                    self._failures & (self._failures - 1) == 0
+                ):  # the 1st, 2nd, 4th, 8th, ...: a full disk lasts
+                    log.error(
+                        "cannot write the journal in %s (%d times): %s",
+                        self.directory,
+                        self._failures,
+                        failure,
+                    )
+                error = NotWritten(
+                    f"the journal in {self.directory} cannot be written: {failure}; nothing was kept, send it again later"
+                )
             self._loop.call_soon_threadsafe(_tell, batch, places, error)
 
     def _commit(self, records: list[Record]) -> list[Place]:
@@ -199,7 +219,12 @@ class Journal:
             try:
                 self._cut_back()
             except OSError as error:
-                log.error("cannot cut segment %d back to byte %d: %s; trying again before the next write", segment, durable, error)
+                log.error(
+                    "cannot cut segment %d back to byte %d: %s; trying again before the next write",
+                    segment,
+                    durable,
+                    error,
+                )
             raise
         self._dirty, self._failures = False, 0
         self._tail = (segment, at)
@@ -270,7 +295,9 @@ def _lock(path: Path) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(fd)
-                raise Damaged(f"{path.parent}: another trajectory server has had this open for {LOCK_WAIT_S:.0f} s; end it first") from None
+                raise Damaged(
+                    f"{path.parent}: another trajectory server has had this open for {LOCK_WAIT_S:.0f} s; end it first"
+                ) from None
             time.sleep(0.1)
         except OSError as error:
             log.warning("%s: no locks on this filesystem (%s)", path, error)

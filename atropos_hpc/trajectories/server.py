@@ -27,12 +27,12 @@ import orjson
 from aiohttp import web
 from isal import isal_zlib
 
-from atropos_hpc import process
-from atropos_hpc.rendezvous import Member, own_host
-from atropos_hpc.run_dir import RunDir, Unreadable, read_json
-from atropos_hpc.trajectories import schema
+from atropos_hpc.contracts import group
+from atropos_hpc.contracts.group import Refused
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import Member, own_host
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_json
 from atropos_hpc.trajectories.journal import Damaged, Place
-from atropos_hpc.trajectories.schema import Refused
 from atropos_hpc.trajectories.service import Service
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,22 @@ CHUNK_BYTES = 1 << 20  # of an answer, between two looks at other requests
 DEPTH_S = 2.0  # between two reports of the queue's depth in the rendezvous
 BACKLOG = 1024
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-GARBAGE = 10_000  # objects that may come into cycles before they are looked for: some dozens of requests
+GARBAGE = (
+    10_000  # objects that may come into cycles before they are looked for: some dozens of requests
+)
 KEPT_BYTES = 32 << 20  # its maximum for the latter
 CLOSE_S = 5.0  # for requests under way at the end
 NO_EXAMPLE: dict[str, list[Any]] = {
-    name: [] for name in ("tokens", "masks", "scores", *schema.FLOATS, "generation_params", "messages", "images")
+    name: []
+    for name in (
+        "tokens",
+        "masks",
+        "scores",
+        *group.FLOATS,
+        "generation_params",
+        "messages",
+        "images",
+    )
 }
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -61,20 +72,38 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         """The token first, then the route; every refusal is JSON that says what is wrong."""
-        if request.path != "/health" and not authorized(request.headers.get("Authorization", ""), token):
-            return refusal(request, 401, "this run's token is needed: Authorization: Bearer <token>, or as the password of Basic")
+        if request.path != "/health" and not authorized(
+            request.headers.get("Authorization", ""), token
+        ):
+            return refusal(
+                request,
+                401,
+                "this run's token is needed: Authorization: Bearer <token>, or as the password of Basic",
+            )
         try:
             return await handler(request)
         except Refused as error:
             return refusal(request, error.status, str(error))
         except web.HTTPException as error:
-            return refusal(request, error.status, f"{request.method} {request.path}: {error.reason}")
+            return refusal(
+                request, error.status, f"{request.method} {request.path}: {error.reason}"
+            )
 
     def refusal(request: web.Request, status: int, why: str) -> web.Response:
         service.refusals[status] += 1
         count = service.refusals[status]
-        if status != 410 and count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a flood must not fill the disk
-            log.warning("%s %s from %s refused (%d, number %d): %s", request.method, request.path, request.remote, status, count, why)
+        if (
+            status != 410 and count & (count - 1) == 0
+        ):  # the 1st, 2nd, 4th, 8th, ...: a flood must not fill the disk
+            log.warning(
+                "%s %s from %s refused (%d, number %d): %s",
+                request.method,
+                request.path,
+                request.remote,
+                status,
+                count,
+                why,
+            )
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
         return web.json_response({"detail": why}, status=status, headers=headers)
 
@@ -100,9 +129,14 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
         return inflate(body, request.headers.get("Content-Encoding", ""), INFLATED * max_body_bytes)
 
     def answer(value: Any) -> web.Response:
-        return web.Response(body=value if isinstance(value, bytes) else orjson.dumps(value), content_type="application/json")
+        return web.Response(
+            body=value if isinstance(value, bytes) else orjson.dumps(value),
+            content_type="application/json",
+        )
 
-    async def stream(request: web.Request, content_type: str, chunks: Iterable[bytes], length: int | None) -> web.StreamResponse:
+    async def stream(
+        request: web.Request, content_type: str, chunks: Iterable[bytes], length: int | None
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": content_type})
         response.content_length = length
         await response.prepare(request)
@@ -134,7 +168,13 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
 
     async def batch(request: web.Request) -> web.StreamResponse:
         if service.ledger.registration is None:
-            return answer({"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []})
+            return answer(
+                {
+                    "status": "error",
+                    "message": "Trainer not registered. Call /register first.",
+                    "batch": [],
+                }
+            )
         places = await service.batch()
         if places is None:
             return answer({"batch": None})
@@ -142,11 +182,20 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
 
     async def lease(request: web.Request) -> web.StreamResponse:
         k, rank, world = (number(request, name) for name in ("batch", "rank", "world"))
-        oldest, version, wait_s = number(request, "oldest", 0), number(request, "version", k), number(request, "wait", 0, float)
+        oldest, version, wait_s = (
+            number(request, "oldest", 0),
+            number(request, "version", k),
+            number(request, "wait", 0, float),
+        )
         places = await service.lease(k, rank, world, wait_s, oldest, version)
         if places is None:
             return web.Response(status=204)
-        return await stream(request, "application/octet-stream", _records(service, places), sum(place.size for place in places))
+        return await stream(
+            request,
+            "application/octet-stream",
+            _records(service, places),
+            sum(place.size for place in places),
+        )
 
     async def ack(request: web.Request) -> web.Response:
         return answer(await service.acknowledge(number(request, "batch")))
@@ -163,7 +212,9 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
             web.get("/info", without_body(service.info)),
             web.get("/wandb_info", without_body(service.wandb_info)),
             web.get("/status", without_body(service.status)),
-            web.get("/latest_example", without_body(lambda: service.latest_example() or NO_EXAMPLE)),
+            web.get(
+                "/latest_example", without_body(lambda: service.latest_example() or NO_EXAMPLE)
+            ),
             web.get("/status-env", with_body(service.environment_status)),
             web.get("/reset_data", reset_data),
             web.get("/batch", batch),
@@ -215,7 +266,12 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def number(request: web.Request, name: str, default: float | None = None, kind: Callable[[str], float] = int) -> Any:
+def number(
+    request: web.Request,
+    name: str,
+    default: float | None = None,
+    kind: Callable[[str], float] = int,
+) -> Any:
     """A number of the query string. Raises Refused (422)."""
     text = request.query.get(name)
     if text is None and default is not None:
@@ -243,17 +299,21 @@ def _records(service: Service, places: list[Place]) -> Iterable[bytes]:
 
 def _batch_json(service: Service, places: list[Place]) -> Iterable[bytes]:
     for index, place in enumerate(places):
-        yield (b"," if index else b'{"batch":[') + schema.as_json(service.journal.read(place))
+        yield (b"," if index else b'{"batch":[') + group.as_json(service.journal.read(place))
     yield b"]}"
 
 
 def listen(run: RunDir, member: str, host: str) -> socket.socket:
     """A bound socket on `host`: on the port that the member's previous process had if that is free, else on any."""
     try:
-        previous = str(read_json(run.members / f"{member}.json").get("url") or "").rpartition(":")[2]
+        previous = str(read_json(run.members / f"{member}.json").get("url") or "").rpartition(":")[
+            2
+        ]
     except Unreadable:  # damaged; this process will write it anew
         previous = ""
-    family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, _, _, _, address = socket.getaddrinfo(
+        host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
     for port in ([int(previous)] if previous.isdigit() else []) + [0]:
         server = socket.socket(family, socket.SOCK_STREAM)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -274,13 +334,21 @@ def url_of(server: socket.socket, host: str) -> str:
 
 async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
     """Serve `app` on a bound socket, until the returned runner's cleanup(). Inflating bodies is left to `inflate`, which has a limit."""
-    runner = web.AppRunner(app, access_log=None, auto_decompress=False, handler_cancellation=False, shutdown_timeout=CLOSE_S)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        auto_decompress=False,
+        handler_cancellation=False,
+        shutdown_timeout=CLOSE_S,
+    )
     await runner.setup()
     await web.SockSite(runner, server, backlog=BACKLOG).start()
     return runner
 
 
-async def tell_depth(member: Member, depth: Callable[[], dict[str, int]], end: "asyncio.Task[Any]") -> None:
+async def tell_depth(
+    member: Member, depth: Callable[[], dict[str, int]], end: "asyncio.Task[Any]"
+) -> None:
     """Until `end` has ended, keep the rendezvous told of the queue's depth."""
     while not (await asyncio.wait([end], timeout=DEPTH_S))[0]:
         now = depth()
@@ -296,15 +364,21 @@ async def serve(run: RunDir, node: str) -> None:
     for number_ in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number_, stop.set)
     process.tasks_on_request()
-    server = listen(run, f"trajectories-{node}-0", host)  # before Member, which overwrites the record of the port
+    server = listen(
+        run, f"trajectories-{node}-0", host
+    )  # before Member, which overwrites the record of the port
     member = Member(run, "trajectories", node)
     try:
-        service = Service(run.trajectories, config["trajectories"]["segment_bytes"], config["model"]["max_length"])
+        service = Service(
+            run.trajectories, config["trajectories"]["segment_bytes"], config["model"]["max_length"]
+        )
     except Damaged as error:
         log.error("%s", error)
         member.leave(state="ended", error=str(error))
         raise SystemExit(1) from None
-    runner = await start(application(service, token, config["trajectories"]["max_body_bytes"]), server)
+    runner = await start(
+        application(service, token, config["trajectories"]["max_body_bytes"]), server
+    )
     url = url_of(server, host)
     log.info("listening on %s", url)
     await asyncio.to_thread(member.update, state="serving", url=url, **service.depth())

@@ -16,18 +16,30 @@ import msgspec
 import numpy as np
 import orjson
 
-from atropos_hpc.trajectories import schema
+from atropos_hpc.contracts import group
+from atropos_hpc.contracts.group import Refused
+from atropos_hpc.trajectories.batching import (
+    Count,
+    Environment,
+    Item,
+    Ledger,
+    Presence,
+    Registration,
+    Share,
+    Text,
+    share_out,
+)
 from atropos_hpc.trajectories.journal import Damaged, Journal, NotWritten, Place
-from atropos_hpc.trajectories.ledger import Count, Environment, Item, Ledger, Presence, Registration, Share, Text, share_out
-from atropos_hpc.trajectories.record import EVENT, GROUP, HEADER_BYTES, SNAPSHOT, Record
-from atropos_hpc.trajectories.schema import Refused
+from atropos_hpc.trajectories.wal_record import EVENT, GROUP, HEADER_BYTES, SNAPSHOT, Record
 
 log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 60.0  # for one lease; a learner asks again
 MAX_QUEUED = 1 << 18  # groups; environments that take no notice of queue_size are held up here
 LOOK_AGAIN_S = 1.0  # how often a waiting lease looks for what no arrival announces: a share that is not waited for any longer
-ACKNOWLEDGED = "batch {} was acknowledged as part of a checkpoint, and is gone; the next batch is {}"
+ACKNOWLEDGED = (
+    "batch {} was acknowledged as part of a checkpoint, and is gone; the next batch is {}"
+)
 
 T = TypeVar("T")
 
@@ -60,13 +72,21 @@ def parse(body: bytes, into: type[T]) -> T:
 class Service:
     """The journal, the ledger over it, and the waiting between them. Construct inside the event loop; that replays the journal."""
 
-    def __init__(self, directory: Path, segment_bytes: int, max_length: int = schema.ANY_LENGTH) -> None:
-        self.journal, self.ledger, self.max_length = Journal(directory, segment_bytes), Ledger(), max_length
+    def __init__(
+        self, directory: Path, segment_bytes: int, max_length: int = group.ANY_LENGTH
+    ) -> None:
+        self.journal, self.ledger, self.max_length = (
+            Journal(directory, segment_bytes),
+            Ledger(),
+            max_length,
+        )
         self.refusals: Counter[int] = Counter()  # by HTTP status
         self.closing = False
         self._forming = asyncio.Lock()  # one decision at a time about what is in the queue
         self._arrived = asyncio.Event()  # replaced at each arrival
-        self._being_stored: dict[int, asyncio.Future[None]] = {}  # payload hash -> its first copy's way to the disk
+        self._being_stored: dict[
+            int, asyncio.Future[None]
+        ] = {}  # payload hash -> its first copy's way to the disk
         self._handed_out: int | None = None  # the batch that the last /batch gave away
         self._replay()
         self.journal.start(self._snapshot)
@@ -82,14 +102,18 @@ class Service:
         for place, header, record in self.journal.replay():
             records += 1
             if header.kind == GROUP:
-                item = Item(header.gid, place, header.sequences, header.tokens, header.env_id, header.oldest)
+                item = Item(
+                    header.gid, place, header.sequences, header.tokens, header.env_id, header.oldest
+                )
                 self.ledger.add(item, header.hash, replay=True)
                 continue
             text = bytes(record[HEADER_BYTES : HEADER_BYTES + header.meta_size])
             if header.kind == EVENT:
                 self.ledger.apply(orjson.loads(text))
             elif header.kind == SNAPSHOT:
-                hashes = np.frombuffer(bytes(record[HEADER_BYTES + header.meta_size + -header.meta_size % 8 :]), "<u8")
+                hashes = np.frombuffer(
+                    bytes(record[HEADER_BYTES + header.meta_size + -header.meta_size % 8 :]), "<u8"
+                )
                 self.ledger.restore(orjson.loads(text), hashes.tolist())
         missing = self.ledger.replayed(time.monotonic())
         if missing:
@@ -98,19 +122,25 @@ class Service:
                 " removed? Restore it; or move the directory away and resume from the checkpoint"
             )
         self._retire()
-        log.info("replayed %d records in %.2f s; %s", records, time.monotonic() - start, self.depth())
+        log.info(
+            "replayed %d records in %.2f s; %s", records, time.monotonic() - start, self.depth()
+        )
 
     def _snapshot(self) -> Record:
         text = orjson.dumps(self.ledger.snapshot())
         padded = text + b"\0" * (-len(text) % 8)
-        return Record(SNAPSHOT, padded + np.fromiter(self.ledger.known, "<u8").tobytes(), meta_size=len(text))
+        return Record(
+            SNAPSHOT, padded + np.fromiter(self.ledger.known, "<u8").tobytes(), meta_size=len(text)
+        )
 
     async def _record(self, event: str, **details: Any) -> None:
         """Journal an event, then apply it."""
         value = {"event": event, **details}
         text = orjson.dumps(value)
         try:
-            await self.journal.append(Record(EVENT, text, meta_size=len(text)), lambda place: self.ledger.apply(value))
+            await self.journal.append(
+                Record(EVENT, text, meta_size=len(text)), lambda place: self.ledger.apply(value)
+            )
         except NotWritten as error:
             raise Refused(503, str(error)) from None
 
@@ -137,7 +167,9 @@ class Service:
         self._announce()
         return {"uuid": uuid.uuid4().int >> 65}
 
-    async def lease(self, batch: int, rank: int, world: int, wait_s: float, oldest: int, version: int) -> list[Place] | None:
+    async def lease(
+        self, batch: int, rank: int, world: int, wait_s: float, oldest: int, version: int
+    ) -> list[Place] | None:
         """Where this rank's groups of the batch lie; None: not there after `wait_s` seconds. The same until it is acknowledged.
 
         A batch that is formed now leaves out, and drops, groups that a policy version before `oldest` has produced. `version`
@@ -178,8 +210,18 @@ class Service:
             if not ledger.started:
                 await self._record("started")
             if stale := ledger.stale(oldest):
-                log.info("batch %d: dropping %d groups older than policy version %d", batch, len(stale), oldest)
-                await self._record("drop", groups=stale, oldest=oldest, sequences=sum(ledger.queue[gid].sequences for gid in stale))
+                log.info(
+                    "batch %d: dropping %d groups older than policy version %d",
+                    batch,
+                    len(stale),
+                    oldest,
+                )
+                await self._record(
+                    "drop",
+                    groups=stale,
+                    oldest=oldest,
+                    sequences=sum(ledger.queue[gid].sequences for gid in stale),
+                )
                 self._retire()
             gids = ledger.choose(time.monotonic())
             if gids is None:
@@ -190,7 +232,9 @@ class Service:
     async def acknowledge(self, batch: int) -> dict[str, Any]:
         """All batches up to this one are in weights that survive; nobody will go back to before them."""
         if batch >= self.ledger.formed:
-            raise Refused(409, f"batch {batch} has not been formed; the next batch is {self.ledger.formed}")
+            raise Refused(
+                409, f"batch {batch} has not been formed; the next batch is {self.ledger.formed}"
+            )
         if any(k <= batch for k in self.ledger.batches):
             await self._record("ack", batch=batch)
             self._retire()
@@ -223,12 +267,21 @@ class Service:
         if ledger.registration is None or not ledger.started:
             return {"status": "wait for trainer to start"}
         async with self._forming:
-            before = next((e for e in ledger.environments if request.member is not None and e.member == request.member), None)
+            before = next(
+                (
+                    e
+                    for e in ledger.environments
+                    if request.member is not None and e.member == request.member
+                ),
+                None,
+            )
             name = request.desired_name or "environment"
             environment = Environment(
                 env_id=before.env_id if before else len(ledger.environments),
                 desired_name=name,
-                real_name=before.real_name if before else f"{name}_{sum(e.desired_name == name for e in ledger.environments)}",
+                real_name=before.real_name
+                if before
+                else f"{name}_{sum(e.desired_name == name for e in ledger.environments)}",
                 max_token_length=request.max_token_length,
                 group_size=request.group_size,
                 weight=1.0 if request.weight is None else request.weight,
@@ -250,7 +303,9 @@ class Service:
     async def environment_status(self, body: bytes) -> dict[str, Any]:
         request, now = parse(body, StatusRequest), time.monotonic()
         if request.env_id not in self.ledger.presence:
-            raise Refused(404, f"env_id {request.env_id} is not registered: POST /register-env first")
+            raise Refused(
+                404, f"env_id {request.env_id} is not registered: POST /register-env first"
+            )
         self.ledger.hear(request.env_id, now, request.in_flight)
         return self.ledger.status_of(request.env_id, now)
 
@@ -264,11 +319,14 @@ class Service:
     async def store(self, body: bytes, many: bool) -> int:
         """Journal and queue the posted groups, all or none of them unless the disk fills between. Returns how many there were."""
         if len(self.ledger.queue) >= MAX_QUEUED:
-            raise Refused(503, f"{len(self.ledger.queue)} groups wait to be trained on, and no more are taken: send it again later")
+            raise Refused(
+                503,
+                f"{len(self.ledger.queue)} groups wait to be trained on, and no more are taken: send it again later",
+            )
         registration = self.ledger.registration
-        vocabulary = (registration.vocab_size if registration else 0) or schema.ANY_VOCABULARY
+        vocabulary = (registration.vocab_size if registration else 0) or group.ANY_VOCABULARY
         longest = registration.max_token_len if registration else self.max_length
-        records = schema.decode(body, many, vocabulary, longest if longest > 0 else schema.ANY_LENGTH)
+        records = group.decode(body, many, vocabulary, longest if longest > 0 else group.ANY_LENGTH)
         now = time.monotonic()
         for env_id in {record.env_id for record in records}:
             self.ledger.deliver(env_id, now)
@@ -276,7 +334,9 @@ class Service:
             stored: list[Any] = [await self._store(records[0])]
         else:
             stored = await asyncio.gather(*map(self._store, records), return_exceptions=True)
-        if failure := next((outcome for outcome in stored if isinstance(outcome, BaseException)), None):
+        if failure := next(
+            (outcome for outcome in stored if isinstance(outcome, BaseException)), None
+        ):
             raise failure
         if any(stored):
             self._announce()
@@ -302,7 +362,9 @@ class Service:
         self.ledger.next_gid += 1
 
         def add(place: Place) -> None:
-            item = Item(record.gid, place, record.sequences, record.tokens, record.env_id, record.oldest)
+            item = Item(
+                record.gid, place, record.sequences, record.tokens, record.env_id, record.oldest
+            )
             self.ledger.add(item, record.hash)
 
         storing = self.journal.append(record, add)
@@ -323,11 +385,17 @@ class Service:
             "stale": ledger.stale_groups,
             "stale_sequences": ledger.stale_sequences,
             "repeated": ledger.repeated,
-            "refused": sum(n for status, n in self.refusals.items() if status not in (401, 404, 405, 409, 410)),
+            "refused": sum(
+                n for status, n in self.refusals.items() if status not in (401, 404, 405, 409, 410)
+            ),
         }
 
     def status(self) -> dict[str, Any]:
-        return {"current_step": self.ledger.formed, "queue_size": len(self.ledger.queue), **self.depth()}
+        return {
+            "current_step": self.ledger.formed,
+            "queue_size": len(self.ledger.queue),
+            **self.depth(),
+        }
 
     def info(self) -> dict[str, Any]:
         registration = self.ledger.registration
@@ -346,6 +414,10 @@ class Service:
     def latest_example(self) -> bytes | None:
         """The group that came last, as JSON; None if there is none, or it is done with and gone."""
         try:
-            return schema.as_json(self.journal.read(self.ledger.latest.place)) if self.ledger.latest else None
+            return (
+                group.as_json(self.journal.read(self.ledger.latest.place))
+                if self.ledger.latest
+                else None
+            )
         except KeyError:
             return None

@@ -30,7 +30,11 @@ from atropos_hpc.environments.addition import ANSWER_TOKENS, encode, problems  #
 
 # What a step's time goes to, by the methods of GRPOTrainer. `_get_per_token_logps_and_entropies` is called for the reference, and
 # once more inside the loss; what is left of a step is scoring, bookkeeping and the data loader.
-PARTS = {"_generate": "generation", "_calculate_rewards": "rewards", "_get_per_token_logps_and_entropies": "forward passes"}
+PARTS = {
+    "_generate": "generation",
+    "_calculate_rewards": "rewards",
+    "_get_per_token_logps_and_entropies": "forward passes",
+}
 
 
 def exact(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
@@ -72,7 +76,9 @@ def timed(trainer: GRPOTrainer, seconds: Counter) -> None:
 
 def main() -> None:
     start = time.time()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     for name, kind in (("steps", int), ("batch", int), ("group", int), ("keep", int), ("seed", int),
@@ -80,7 +86,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=kind, required=True)
     asked = parser.parse_args()
     order, training = random.Random(asked.seed), problems(held_out=False)
-    drawn = [order.choice(training) for _ in range(asked.steps * asked.batch // asked.group)]  # as the environment draws them
+    drawn = [
+        order.choice(training) for _ in range(asked.steps * asked.batch // asked.group)
+    ]  # as the environment draws them
     conf = GRPOConfig(
         output_dir=str(asked.out), seed=asked.seed, use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none",
         save_strategy="no", logging_steps=20, disable_tqdm=True, dataloader_pin_memory=False,
@@ -94,14 +102,18 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(asked.base),
         reward_funcs=exact,
         args=conf,
-        train_dataset=Dataset.from_list([{"prompt": problem.prompt, "answer": problem.answer} for problem in drawn]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": problem.prompt, "answer": problem.answer} for problem in drawn]
+        ),
     )
     seconds: Counter = Counter()
     timed(trainer, seconds)
     kept = Kept(asked.out, asked.keep)
     trainer.add_callback(kept)
     trainer.train()
-    (asked.out / "times.json").write_text(json.dumps({"start": start, "steps": kept.times, "seconds": seconds}))
+    (asked.out / "times.json").write_text(
+        json.dumps({"start": start, "steps": kept.times, "seconds": seconds})
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from atropos_hpc.launch.plan import PointFailed
+from atropos_hpc.launch.restart_policy import PointFailed
 
 SWEEP_NAMES = {"dir": "${run_dir}", "subdir": "${hydra.job.num}"}  # as in configs/config.yaml
 
@@ -52,7 +52,9 @@ class Shared:
 
     def __init__(self, node: DictConfig, leaves: Iterable[str]) -> None:
         self.node = node
-        self.config = pickle.dumps(OmegaConf.to_object(node))  # five times as fast to copy as the object
+        self.config = pickle.dumps(
+            OmegaConf.to_object(node)
+        )  # five times as fast to copy as the object
         raw = OmegaConf.to_container(node)
         self.referring = [key for key in leaves if _holds("${", _at(raw, key))]
 
@@ -63,7 +65,9 @@ class Shared:
             OmegaConf.update(self.node, key, value)
         for key in [*values, *self.referring]:
             value, (section, _, name) = OmegaConf.select(self.node, key), key.rpartition(".")
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            value = (
+                OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            )
             setattr(attrgetter(section)(config) if section else config, name, value)
         return config
 
@@ -74,7 +78,9 @@ class SlurmLauncher(Launcher):
     def __init__(self, slots: int) -> None:
         self.slots = slots
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         from atropos_hpc.config import leaves
 
         self.hydra_context, self.config = hydra_context, config
@@ -83,10 +89,14 @@ class SlurmLauncher(Launcher):
         self.numbered = OmegaConf.to_container(config.hydra.sweep, resolve=False) == SWEEP_NAMES
         self.shared: dict[tuple[str, ...], Shared] = {}
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         from atropos_hpc.launch import sweep
 
-        return _returns(sweep.on_slurm(self._points(job_overrides, initial_job_idx), self.directory, self.slots))
+        return _returns(
+            sweep.on_slurm(self._points(job_overrides, initial_job_idx), self.directory, self.slots)
+        )
 
     @functools.cached_property
     def directory(self) -> Path:
@@ -113,15 +123,25 @@ class SlurmLauncher(Launcher):
         if not self.numbered or any("${hydra:" in override for override in overrides):
             return OmegaConf.to_object(self._composed(num, overrides))
         parsed = {override: _parsed(override) for override in overrides if override not in common}
-        plain = {each.key_or_group: each.value() for each in parsed.values() if self._is_plain(each)}
-        rest = [override for override in overrides if override in common or not self._is_plain(parsed[override])]
+        plain = {
+            each.key_or_group: each.value() for each in parsed.values() if self._is_plain(each)
+        }
+        rest = [
+            override
+            for override in overrides
+            if override in common or not self._is_plain(parsed[override])
+        ]
         alike = (*rest, *plain)
         if alike not in self.shared:
             self.shared[alike] = Shared(self._composed(num, rest), self.leaves)
         return self.shared[alike].with_values({**plain, "run_dir": str(self.directory / str(num))})
 
     def _is_plain(self, each: Override) -> bool:
-        return each.type is OverrideType.CHANGE and each.key_or_group in self.leaves and not isinstance(each.value(), (dict, list))
+        return (
+            each.type is OverrideType.CHANGE
+            and each.key_or_group in self.leaves
+            and not isinstance(each.value(), (dict, list))
+        )
 
     def _composed(self, num: int, overrides: Sequence[str]) -> DictConfig:
         """The config of a point as Hydra itself makes it, without Hydra's own section."""
@@ -151,7 +171,9 @@ def _at(values: Any, key: str) -> Any:
 def _holds(text: str, values: Any) -> bool:
     """Is `text` in one of the strings in there?"""
     if isinstance(values, (dict, list)):
-        return any(_holds(text, each) for each in (values.values() if isinstance(values, dict) else values))
+        return any(
+            _holds(text, each) for each in (values.values() if isinstance(values, dict) else values)
+        )
     return isinstance(values, str) and text in values
 
 
@@ -165,10 +187,16 @@ class GridSweeper(BasicSweeper):
 class LocalLauncher(SlurmLauncher):
     """One process per point, `slots` of them at once."""
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         from atropos_hpc.launch import sweep
 
-        return _returns(sweep.here(self._points(job_overrides, initial_job_idx), self.directory, max(1, self.slots)))
+        return _returns(
+            sweep.here(
+                self._points(job_overrides, initial_job_idx), self.directory, max(1, self.slots)
+            )
+        )
 
 
 def _returns(outcomes: "list[Any]") -> "list[JobReturn]":
@@ -176,7 +204,11 @@ def _returns(outcomes: "list[Any]") -> "list[JobReturn]":
     return [
         JobReturn(overrides=point.overrides, status=JobStatus.COMPLETED, _return_value=outcome)
         if outcome is None or outcome == "complete"
-        else JobReturn(overrides=point.overrides, status=JobStatus.FAILED, _return_value=PointFailed(f"point {point.num}: {outcome}"))
+        else JobReturn(
+            overrides=point.overrides,
+            status=JobStatus.FAILED,
+            _return_value=PointFailed(f"point {point.num}: {outcome}"),
+        )
         for point, outcome in outcomes
     ]
 
@@ -186,8 +218,18 @@ def register() -> None:
     plugins = Plugins.instance()
     known = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
     for name, conf in (("submitit_slurm", SlurmConf), ("submitit_local", LocalConf)):
-        known.pop(f"{name}.yaml", None)  # Hydra would hold our file against the other's schema, by its name
-        ConfigStore.instance().store(group="hydra/launcher", name=f"base_{name}", node=conf, provider="atropos_hpc")
-    ConfigStore.instance().store(group="hydra/sweeper", name="base_grid", node=GridConf, provider="atropos_hpc")
-    for plugin in (SlurmLauncher, LocalLauncher, GridSweeper):  # the scan does not see into every kind of editable install
+        known.pop(
+            f"{name}.yaml", None
+        )  # Hydra would hold our file against the other's schema, by its name
+        ConfigStore.instance().store(
+            group="hydra/launcher", name=f"base_{name}", node=conf, provider="atropos_hpc"
+        )
+    ConfigStore.instance().store(
+        group="hydra/sweeper", name="base_grid", node=GridConf, provider="atropos_hpc"
+    )
+    for plugin in (
+        SlurmLauncher,
+        LocalLauncher,
+        GridSweeper,
+    ):  # the scan does not see into every kind of editable install
         plugins.register(plugin)

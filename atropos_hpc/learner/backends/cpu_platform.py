@@ -32,7 +32,9 @@ class _Device(str):
 def _device_module() -> types.ModuleType:
     """torch.cpu, with the answers that only torch.cuda has: no memory is counted, nothing needs to be emptied."""
     module = types.ModuleType("verl_cpu_device")
-    vars(module).update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("_")})
+    vars(module).update(
+        {name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("_")}
+    )
 
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
@@ -41,7 +43,12 @@ def _device_module() -> types.ModuleType:
 
     for name in ("empty_cache", "ipc_collect", "reset_peak_memory_stats", "set_device"):
         setattr(module, name, nothing)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
         setattr(module, name, zero)
     vars(module).update(
         mem_get_info=lambda *args: (0, 0),
@@ -138,7 +145,9 @@ def register_engine() -> None:
         def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
             names = vars(transformer_impl)
             policy = names["CPUOffloadPolicy"]
-            names["CPUOffloadPolicy"] = lambda pin_memory=True: policy(pin_memory=False)  # pinning needs an accelerator
+            names["CPUOffloadPolicy"] = lambda pin_memory=True: policy(
+                pin_memory=False
+            )  # pinning needs an accelerator
             try:
                 return super()._build_fsdp_module(module)
             finally:

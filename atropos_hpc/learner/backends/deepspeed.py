@@ -46,7 +46,9 @@ class DeepSpeedBackend(VerlBackend):
     """See `Backend`. `trainer.deepspeed` is DeepSpeed's JSON; what the run itself decides comes on top of it."""
 
     def _build_policy(self, model: ModelConf, trainer: TrainerConf) -> Any:
-        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # DeepSpeed insists
+        os.environ.setdefault(
+            "LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")
+        )  # DeepSpeed insists
         _without_shared_memory_kernel()
         engine = _Engine(**self._engine_options(model, trainer, trainable=True))
         engine.json = described(model, trainer)
@@ -71,7 +73,10 @@ class DeepSpeedBackend(VerlBackend):
         moments: dict[str, Any] = {}
         for name, parameter in self._trained():
             weights[name] = _sharded(_master(parameter), self._mesh)
-            moments[name] = {key: _sharded(safe_get_full_optimizer_state(parameter, key), self._mesh) for key in MOMENTS} | {"step": step}
+            moments[name] = {
+                key: _sharded(safe_get_full_optimizer_state(parameter, key), self._mesh)
+                for key in MOMENTS
+            } | {"step": step}
         return {"model": weights, "optimizer": moments}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
@@ -80,8 +85,15 @@ class DeepSpeedBackend(VerlBackend):
             value = state["model"][name].full_tensor()
             safe_set_full_fp32_param(parameter, value)
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state["optimizer"][name][key].full_tensor(), key)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._policy.stage == 3), torch.no_grad():
+                safe_set_full_optimizer_state(
+                    parameter, state["optimizer"][name][key].full_tensor(), key
+                )
+            with (
+                deepspeed.zero.GatheredParameters(
+                    [parameter], modifier_rank=0, enabled=self._policy.stage == 3
+                ),
+                torch.no_grad(),
+            ):
                 parameter.data.copy_(value)
             taken = float(state["optimizer"][name]["step"])
         for moments in self._policy.optimizer.state.values():
@@ -89,7 +101,11 @@ class DeepSpeedBackend(VerlBackend):
         self._set_schedule(step)
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+        return (
+            (name, parameter)
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        )
 
     def _adam_step(self) -> float:
         return float(next(iter(self._policy.optimizer.state.values()))["step"])
@@ -107,7 +123,11 @@ class _Engine(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         self._autocast_dtype = torch.bfloat16 if self.json["bf16"]["enabled"] else torch.float32
         # verl reads the weights on rank 0 alone, and leaves the others to FSDP
-        module = module.to_empty(device=get_device_id()) if any(p.is_meta for p in module.parameters()) else module.to(get_device_id())
+        module = (
+            module.to_empty(device=get_device_id())
+            if any(p.is_meta for p in module.parameters())
+            else module.to(get_device_id())
+        )
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.data, src=0)
         return module
@@ -118,9 +138,14 @@ class _Engine(FSDPEngineWithLMHead):
             model=module, optimizer=own, config=self.json, dist_init_required=False
         )
         # Adam's state, which ZeRO makes at the first step, is made now: a checkpoint may want to be loaded into it, or be made of it.
-        partitions = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        partitions = (
+            "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        )
         for partition in getattr(self._zero_optimizer, partitions):
-            own.state[partition] = {"step": torch.zeros(()), **{key: torch.zeros_like(partition) for key in MOMENTS}}
+            own.state[partition] = {
+                "step": torch.zeros(()),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
         if self.stage < 3:
             self._zero_optimizer._lazy_init_hp_params_optimizer_state()
         return own
@@ -145,7 +170,9 @@ class _Engine(FSDPEngineWithLMHead):
         self._zero.step()
         norm = float(self._zero.get_global_grad_norm())
         if not norm < float("inf"):  # ZeRO has no look before it steps
-            raise RuntimeError(f"the gradient norm is {norm}, and the weights are spoilt: to be continued from the last checkpoint")
+            raise RuntimeError(
+                f"the gradient norm is {norm}, and the weights are spoilt: to be continued from the last checkpoint"
+            )
         return norm
 
 
@@ -171,10 +198,17 @@ class _Trained:
 
 def described(model: ModelConf, trainer: TrainerConf) -> dict[str, Any]:
     """DeepSpeed's config: trainer.deepspeed, and what follows from the rest of the config."""
-    zero = {"stage": 2, "overlap_comm": not cpu_platform.ON_CPU, **trainer.deepspeed.get("zero_optimization", {})}
+    zero = {
+        "stage": 2,
+        "overlap_comm": not cpu_platform.ON_CPU,
+        **trainer.deepspeed.get("zero_optimization", {}),
+    }
     if trainer.offload:
         host = {"device": "cpu", "pin_memory": not cpu_platform.ON_CPU}
-        zero |= {"offload_optimizer": host, **({"offload_param": host} if zero["stage"] == 3 else {})}
+        zero |= {
+            "offload_optimizer": host,
+            **({"offload_param": host} if zero["stage"] == 3 else {}),
+        }
     return {
         **trainer.deepspeed,
         "zero_optimization": zero,
@@ -210,10 +244,18 @@ def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
 def _sharded(value: torch.Tensor, mesh: DeviceMesh) -> DTensor:
     """This rank's share of a tensor that every rank has whole: the rows that FSDP2 would give it."""
     pieces = value.detach().chunk(mesh.size(), dim=0)
-    own = pieces[mesh.get_local_rank()].clone() if mesh.get_local_rank() < len(pieces) else value.detach()[:0].clone()
-    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
+    own = (
+        pieces[mesh.get_local_rank()].clone()
+        if mesh.get_local_rank() < len(pieces)
+        else value.detach()[:0].clone()
+    )
+    return DTensor.from_local(
+        own, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride()
+    )
 
 
 def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return ((name, tensor) for name, tensor in module.state_dict().items() if name not in parameters)
+    return (
+        (name, tensor) for name, tensor in module.state_dict().items() if name not in parameters
+    )

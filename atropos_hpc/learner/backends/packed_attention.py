@@ -25,7 +25,9 @@ NAME = "packed_sdpa"  # in transformers' registries
 class Layout:
     """Where the T tokens of a pack stand in blocks of sequences."""
 
-    blocks: list[torch.Tensor]  # [B, L] each: the tokens' places in the pack, a sequence's last one again as padding
+    blocks: list[
+        torch.Tensor
+    ]  # [B, L] each: the tokens' places in the pack, a sequence's last one again as padding
     places: torch.Tensor  # [T], the place of every token of the pack among the blocks' elements, one block after the other
 
 
@@ -75,27 +77,50 @@ def attend(
     """
     if attention_mask is not None or len(query) > 1:
         outcome: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **options
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            position_ids=position_ids,
+            **options,
         )
         return outcome
     if position_ids is None or position_ids.dim() != 2:
         model = type(module).__name__
-        raise NotImplementedError(f"{model} is not told where sequences of a pack begin: use model.attention=flash_attention_2 or eager")
+        raise NotImplementedError(
+            f"{model} is not told where sequences of a pack begin: use model.attention=flash_attention_2 or eager"
+        )
     packed, parts = _layout_of(position_ids), []
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
     for block in packed.blocks:
-        q, k, v = (tensor.index_select(0, block.flatten()).unflatten(0, block.shape).transpose(1, 2) for tensor in flat)
-        part = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+        q, k, v = (
+            tensor.index_select(0, block.flatten()).unflatten(0, block.shape).transpose(1, 2)
+            for tensor in flat
+        )
+        part = scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
         parts.append(part.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed.places)[None], None
 
 
-def _mask(batch_size: int, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+def _mask(
+    batch_size: int, attention_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor | None:
     """None where `attend` needs no mask: causal, over the whole of each sequence."""
-    limited = options.get("local_size") is not None or options.get("use_vmap") or "allow_is_bidirectional_skip" in options
+    limited = (
+        options.get("local_size") is not None
+        or options.get("use_vmap")
+        or "allow_is_bidirectional_skip" in options
+    )
     if attention_mask is None and batch_size == 1 and not limited:
         return None
-    mask: torch.Tensor | None = sdpa_mask(batch_size=batch_size, attention_mask=attention_mask, **options)
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size, attention_mask=attention_mask, **options
+    )
     return mask
 
 

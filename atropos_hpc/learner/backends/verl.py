@@ -20,7 +20,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf
-from atropos_hpc.learner.backends import cpu_platform, packed_attention  # before anything else of verl
+from atropos_hpc.learner.backends import (  # before anything else of verl
+    cpu_platform,
+    packed_attention,
+)
 from atropos_hpc.learner.batch import Batch
 from atropos_hpc.learner.objective import objective
 
@@ -50,8 +53,18 @@ class VerlBackend:
     Raises ValueError for a value of `model` or `algorithm` that verl would choke on later.
     """
 
-    def __init__(self, model: ModelConf, trainer: TrainerConf, algorithm: AlgorithmConf, seed: int, reference: bool = True) -> None:
-        for key, value, known in (("dtype", model.dtype, DTYPES), ("attention", model.attention, ATTENTIONS)):
+    def __init__(
+        self,
+        model: ModelConf,
+        trainer: TrainerConf,
+        algorithm: AlgorithmConf,
+        seed: int,
+        reference: bool = True,
+    ) -> None:
+        for key, value, known in (
+            ("dtype", model.dtype, DTYPES),
+            ("attention", model.attention, ATTENTIONS),
+        ):
             if value not in known:
                 raise ValueError(f"model.{key}={value}: use one of {', '.join(known)}")
         if algorithm.kl_coef and not reference:
@@ -69,14 +82,23 @@ class VerlBackend:
             vars(transformer_impl)["logprobs_from_logits"] = _log_probs_from_logits
         transformers_logging.disable_progress_bar()  # a log file is no terminal
         self._policy = self._build_policy(model, trainer)
-        self._policy.is_mp_src_rank_with_outputs = lambda: True  # the gradient norm, too, on ranks that share sequences
-        self.data_rank, self.data_world = self._policy.get_data_parallel_rank(), self._policy.get_data_parallel_size()
+        self._policy.is_mp_src_rank_with_outputs = lambda: (
+            True
+        )  # the gradient norm, too, on ranks that share sequences
+        self.data_rank, self.data_world = (
+            self._policy.get_data_parallel_rank(),
+            self._policy.get_data_parallel_size(),
+        )
         if not algorithm.entropy_coef:  # the entropy is only a metric then: don't keep its graph, which is as large as the logits
-            self._policy.compute_entropy_from_logits = torch.no_grad()(self._policy.compute_entropy_from_logits)
+            self._policy.compute_entropy_from_logits = torch.no_grad()(
+                self._policy.compute_entropy_from_logits
+            )
         self._lora = model.lora.rank > 0
         self._reference = None
         if reference:
-            self._reference = self._policy if self._lora else self._engine(model, trainer, trainable=False)
+            self._reference = (
+                self._policy if self._lora else self._engine(model, trainer, trainable=False)
+            )
         self.vocab_size: int = self._policy.model_config.hf_config.get_text_config().vocab_size
 
         self._saved = StateDictOptions(ignore_frozen_params=self._lora, strict=not self._lora)
@@ -106,19 +128,30 @@ class VerlBackend:
 
     def update(self, batch: Batch, kl_coef: float | None = None) -> dict[str, float]:
         if batch.trained_sequences == 0:
-            raise ValueError("no sequence of this batch has a token to train: every label in the groups' masks is -100")
+            raise ValueError(
+                "no sequence of this batch has a token to train: every label in the groups' masks is -100"
+            )
         if batch.needs_log_probs:
-            raise ValueError("the batch lacks old log-probs: call log_probs and Batch.set_old_log_probs on every rank first")
+            raise ValueError(
+                "the batch lacks old log-probs: call log_probs and Batch.set_old_log_probs on every rank first"
+            )
         tensordict_utils.assign_non_tensor(batch.tensors, calculate_entropy=True)
         sums = _Sums()
         engine, lr = self._policy, self._policy.optimizer.param_groups[0]["lr"]
         config = objective(self._algorithm, self._max_length, kl_coef)  # ppo_loss writes into it
         with engine.train_mode():
-            output = engine.train_batch(batch.tensors, loss_function=partial(_measured, partial(ppo_loss, config=config), sums))
+            output = engine.train_batch(
+                batch.tensors,
+                loss_function=partial(_measured, partial(ppo_loss, config=config), sums),
+            )
             engine.lr_scheduler_step()
         grad_norm = float(output["metrics"]["grad_norm"])
         if not np.isfinite(grad_norm):
-            log.error("step %d: the gradient norm is %s, so the weights were left as they were", self.step_count, grad_norm)
+            log.error(
+                "step %d: the gradient norm is %s, so the weights were left as they were",
+                self.step_count,
+                grad_norm,
+            )
         return {**sums.over_ranks(self.world), "grad_norm": grad_norm, "lr": lr}
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,14 +169,23 @@ class VerlBackend:
         _, present = get_state_dict(self.module, self._policy.optimizer, options=self._saved)
         moments = {"state": state["optimizer"], "param_groups": present["param_groups"]}
         optimizer = self._policy.optimizer
-        set_state_dict(self.module, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=self._saved)
+        set_state_dict(
+            self.module,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=moments,
+            options=self._saved,
+        )
         self._set_schedule(step)
 
     def _set_schedule(self, step: int) -> None:
         """Have the learning rate's schedule go on behind `step`."""
         scheduler = self._policy.lr_scheduler
         scheduler.last_epoch, scheduler._step_count = step, step + 1
-        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        rates = [
+            base * factor(step)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(self._policy.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         scheduler._last_lr = rates
@@ -168,7 +210,11 @@ class VerlBackend:
 def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[str, Any]:
     """verl's configs of an engine. trainer.fsdp_config and trainer.optim come on top, less what checks.py refuses there."""
     precision = {"param_dtype": DTYPES[model.dtype], "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    engine = {"use_torch_compile": False, "entropy_from_logits_with_chunking": True, **trainer.fsdp_config}
+    engine = {
+        "use_torch_compile": False,
+        "entropy_from_logits_with_chunking": True,
+        **trainer.fsdp_config,
+    }
     return dict(
         model_config=HFModelConfig(
             path=str(model.path),
@@ -176,7 +222,11 @@ def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[st
             trust_remote_code=model.trust_remote_code,
             use_remove_padding=True,
             enable_gradient_checkpointing=trainer.gradient_checkpointing and trainable,
-            override_config={"attn_implementation": packed_attention.register() if model.attention == "sdpa" else model.attention},
+            override_config={
+                "attn_implementation": packed_attention.register()
+                if model.attention == "sdpa"
+                else model.attention
+            },
             lora_rank=model.lora.rank if trainable else 0,
             lora_alpha=model.lora.alpha,
             target_modules=list(model.lora.targets) or "all-linear",
@@ -206,10 +256,14 @@ def _log_probs(engine: Any, batch: Batch) -> torch.Tensor:
     tensordict_utils.assign_non_tensor(batch.tensors, calculate_entropy=False)
     with engine.eval_mode():
         output = engine.infer_batch(batch.tensors)
-    return response_from_nested(output["model_output"]["log_probs"], batch.tensors["response_mask"]).cpu()
+    return response_from_nested(
+        output["model_output"]["log_probs"], batch.tensors["response_mask"]
+    ).cpu()
 
 
-def _log_probs_from_logits(logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True) -> torch.Tensor:
+def _log_probs_from_logits(
+    logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True
+) -> torch.Tensor:
     """What verl computes without flash-attention, for all tokens at once rather than token by token, and in float32 for bfloat16 too.
 
     logits [T, vocabulary], labels [T] -> float32 [T]. bfloat16 has 8 bits for a log-prob, and ratios are differences of those.
@@ -225,8 +279,14 @@ class _Sums:
         self.tokens = 0.0  # trained
         self.known = 0.0  # of them with a behaviour log-prob
         self.over_tokens: dict[str, float] = {}  # becomes a mean over trained tokens
-        self.of_loss: dict[str, float] = {}  # terms that verl has already divided by the global totals, times the number of ranks
-        self.mismatch = [0.0, 0.0, 0.0]  # sums of |d|, d and exp(-2 d), where d = behaviour - own log-prob
+        self.of_loss: dict[
+            str, float
+        ] = {}  # terms that verl has already divided by the global totals, times the number of ranks
+        self.mismatch = [
+            0.0,
+            0.0,
+            0.0,
+        ]  # sums of |d|, d and exp(-2 d), where d = behaviour - own log-prob
         self.greatest = [0.0, -math.inf]  # of |d| and -d
 
     def add_over_tokens(self, name: str, value: float) -> None:
@@ -236,14 +296,26 @@ class _Sums:
         self.of_loss[name] = self.of_loss.get(name, 0.0) + value
 
     def over_ranks(self, world: int) -> dict[str, float]:
-        sums = [self.tokens, self.known, *self.mismatch, *self.over_tokens.values(), *self.of_loss.values()]
+        sums = [
+            self.tokens,
+            self.known,
+            *self.mismatch,
+            *self.over_tokens.values(),
+            *self.of_loss.values(),
+        ]
         total = torch.tensor(sums, dtype=torch.float64)
         greatest = torch.tensor(self.greatest, dtype=torch.float64)
         dist.all_reduce(total)
         dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
         tokens, known, absolute, kl, squares, *rest = total.tolist()
-        means = {name: value / tokens for name, value in zip(self.over_tokens, rest[: len(self.over_tokens)], strict=True)}
-        losses = {name: value / world for name, value in zip(self.of_loss, rest[len(means) :], strict=True)}
+        means = {
+            name: value / tokens
+            for name, value in zip(self.over_tokens, rest[: len(self.over_tokens)], strict=True)
+        }
+        losses = {
+            name: value / world
+            for name, value in zip(self.of_loss, rest[len(means) :], strict=True)
+        }
         if not known:
             return {**losses, **means}
         compared = {
@@ -257,15 +329,25 @@ class _Sums:
 
 
 def _measured(
-    loss_function: Callable[..., Any], sums: _Sums, model_output: dict[str, torch.Tensor], data: TensorDict, dp_group: Any = None
+    loss_function: Callable[..., Any],
+    sums: _Sums,
+    model_output: dict[str, torch.Tensor],
+    data: TensorDict,
+    dp_group: Any = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """`ppo_loss` of one micro-batch, whose metrics go to `sums`: verl's are means over micro-batches of unequal size."""
     loss, metrics = loss_function(model_output=model_output, data=data, dp_group=dp_group)
     with torch.no_grad():
         mask = data["response_mask"].values().bool()
         tokens = int(mask.sum())
-        own = response_from_nested(model_output["log_probs"], data["response_mask"]).values()[mask].float()
-        entropy = response_from_nested(model_output["entropy"], data["response_mask"]).values()[mask]
+        own = (
+            response_from_nested(model_output["log_probs"], data["response_mask"])
+            .values()[mask]
+            .float()
+        )
+        entropy = response_from_nested(model_output["entropy"], data["response_mask"]).values()[
+            mask
+        ]
         sums.tokens += tokens
         sums.add_of_loss("loss", loss.item())
         sums.add_of_loss("pg_loss", metrics["actor/pg_loss"].aggregate())
@@ -283,10 +365,17 @@ def _measured(
             squares = (-2 * difference).clamp(max=2 * LARGEST_LOG_RATIO).exp()
             of_batch = [float(values.sum()) for values in (difference.abs(), difference, squares)]
             sums.known += len(difference)
-            sums.mismatch = [one + other for one, other in zip(sums.mismatch, of_batch, strict=True)]
-            sums.greatest = [max(sums.greatest[0], float(difference.abs().max())), max(sums.greatest[1], float(-difference.min()))]
+            sums.mismatch = [
+                one + other for one, other in zip(sums.mismatch, of_batch, strict=True)
+            ]
+            sums.greatest = [
+                max(sums.greatest[0], float(difference.abs().max())),
+                max(sums.greatest[1], float(-difference.min())),
+            ]
     return loss, {}
 
 
 if cpu_platform.ON_CPU and get_device_name() != "cpu":
-    raise ImportError("something imported verl before atropos_hpc.learner.backends.cpu_platform, and verl has settled on another device")
+    raise ImportError(
+        "something imported verl before atropos_hpc.learner.backends.cpu_platform, and verl has settled on another device"
+    )

@@ -1,0 +1,342 @@
+"""What is asked of Slurm, as text. Pure functions of the config and the environment: no process, no file, no clock.
+
+Order of use: `problems` and `script` (the login node: one sbatch call per run) -> `granted` (the batch step: which nodes each role got)
+-> `srun` (the batch step: one command line per step), with an environment from which `clean` has taken the batch step's own counts.
+"""
+
+import shlex
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.validate import Problem
+
+ROLES = (
+    "trainer",
+    "rollout",
+)  # in het jobs the number of the component; the first is the leader, whose first node runs the batch step
+
+
+@dataclass(frozen=True)
+class Group:
+    """The nodes that a role has got: Slurm's names, the raw id of the (component's) job, and the het group's number."""
+
+    nodes: tuple[str, ...]
+    job: str
+    het: int | None = None
+
+
+# --- scripts for sbatch
+
+
+def script(config: Config, output: str, command: str, slot: str | None = None) -> str:
+    """The batch script of a run: all roles (het, single), or the trainer (split). `slot`: runs with the same one take turns.
+
+    `exec` and `trap` are there for --signal=B:USR2, which goes to one pid, the batch shell's: the program takes the shell's place, and
+    a USR2 that comes before the program listens is ignored instead of deadly.
+    """
+    launch, name = config.launch, slot or config.launch.job_name
+    common = {
+        "job_name": name, "time": launch.minutes, "output": output, "open_mode": "append", "requeue": True,
+        "signal": f"B:USR2@{launch.signal_s}", "dependency": "singleton" if slot else None, **config.cluster.sbatch,
+    }  # fmt: skip
+    if launch.allocation == "het":
+        # Slurm lets a component outlive a node only if it has two nodes or more, and wants the option for all or for none
+        no_kill = {"no_kill": config.roles.trainer.nodes > 1 and config.roles.rollout.nodes > 1}
+        # a name of its own: of one name for both components, a singleton would wait for itself
+        rollout = {
+            "job_name": f"{name}.rollout",
+            **no_kill,
+            **config.cluster.sbatch,
+            **options(config, "rollout"),
+        }
+        sections = [{**common, **no_kill, **options(config, "trainer")}, rollout]
+    elif launch.allocation == "single":
+        sections = [{**common, "no_kill": config.roles.rollout.nodes > 1, **widest(config)}]
+    else:
+        sections = [{**common, **options(config, "trainer")}]
+    return _text(sections, "trap '' USR2", f"exec {command}")
+
+
+def rollout_script(config: Config, output: str, command: str) -> str:
+    """The rollout job of a split run: an array with one node per task, each of which Slurm requeues by itself when its node dies."""
+    rollout = options(config, "rollout")
+    section = {
+        "job_name": f"{config.launch.job_name}.rollout", "array": f"0-{rollout.pop('nodes') - 1}", "nodes": 1,
+        "time": config.launch.minutes, "output": output, "open_mode": "append", "requeue": True,
+        "signal": f"B:USR2@{config.launch.signal_s}", **config.cluster.sbatch, **rollout,
+    }  # fmt: skip
+    return _text([section], "trap '' USR2", f"exec {command}")
+
+
+def options(config: Config, role: str) -> dict[str, Any]:
+    """sbatch's options for a role; what the role leaves open, the cluster says."""
+    conf: RoleConf = getattr(config.roles, role)
+    cluster = config.cluster
+    return {
+        "nodes": conf.nodes,
+        "ntasks_per_node": conf.ranks_per_node if role == "trainer" else 1,
+        "cpus_per_task": conf.cpus_per_task,
+        "mem": conf.mem,
+        **_gpus(config, conf),
+        "partition": conf.partition or cluster.partition,
+        "account": conf.account or cluster.account,
+        "qos": conf.qos or cluster.qos,
+        "constraint": conf.constraint,
+        **conf.sbatch,
+    }
+
+
+def widest(config: Config) -> dict[str, Any]:
+    """Options of one homogeneous job that holds all roles: the nodes of both, each with the most that either asks for."""
+    both = [options(config, role) for role in ROLES]
+    confs = [config.roles.trainer, config.roles.rollout]
+    merged = {
+        key: value for each in reversed(both) for key, value in each.items() if value is not None
+    }
+    most = max(confs, key=lambda conf: conf.gpus_per_node)
+    return {
+        **merged,
+        "nodes": sum(each["nodes"] for each in both),
+        "ntasks_per_node": 1,
+        "cpus_per_task": max(each["ntasks_per_node"] * each["cpus_per_task"] for each in both),
+        "mem": max((conf.mem for conf in confs if conf.mem), key=megabytes, default=None),
+        **_gpus(config, most),
+    }
+
+
+def _gpus(config: Config, conf: RoleConf) -> dict[str, Any]:
+    if conf.gres:
+        return {"gres": conf.gres}
+    if not conf.gpus_per_node or not config.cluster.gpus:
+        return {}
+    option, _, value = (
+        config.cluster.gpus.removeprefix("--").format(n=conf.gpus_per_node).partition("=")
+    )
+    return {option.replace("-", "_"): value or True}
+
+
+def megabytes(mem: str) -> float:
+    """Slurm's spelling of memory.
+
+    >>> megabytes("500"), megabytes("2G"), megabytes("2GB")
+    (500.0, 2048.0, 2048.0)
+    """
+    number = mem.upper().removesuffix("B")
+    scale = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}.get(number[-1:])
+    return float(number[:-1]) * scale if scale else float(number)
+
+
+def _text(sections: Sequence[Mapping[str, Any]], *lines: str) -> str:
+    out = ["#!/bin/bash"]
+    for number, section in enumerate(sections):
+        out += ["#SBATCH hetjob"] if number else []
+        out += [
+            f"#SBATCH {_option(key, value)}"
+            for key, value in section.items()
+            if value is not None and value is not False
+        ]
+    return "\n".join([*out, *lines, ""])
+
+
+def _option(key: str, value: Any) -> str:
+    name = f"--{key.lstrip('-').replace('_', '-')}"
+    return name if value is True else f"{name}={shlex.quote(str(value))}"
+
+
+def slot_names(job_name: str, sweep: str, points: int, slots: int) -> list[str | None]:
+    """A job name per point of a sweep, `slots` different ones: jobs that share a name run one after another. 0 slots: no cap.
+
+    >>> slot_names("kl", "/runs/a", 3, 2), slot_names("kl", "/runs/a", 2, 0)
+    (['kl-76a66ae4-0', 'kl-76a66ae4-1', 'kl-76a66ae4-0'], [None, None])
+    """
+    prefix = f"{job_name}-{zlib.crc32(sweep.encode()):08x}"  # another sweep's slots are its own
+    return [f"{prefix}-{i % slots}" if slots else None for i in range(points)]
+
+
+def gpu_hours(config: Config) -> float:
+    """GPU-hours that a run asks for, at most: all nodes for the whole time limit."""
+    count = 0
+    for role in ROLES:
+        asked = options(config, role)
+        gpus = str(asked.get("gres") or asked.get("gpus_per_node") or 0).rpartition(":")[2]
+        conf: RoleConf = getattr(config.roles, role)
+        count += conf.nodes * (int(gpus) if gpus.isdigit() else conf.gpus_per_node)
+    return count * config.launch.minutes / 60
+
+
+# --- checks
+
+# sbatch's options that have a key of their own
+OWN_OPTIONS = {
+    "nodes": "roles.{role}.nodes", "ntasks_per_node": "roles.{role}.ranks_per_node", "cpus_per_task": "roles.{role}.cpus_per_task",
+    "gpus_per_node": "roles.{role}.gpus_per_node", "gres": "roles.{role}.gres", "mem": "roles.{role}.mem",
+    "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
+    "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
+}  # fmt: skip
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """What an allocation on Slurm needs of the config, whatever the cluster."""
+    launch = config.launch
+    if launch.allocation == "local":
+        for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
+            if role.container:
+                yield Problem(
+                    f"roles.{name}.container",
+                    "is started by Slurm; with launch.allocation=local, start the command inside it",
+                )
+        return
+    if launch.signal_s >= 60 * launch.minutes:
+        yield Problem(
+            "launch.signal_s",
+            f"{launch.signal_s} s before the end is before the start of launch.minutes={launch.minutes}",
+        )
+    if launch.signal_s < launch.save_timeout_s:
+        yield Problem(
+            "launch.signal_s",
+            f"{launch.signal_s} s are less than a checkpoint may take, launch.save_timeout_s={launch.save_timeout_s:g}",
+        )
+    gpus = config.cluster.gpus
+    if gpus and not (gpus.startswith("--") and "{n}" in gpus):
+        yield Problem(
+            "cluster.gpus",
+            f"{gpus!r} is not an option of sbatch with {{n}} for the number, such as --gres=gpu:{{n}}",
+        )
+    for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
+        for option in role.sbatch:
+            if option.lstrip("-").replace("-", "_") in OWN_OPTIONS:
+                own = OWN_OPTIONS[option.lstrip("-").replace("-", "_")].format(role=name)
+                yield Problem(
+                    f"roles.{name}.sbatch.{option}", f"is set by the run; change {own} instead"
+                )
+
+
+# --- in the batch step
+
+# srun takes its options from these when they are not given, and a batch step holds the leader's values
+_COUNTS = {
+    "NTASKS", "NPROCS", "NNODES", "JOB_NUM_NODES", "NTASKS_PER_NODE", "TASKS_PER_NODE", "CPUS_PER_TASK", "CPUS_PER_GPU", "GPUS",
+    "GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS_PER_SOCKET", "GPU_BIND", "GPU_FREQ", "GRES", "MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU",
+    "MEM_BIND", "CPU_BIND", "CPU_BIND_TYPE", "CPU_BIND_LIST", "CPU_BIND_VERBOSE", "DISTRIBUTION", "HINT", "EXCLUSIVE", "EXACT", "OVERLAP",
+    "THREADS_PER_CORE", "NTASKS_PER_GPU", "NTASKS_PER_CORE", "NO_KILL", "OPEN_MODE", "UNBUFFEREDIO", "TIMELIMIT", "EXPORT_ENV",
+    "HET_GROUP", "KILL_BAD_EXIT", "TRES_PER_TASK",
+}  # fmt: skip
+_OTHERS = {
+    "CUDA_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ROCR_VISIBLE_DEVICES",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+}
+
+
+def clean(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for srun: the job's identity stays; the batch step's own counts and the submitter's SRUN_*, SBATCH_* go.
+
+    >>> sorted(clean({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST_HET_GROUP_1": "n2", "SBATCH_QOS": "x", "RANK": "0"}))
+    ['SLURM_JOB_ID', 'SLURM_JOB_NODELIST_HET_GROUP_1']
+    """
+    drop = {f"SLURM_{name}" for name in _COUNTS} | _OTHERS
+    return {
+        key: value
+        for key, value in env.items()
+        if key not in drop and not key.startswith(("SRUN_", "SBATCH_"))
+    }
+
+
+def outside(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for sbatch, without anything of a job around it, which would leak into the new one."""
+    leaks = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "CUDA_VISIBLE", "GPU_DEVICE", "ROCR_VISIBLE")
+    return {
+        key: value for key, value in env.items() if key == "SLURM_CONF" or not key.startswith(leaks)
+    }
+
+
+def granted(
+    config: Config, env: Mapping[str, str], expand: Callable[[str], Sequence[str]]
+) -> dict[str, Group]:
+    """Which nodes each role got, from the batch step's environment. `expand`: a node list to names.
+
+    Raises ValueError, naming the key, when the job is not of the kind or the size that the config says.
+    """
+    kind, roles, job = config.launch.allocation, config.roles, env["SLURM_JOB_ID"]
+    if kind == "het":
+        if env.get("SLURM_HET_SIZE") != "2":
+            raise ValueError(
+                "launch.allocation: is het, but this is not a heterogeneous job of two components (trainer, rollout)"
+            )
+        groups = {
+            role: Group(
+                tuple(expand(env[f"SLURM_JOB_NODELIST_HET_GROUP_{i}"])),
+                env[f"SLURM_JOB_ID_HET_GROUP_{i}"],
+                i,
+            )
+            for i, role in enumerate(ROLES)
+        }
+    elif kind == "single":
+        nodes = tuple(expand(env["SLURM_JOB_NODELIST"]))
+        cut = roles.trainer.nodes
+        groups = {"trainer": Group(nodes[:cut], job), "rollout": Group(nodes[cut:], job)}
+    else:
+        groups = {"trainer": Group(tuple(expand(env["SLURM_JOB_NODELIST"])), job)}
+    for role, group in groups.items():
+        if len(group.nodes) != (asked := getattr(roles, role).nodes):
+            raise ValueError(
+                f"roles.{role}.nodes: is {asked}, but this job has {len(group.nodes)} for it"
+            )
+    return groups
+
+
+def srun(
+    name: str,
+    group: Group,
+    nodes: Sequence[str],
+    conf: RoleConf,
+    tasks_per_node: int,
+    container: str,
+    output: str,
+    program: str,
+) -> tuple[str, ...]:
+    """One step, with every count given. `program` is a shell script that each task runs; `container` is cluster.container.
+
+    The step gets all GPUs and all memory that its job has on these nodes. --overlap: a step that is started again need not wait until
+    Slurm has put the dead one away.
+    """
+    het = [f"--het-group={group.het}"] if group.het is not None else []
+    flags = (
+        [f"--container-image={conf.container}"] if conf.container and container == "pyxis" else []
+    )
+    return (
+        "srun", *het, f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}",
+        f"--nodelist={','.join(nodes)}", f"--cpus-per-task={conf.cpus_per_task}", "--mem=0", "--overlap", "--unbuffered",
+        "--kill-on-bad-exit=1", "--wait=30", f"--job-name={name}", "--export=ALL", "--open-mode=append", f"--output={output}",
+        *flags, *conf.srun, "bash", "-c", program,
+    )  # fmt: skip
+
+
+def program(
+    command: Sequence[str],
+    conf: RoleConf,
+    cluster_setup: Sequence[str],
+    container: str,
+    variables: Mapping[str, str],
+) -> str:
+    """The shell script of a step's task: the site's and the role's setup lines, variables (whose values the shell expands), the command."""
+    prefix = (
+        [*shlex.split(container), conf.container] if conf.container and container != "pyxis" else []
+    )
+    exports = [f'export {key}="{value}"' for key, value in variables.items()]
+    return "\n".join(
+        [
+            *cluster_setup,
+            *conf.setup,
+            "unset ATROPOS_HPC_PARENT",
+            *exports,
+            f"exec {shlex.join([*prefix, *command])}",
+        ]
+    )

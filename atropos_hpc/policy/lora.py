@@ -1,0 +1,81 @@
+"""A policy version that is a LoRA adapter (arXiv 2106.09685): its two files, as PEFT writes them, and how it becomes full weights.
+
+The learner publishes adapter_model.safetensors and adapter_config.json: megabytes, where the model has gigabytes. The base model is the one
+that every member has in `model.path`. Nothing here needs PEFT, which a rollout node does not have.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def config_of(module: torch.nn.Module) -> dict[str, Any] | None:
+    """What adapter_config.json is to say about a module that PEFT has wrapped; None for any other."""
+    configs = getattr(module, "peft_config", None)
+    if not configs:
+        return None
+    described: dict[str, Any] = json.loads(
+        json.dumps(configs["default"].to_dict(), default=lambda value: sorted(value))
+    )
+    # PEFT has resolved the targets to whole paths; it and vLLM look for the ends of names
+    targets = sorted({name.rpartition(".")[2] for name in described["target_modules"]})
+    return {**described, "target_modules": targets, "inference_mode": True}
+
+
+def file_name(name: str) -> str | None:
+    """The name in FILE of a tensor of the wrapped module; None if it is not the adapter's."""
+    return name.replace(".default.", ".") if ".lora_" in name else None
+
+
+def scale(config: Mapping[str, Any]) -> float:
+    """By which the product of an adapter's matrices is multiplied. Raises ValueError for a kind of adapter that is more than that."""
+    for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+        if config.get(key):
+            raise ValueError(f"{CONFIG}: {key} is not supported")
+    return float(config["lora_alpha"]) / float(config["r"])
+
+
+def merge(
+    base: Iterable[Mapping[str, torch.Tensor]],
+    adapter: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+) -> list[dict[str, torch.Tensor]]:
+    """Full weights: the base's files, each with W + scale * B A in place of W where the adapter has A and B.
+
+    Computed in float32, in the base's dtype in the end. Raises ValueError for a target that the base has no weights for.
+    """
+    factor, merged = scale(config), []
+    targets = {name.removeprefix(_PREFIX).removesuffix(_A) for name in adapter if name.endswith(_A)}
+    for tensors in base:
+        shard = dict(tensors)
+        for target in [target for target in targets if f"{target}.weight" in shard]:
+            down, up = (adapter[f"{_PREFIX}{target}{end}"].float() for end in (_A, _B))
+            weight = shard[f"{target}.weight"]
+            shard[f"{target}.weight"] = (weight.float() + factor * (up @ down)).to(weight.dtype)
+            targets.remove(target)
+        merged.append(shard)
+    if targets:
+        raise ValueError(
+            f"the base model has no weights for {', '.join(sorted(targets)[:5])} ({len(targets)} targets of the adapter)"
+        )
+    return merged
+
+
+def base_files(model: str) -> list[Path]:
+    """The safetensors of the base model: a directory, or a name on the hub that has been downloaded. Raises OSError if there are none."""
+    directory = Path(model)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(model, local_files_only=True))
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{model}: no safetensors to merge an adapter into")
+    return files

@@ -1,0 +1,118 @@
+"""One vLLM server of a run.
+
+    python -m atropos_hpc.rollout.vllm_server --run-dir R --port P
+
+vLLM's OpenAI-compatible server in this process, with the routes that token-level generation and weight updates need, our
+weight-transfer engine in its workers, and the run's token asked for on every route but /health. It starts with the weights of model.path;
+the node agent pushes the newest policy version before it lists the server.
+
+However this process ends, its children end too: each of vLLM's processes is bound to the life of the one that started it.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+from atropos_hpc.config import ModelConf, RolloutConf, from_dict
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import keep_to_interface, own_host
+from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
+
+EXTENSION = "atropos_hpc.policy.vllm_engine.WorkerExtension"
+
+
+def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed: int) -> list[str]:
+    """vLLM's command line. `rollout.arguments` come last and so have the last word. Raises ValueError when there is no model."""
+    if model.path is None:
+        raise ValueError("model.path is not set: a server needs the directory or name of a model")
+    flags: dict[str, Any] = {
+        "model": model.path,
+        "host": host,
+        "port": port,
+        "dtype": model.dtype,
+        "max-model-len": model.max_length,
+        "max-num-seqs": rollout.max_sequences,
+        "tensor-parallel-size": rollout.tensor_parallel,
+        "seed": seed,
+        "generation-config": "vllm",  # sampling as the environment asks for it, not as the model's authors recommend
+        "logprobs-mode": "processed_logprobs",  # of what was sampled from, temperature included: the behaviour policy
+        "enable-scale-out": True,  # the token endpoint answers 403 without
+        "worker-extension-cls": EXTENSION,
+        "weight-transfer-config": '{"backend": "disk"}',
+        "middleware": f"{TokenGuard.__module__}.{TokenGuard.__qualname__}",
+        "disable-uvicorn-access-log": True,
+        "trust-remote-code": model.trust_remote_code,
+        "enforce-eager": rollout.enforce_eager,
+        "kv-cache-memory-bytes": rollout.kv_cache_bytes,
+        "gpu-memory-utilization": rollout.memory_utilization,
+    }
+    line: list[str] = []
+    for name, value in flags.items():
+        if value is True:
+            line.append(f"--{name}")
+        elif value is not None and value is not False:
+            line += [f"--{name}", str(value)]
+    return line + list(rollout.arguments)
+
+
+def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
+    """Environment variables for vLLM. `rollout.variables` have the last word."""
+    found = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes for pausing and weight updates
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if model.path is not None and Path(model.path).is_dir():
+        found["HF_HUB_OFFLINE"] = (
+            "1"  # nothing to look up: compute nodes often have no way out, and would wait for it
+        )
+    return found | dict(rollout.variables)
+
+
+def bind_to_parent() -> None:
+    """End with the process that started this one, and let those that this one starts do the same. Tell stacks on request."""
+    process.die_with_parent(signal.SIGKILL)
+    process.stacks_on_request()
+    os.environ[process.PARENT] = str(os.getpid())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+    bind_to_parent()
+    os.register_at_fork(after_in_child=bind_to_parent)
+
+    config = RunDir(options.run_dir).config()
+    rollout, model = (
+        from_dict(RolloutConf, config["rollout"]),
+        from_dict(ModelConf, config["model"]),
+    )
+    host = own_host(config["cluster"]["host"])
+    keep_to_interface(config["cluster"]["host"])
+    os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
+    # Servers that sample with the same seed would give groups of the same noise.
+    seed = zlib.crc32(
+        f"{config['seed']} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode()
+    )
+    sys.argv = ["vllm", *arguments(rollout, model, host, options.port, seed)]
+
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    serve()
+
+
+if (
+    __name__ == "__mp_main__"
+):  # a process that vLLM has spawned (not forked) imports its parent's main module under this name
+    bind_to_parent()
+
+if __name__ == "__main__":
+    main()
