@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_json
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable
 
 LOOK_S = 2.0  # between two looks of a live status
 
@@ -171,9 +171,13 @@ def validate(options: argparse.Namespace) -> int:
         return 2
     assert isinstance(config, Config)
     run_dir = Path(config.run_dir).absolute()
-    previous = read_json(RunDir(run_dir).run_json).get("config", {})
+    previous = RunDir(run_dir).info()
     found = preflight.check(
-        config, run_dir, previous, on_slurm=config.launch.allocation != "local", imports=True
+        config,
+        run_dir,
+        previous,
+        on_slurm=config.launch.allocation != "local",
+        imports=True,
     )
     for problem in found:
         print(problem, file=sys.stderr)

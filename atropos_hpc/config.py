@@ -6,13 +6,9 @@ unknown key or a wrong type is refused while composing. What a type cannot say, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Optional, get_origin
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
-
-SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
+MISSING = "???"  # OmegaConf's marker of a value that has to be given
 
 
 @dataclass
@@ -227,22 +223,6 @@ class Config:
     roles: RolesConf = field(default_factory=RolesConf)
 
 
-def register() -> None:
-    """Let Hydra know the classes (configs/config.yaml names them as `base`), and the sweeps as a group of that name."""
-    # Hydra copies its search path, and with it every stored config, for each group that --help lists: more than half of that command's
-    # time. What is stored is not changed there (`ConfigStore.load` copies what it gives out), so that a copy may be the store itself.
-    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
-    ConfigStore.instance().store(name="base", node=Config)
-    for path in sorted(SWEEPS.glob("*.yaml")):
-        ConfigStore.instance().store(
-            group="sweep",
-            name=path.stem,
-            node=OmegaConf.load(path),
-            package="_global_",
-            provider="sweeps/",
-        )
-
-
 def lookup(config: Any, key: str) -> Any:
     """The value of a dotted key."""
     for part in key.split("."):
@@ -250,17 +230,12 @@ def lookup(config: Any, key: str) -> Any:
     return config
 
 
-def environments(config: Any) -> dict[str, EnvironmentConf]:
-    """Dotted key -> each environment of a run, of a Config or of what run.json holds. The first one's accuracy is the run's."""
-    names = [
-        "environment",
-        *(f"more_environments.{name}" for name in sorted(lookup(config, "more_environments"))),
-    ]
+def environments(config: Config) -> dict[str, EnvironmentConf]:
+    """Map the dotted key of each environment of a run to its section; the main environment first."""
+    more = config.more_environments
     return {
-        key: from_dict(EnvironmentConf, found)
-        if isinstance(found := lookup(config, key), dict)
-        else found
-        for key in names
+        "environment": config.environment,
+        **{f"more_environments.{name}": more[name] for name in sorted(more)},
     }
 
 
@@ -300,13 +275,3 @@ def open_sections(config: Any = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
         if hasattr(declared.type, "__dataclass_fields__"):
             yield from open_sections(declared.type, f"{prefix}{name}.")
-
-
-def from_dict(section: Any, values: dict[str, Any]) -> Any:
-    """A section's dataclass from what run.json holds."""
-    made = {}
-    for name, declared in section.__dataclass_fields__.items():
-        if name in values:
-            nested = hasattr(declared.type, "__dataclass_fields__")
-            made[name] = from_dict(declared.type, values[name]) if nested else values[name]
-    return section(**made)

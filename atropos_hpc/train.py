@@ -28,6 +28,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from atropos_hpc import config as schema
 from atropos_hpc import validate
+from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.runtime import process
 from hydra_plugins.atropos_hpc_launcher import launcher
@@ -35,7 +36,7 @@ from hydra_plugins.atropos_hpc_launcher import launcher
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REFUSED = 2
 
-schema.register()
+hydra_api.register()
 launcher.register()
 
 

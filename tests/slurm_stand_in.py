@@ -30,9 +30,9 @@ def learner(path: Path) -> int:
     run, terms = RunDir(path), []  # type: tuple[RunDir, list[int]]
     for asked_by in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(asked_by, lambda number, _: terms.append(number))
-    if run.config()["trainer"]["steps"] == 77:
+    if run.config().trainer.steps == 77:
         raise RuntimeError("trainer.steps=77 is more than this stand-in takes")
-    conf, rank = run.config()["trainer"], int(os.environ["RANK"])
+    conf, rank = run.config().trainer, int(os.environ["RANK"])
     step = read_json(run.checkpoints / "latest.json").get("step", 0)
     member = Member(
         run,
@@ -55,7 +55,7 @@ def learner(path: Path) -> int:
                 if line["step"] <= step
             ),
         )
-    while step < conf["steps"]:
+    while step < conf.steps:
         time.sleep(STEP_S)
         if terms or asked(run, "stop") is not None:
             print(f"rank {rank} saves at step {step}", flush=True)
@@ -67,9 +67,9 @@ def learner(path: Path) -> int:
         if rank == 0 and roster.members("agent"):
             step += 1
             append_line(
-                run.metrics, {"step": step, "reward": step / conf["steps"], "time": time.time()}
+                run.metrics, {"step": step, "reward": step / conf.steps, "time": time.time()}
             )
-            if step % conf["checkpoint_every"] == 0:
+            if step % conf.checkpoint_every == 0:
                 write_json(run.checkpoints / "latest.json", {"step": step})
         elif rank:
             step = max((line["step"] for line in read_lines(run.metrics)), default=0)

@@ -12,9 +12,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from atropos_hpc import config as schema
 from atropos_hpc import validate
 from atropos_hpc.config import Config
+from atropos_hpc.launch import hydra_api
 from atropos_hpc.train import CONFIGS
 
 FIRST_FILES = {  # a group's first file explains every value of the section; the rest stand in config.yaml itself
@@ -24,7 +24,7 @@ FIRST_FILES = {  # a group's first file explains every value of the section; the
 
 
 def composed(*overrides: str) -> Config:
-    schema.register()
+    hydra_api.register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = OmegaConf.to_object(compose("config", overrides=["run_dir=/nowhere", *overrides]))
     assert isinstance(config, Config)

@@ -286,10 +286,10 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
     from hydra.types import HydraContext, RunMode
     from omegaconf import OmegaConf
 
-    from atropos_hpc import config as schema
+    from atropos_hpc.launch import hydra_api
     from hydra_plugins.atropos_hpc_launcher.launcher import SlurmLauncher
 
-    schema.register()
+    hydra_api.register()
     common = ["run_dir=/runs", "launch=het", "+roles.trainer.sbatch.exclusive=true", "trainer.steps=7",
               "environment.config={eval_problems: 3}"]  # fmt: skip
     sweeps = [

@@ -1,15 +1,14 @@
 """What is looked at before a run starts or is queued: files, the roles' interpreters as their steps will start them, the environment."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_config import composed
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import preflight
 
 
@@ -23,7 +22,7 @@ def found(*overrides: str, imports: bool) -> dict[str, str]:
     config = composed("launch=het", "roles.rollout.container=image", *overrides)
     return {
         problem.key: problem.message
-        for problem in preflight.check(config, Path("/nowhere/run"), {}, imports=imports)
+        for problem in preflight.check(config, Path("/nowhere/run"), None, imports=imports)
     }
 
 
@@ -81,11 +80,9 @@ def test_a_python_that_is_something_else_is_said_to_be(tmp_path: Path) -> None:
     )
 
 
-def found_by_preflight(
-    config: Config, run_dir: Path, previous: dict[str, Any] | None = None
-) -> list[str]:
+def found_by_preflight(config: Config, run_dir: Path, previous: RunInfo | None = None) -> list[str]:
     config.roles.rollout.python = sys.executable  # whether it has vLLM is another test's matter
-    found = preflight.check(config, run_dir, previous or {})
+    found = preflight.check(config, run_dir, previous)
     return [
         str(problem)
         for problem in found
@@ -113,7 +110,7 @@ def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) ->
 
 
 def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_path: Path) -> None:
-    before = dataclasses.asdict(composed())
+    before = RunInfo(composed())
     assert (
         found_by_preflight(
             composed("trainer.steps=999", "launch.restarts=1", "wandb.project=x"), tmp_path, before
@@ -129,12 +126,12 @@ def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_p
 def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
     config = composed("roles.trainer.python=/no/python")
     keys = {
-        problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})
+        problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", None)
     }
     assert "make setup" in keys["roles.trainer.python"]
     config = composed(f"roles.rollout.python={sys.executable}")
     keys = {
-        problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", {})
+        problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", None)
     }
     assert "vllm" in keys["roles.rollout.python"]
 
@@ -164,6 +161,6 @@ def test_the_environment_class_is_loaded_where_it_will_run(
 ) -> None:
     found = {
         problem.key: problem.message
-        for problem in preflight.check(composed(*overrides), tmp_path / "run", {})
+        for problem in preflight.check(composed(*overrides), tmp_path / "run", None)
     }
     assert says in found.get(key, ""), found

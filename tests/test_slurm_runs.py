@@ -80,7 +80,7 @@ def test_a_sweep_is_one_het_job_per_point_one_after_the_other(
         for lines in (read_lines(point.run.metrics) for point in points)
     ]
     assert all(before[1] < after[0] for before, after in itertools.pairwise(spans))
-    assert [point.run.config()["algorithm"]["kl_coef"] for point in points] == [0, 0.001, 0.01]
+    assert [point.run.config().algorithm.kl_coef for point in points] == [0, 0.001, 0.01]
     assert len({point.run.token() for point in points}) == 3
     report = subprocess.run(
         ["atropos-hpc", "report", str(sweep), "--json"],
@@ -174,7 +174,7 @@ def test_the_single_job_template(cluster: Cluster, tmp_path: Path) -> None:
     )
     run = Submitted(cluster, tmp_path / "run", job)
     run.completes(8)
-    assert run.run.config()["roles"]["rollout"]["nodes"] == 2 and run.log("agent-1")
+    assert run.run.config().roles.rollout.nodes == 2 and run.log("agent-1")
 
 
 def test_the_split_templates_meet_in_the_run_directory(cluster: Cluster, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_the_sweep_template_submits_from_a_job(cluster: Cluster, tmp_path: Path)
     points = [Submitted(cluster, Path(row["run_dir"]), row["job"]) for row in rows]
     for point in points:
         point.completes(3)
-    assert [point.run.config()["algorithm"]["kl_coef"] for point in points] == [0, 0.1]
+    assert [point.run.config().algorithm.kl_coef for point in points] == [0, 0.1]
 
 
 def evaluations_off() -> list[str]:

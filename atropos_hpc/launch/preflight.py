@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config, RoleConf, environments
+from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.steps import PACKAGE_HOME, rollout_python, trainer_python
@@ -60,11 +61,11 @@ IDENTITY = ("seed", "model.", "environment.", "more_environments.", "algorithm."
 def check(
     config: Config,
     run_dir: Path,
-    previous: dict[str, Any],
+    previous: RunInfo | None,
     on_slurm: bool = False,
     imports: bool = False,
 ) -> list[Problem]:
-    """Every problem there is. `previous`: the config of the run in `run_dir`, {} when it is new. Starts nothing but checks.
+    """Every problem there is. `previous`: the run in `run_dir`, None when it is new. Starts nothing but checks.
 
     `on_slurm`: also hold what the run asks for against the cluster. `imports`: have both roles' Python import what they need, which takes
     seconds; of use where nothing starts soon that would show it.
@@ -156,10 +157,10 @@ def _run_directory(run_dir: Path) -> Iterator[Problem]:
         )
 
 
-def _changed(config: Config, previous: dict[str, Any]) -> Iterator[Problem]:
-    if not previous:
+def _changed(config: Config, previous: RunInfo | None) -> Iterator[Problem]:
+    if previous is None:
         return
-    before, now = _flat(previous), _flat(config)
+    before, now = _flat(previous.config), _flat(config)
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(IDENTITY) and key != "model.path" and before.get(key) != now.get(key):
             yield Problem(

@@ -24,15 +24,15 @@ from atropos_hpc.train import explain
 
 def resume(directory: RunDir, overrides: Sequence[str]) -> int:
     """train.py's exit code; 2 when there is nothing to resume, or it runs, or an override is refused."""
-    known = read_json(directory.run_json).get("config")
-    if not known:
+    known = directory.info()
+    if known is None:
         print(
             f"{directory.path} has no run.json yet: start it again with the command that started it",
             file=sys.stderr,
         )
         return 2
     try:
-        config = changed(known, overrides)
+        config = changed(known.config, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         print(explain(error), file=sys.stderr)
         return 2
@@ -61,9 +61,9 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
     return 0
 
 
-def changed(known: dict[str, Any], overrides: Sequence[str]) -> Config:
+def changed(known: Config, overrides: Sequence[str]) -> Config:
     """The config of a run with some keys changed. Raises Hydra's and OmegaConf's errors for an override that cannot be."""
-    cfg = OmegaConf.merge(OmegaConf.structured(Config), known)
+    cfg = OmegaConf.structured(known)
     if cfg.model.make is not None:
         cfg.model.path = (
             None  # the cache may have been emptied since; what is made again is the same

@@ -3,7 +3,6 @@
 On one machine all of a run is here. In a Slurm job this is its batch step, and the roles' steps run on the job's nodes.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -17,10 +16,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 import atropos_hpc
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import base_model, preflight, restart_policy
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands, sbatch
@@ -70,14 +71,14 @@ def _launch(config: Config, run_dir: Path) -> Action | int:
     except ValueError as error:
         key, _, message = str(error).partition(": ")
         return _refused([Problem(key, message)])
-    known = read_json(run.run_json)
+    known = run.info()
     try:
         with ExitStack() as stack:
             if known:
                 stack.enter_context(
                     _held(run)
                 )  # before the slow checks: a second start is told at once who holds it
-            found = preflight.check(config, run_dir, known.get("config", {}))
+            found = preflight.check(config, run_dir, known)
             if found:
                 return _refused(found)
             if config.launch.dry_run:
@@ -238,14 +239,15 @@ def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bo
 
 def _write_run_json(config: Config, run: RunDir) -> None:
     """What every member reads. A resumed run keeps its id, date and first command; its config may differ in what may differ."""
-    known = read_json(run.run_json)
-    write_json(run.run_json, {
-        "id": known.get("id") or secrets.token_hex(4),
-        "created": known.get("created") or time.time(),
-        "version": atropos_hpc.__version__,
-        "command": known.get("command") or sys.argv,
-        "config": dataclasses.asdict(config),
-    })  # fmt: skip
+    known = run.info()
+    info = RunInfo(
+        config,
+        id=(known and known.id) or secrets.token_hex(4),
+        created=(known and known.created) or time.time(),
+        version=atropos_hpc.__version__,
+        command=(known and known.command) or sys.argv,
+    )
+    write_json(run.run_json, msgspec.to_builtins(info))
 
 
 def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:

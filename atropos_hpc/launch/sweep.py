@@ -18,7 +18,7 @@ from atropos_hpc.launch import preflight, run
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime.run_dir import RunDir, write_json
 from atropos_hpc.validate import Problem
 
 LOOK_S = 3.0
@@ -232,7 +232,7 @@ def _refuse(points: Iterable[Point], on_slurm: bool) -> None:
     """Exit with 2 and every problem of every point, before anything is queued; what all points share is said once."""
     found: dict[Problem, list[int]] = {}
     for point in points:
-        previous = read_json(RunDir(point.run_dir).run_json).get("config", {})
+        previous = RunDir(point.run_dir).info()
         for problem in preflight.check(
             point.config, point.run_dir, previous, on_slurm, imports=on_slurm
         ):

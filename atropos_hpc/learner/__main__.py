@@ -19,18 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import (
-    AlgorithmConf,
-    EvaluationConf,
-    LaunchConf,
-    ModelConf,
-    PolicyConf,
-    TrainerConf,
-    WandbConf,
-    environment_name,
-    environments,
-    from_dict,
-)
+from atropos_hpc.config import Config, environment_name, environments
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import (
     REPUBLISH,
@@ -69,15 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process.log_to_stderr()
     config = run.config()
     rank, world = variable("RANK", "SLURM_PROCID", "0"), variable("WORLD_SIZE", "SLURM_NTASKS", "1")
-    trainer: TrainerConf = from_dict(TrainerConf, config["trainer"])
+    trainer = config.trainer
     if trainer.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(trainer.threads)
-    if Path(config["model"]["path"]).exists():
+    if Path(config.model.path or "").exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     node, step_id = os.environ.get("ATROPOS_HPC_NODE", "local"), os.environ.get("ATROPOS_HPC_STEP")
     member = Member(run, "trainer", node, rank, rank=rank, step=None, step_id=step_id)
     try:
-        return DONE if _train(run, config, trainer, member, rank, world) else STOPPED
+        return DONE if _train(run, config, member, rank, world) else STOPPED
     except ValueError:
         log.exception("this cannot work with the present config")
         return REFUSED
@@ -96,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
 
 
-def _train(
-    run: RunDir, config: dict[str, Any], trainer: TrainerConf, member: Member, rank: int, world: int
-) -> bool:
+def _train(run: RunDir, config: Config, member: Member, rank: int, world: int) -> bool:
     import torch
 
     from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
@@ -110,27 +97,24 @@ def _train(
     from atropos_hpc.observe.metrics import Metrics, sinks
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
+    model, algorithm, trainer = config.model, config.algorithm, config.trainer
+    launch = config.launch
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
-    model: ModelConf = from_dict(ModelConf, config["model"])
-    algorithm: AlgorithmConf = from_dict(AlgorithmConf, config["algorithm"])
-    launch: LaunchConf = from_dict(LaunchConf, config["launch"])
-    policy: PolicyConf = from_dict(PolicyConf, config["policy"])
-    host = own_host(config["cluster"]["host"])
-    keep_to_interface(config["cluster"]["host"])
+    host = own_host(config.cluster.host)
+    keep_to_interface(config.cluster.host)
     join(run, member, rank, world, host, launch.start_timeout_s)
     member.update(state="loading")
-    backend = backend_class(trainer.backend)(model, trainer, algorithm, config["seed"])
+    backend = backend_class(trainer.backend)(model, trainer, algorithm, config.seed)
     checkpoints = Checkpoints(run, trainer.keep_checkpoints, trainer.keep_checkpoints_every)
     progress = checkpoints.load_latest(backend) or {}
     log.info("rank %d of %d starts at step %d", rank, world, backend.step_count)
 
-    Client = UpstreamClient if config["trajectories"]["server"] == "atropos" else TrajectoryClient
+    Client = UpstreamClient if config.trajectories.server == "atropos" else TrajectoryClient
     find = Roster(run.roster).trajectory_server
     leasing, client = (
         Client(find, run.token(), LEASE_PATIENCE_S) for _ in range(2)
     )  # the thread's, and the loop's own
-    wandb: WandbConf = from_dict(WandbConf, config["wandb"])
     if rank == 0:
         leasing.register(
             batch_size=algorithm.batch_size,
@@ -139,28 +123,28 @@ def _train(
             num_steps=trainer.steps,
             vocab_size=backend.vocab_size,
             checkpoint_dir=str(run.path / "environments"),
-            wandb_project=wandb.project,
-            wandb_group=wandb.group or "",
+            wandb_project=config.wandb.project,
+            wandb_group=config.wandb.group or "",
         )
     at = backend.step_count
-    metrics = Metrics(run, sinks(run, wandb, config["tensorboard"], at), at) if rank == 0 else None
+    metrics = (
+        Metrics(run, sinks(run, config.wandb, config.tensorboard, at), at) if rank == 0 else None
+    )
     readers = Readers(
         partial(asked, run, REPUBLISH),
         partial(withdraw, run, REPUBLISH),
         lambda alarm: member.update(alarm=alarm),
     )
-    publishing = Publishing(run.policy, policy, model.dtype, readers)
-    batches = Batches(leasing, backend.data_rank, backend.data_world, config["staleness"]["max"])
-    names = (
-        tuple(map(environment_name, environments(config))) if config["more_environments"] else ()
-    )
+    publishing = Publishing(run.policy, config.policy, model.dtype, readers)
+    batches = Batches(leasing, backend.data_rank, backend.data_world, config.staleness.max)
+    names = tuple(map(environment_name, environments(config))) if config.more_environments else ()
     conf = Conf(
         model,
         algorithm,
         trainer,
-        from_dict(EvaluationConf, config["evaluation"]),
+        config.evaluation,
         launch,
-        config["staleness"]["max"],
+        config.staleness.max,
         names,
     )
     kl = Coefficient(algorithm, progress.get("kl_coef"))

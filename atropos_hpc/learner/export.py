@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atropos_hpc.config import ModelConf, from_dict
 from atropos_hpc.learner.checkpoint import find
 from atropos_hpc.observe.model_card import card
 from atropos_hpc.policy import lora
@@ -34,7 +33,7 @@ def export(run: RunDir, out: Path, step: int | None = None) -> int:
     if out.exists():
         raise FileExistsError(f"{out} exists: name a directory that doesn't")
     path, manifest = find(run.checkpoints, step)
-    conf: ModelConf = from_dict(ModelConf, run.config()["model"])
+    conf = run.config().model
     assert conf.path is not None, "a run that has a checkpoint has had a model"
     model = AutoModelForCausalLM.from_pretrained(
         conf.path, dtype=torch.float32, trust_remote_code=conf.trust_remote_code

@@ -76,7 +76,7 @@ class Metrics:
         for line in lines:
             append_line(self.run.samples, line)
         if self._sinks:
-            rows = samples.decoded(lines, self.run.config()["model"]["path"])
+            rows = samples.decoded(lines, self.run.config().model.path or "")
             for sink in self._sinks:
                 sink.samples(rows)
 

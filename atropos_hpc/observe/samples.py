@@ -45,7 +45,7 @@ def read(run: RunDir, version: int | None, last: int) -> list[dict[str, Any]]:
     lines = [
         line for line in read_lines(run.samples) if version is None or line["version"] == version
     ]
-    return decoded(lines[-last:], run.config()["model"]["path"]) if lines and last > 0 else []
+    return decoded(lines[-last:], run.config().model.path or "") if lines and last > 0 else []
 
 
 def decoded(lines: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from atroposlib.envs.base import BaseEnv
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, environments, from_dict
+from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, environments
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import ENVIRONMENT_OWN, Problem, did_you_mean
@@ -106,14 +106,12 @@ def of_run(run: RunDir, key: str, seed: int) -> tuple[type[BaseEnv], Any, list[V
     config = run.config()
     conf, model, nodes = (
         environments(config)[key],
-        from_dict(ModelConf, config["model"]),
-        config["roles"]["rollout"]["nodes"],
+        config.model,
+        config.roles.rollout.nodes,
     )
     try:
         environment = load(conf.target)
-        made = env_config(
-            environment, conf, model, from_dict(StalenessConf, config["staleness"]), nodes, seed
-        )
+        made = env_config(environment, conf, model, config.staleness, nodes, seed)
     except TargetError as error:
         raise TargetError(
             [Problem(f"{key}.{problem.key}", problem.message) for problem in error.problems]

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from atropos_hpc.config import StalenessConf, environment_name, from_dict
+from atropos_hpc.config import environment_name
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED
@@ -69,15 +69,19 @@ async def work(run: RunDir, member: Member, index: int, key: str) -> None:
     from atropos_hpc.rollout.env_adapter import as_member
 
     config = run.config()
-    staleness = from_dict(StalenessConf, config["staleness"])
-    seed = config["seed"] * 1000 + index
+    seed = config.seed * 1000 + index
     seed_everything(seed)
     env_loader.plain_chat_templates()
     quiet_atropos()
     environment, env_config, servers = env_loader.of_run(run, key, seed)
-    name = environment_name(key) if config["more_environments"] else None
+    name = environment_name(key) if config.more_environments else None
     env = as_member(environment)(
-        env_config, servers, member=member, token=run.token(), staleness=staleness, called=name
+        env_config,
+        servers,
+        member=member,
+        token=run.token(),
+        staleness=config.staleness,
+        called=name,
     )
     try:
         member.update(state="registering")

@@ -24,7 +24,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import EvaluationConf, environment_name, environments, from_dict
+from atropos_hpc.config import EvaluationConf, environment_name, environments
 from atropos_hpc.rollout.env_worker import live, quiet_atropos, seed_everything
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
@@ -139,20 +139,20 @@ class Evaluator:
     def __init__(self, run: RunDir, member: Member) -> None:
         config = run.config()
         self.run, self.member, self.config = run, member, config
-        self.metric: str = config["environment"]["metric"]
-        self.conf: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
-        self.last: int = config["trainer"]["steps"]
+        self.metric = config.environment.metric
+        self.conf = config.evaluation
+        self.last = config.trainer.steps
 
     def build(self) -> dict[str, Any]:
         """Each environment, by its key. Raises TargetError when one cannot be used as configured."""
         from atropos_hpc.rollout import env_loader
 
-        seed_everything(self.config["seed"])
+        seed_everything(self.config.seed)
         env_loader.plain_chat_templates()
         quiet_atropos()
         built = {}
         for key in environments(self.config):
-            environment, env_config, servers = env_loader.of_run(self.run, key, self.config["seed"])
+            environment, env_config, servers = env_loader.of_run(self.run, key, self.config.seed)
             built[key] = as_evaluator(environment)(env_config, servers, slurm=False)
         return built
 

@@ -23,7 +23,7 @@ class LeaderWatch:
     """An agent's look at its leader, in a job that both are in. Does nothing elsewhere: a job without its leader goes by itself."""
 
     def __init__(self, run: RunDir) -> None:
-        shared = "SLURM_STEP_ID" in os.environ and run.config()["launch"]["allocation"] in (
+        shared = "SLURM_STEP_ID" in os.environ and run.config().launch.allocation in (
             "het",
             "single",
         )

@@ -24,12 +24,7 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc.config import (
-    EvaluationConf,
-    LaunchConf,
-    PolicyConf,
-    RolloutConf,
     environments,
-    from_dict,
 )
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import PolicyStore, Published
@@ -88,11 +83,9 @@ class Agent:
     def __init__(self, run: RunDir, node: str, index: int) -> None:
         config = run.config()
         self.run, self.node, self.index = run, node, index
-        self.rollout: RolloutConf = from_dict(RolloutConf, config["rollout"])
-        self.policy: PolicyConf = from_dict(PolicyConf, config["policy"])
-        self.launch: LaunchConf = from_dict(LaunchConf, config["launch"])
-        self.host = own_host(config["cluster"]["host"])
-        evaluation: EvaluationConf = from_dict(EvaluationConf, config["evaluation"])
+        self.rollout, self.policy, self.launch = config.rollout, config.policy, config.launch
+        self.host = own_host(config.cluster.host)
+        evaluation = config.evaluation
         self.token = run.token()
         self.servers = [
             Server(f"server-{index}-{i}", "atropos_hpc.rollout.vllm_server")

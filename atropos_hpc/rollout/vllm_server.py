@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import ModelConf, RolloutConf, from_dict
+from atropos_hpc.config import ModelConf, RolloutConf
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import keep_to_interface, own_host
 from atropos_hpc.runtime.run_dir import RunDir
@@ -91,16 +91,13 @@ def main() -> None:
     os.register_at_fork(after_in_child=bind_to_parent)
 
     config = RunDir(options.run_dir).config()
-    rollout, model = (
-        from_dict(RolloutConf, config["rollout"]),
-        from_dict(ModelConf, config["model"]),
-    )
-    host = own_host(config["cluster"]["host"])
-    keep_to_interface(config["cluster"]["host"])
+    rollout, model = config.rollout, config.model
+    host = own_host(config.cluster.host)
+    keep_to_interface(config.cluster.host)
     os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
     # Servers that sample with the same seed would give groups of the same noise.
     seed = zlib.crc32(
-        f"{config['seed']} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode()
+        f"{config.seed} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode()
     )
     sys.argv = ["vllm", *arguments(rollout, model, host, options.port, seed)]
 

@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from atropos_hpc.config import Config
+from atropos_hpc.contracts.run_info import RunInfo
+
 STALE_RETRIES = 20  # reads of a file that was replaced under us, 50 ms apart
 TAIL_BYTES = 1 << 16  # the first look at a long file's end
 
@@ -138,10 +143,20 @@ class RunDir:
         """The run's bearer token."""
         return self.secret.read_text().strip()
 
-    def config(self) -> dict[str, Any]:
-        """The resolved config of the run, as plain containers."""
-        config: dict[str, Any] = read_json(self.run_json)["config"]
-        return config
+    def info(self) -> RunInfo | None:
+        """Decode run.json; None before the run has one. Raises Unreadable."""
+        if not (known := read_json(self.run_json)):
+            return None
+        try:
+            return msgspec.convert(known, RunInfo)
+        except msgspec.ValidationError as error:
+            raise Unreadable(f"{self.run_json} does not describe a run: {error}") from None
+
+    def config(self) -> Config:
+        """Return the resolved config of the run. Raises Unreadable."""
+        if (info := self.info()) is None:
+            raise Unreadable(f"{self.run_json} does not exist: no run was started here yet")
+        return info.config
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:

@@ -58,7 +58,7 @@ async def serve(run: RunDir, node: str) -> None:
     import uvicorn
     from atroposlib.api.server import app
 
-    host = own_host(run.config()["cluster"]["host"])
+    host = own_host(run.config().cluster.host)
     listener = listen(run, f"trajectories-{node}-0", host)
     member = Member(run, "trajectories", node)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -359,7 +359,7 @@ async def tell_depth(
 async def serve(run: RunDir, node: str) -> None:
     """Be the run's trajectory server until TERM."""
     config, token = run.config(), run.token()
-    host = own_host(config["cluster"]["host"])
+    host = own_host(config.cluster.host)
     stop = asyncio.Event()
     for number_ in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number_, stop.set)
@@ -370,15 +370,13 @@ async def serve(run: RunDir, node: str) -> None:
     member = Member(run, "trajectories", node)
     try:
         service = Service(
-            run.trajectories, config["trajectories"]["segment_bytes"], config["model"]["max_length"]
+            run.trajectories, config.trajectories.segment_bytes, config.model.max_length
         )
     except Damaged as error:
         log.error("%s", error)
         member.leave(state="ended", error=str(error))
         raise SystemExit(1) from None
-    runner = await start(
-        application(service, token, config["trajectories"]["max_body_bytes"]), server
-    )
+    runner = await start(application(service, token, config.trajectories.max_body_bytes), server)
     url = url_of(server, host)
     log.info("listening on %s", url)
     await asyncio.to_thread(member.update, state="serving", url=url, **service.depth())

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import Config, from_dict
+from atropos_hpc.config import Config
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.launch.slurm.sbatch import Group
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process.log_to_stderr()
     there = lambda: read_json(run.run_json) and read_json(run.roster)  # noqa: E731
     wait_for(f"{run.run_json}", "the trainer job's supervisor", there, LEADER_S, poll_s=2.0)
-    config: Config = from_dict(Config, run.config())
+    config = run.config()
     node, index = (
         commands.expand(os.environ["SLURM_JOB_NODELIST"])[0],
         int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")),

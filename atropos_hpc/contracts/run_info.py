@@ -1,0 +1,17 @@
+"""Contents of run.json: what every process of a run reads first."""
+
+from __future__ import annotations
+
+import msgspec
+
+from atropos_hpc.config import Config
+
+
+class RunInfo(msgspec.Struct, frozen=True):
+    """One run: its identity, how it was started first, and its resolved config."""
+
+    config: Config
+    id: str = ""  # stays the same over resumes; also the id of the W&B run
+    created: float = 0.0  # Unix time, seconds
+    version: str = ""  # of atropos_hpc
+    command: list[str] = []  # of the first start
