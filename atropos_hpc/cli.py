@@ -106,13 +106,14 @@ def samples(options: argparse.Namespace) -> int:
 
 def stop(options: argparse.Namespace) -> int:
     """Leave the request to stop. The supervisor and the learner do the rest, wherever they run."""
-    from atropos_hpc.runtime import membership
+    from atropos_hpc.contracts.members import StopRequest, SupervisorState
+    from atropos_hpc.runtime.membership import RosterReader, post_request
 
     run = _run(options.run)
-    if not membership.Roster(run.roster).members("supervisor"):
+    if not RosterReader(run.roster).members(SupervisorState):
         print(f"nothing runs in {run.path}", file=sys.stderr)
         return 1
-    membership.ask(run, "stop", by="atropos-hpc stop")
+    post_request(run, StopRequest(by="atropos-hpc stop"))
     print(
         f"asked: the learner saves a checkpoint, and the run in {run.path} ends; `atropos-hpc resume {run.path}` goes on from there"
     )

@@ -34,9 +34,9 @@ import numpy as np
 
 from atropos_hpc.config import Config, TrajectoriesConf
 from atropos_hpc.launch.steps import rollout_python
-from atropos_hpc.rollout.node_agent import free_port
-from atropos_hpc.runtime.membership import wait_for
+from atropos_hpc.runtime.network import free_port
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime.waiting import wait_for
 from bench.result import Result
 
 SEQUENCES, LENGTH = 8, 2048  # of a group

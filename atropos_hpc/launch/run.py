@@ -21,6 +21,14 @@ from filelock import FileLock, Timeout
 
 import atropos_hpc
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.members import (
+    AnyMember,
+    AttemptRecord,
+    AttemptStart,
+    Done,
+    Holder,
+    Roster,
+)
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import base_model, preflight, restart_policy
 from atropos_hpc.launch.restart_policy import Action
@@ -33,7 +41,14 @@ from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import Activity
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime.run_dir import (
+    RunDir,
+    Unreadable,
+    read_json,
+    read_struct,
+    write_json,
+    write_struct,
+)
 from atropos_hpc.validate import Problem
 
 log = logging.getLogger(__name__)
@@ -71,7 +86,10 @@ def _launch(config: Config, run_dir: Path) -> Action | int:
     except ValueError as error:
         key, _, message = str(error).partition(": ")
         return _refused([Problem(key, message)])
-    known = run.info()
+    try:
+        known = run.info()
+    except Unreadable as error:
+        return _refused([Problem("run_dir", str(error))])
     try:
         with ExitStack() as stack:
             if known:
@@ -88,9 +106,9 @@ def _launch(config: Config, run_dir: Path) -> Action | int:
                 stack.enter_context(_held(run))
             return _run(config, run, job)
     except Timeout:
-        holder = read_json(run.holder)
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", 0)))
-        who = f"{holder.get('what', 'somebody')}, pid {holder.get('pid')} on {holder.get('host')}, since {since}"
+        holder = read_struct(run.holder, Holder) or Holder()
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+        who = f"{holder.what}, pid {holder.pid} on {holder.host}, since {since}"
         print(f"{run_dir} is in use by {who}; nothing was started.", file=sys.stderr)
         return 2
 
@@ -123,12 +141,17 @@ def _held(run: RunDir) -> Iterator[None]:
     """Hold the run's lock; the kernel gives it back when this process ends, however it ends."""
     job = os.environ.get("SLURM_JOB_ID")
     ours = (
-        job is not None and read_json(run.holder).get("job") == job
+        job is not None and (read_struct(run.holder, Holder) or Holder()).job == job
     )  # this job, before Slurm started it again
     with FileLock(run.lock, timeout=OLD_LOCK_S if ours else 0, fallback_to_soft=False):
-        holder = {"what": "atropos_hpc.train", "host": socket.gethostname(), "pid": os.getpid(), "since": time.time(),
-                  "job": job}  # fmt: skip
-        write_json(run.holder, holder)
+        holder = Holder(
+            what="atropos_hpc.train",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=time.time(),
+            job=job,
+        )
+        write_struct(run.holder, holder)
         yield
 
 
@@ -155,9 +178,9 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
     _end_old_members(run, ROLLOUT_KINDS if split else ())
     console = Console(run, config.trainer.steps)
     with console.logging_to(attempt / "supervisor.log"):
-        done = read_json(run.done)
-        if done and done["version"] >= config.trainer.steps:
-            log.info("the run in %s is complete already, at step %d", run.path, done["version"])
+        done = read_struct(run.done, Done)
+        if done is not None and done.version >= config.trainer.steps:
+            log.info("the run in %s is complete already, at step %d", run.path, done.version)
             return 0
         run.done.unlink(missing_ok=True)
         log.info("run directory %s", run.path)
@@ -178,7 +201,7 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
 
         activity = Activity(run)
 
-        def watch(members: dict[str, Any]) -> Action | None:
+        def watch(members: dict[str, AnyMember]) -> Action | None:
             console.show(members)
             activity.note(members)
             return rollout_job.look() if rollout_job is not None else None
@@ -187,13 +210,13 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
         action = supervisor.supervise()
         if rollout_job is not None and action is not Action.REQUEUE:
             rollout_job.end(at_once=action is not Action.FINISH)
-        record = {
-            "started": started,
-            "ended": time.time(),
-            "outcome": action.name.lower(),
-            "events": supervisor.events,
-        }
-        _keep(attempt / "attempt.json", record)
+        record = AttemptRecord(
+            started=started,
+            ended=time.time(),
+            outcome=action.name.lower(),
+            events=supervisor.events,
+        )
+        _keep(attempt / "attempt.json", msgspec.to_builtins(record))
         summary = summarize(run)
         _keep(run.summary, summary)
         console.end(action.name.lower(), summary)
@@ -224,12 +247,13 @@ def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[
 def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
     """Note this start, and tell whether Slurm has started the run too often without progress."""
     durable = read_json(run.checkpoints / "latest.json").get("step", 0)
-    write_json(attempt / "start.json", {"job": job.id if job else None, "durable": durable})
+    write_struct(attempt / "start.json", AttemptStart(job=job.id if job else None, durable=durable))
     attempts = sorted(
         (run.path / "logs").glob("attempt-*/start.json"),
         key=lambda path: int(path.parent.name.removeprefix("attempt-")),
     )
-    starts = [(start["job"], start["durable"]) for start in map(read_json, attempts)]
+    records = [read_struct(path, AttemptStart) for path in attempts]
+    starts = [(start.job, start.durable) for start in records if start is not None]
     if not restart_policy.given_up(starts, config.launch.requeues):
         return False
     log.error("Slurm has started this job %d times again, and each time it ended before a step after %d was durable "
@@ -247,7 +271,7 @@ def _write_run_json(config: Config, run: RunDir) -> None:
         version=atropos_hpc.__version__,
         command=(known and known.command) or sys.argv,
     )
-    write_json(run.run_json, msgspec.to_builtins(info))
+    write_struct(run.run_json, info)
 
 
 def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:
@@ -264,7 +288,7 @@ def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:
     for path in run.members.glob("*.json"):
         if not path.name.startswith(spared):
             path.unlink()
-    write_json(run.roster, {})
+    write_struct(run.roster, Roster())
 
 
 def _alive_here(run: RunDir, spared: tuple[str, ...]) -> list[int]:

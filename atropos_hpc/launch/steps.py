@@ -14,7 +14,7 @@ from pathlib import Path
 from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.sbatch import Group
-from atropos_hpc.runtime.membership import HOST
+from atropos_hpc.runtime.network import HOST
 from atropos_hpc.runtime.process import END_TASKS
 
 PACKAGE_HOME = Path(__file__).resolve().parent.parent.parent

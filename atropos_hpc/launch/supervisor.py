@@ -23,12 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import LaunchConf
+from atropos_hpc.contracts.members import (
+    AgentState,
+    AnyMember,
+    EnvironmentState,
+    EvaluatorState,
+    RestartEvent,
+    RolloutJobState,
+    StopRequest,
+    SupervisorState,
+    TrainerState,
+    TrajectoriesState,
+)
 from atropos_hpc.launch import restart_policy
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm.commands import SlurmError
 from atropos_hpc.launch.slurm.slurm_job import Job
 from atropos_hpc.launch.steps import Step
-from atropos_hpc.runtime import membership, process
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import Member, RosterPublisher, post_request, withdraw_request
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.runtime.supervision import DUMP_S, Progress, Silence, waits
 
@@ -75,13 +88,13 @@ class Supervisor:
     """
 
     def __init__(
-        self, run: RunDir, launch: LaunchConf, steps: list[Step], watch: Callable[[dict[str, Any]], Action | None],
+        self, run: RunDir, launch: LaunchConf, steps: list[Step], watch: Callable[[dict[str, AnyMember]], Action | None],
         job: Job | None = None, leads: bool = True,
     ) -> None:  # fmt: skip
         self.run, self.launch, self.watch, self.job, self.leads = run, launch, watch, job, leads
         self.steps = {step.name: Running(step) for step in steps}
-        self.leader = membership.Leader(run)
-        self.events: list[dict[str, Any]] = []  # what died and what was done, for the summary
+        self.leader = RosterPublisher(run)
+        self.events: list[RestartEvent] = []  # what died and what was done, for the summary
         self.silence, self.learning = (
             Silence(),
             Progress(launch.start_timeout_s, launch.step_timeout_s),
@@ -99,17 +112,19 @@ class Supervisor:
         """
         process.adopt_orphans()
         if self.leads:
-            membership.withdraw(self.run, "stop")
+            withdraw_request(self.run, StopRequest)
         previous = {
             number: signal.signal(number, self._wish)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
         }
-        kind, node = (
-            ("supervisor", "trainer0") if self.leads else ("rollout_job", next(iter(self.steps)))
-        )
-        member = membership.Member(
-            self.run, kind, node, state="running", job=self.job.id if self.job else None
-        )
+        job = self.job.id if self.job else None
+        member: Member[SupervisorState] | Member[RolloutJobState]
+        if self.leads:
+            member = Member(self.run, SupervisorState(state="running", job=job), "trainer0")
+        else:
+            member = Member(
+                self.run, RolloutJobState(state="running", job=job), next(iter(self.steps))
+            )
         end: Action | None = None
         try:
             while end is None:
@@ -146,7 +161,7 @@ class Supervisor:
 
     def _look(self) -> Action | None:
         """Members, then steps: how the run ends, once that is decided."""
-        members = self.leader.look() if self.leads else {}
+        members = self.leader.publish() if self.leads else {}
         end = self.watch(members)
         if end is Action.FINISH:
             return end
@@ -164,7 +179,7 @@ class Supervisor:
         """The roster, once more; at the end of a run it no longer matters whether it can be written."""
         if self.leads:
             with contextlib.suppress(OSError):
-                self.leader.look(at_once=True)
+                self.leader.publish(at_once=True)
 
     # --- steps
 
@@ -241,7 +256,7 @@ class Supervisor:
         """End what is left of a step, and tell the others that its members are gone."""
         process.end(running.children, grace_s)
         process.end_orphans(child for other in self.steps.values() for child in other.children)
-        self.leader.ended(
+        self.leader.mark_ended(
             *(
                 name
                 for name, member in self.leader.members.items()
@@ -294,7 +309,7 @@ class Supervisor:
         log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
         if action is Action.RESTART:
             self.events.append(
-                {"time": time.time(), "who": died.name, "how": how, "done": action.value}
+                RestartEvent(time=time.time(), who=died.name, how=how, done=action.value)
             )
         if action is Action.FAIL or (code > 0 and code != process.STOPPED):
             for path in (died.log, _task_log(died.log)):
@@ -307,16 +322,22 @@ class Supervisor:
 
     # --- what hangs
 
-    def _end_what_hangs(self, members: dict[str, Any]) -> None:
+    def _end_what_hangs(self, members: dict[str, AnyMember]) -> None:
         """Have each step that hangs tell its stacks, and end it; `_look_at` then sees to the rest."""
-        own = [m for m in members.values() if m["kind"] in ("trainer", "agent", "trajectories")]
-        found = {m["name"]: (m, "has given no sign for too long") for m in self.silence.hung(own)}
-        ranks = [m for m in own if m["kind"] == "trainer" and m["alive"]]
+        own = [
+            m
+            for m in members.values()
+            if isinstance(m, (TrainerState, AgentState, TrajectoriesState))
+        ]
+        found: dict[str, tuple[AnyMember, str]] = {
+            m.name: (m, "has given no sign for too long") for m in self.silence.hung(own)
+        }
+        ranks = [m for m in own if isinstance(m, TrainerState) and m.alive]
         if (missing := self.learning.missing_s(ranks)) is not None:
             found |= {
-                m["name"]: (
+                m.name: (
                     m,
-                    f"has been in state {m['state']}, step {m['step']}, for {missing:.0f} s",
+                    f"has been in state {m.state}, step {m.step}, for {missing:.0f} s",
                 )
                 for m in ranks
             }
@@ -326,7 +347,7 @@ class Supervisor:
             )
             if running is None or running.hung:
                 continue
-            log.error("%s %s: it tells its stacks in its log, and is ended", member["name"], why)
+            log.error("%s %s: it tells its stacks in its log, and is ended", member.name, why)
             self._tell_waits()
             running.hung = True
             self._ask_for_stacks([running])
@@ -395,7 +416,7 @@ class Supervisor:
                 action.value,
             )
             try:
-                membership.ask(self.run, "stop")
+                post_request(self.run, StopRequest())
             except OSError as error:  # a full disk; a signal tells the learner the same
                 log.warning("cannot write the request to stop: %s", error)
                 for child in self.steps["trainer"].children:
@@ -416,11 +437,13 @@ class Supervisor:
             pass
 
 
-def _belongs(member: dict[str, Any], step: Step) -> bool:
+def _belongs(member: AnyMember, step: Step) -> bool:
     if step.kind == "agent":
         node = step.processes[0].variables["ATROPOS_HPC_NODE"]
-        return member["node"] == node and member["kind"] in ("agent", "environment", "evaluator")
-    return bool(member["kind"] == step.kind)
+        return member.node == node and isinstance(
+            member, (AgentState, EnvironmentState, EvaluatorState)
+        )
+    return member.kind == step.kind
 
 
 def _task_log(srun_log: Path) -> Path | None:

@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config, environment_name, environments
+from atropos_hpc.contracts.members import RepublishRequest, TrainerState
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import (
-    REPUBLISH,
     Member,
-    Roster,
-    asked,
-    keep_to_interface,
-    own_host,
-    wait_for,
-    withdraw,
+    RosterReader,
+    pending_request,
+    withdraw_request,
 )
+from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.waiting import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if Path(config.model.path or "").exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     node, step_id = os.environ.get("ATROPOS_HPC_NODE", "local"), os.environ.get("ATROPOS_HPC_STEP")
-    member = Member(run, "trainer", node, rank, rank=rank, step=None, step_id=step_id)
+    member = Member(run, TrainerState(rank=rank, step_id=step_id), node, rank)
     try:
         return DONE if _train(run, config, member, rank, world) else STOPPED
     except ValueError:
@@ -85,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
 
 
-def _train(run: RunDir, config: Config, member: Member, rank: int, world: int) -> bool:
+def _train(
+    run: RunDir, config: Config, member: Member[TrainerState], rank: int, world: int
+) -> bool:
     import torch
 
     from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
@@ -111,7 +112,7 @@ def _train(run: RunDir, config: Config, member: Member, rank: int, world: int) -
     log.info("rank %d of %d starts at step %d", rank, world, backend.step_count)
 
     Client = UpstreamClient if config.trajectories.server == "atropos" else TrajectoryClient
-    find = Roster(run.roster).trajectory_server
+    find = RosterReader(run.roster).trajectory_server
     leasing, client = (
         Client(find, run.token(), LEASE_PATIENCE_S) for _ in range(2)
     )  # the thread's, and the loop's own
@@ -131,8 +132,8 @@ def _train(run: RunDir, config: Config, member: Member, rank: int, world: int) -
         Metrics(run, sinks(run, config.wandb, config.tensorboard, at), at) if rank == 0 else None
     )
     readers = Readers(
-        partial(asked, run, REPUBLISH),
-        partial(withdraw, run, REPUBLISH),
+        partial(pending_request, run, RepublishRequest),
+        partial(withdraw_request, run, RepublishRequest),
         lambda alarm: member.update(alarm=alarm),
     )
     publishing = Publishing(run.policy, config.policy, model.dtype, readers)
@@ -178,7 +179,9 @@ def backend_class(name: str) -> Any:
     return VerlBackend
 
 
-def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_s: float) -> None:
+def join(
+    run: RunDir, member: Member[TrainerState], rank: int, world: int, host: str, timeout_s: float
+) -> None:
     """Make the default process group. Rank 0 opens a store at a free port and says where in the rendezvous; the others look there.
 
     The step id tells this start's rank 0 from an earlier one's. Raises TimeoutError, naming rank 0.
@@ -205,18 +208,14 @@ def join(run: RunDir, member: Member, rank: int, world: int, host: str, timeout_
             timeout=timeout,
             master_listen_fd=listener.detach(),
         )
-        member.update(state="joining", store=[host, port])
+        member.update(state="joining", store=(host, port))
     else:
-        roster, step_id = Roster(run.roster), member.state["step_id"]
+        roster, step_id = RosterReader(run.roster), member.state.step_id
 
-        def opened() -> list[Any] | None:
-            ranks = roster.members("trainer")
+        def opened() -> tuple[str, int] | None:
+            ranks = roster.members(TrainerState)
             return next(
-                (
-                    m["store"]
-                    for m in ranks
-                    if m["rank"] == 0 and m.get("store") and m["step_id"] == step_id
-                ),
+                (m.store for m in ranks if m.rank == 0 and m.store and m.step_id == step_id),
                 None,
             )
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from atropos_hpc.runtime.membership import Member, asked
+from atropos_hpc.contracts.members import StopRequest, TrainerState, Wait
+from atropos_hpc.runtime.membership import Member, pending_request
 from atropos_hpc.runtime.process import END_TASKS
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -28,7 +29,7 @@ class Together:
     From here on TERM is a wish to stop, too: it is all that Slurm tells a rank when it takes the nodes away. So is END_TASKS.
     """
 
-    def __init__(self, run: RunDir, member: Member) -> None:
+    def __init__(self, run: RunDir, member: Member[TrainerState]) -> None:
         self.run, self.member = run, member
         self.leads = dist.get_rank() == 0
         self._looked, self._stop = 0.0, False
@@ -58,13 +59,12 @@ class Together:
                     raise TimeoutError(f"waited {waited:.0f} s for {what} from {whom}, in vain")
                 if waited > 1 and not shown:
                     shown = True
-                    self.member.update(
-                        waiting={"what": what, "whom": whom, "since": time.time() - waited}
-                    )
+                    since = time.time() - waited
+                    self.member.show_wait(Wait(what, whom, since, since + timeout_s))
                 time.sleep(TICK_S)
         finally:
             if shown:
-                self.member.update(waiting=None)
+                self.member.show_wait(None)
 
     def check(self) -> None:
         """Raises StopAsked on all ranks if the run has been asked to stop."""
@@ -75,7 +75,7 @@ class Together:
         """Has this rank had TERM, or seen the request? Rank 0 looks, at most every half second."""
         if self.leads and not self._stop and time.monotonic() - self._looked > LOOK_FOR_REQUESTS_S:
             self._looked = time.monotonic()
-            self._stop = asked(self.run, "stop") is not None
+            self._stop = pending_request(self.run, StopRequest) is not None
         return self._stop
 
     @staticmethod

@@ -19,6 +19,7 @@ from typing import Any
 
 from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelConf, TrainerConf
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.members import Done, TrainerState
 from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.learner.batch import make_batch
 from atropos_hpc.learner.checkpoint import Checkpoints
@@ -28,7 +29,7 @@ from atropos_hpc.learner.kl import Coefficient, penalize
 from atropos_hpc.learner.publisher import Publishing
 from atropos_hpc.observe.metrics import Metrics, Phases
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_json
+from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_struct
 from atropos_hpc.trajectories.client import TrajectoryClient
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def train(
     publishing: Publishing,
     metrics: Metrics | None,
     together: Together,
-    member: Member,
+    member: Member[TrainerState],
     kl: Coefficient,
 ) -> bool:
     """From the backend's present step to the last. True: the run is complete; False: it was asked to stop, and has saved.
@@ -176,7 +177,7 @@ def train(
     finally:
         batches.close()
     if backend.rank == 0:
-        write_json(run.done, {"version": backend.step_count})
+        write_struct(run.done, Done(version=backend.step_count))
     return True
 
 

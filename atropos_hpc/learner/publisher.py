@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.config import PolicyConf
+from atropos_hpc.contracts.members import RepublishRequest
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.policy.shard_writer import WORTH_SHARE, PublishFailed, Shares, Snapshot, snapshot
 from atropos_hpc.policy.store import Key, NoRoom, PolicyStore, Superseded
@@ -48,7 +50,7 @@ class Readers:
     """What rank 0 hears from the readers of the store, and tells the others: `asked` gives a request to publish anew, if there is one,
     `answered` takes it away; `tell` shows an alarm, or None when all is well."""
 
-    asked: Callable[[], dict[str, Any] | None] = lambda: None
+    asked: Callable[[], RepublishRequest | None] = lambda: None
     answered: Callable[[], None] = lambda: None
     tell: Callable[[str | None], None] = lambda _: None
 
@@ -214,7 +216,7 @@ class Publishing:
             self.store.check_room(needed, self.conf.max_bytes)
         self.store.begin(version, self.attempt)
 
-    def _request(self) -> dict[str, Any] | None:
+    def _request(self) -> RepublishRequest | None:
         """A reader's, which counts as met from now on. A filesystem that cannot say is asked again: the other ranks wait for this one."""
         try:
             if (request := self.readers.asked()) is not None:
@@ -243,10 +245,11 @@ class Publishing:
             waited += LOOK_S
             request = self._request() if public else None
             if request and (
-                self._since_full or tuple(request.get("key", ())) == (self.attempt, version)
+                self._since_full
+                or request.version == PolicyVersion(attempt=self.attempt, version=version)
             ):
                 log.warning(
-                    "policy version %d is published again, in full: %s", version, request.get("why")
+                    "policy version %d is published again, in full: %s", version, request.why
                 )
                 return RENEW
             if not public and waited >= RETRY_S:

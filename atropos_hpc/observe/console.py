@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -95,7 +96,7 @@ class Console:
                 root.removeHandler(handler)
                 handler.close()
 
-    def show(self, members: dict[str, Any]) -> None:
+    def show(self, members: dict[str, AnyMember]) -> None:
         """Bring the view up to date."""
         for line in self.evaluations.read():
             accuracy = line.get("accuracy")
@@ -153,11 +154,11 @@ class Console:
         self.terminal.print(table)
 
 
-def _starting(members: dict[str, Any]) -> str:
+def _starting(members: dict[str, AnyMember]) -> str:
     """Who is there and what they wait for, before the first step."""
     states = []
     for member in members.values():
-        if member["kind"] in ("trainer", "agent", "trajectories", "evaluator"):
-            waits = f" (waits for {member['waiting']['what']})" if member.get("waiting") else ""
-            states.append(f"{member['name']} {member['state']}{waits}")
+        if member.kind in ("trainer", "agent", "trajectories", "evaluator"):
+            waits = f" (waits for {member.waiting.what})" if member.waiting else ""
+            states.append(f"{member.name} {member.state}{waits}")
     return "starting: " + ("; ".join(states) or "processes")

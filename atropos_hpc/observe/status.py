@@ -130,7 +130,7 @@ def _wait(member: dict[str, Any]) -> dict[str, Any]:
     return {
         "who": member["name"],
         "what": wait["what"],
-        "whom": wait["whom"],
+        "whom": wait["from_whom"],
         "for_s": round(max(0.0, time.time() - wait["since"]), 1),
     }
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from atropos_hpc.config import environment_name
+from atropos_hpc.contracts.members import EnvironmentState
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED
@@ -135,7 +136,9 @@ def main() -> int:
 
     process.log_to_stderr()
     run = RunDir(options.run_dir)
-    member = Member(run, "environment", os.environ.get("ATROPOS_HPC_NODE", "local"), options.index)
+    member = Member(
+        run, EnvironmentState(), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index
+    )
     return live(member, lambda: work(run, member, options.index, options.environment))
 
 

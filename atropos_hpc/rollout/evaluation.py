@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import EvaluationConf, environment_name, environments
+from atropos_hpc.contracts.members import EvaluatorState, Wait
 from atropos_hpc.rollout.env_worker import live, quiet_atropos, seed_everything
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
@@ -185,10 +186,8 @@ class Evaluator:
             if due is None
             else (f"policy version {due}", "the learner")
         )
-        if (self.member.state["waiting"] or {}).get("what") != what:
-            self.member.update(
-                state="idle", waiting={"what": what, "whom": whom, "since": time.time()}
-            )
+        self.member.update_if_changed(state="idle")
+        self.member.show_wait(Wait(what, whom, time.time()))
 
     async def line(self, envs: dict[str, Any], version: int) -> None:
         """Evaluate, and append the line. One that failed gets a line with the error: it is not tried again."""
@@ -240,7 +239,7 @@ def main() -> int:
     options = parser.parse_args()
     process.log_to_stderr()
     run = RunDir(options.run_dir)
-    member = Member(run, "evaluator", os.environ.get("ATROPOS_HPC_NODE", "local"))
+    member = Member(run, EvaluatorState(), os.environ.get("ATROPOS_HPC_NODE", "local"))
     return live(member, lambda: Evaluator(run, member).work())
 
 

@@ -6,8 +6,9 @@ import logging
 import os
 import time
 
+from atropos_hpc.contracts.members import SupervisorState
 from atropos_hpc.launch.slurm import commands
-from atropos_hpc.runtime.membership import Roster
+from atropos_hpc.runtime.membership import RosterReader, RosterWatch
 from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -28,17 +29,15 @@ class LeaderWatch:
             "single",
         )
         self.job = os.environ["SLURM_JOB_ID"] if shared else None
-        self.roster = Roster(run.roster)
-        self._beat, self._changed, self._asked = -1, time.monotonic(), 0.0
+        self.roster = RosterReader(run.roster)
+        self.watch, self._asked = RosterWatch(self.roster), 0.0
 
     def look(self) -> bool:
         """Have Slurm requeue the job if the supervisor is silent and, by Slurm's own word, its node is gone. True when that was done."""
         if self.job is None:
             return False
-        now, beat = time.monotonic(), self.roster.read().get("beat", -1)
-        if beat != self._beat:
-            self._beat, self._changed = beat, now
-        if now - self._changed < SILENT_S or now - self._asked < ASK_S:
+        now = time.monotonic()
+        if self.watch.silent_s() < SILENT_S or now - self._asked < ASK_S:
             return False
         self._asked = now
         if not _is_lost(self.job):
@@ -54,13 +53,13 @@ class LeaderWatch:
         """Before the agent ends, which may leave nobody else in the job: stay until the supervisor is seen alive, is known to end the run
         itself, or is lost and the job requeued.
         """
-        beat, deadline = self.roster.read().get("beat", -1), time.monotonic() + LAST_LOOK_S
+        beat, deadline = self.roster.read().beat, time.monotonic() + LAST_LOOK_S
         while self.job is not None and time.monotonic() < deadline:
-            leader = self.roster.members("supervisor", alive=False)
+            leader = self.roster.members(SupervisorState, alive=False)
             if (
-                self.roster.read().get("beat", -1) != beat
+                self.roster.read().beat != beat
                 or not leader
-                or leader[0]["state"] != "running"
+                or leader[0].state != "running"
                 or self.look()
             ):
                 return

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -26,12 +25,15 @@ import aiohttp
 from atropos_hpc.config import (
     environments,
 )
+from atropos_hpc.contracts.members import AgentState, RepublishRequest, ServerState, Wait
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import PolicyStore, Published
 from atropos_hpc.policy.weight_update import PushError, Stuck, push
 from atropos_hpc.rollout.leader_failover import LeaderWatch
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.membership import REPUBLISH, Member, Roster, ask, own_host
+from atropos_hpc.runtime.membership import Member, RosterReader, post_request
+from atropos_hpc.runtime.network import free_port, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, backoff
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import DUMP_S, Silence
@@ -108,15 +110,13 @@ class Agent:
             evaluation.before or evaluation.after or evaluation.every
         )  # somebody has to
         self.leader = LeaderWatch(run)
-        self.member = Member(run, "agent", node, number=index, servers=[], policy=None)
+        self.member = Member(run, AgentState(number=index), node)
         self.follower = Follower(
             PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain
         )
         self.refused: str | None = None
         self.news = asyncio.Event()  # a version that the servers do not have yet
-        self.waits: dict[str, Any] | None = (
-            None  # for what, from whom, since when: as in the member's state
-        )
+        self.waits: Wait | None = None
 
     async def work(self) -> None:
         """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
@@ -159,7 +159,10 @@ class Agent:
     def complain(self, version: Published, why: str) -> None:
         """Have the learner publish a version anew."""
         try:
-            ask(self.run, REPUBLISH, key=version.key, why=f"{self.member.name}: {why}")
+            wanted = PolicyVersion(attempt=version.attempt, version=version.version)
+            post_request(
+                self.run, RepublishRequest(version=wanted, why=f"{self.member.name}: {why}")
+            )
         except OSError as error:  # a full disk: it is complained again
             log.warning("cannot ask for version %s anew: %s", version.key, error)
 
@@ -167,24 +170,24 @@ class Agent:
         """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
         children that hang.
         """
-        roster, since, silence = Roster(self.run.roster), time.monotonic(), Silence()
+        roster, since, silence = RosterReader(self.run.roster), time.monotonic(), Silence()
         while True:
             await asyncio.to_thread(self.leader.look)
-            members = roster.read().get("members", {}).values()
+            members = roster.read().members.values()
             children = {
                 kept.child.pid: kept.child for kept in self.others if kept.child is not None
             }
             for member in silence.hung(
-                m for m in members if m["node"] == self.node and m["pid"] in children
+                m for m in members if m.node == self.node and m.pid in children
             ):
                 log.error(
                     "%s has given no sign for too long: it tells its stacks in its log, and is ended",
-                    member["name"],
+                    member.name,
                 )
-                process.request_stacks(member["pid"])
+                process.request_stacks(member.pid)
                 await asyncio.sleep(DUMP_S)
-                children[member["pid"]].signal(signal.SIGKILL)
-            if not comes_first(self.index, roster.members("agent")):
+                children[member.pid].signal(signal.SIGKILL)
+            if not comes_first(self.index, roster.members(AgentState)):
                 since = time.monotonic()
             if self.evaluates and (self.index == 0 or time.monotonic() - since > TAKE_OVER_S):
                 self.evaluates = False
@@ -339,19 +342,23 @@ class Agent:
     def report(self) -> None:
         """Tell the rendezvous, when something has changed."""
         servers = [
-            {"name": s.name, "url": s.url, "version": s.serves.version if s.serves else None, "pid": s.child.pid if s.child else None}
+            ServerState(
+                name=s.name,
+                url=s.url,
+                version=s.serves.version if s.serves else None,
+                pid=s.child.pid if s.child else None,
+            )
             for s in self.servers
-        ]  # fmt: skip
+        ]
         newest = self.follower.newest.version if self.follower.newest else None
         children = {kept.name: kept.child.pid for kept in self.others if kept.child is not None}
         self.note_wait()
         state: dict[str, Any] = {
             "waiting": self.waits,
-            "state": "serving" if all(s["version"] is not None for s in servers) else "starting servers",
+            "state": "serving" if all(s.version is not None for s in servers) else "starting servers",
             "servers": servers, "policy": newest, "bad_policy": self.follower.bad, "children": children,
         }  # fmt: skip
-        if any(self.member.state.get(key) != value for key, value in state.items()):
-            self.member.update(**state)
+        self.member.update_if_changed(**state)
 
     def note_wait(self) -> None:
         """The first server that serves nothing yet, and what for."""
@@ -365,8 +372,8 @@ class Agent:
             what, whom = "the first policy version", "the learner"
         else:
             what, whom = f"it to take policy version {self.follower.newest.version}", lacking.name
-        if self.waits is None or (self.waits["what"], self.waits["whom"]) != (what, whom):
-            self.waits = {"what": what, "whom": whom, "since": time.time()}
+        if self.waits is None or (self.waits.what, self.waits.from_whom) != (what, whom):
+            self.waits = Wait(what, whom, time.time())
 
     def end(self, **state: Any) -> None:
         """End every child; nothing of this node's stays behind."""
@@ -387,21 +394,14 @@ def ask_all_for_stacks() -> None:
         process.request_stacks(pid)
 
 
-def comes_first(index: int, agents: list[dict[str, Any]]) -> bool:
+def comes_first(index: int, agents: list[AgentState]) -> bool:
     """Is no agent of a lower number alive?
 
-    >>> comes_first(1, [{"number": 1}, {"number": 2}]), comes_first(2, [{"number": 1}, {"number": 2}])
+    >>> agents = [AgentState(number=1), AgentState(number=2)]
+    >>> comes_first(1, agents), comes_first(2, agents)
     (True, False)
     """
-    return all(agent["number"] >= index for agent in agents)
-
-
-def free_port(host: str) -> int:
-    """A port that is free now. Another process may take it before the server does; the server then ends, and gets another."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
+    return all(agent.number >= index for agent in agents)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from atropos_hpc.runtime.membership import Roster
+from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Pool:
         self.run = run
         self.outstanding: Counter[str] = Counter()
         self.generated = 0  # tokens, in all
-        self._roster = Roster(run.roster)
+        self._roster = RosterReader(run.roster)
         self._servers = self._roster.servers()  # URL -> version
         self._token = run.token()
         self._suspect_until: dict[str, float] = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 from atropos_hpc.config import ModelConf, RolloutConf
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.membership import keep_to_interface, own_host
+from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
 

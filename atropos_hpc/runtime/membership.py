@@ -1,89 +1,128 @@
-"""How the members of a run find each other and are seen alive: small files on the shared filesystem.
+"""How the members of a run find each other: small files on the shared filesystem.
 
-A member has one file of its own, members/<name>.json: replaced when its state changes, and touched every few seconds to show that it
-lives. Only the leader (the supervisor) looks at that directory; it publishes what it sees as roster.json, which everybody else reads.
-So the cost per member is constant, whatever their number: both the leader's rounds and the members' looks at the roster become rarer as
-there are more of them (with a thousand, seconds apart). In between, the leader notices by the directory's own time that some state has
-changed, and by inode numbers, which a listing has, whose. Life is judged by changes of a file's time, on the reader's own clock: clocks
-of nodes differ.
+1. Each member owns one file, members/<name>.json. It replaces the file when its state changes and
+   touches it every few seconds as a heartbeat.
+2. Only the supervisor reads that directory (`RosterPublisher`). It publishes what it finds as
+   roster.json, which everybody else reads (`RosterReader`).
+3. Requests go the other way: `post_request` writes requests/<name>.json, and the member concerned
+   polls for it.
 
-Requests go the other way: `ask` leaves requests/<what>.json, which the member concerned notices and answers in its state.
+The cost per member is constant: with more members, both the supervisor's full scans and the
+members' reads of the roster become rarer (with a thousand members, seconds apart). Between scans
+the supervisor notices a change of state by the directory's mtime, and whose file it was by inode
+numbers, which a directory listing contains.
+
+Liveness is judged by changes of a file's mtime, on the reader's own monotonic clock, because the
+clocks of nodes differ.
 """
 
-import fcntl
-import json
 import logging
 import os
 import random
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from atropos_hpc.runtime.run_dir import RunDir, read_json, write_file, write_json
+import msgspec
+
+from atropos_hpc.contracts.members import (
+    AgentState,
+    AnyMember,
+    MemberState,
+    Request,
+    Roster,
+    TrajectoriesState,
+    Wait,
+)
+from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_file, write_struct
 
 log = logging.getLogger(__name__)
+S = TypeVar("S", bound=MemberState)
+R = TypeVar("R", bound=Request)
 
-BEAT_S = 7.0  # between a member's signs of life
-DEAD_S = 30.0  # without one; also how long a node may stall on a busy filesystem
-ROSTER_BEAT_S = 2.0  # the roster's own, at least that often
-ROUND_S = 0.005  # per member, between the leader's rounds over all of them
+BEAT_S = 7.0  # between a member's heartbeats
+DEAD_S = 30.0  # without a heartbeat; a busy filesystem may stall a node for that long
+ROSTER_BEAT_S = 2.0  # between writes of the roster, at most
+SCAN_S = 0.005  # per member, between the supervisor's full scans
 READ_S = 0.003  # per member, between a reader's looks at the roster
-FEW = 20  # members, for whom all this costs nothing: then nobody waits for anything
-REPUBLISH = "republish"  # a request: a reader cannot use the newest policy version
+SMALL_RUN = 20  # members up to which scans and reads are not spaced at all
+
+_decoder = msgspec.json.Decoder(AnyMember)
 
 
-class Member:
-    """This process's place in the rendezvous. State is a flat dict of JSON values; `waiting` says what it waits for.
+class Member(Generic[S]):
+    """This process's member file. `state` is the state struct of its kind.
 
-    The beat comes from a thread of its own, so it proves that the process lives, not that it gets on: progress is what
-    `state`, `waiting` and `since` say.
+    The heartbeat comes from a thread of its own: it proves that the process lives, not that it
+    makes progress. Progress is what `state.state`, `state.waiting` and the counters show.
     """
 
-    def __init__(self, run: RunDir, kind: str, node: str, index: int = 0, **state: Any) -> None:
-        self.name = f"{kind}-{node}-{index}"
+    def __init__(
+        self, run: RunDir, state: S, node: str, index: int = 0, beat_s: float = BEAT_S
+    ) -> None:
+        self.state = state
+        self.name = state.name = f"{state.kind}-{node}-{index}"
+        state.node, state.host, state.pid = node, socket.gethostname(), os.getpid()
+        state.started = time.time()
         self.path = run.members / f"{self.name}.json"
-        self._write = threading.Lock()
+        self._beat_s = beat_s
+        self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._told = False  # does the file have the state?
-        self.state: dict[str, Any] = {
-            "name": self.name, "kind": kind, "node": node, "host": socket.gethostname(), "pid": os.getpid(),
-            "started": time.time(), "state": "starting", "waiting": None, **state,
-        }  # fmt: skip
+        self._current = False  # whether the file has the present state
         self.update()
-        self._thread = threading.Thread(target=self._keep_beating, name="beat", daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def update(self, **state: Any) -> None:
-        """Change the state and write it at once. A full disk is logged, and tried again with the next beat."""
-        with self._write:
-            self.state.update(state)
-            self._told = _tell(self.path, self.state)
+    def update(self, **changes: Any) -> None:
+        """Set fields of the state and write the file. A full disk is logged; the next heartbeat
+        writes again. Raises AttributeError for a field that this kind of member does not have."""
+        with self._lock:
+            for name, value in changes.items():
+                setattr(self.state, name, value)
+            self._current = write_volatile(self.path, self.state)
+
+    def update_if_changed(self, **changes: Any) -> None:
+        """`update`, unless all fields have these values already."""
+        if any(getattr(self.state, name) != value for name, value in changes.items()):
+            self.update(**changes)
+
+    def show_wait(self, wait: Wait | None) -> None:
+        """Show what this member waits for; None: for nothing. Keeps `since` of an equal wait."""
+        known = self.state.waiting
+        if wait is None and known is None:
+            return
+        if wait and known and (wait.what, wait.from_whom) == (known.what, known.from_whom):
+            return
+        self.update(waiting=wait)
 
     @contextmanager
-    def waiting(self, what: str, whom: str) -> Iterator[None]:
-        """Tell the others what this member waits for, from whom, since when."""
-        self.update(waiting={"what": what, "whom": whom, "since": time.time()})
+    def waiting(self, what: str, from_whom: str) -> Iterator[None]:
+        """Show a wait whose deadline is kept elsewhere."""
+        self.show_wait(Wait(what, from_whom, time.time()))
         try:
             yield
         finally:
-            self.update(waiting=None)
+            self.show_wait(None)
 
-    def leave(self, **state: Any) -> None:
-        """Stop beating; the file stays, for those who read the story afterwards."""
+    def leave(self, **changes: Any) -> None:
+        """Stop the heartbeat and mark the member as ended. The file stays, as a record."""
+        self.stop_beating()
+        self.update(**{"state": "ended", "waiting": None, **changes})
+
+    def stop_beating(self) -> None:
+        """Stop the heartbeat without a last word, as a killed process does."""
         self._stop.set()
         self._thread.join()
-        self.update(**{"state": "ended", "waiting": None, **state})
 
     def _keep_beating(self) -> None:
-        while not self._stop.wait(jittered(BEAT_S)):
+        while not self._stop.wait(jittered(self._beat_s)):
             try:
-                if self._told:
+                if self._current:
                     os.utime(self.path)
                     continue
             except OSError:
@@ -92,63 +131,63 @@ class Member:
 
 
 @dataclass
-class _Seen:
-    """A member's file as the leader has last looked at it."""
+class _File:
+    """A member's file as the supervisor read it last."""
 
     inode: int
-    stamp: int  # its time, ns
-    since: float  # when that was new, monotonic
-    state: dict[str, Any]
+    mtime_ns: int
+    since: float  # when this mtime was first seen, monotonic
+    state: AnyMember | None
 
 
 @dataclass
-class Leader:
-    """The supervisor's side: looks at the members' files and publishes the roster."""
+class RosterPublisher:
+    """The supervisor's side: reads the member files and publishes the roster."""
 
     run: RunDir
+    dead_s: float = DEAD_S
+    scan_s: float = SCAN_S
+    read_s: float = READ_S
+    members: dict[str, AnyMember] = field(default_factory=dict)
     beat: int = 0
-    members: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _files: dict[str, _Seen] = field(default_factory=dict)
-    _changed: int = -1  # the directory's time, ns
-    _round: float = 0.0  # when the next one is due, monotonic
-    _written: float = 0.0
+    _files: dict[str, _File] = field(default_factory=dict)
+    _directory_mtime_ns: int = -1
+    _next_scan: float = 0.0  # monotonic
+    _written: float = 0.0  # monotonic
 
-    def look(self, at_once: bool = False) -> dict[str, dict[str, Any]]:
-        """Read what has changed, judge who lives, write the roster if anything but that has (or its own beat is due).
-
-        `at_once`: look at all, and write, whatever the crowd: nobody may look again.
-        """
+    def publish(self, at_once: bool = False) -> dict[str, AnyMember]:
+        """Read what has changed, judge liveness, and write the roster when it changed or its own
+        heartbeat is due. `at_once`: scan and write in any case."""
         now = time.monotonic()
-        if at_once or now >= self._round:
-            self._look_at_all(now)
-            self._round = now + (
-                jittered(ROUND_S * len(self._files)) if len(self._files) > FEW else 0.0
-            )
+        if at_once or now >= self._next_scan:
+            self._scan(now)
+            self._next_scan = now + jittered(self.scan_s * self._crowd())
         else:
-            self._look_for_changes(now)
+            self._read_changed(now)
         members = {}
-        for file in sorted(self._files):
-            seen = self._files[file]
-            if seen.state:
-                alive = seen.state["state"] != "ended" and now - seen.since < DEAD_S
-                members[seen.state["name"]] = {**seen.state, "alive": alive}
+        for name in sorted(self._files):
+            file = self._files[name]
+            if file.state is not None:
+                silent = now - file.since >= self.dead_s
+                file.state.alive = file.state.state != "ended" and not silent
+                members[file.state.name] = file.state
         changed = members != self.members
-        self.members = members
-        if (
-            at_once
-            or (changed and now - self._written > READ_S * self._crowd())
-            or now - self._written > ROSTER_BEAT_S
-        ):
+        self.members = {name: msgspec.structs.replace(state) for name, state in members.items()}
+        since_write = now - self._written
+        changed_due = changed and since_write > self.read_s * self._crowd()
+        if at_once or changed_due or since_write > ROSTER_BEAT_S:
             self.beat += 1
             self._written = now
-            _tell(self.run.roster, {"beat": self.beat, "written": time.time(), "members": members})
-        return members
+            roster = Roster(beat=self.beat, written=time.time(), members=members)
+            write_volatile(self.run.roster, roster)
+        return self.members
 
     def _crowd(self) -> int:
-        return len(self._files) if len(self._files) > FEW else 0
+        """The number of members by which scans and writes are spaced; 0 in a small run."""
+        return len(self._files) if len(self._files) > SMALL_RUN else 0
 
-    def _look_at_all(self, now: float) -> None:
-        """A round: every file's time, and the content of those that have changed or been touched."""
+    def _scan(self, now: float) -> None:
+        """Look at every file's mtime; read those that were replaced or touched."""
         found = {}
         for entry in self._list():
             known = self._files.get(entry.name)
@@ -156,201 +195,153 @@ class Leader:
                 status = entry.stat()
             except OSError:
                 continue
-            if (
-                known is not None
-                and (known.inode, known.stamp) == (status.st_ino, status.st_mtime_ns)
-                and known.state
-            ):
+            stamp = (status.st_ino, status.st_mtime_ns)
+            if known is not None and known.state and (known.inode, known.mtime_ns) == stamp:
                 found[entry.name] = known
-            else:
-                seen = self._read(entry.name, now)
-                if (
-                    seen is None and known is not None
-                ):  # damaged, and touched: its owner lives, and is taken to be as it was
-                    seen = replace(known, inode=status.st_ino, stamp=status.st_mtime_ns, since=now)
-                found[entry.name] = seen or _Seen(0, 0, now, {})
+                continue
+            file = self._read(entry.name, now)
+            if file is None and known is not None:
+                # Damaged, but touched: its owner lives and is taken to be in the state known.
+                file = replace(known, inode=stamp[0], mtime_ns=stamp[1], since=now)
+            found[entry.name] = file or _File(0, 0, now, None)
         self._files = found
 
-    def _look_for_changes(self, now: float) -> None:
-        """Between rounds: files that were replaced or are new. (An inode used twice in a row is noticed by the next round.)"""
+    def _read_changed(self, now: float) -> None:
+        """Between scans: read files that are new or were replaced. (An inode number that is used
+        twice in a row is noticed by the next scan.)"""
         changed = self.run.members.stat().st_mtime_ns
-        if changed == self._changed:
+        if changed == self._directory_mtime_ns:
             return
-        self._changed = changed
+        self._directory_mtime_ns = changed
         for entry in self._list():
             known = self._files.get(entry.name)
-            if (known is None or known.inode != entry.inode()) and (
-                seen := self._read(entry.name, now)
-            ):
-                self._files[entry.name] = seen
+            new = known is None or known.inode != entry.inode()
+            if new and (file := self._read(entry.name, now)):
+                self._files[entry.name] = file
 
     def _list(self) -> list["os.DirEntry[str]"]:
         with os.scandir(self.run.members) as entries:
-            return [
-                entry
-                for entry in entries
-                if entry.name.endswith(".json") and not entry.name.startswith(".")
-            ]
+            return [e for e in entries if e.name.endswith(".json") and not e.name.startswith(".")]
 
-    def _read(self, name: str, now: float) -> _Seen | None:
+    def _read(self, name: str, now: float) -> _File | None:
         """The file, or None while it cannot be read."""
         try:
             with (self.run.members / name).open("rb") as file:
                 status = os.fstat(file.fileno())
-                return _Seen(status.st_ino, status.st_mtime_ns, now, json.loads(file.read()))
-        except (OSError, ValueError) as error:
-            log.warning("member file %s: %s", name, error)
+                state = _decoder.decode(file.read())
+                return _File(status.st_ino, status.st_mtime_ns, now, state)
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("cannot read member file %s: %s; using the state known before", name, error)
             return None
 
-    def ended(self, *names: str) -> None:
-        """Mark members whose processes are known to have ended, so that nobody waits DEAD_S for them."""
+    def mark_ended(self, *names: str) -> None:
+        """Mark members whose processes are known to have ended, so that nobody waits `dead_s`."""
         for name in names:
-            file = f"{name}.json"
-            seen = self._read(file, time.monotonic()) or self._files.get(
-                file
-            )  # where it is damaged: as it was seen last
-            if seen is not None and seen.state:
-                _tell(self.run.members / file, {**seen.state, "state": "ended", "waiting": None})
+            file = self._read(f"{name}.json", time.monotonic()) or self._files.get(f"{name}.json")
+            if file is not None and file.state is not None:
+                ended = msgspec.structs.replace(file.state, state="ended", waiting=None)
+                write_volatile(self.run.members / f"{name}.json", ended)
 
 
-def _tell(path: Path, state: dict[str, Any]) -> bool:
-    """Write what only tells of this moment. A full disk is logged, and no reason to end; the next beat writes it again."""
+def write_volatile(path: Path, value: msgspec.Struct) -> bool:
+    """Write a file that describes the present only, without fsync. Returns whether that worked: a
+    full disk is logged and is no reason to end."""
     try:
-        write_file(path, json.dumps(state, separators=(",", ":")).encode(), durable=False)
+        write_file(path, msgspec.json.encode(value), durable=False)
     except OSError as error:
-        log.warning("cannot write %s: %s", path, error)
+        log.warning("cannot write %s: %s; the next heartbeat writes it", path, error)
         return False
     return True
 
 
 def jittered(seconds: float) -> float:
-    """About as long, so that many who do the same do not do it at the same time."""
+    """A random 80 to 120 % of `seconds`, so that members do not act in lockstep."""
     return seconds * random.uniform(0.8, 1.2)
 
 
-class Roster:
-    """A reader of roster.json that parses it only when it has been replaced."""
+class RosterReader:
+    """Reads roster.json, and parses it only when it was replaced."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, read_s: float = READ_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.path, self._read_s, self._clock = path, read_s, clock
         self._stamp: tuple[int, int] | None = None
-        self._content: dict[str, Any] = {}
-        self._next = 0.0  # when to look again, monotonic
+        self._content = Roster()
+        self._next = 0.0  # when to look again
 
-    def read(self) -> dict[str, Any]:
-        """The newest roster, {} before the first. An unreadable one is passed over: the last good one stays.
-
-        In a crowd it is looked at now and then only.
-        """
-        now = time.monotonic()
+    def read(self) -> Roster:
+        """Return the newest roster; an empty one before the first. An unreadable one is skipped:
+        the last good one stays valid. In a large run the file is opened only now and then."""
+        now = self._clock()
         if now < self._next:
             return self._content
         try:
-            with self.path.open(
-                "rb"
-            ) as file:  # opened, not just looked at: NFS then asks the server
+            # Opened, not only stat'ed: opening makes NFS ask the server.
+            with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 stamp = (status.st_mtime_ns, status.st_ino)
                 if stamp != self._stamp:
-                    self._content = json.loads(file.read())
+                    self._content = msgspec.json.decode(file.read() or b"{}", type=Roster)
                     self._stamp = stamp
         except FileNotFoundError:
-            self._content = {}
-        except (OSError, ValueError) as error:
-            log.warning("roster %s: %s; keeping the one known", self.path, error)
-        if (crowd := len(self._content.get("members", ()))) > FEW:
-            self._next = now + jittered(READ_S * crowd)
+            self._content = Roster()
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("cannot read roster %s: %s; using the previous one", self.path, error)
+        if (crowd := len(self._content.members)) > SMALL_RUN:
+            self._next = now + jittered(self._read_s * crowd)
         return self._content
 
-    def members(self, kind: str, alive: bool = True) -> list[dict[str, Any]]:
-        """The members of one kind, in order of name."""
-        members = self.read().get("members", {}).values()
-        return [m for m in members if m["kind"] == kind and (m["alive"] or not alive)]
+    def members(self, kind: type[S], alive: bool = True) -> list[S]:
+        """The members of one kind, in order of name. `alive`: only those that are alive."""
+        members = self.read().members.values()
+        return [m for m in members if isinstance(m, kind) and (m.alive or not alive)]
 
     def servers(self) -> dict[str, int]:
-        """URL -> policy version, of every vLLM server that may be asked now."""
+        """URL -> policy version, of every vLLM server that accepts requests now."""
         return {
-            s["url"]: s["version"]
-            for agent in self.members("agent")
-            for s in agent.get("servers", [])
-            if s["version"] is not None
+            server.url: server.version
+            for agent in self.members(AgentState)
+            for server in agent.servers
+            if server.version is not None
         }
 
     def trajectory_server(self) -> str | None:
         """The trajectory server's URL, once it listens."""
-        return next((m["url"] for m in self.members("trajectories") if m.get("url")), None)
+        return next((m.url for m in self.members(TrajectoriesState) if m.url), None)
 
 
-HOST = "ATROPOS_HPC_HOST"  # this node's address, as Slurm knows it; set by the supervisor for what it starts
-_SIOCGIFADDR = 0x8915
+class RosterWatch:
+    """Measures for how long the supervisor has not written the roster."""
+
+    def __init__(self, reader: RosterReader, clock: Callable[[], float] = time.monotonic) -> None:
+        self.reader, self._clock = reader, clock
+        self._beat, self._changed = -1, clock()
+
+    def silent_s(self) -> float:
+        """Seconds since the roster's beat was last seen to change."""
+        now, beat = self._clock(), self.reader.read().beat
+        if beat != self._beat:
+            self._beat, self._changed = beat, now
+        return now - self._changed
 
 
-def own_host(host: str | None) -> str:
-    """The address that this process listens on and tells the others. `host` is cluster.host: an address, the name of a network
-    interface of this node, or None: the address that Slurm has for this node, and on one machine 127.0.0.1.
-
-    Raises OSError when the interface has no IPv4 address.
-    """
-    if host is None:
-        return os.environ.get(HOST) or "127.0.0.1"
-    if not Path("/sys/class/net", host).exists():
-        return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", host.encode()[:15]))
-    return socket.inet_ntoa(answer[20:24])
+# --- requests
 
 
-def keep_to_interface(host: str | None) -> None:
-    """Where cluster.host names a network interface, have torch's and vLLM's own connections use it, and listen on no other."""
-    if host is not None and Path("/sys/class/net", host).exists():
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", host)
+def post_request(run: RunDir, request: Request) -> None:
+    """Leave a request for the member that polls for it."""
+    request.asked = time.time()
+    write_struct(run.requests / f"{request.name}.json", request)
 
 
-def ask(run: RunDir, what: str, **details: Any) -> None:
-    """Leave a request, such as "stop", for whom it concerns."""
-    write_json(run.requests / f"{what}.json", {"asked": time.time(), **details})
+def pending_request(run: RunDir, kind: type[R]) -> R | None:
+    """The request of that kind, if one was posted. Lists the directory, because NFS caches names
+    that were missing. Raises Unreadable when the file is damaged."""
+    name = f"{kind.name}.json"
+    return read_struct(run.requests / name, kind) if name in os.listdir(run.requests) else None
 
 
-def asked(run: RunDir, what: str) -> dict[str, Any] | None:
-    """The request of that name, if somebody has left one. Lists the directory: NFS remembers missing names."""
-    return (
-        read_json(run.requests / f"{what}.json")
-        if f"{what}.json" in os.listdir(run.requests)
-        else None
-    )
-
-
-def withdraw(run: RunDir, what: str) -> None:
-    """Take a request away, once it has been met."""
-    (run.requests / f"{what}.json").unlink(missing_ok=True)
-
-
-def wait_for(
-    what: str,
-    whom: str,
-    look: Callable[[], Any],
-    timeout_s: float,
-    poll_s: float = 0.1,
-    member: Member | None = None,
-) -> Any:
-    """Poll `look` until it gives something true, and return that.
-
-    Raises TimeoutError after `timeout_s` seconds, saying what was awaited, from whom, for how long. With `member`, a wait of more
-    than a second is shown in the roster.
-    """
-    start = time.monotonic()
-    shown = False
-    try:
-        while not (found := look()):
-            waited = time.monotonic() - start
-            if waited > timeout_s:
-                raise TimeoutError(f"waited {waited:.0f} s for {what} from {whom}, in vain")
-            if member is not None and waited > 1 and not shown:
-                shown = True
-                member.update(waiting={"what": what, "whom": whom, "since": time.time() - waited})
-            time.sleep(poll_s)
-        return found
-    finally:
-        if shown and member is not None:
-            member.update(waiting=None)
+def withdraw_request(run: RunDir, kind: type[Request]) -> None:
+    """Remove a request once it was met."""
+    (run.requests / f"{kind.name}.json").unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """Every path inside a run directory, and the one way in which files there are written and read.
 
-A file that others read is written as: temporary name, fsync, checked close, rename, fsync of the directory. So a reader sees
-the old content or the new, never a part. A reader opens the name anew at each look; names that are polled exist from the
-start (`create`), because NFS remembers for a while that a name was missing.
+A file that others read is written as: temporary name, fsync, checked close, rename, fsync of the
+directory. So a reader sees the old content or the new, never a part. A reader opens the name anew
+at each look; names that are polled exist from the start (`create`), because NFS caches the absence
+of a name.
 """
 
 import errno
@@ -13,15 +14,18 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.run_info import RunInfo
 
-STALE_RETRIES = 20  # reads of a file that was replaced under us, 50 ms apart
-TAIL_BYTES = 1 << 16  # the first look at a long file's end
+T = TypeVar("T")
+
+STALE_RETRIES = 20  # reads of a file that was replaced meanwhile (ESTALE), 50 ms apart
+OLD_LAYOUT = "0.1.0"  # the version whose run directories are refused
+TAIL_BYTES = 1 << 16  # the first read at a long file's end
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class RunDir:
 
     @property
     def holder(self) -> Path:
-        """Who holds the lock: job id, node, pid, since."""
+        """contracts.members.Holder."""
         return self.path / "holder.json"
 
     @property
@@ -88,17 +92,17 @@ class RunDir:
 
     @property
     def activity(self) -> Path:
-        """What members did over time: observe/activity.py."""
+        """What members did over time: observe/timeline.py."""
         return self.path / "activity.jsonl"
 
     @property
     def samples(self) -> Path:
-        """Some of the sequences that were trained on: observe/samples.py."""
+        """A sample of the trained sequences: observe/samples.py."""
         return self.path / "samples.jsonl"
 
     @property
     def done(self) -> Path:
-        """Written by the learner when its last step is durable; the run's own word that it is complete."""
+        """Written by the learner when its last step is durable: the run is complete."""
         return self.path / "done.json"
 
     @property
@@ -106,7 +110,10 @@ class RunDir:
         return self.path / "summary.json"
 
     def create(self) -> None:
-        """Make the directories (0700), the secret (0600), and the names that others poll. Keeps what is already there."""
+        """Make the directories (0700), the secret (0600) and the files that others poll.
+
+        Keeps what exists.
+        """
         for directory in (
             self.path,
             self.members,
@@ -144,13 +151,18 @@ class RunDir:
         return self.secret.read_text().strip()
 
     def info(self) -> RunInfo | None:
-        """Decode run.json; None before the run has one. Raises Unreadable."""
-        if not (known := read_json(self.run_json)):
-            return None
-        try:
-            return msgspec.convert(known, RunInfo)
-        except msgspec.ValidationError as error:
-            raise Unreadable(f"{self.run_json} does not describe a run: {error}") from None
+        """Decode run.json; None before the run's first start. Raises Unreadable.
+
+        A run directory of atropos_hpc 0.1 is refused: its other files have another layout.
+        """
+        known = read_json(self.run_json)
+        if known and known.get("version") == OLD_LAYOUT:
+            raise Unreadable(
+                f"{self.path} was made by atropos_hpc {OLD_LAYOUT}, whose run directories have"
+                " another layout. Finish it with that version, or start in a new run_dir with"
+                " model.path set to a checkpoint exported from it"
+            )
+        return read_struct(self.run_json, RunInfo)
 
     def config(self) -> Config:
         """Return the resolved config of the run. Raises Unreadable."""
@@ -160,9 +172,11 @@ class RunDir:
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:
-    """Replace `path` by `data`, atomically. Raises OSError (full disk, quota) and then leaves the old content.
+    """Replace `path` by `data`, atomically. Raises OSError (full disk, quota) and then leaves the
+    old content.
 
-    `durable`: it also survives a power cut. What only tells the others of this moment (who lives) need not, and is cheaper.
+    `durable`: the file also survives a power failure. Files that describe the present only do not
+    need that, and fsync is expensive.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -184,8 +198,14 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True)
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """`write_file` of `value` as JSON."""
+    """Write `value` as JSON, with `write_file`."""
     write_file(path, json.dumps(value, indent=1).encode() + b"\n", durable=durable)
+
+
+def write_struct(path: Path, value: msgspec.Struct, durable: bool = True) -> None:
+    """Write a struct of contracts/ as JSON, with `write_file`."""
+    data = msgspec.json.format(msgspec.json.encode(value), indent=1)
+    write_file(path, data + b"\n", durable=durable)
 
 
 def sync_directory(directory: Path) -> None:
@@ -198,23 +218,44 @@ def sync_directory(directory: Path) -> None:
 
 
 class Unreadable(ValueError):
-    """A file that is not what it should be; the message names it."""
+    """A file does not have the content that it should have; the message names it."""
+
+
+def read_struct(path: Path, kind: type[T]) -> T | None:
+    """Read a struct of contracts/; None when the file is missing, empty or holds `{}`.
+
+    Raises Unreadable when the content is something else.
+    """
+    data = _read_bytes(path)
+    if data.strip() in (b"", b"{}"):
+        return None
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise _unreadable(path, f"not a valid {kind.__name__}", error) from None
 
 
 def read_json(path: Path) -> Any:
-    """The parsed content, or {} when there is no such file. Retries when the file was replaced meanwhile (ESTALE).
+    """Read JSON; {} when there is no such file. Raises Unreadable when the content is not JSON."""
+    try:
+        return json.loads(_read_bytes(path) or b"{}")
+    except ValueError as error:
+        raise _unreadable(path, "not JSON", error) from None
 
-    Raises Unreadable when it is not JSON.
-    """
+
+def _unreadable(path: Path, what: str, error: Exception) -> Unreadable:
+    return Unreadable(
+        f"{path} is {what} ({error}): it was not written by this program, or is damaged"
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content; b"" when there is no such file. Retries when the file was replaced meanwhile."""
     for retry in range(STALE_RETRIES):
         try:
-            return json.loads(path.read_bytes() or b"{}")
+            return path.read_bytes()
         except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise Unreadable(
-                f"{path} is not JSON ({error}): it was not written by this program, or is damaged"
-            ) from None
+            return b""
         except OSError as error:
             if error.errno != errno.ESTALE or retry == STALE_RETRIES - 1:
                 raise
@@ -229,7 +270,7 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines; a torn last line, left by a crash, is passed over. [] when there is no such file."""
+    """All whole JSON lines, without a torn last line that a crash left; [] without the file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -238,7 +279,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
-    """The last `count` whole JSON lines, read from the file's end, however long it is; [] when there is no such file."""
+    """The last `count` whole JSON lines, read from the file's end; [] without the file."""
     try:
         with path.open("rb") as file:
             at, data = file.seek(0, os.SEEK_END), b""

@@ -12,7 +12,9 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from atropos_hpc.runtime.membership import Member, own_host
+from atropos_hpc.contracts.members import TrajectoriesState
+from atropos_hpc.runtime.membership import Member
+from atropos_hpc.runtime.network import own_host
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.trajectories.server import authorized, listen, main, tell_depth, url_of
 
@@ -60,7 +62,7 @@ async def serve(run: RunDir, node: str) -> None:
 
     host = own_host(run.config().cluster.host)
     listener = listen(run, f"trajectories-{node}-0", host)
-    member = Member(run, "trajectories", node)
+    member = Member(run, TrajectoriesState(), node)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(
             number, lambda *_: None

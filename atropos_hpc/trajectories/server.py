@@ -29,9 +29,11 @@ from isal import isal_zlib
 
 from atropos_hpc.contracts import group
 from atropos_hpc.contracts.group import Refused
+from atropos_hpc.contracts.members import TrajectoriesState
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.membership import Member, own_host
-from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_json
+from atropos_hpc.runtime.membership import Member
+from atropos_hpc.runtime.network import own_host
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct
 from atropos_hpc.trajectories.journal import Damaged, Place
 from atropos_hpc.trajectories.service import Service
 
@@ -306,9 +308,8 @@ def _batch_json(service: Service, places: list[Place]) -> Iterable[bytes]:
 def listen(run: RunDir, member: str, host: str) -> socket.socket:
     """A bound socket on `host`: on the port that the member's previous process had if that is free, else on any."""
     try:
-        previous = str(read_json(run.members / f"{member}.json").get("url") or "").rpartition(":")[
-            2
-        ]
+        known = read_struct(run.members / f"{member}.json", TrajectoriesState)
+        previous = (known.url or "").rpartition(":")[2] if known else ""
     except Unreadable:  # damaged; this process will write it anew
         previous = ""
     family, _, _, _, address = socket.getaddrinfo(
@@ -347,13 +348,11 @@ async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
 
 
 async def tell_depth(
-    member: Member, depth: Callable[[], dict[str, int]], end: "asyncio.Task[Any]"
+    member: Member[TrajectoriesState], depth: Callable[[], dict[str, int]], end: "asyncio.Task[Any]"
 ) -> None:
     """Until `end` has ended, keep the rendezvous told of the queue's depth."""
     while not (await asyncio.wait([end], timeout=DEPTH_S))[0]:
-        now = depth()
-        if any(member.state.get(name) != value for name, value in now.items()):
-            await asyncio.to_thread(member.update, **now)
+        await asyncio.to_thread(member.update_if_changed, **depth())
 
 
 async def serve(run: RunDir, node: str) -> None:
@@ -367,7 +366,7 @@ async def serve(run: RunDir, node: str) -> None:
     server = listen(
         run, f"trajectories-{node}-0", host
     )  # before Member, which overwrites the record of the port
-    member = Member(run, "trajectories", node)
+    member = Member(run, TrajectoriesState(), node)
     try:
         service = Service(
             run.trajectories, config.trajectories.segment_bytes, config.model.max_length

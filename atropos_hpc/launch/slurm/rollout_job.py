@@ -19,9 +19,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.members import AnyMember, Done, RolloutJobRecord, SupervisorState
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.launch.slurm.sbatch import Group
@@ -29,8 +29,9 @@ from atropos_hpc.launch.slurm.slurm_job import ours
 from atropos_hpc.launch.steps import agent_step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.membership import Roster, wait_for
-from atropos_hpc.runtime.run_dir import RunDir, read_json, write_file, write_json
+from atropos_hpc.runtime.membership import RosterReader, RosterWatch
+from atropos_hpc.runtime.run_dir import RunDir, read_json, read_struct, write_file, write_struct
+from atropos_hpc.runtime.waiting import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class RolloutJob:
 
     def __init__(self, config: Config, run: RunDir) -> None:
         self.note = run.path / "rollout_job.json"
-        self.id: str = read_json(self.note).get("job", "")
+        self.id = (read_struct(self.note, RolloutJobRecord) or RolloutJobRecord()).job
         self._next, self._states = 0.0, {}  # type: tuple[float, dict[str, str]]
         if self.id and commands.insist(self._going):
             log.info("rollout job %s goes on", self.id)
@@ -69,7 +70,7 @@ class RolloutJob:
         self.id = commands.ask(
             "sbatch", "--parsable", str(script), env=sbatch.outside(os.environ)
         ).partition(";")[0]
-        write_json(self.note, {"job": self.id})
+        write_struct(self.note, RolloutJobRecord(job=self.id))
         log.info("submitted rollout job %s", self.id)
 
     def look(self) -> Action | None:
@@ -138,28 +139,26 @@ class Following:
 
     def __init__(self, run: RunDir, steps: int, patience_s: float) -> None:
         self.run, self.steps, self.patience_s = run, steps, patience_s
-        self.roster = Roster(run.roster)
-        self._first = self.roster.read().get("written")  # may be left from an earlier start
-        self._beat, self._changed = -1, time.monotonic()
+        self.roster = RosterReader(run.roster)
+        self.watch = RosterWatch(self.roster)
+        self._first = self.roster.read().written  # may be left from an earlier start
 
-    def look(self, _members: dict[str, Any]) -> Action | None:
+    def look(self, _members: dict[str, AnyMember]) -> Action | None:
         """FINISH when the run is over, however it ended; FAIL when its supervisor has not been seen for too long."""
         roster = self.roster.read()
-        if roster.get("beat", -1) != self._beat:
-            self._beat, self._changed = roster.get("beat", -1), time.monotonic()
-        leader: dict[str, Any] = next(
-            (m for m in roster.get("members", {}).values() if m["kind"] == "supervisor"), {}
-        )
-        done = read_json(self.run.done).get("version", -1) >= self.steps
+        supervisors = self.roster.members(SupervisorState, alive=False)
+        leader = supervisors[0] if supervisors else SupervisorState()
+        record = read_struct(self.run.done, Done)
+        done = record is not None and record.version >= self.steps
         ended = (
-            leader.get("state") == "ended"
-            and leader.get("outcome") != "requeue"
-            and roster.get("written") != self._first
+            leader.state == "ended"
+            and leader.outcome != "requeue"
+            and roster.written != self._first
         )
         if done or ended:
-            log.info("the run has ended: %s", "complete" if done else leader.get("outcome"))
+            log.info("the run has ended: %s", "complete" if done else leader.outcome)
             return Action.FINISH
-        silent = time.monotonic() - self._changed
+        silent = self.watch.silent_s()
         if silent > self.patience_s:
             log.error("the trainer job's supervisor has not been seen for %.0f s", silent)
             return Action.FAIL

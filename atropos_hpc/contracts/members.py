@@ -1,0 +1,217 @@
+"""Member files, the roster, requests, and the records that the supervisor keeps of a run.
+
+A member is a process that takes part in a run. It describes itself in rendezvous/members/<name>.json:
+one state struct per kind of member. The supervisor collects the member files in the roster.
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+from atropos_hpc.contracts.policy import PolicyVersion
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """What a member waits for. `since` and `deadline` are Unix times; the wait fails at `deadline`."""
+
+    what: str
+    from_whom: str
+    since: float
+    deadline: float | None = None
+
+
+# --- member files, rendezvous/members/<name>.json
+
+
+class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
+    """What every member says. The fields of the first block are set by `runtime.membership.Member`.
+
+    `state` is one or two words about the present activity; "ended" is final. `alive` is valid in the
+    roster only: the supervisor's judgement by the heartbeat.
+    """
+
+    name: str = ""
+    node: str = ""
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0
+
+    state: str = "starting"
+    waiting: Wait | None = None
+    error: str | None = None
+    alive: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The tag that names the state struct in JSON."""
+        return str(self.__struct_config__.tag)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the member should send heartbeats and does not."""
+        return not self.alive and self.state != "ended"
+
+
+class SupervisorState(MemberState, tag="supervisor"):
+    """The supervisor of the run. `outcome` is the name of the action that ended it."""
+
+    job: str | None = None
+    outcome: str | None = None
+
+
+class RolloutJobState(MemberState, tag="rollout_job"):
+    """The supervisor of one rollout node in a rollout job of its own (allocation `split`)."""
+
+    job: str | None = None
+    outcome: str | None = None
+
+
+class TrainerState(MemberState, tag="trainer"):
+    """A learner rank. `store` is (host, port) of rank 0's process group store; `step_id` names this
+    start of the trainer step; `alarm` describes a publish that keeps failing."""
+
+    rank: int = 0
+    step: int | None = None
+    step_id: str | None = None
+    store: tuple[str, int] | None = None
+    alarm: str | None = None
+
+
+class ServerState(msgspec.Struct, kw_only=True):
+    """A vLLM server of an agent. `version` is None until it serves a published policy version."""
+
+    name: str = ""
+    url: str = ""
+    version: int | None = None
+    pid: int | None = None
+
+
+class AgentState(MemberState, tag="agent"):
+    """A node agent. `policy` is the newest version in the node's cache, `bad_policy` says why the
+    newest published one cannot be used, `children` has the pids of workers and evaluator by name."""
+
+    number: int = 0
+    servers: list[ServerState] = []
+    policy: int | None = None
+    bad_policy: str | None = None
+    children: dict[str, int] = {}
+
+
+class TrajectoriesState(MemberState, tag="trajectories"):
+    """The trajectory server. `url` is None until it listens."""
+
+    url: str | None = None
+    queued_groups: int | None = None
+    queued_sequences: int | None = None
+
+
+class EnvironmentState(MemberState, tag="environment"):
+    """An environment worker, with counts of its groups since it started: sent; refused by the
+    trajectory server; unsent because of equal scores, excessive length or a failure."""
+
+    in_flight: int | None = None
+    tokens_per_s: float | None = None
+    sent: int | None = None
+    refused: int | None = None
+    unsent: int | None = None
+    complete: bool | None = None
+
+
+class EvaluatorState(MemberState, tag="evaluator"):
+    """The evaluator."""
+
+    complete: bool | None = None
+
+
+AnyMember = (
+    SupervisorState
+    | RolloutJobState
+    | TrainerState
+    | AgentState
+    | TrajectoriesState
+    | EnvironmentState
+    | EvaluatorState
+)
+
+
+class Roster(msgspec.Struct, kw_only=True):
+    """rendezvous/roster.json. `beat` grows with each write; `written` is a Unix time."""
+
+    beat: int = -1
+    written: float = 0.0
+    members: dict[str, AnyMember] = {}
+
+
+# --- requests, rendezvous/requests/<name>.json
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """A request to a member that polls for it; `asked` is the Unix time at which it was posted."""
+
+    name: ClassVar[str]
+    asked: float = 0.0
+
+
+class StopRequest(Request, kw_only=True):
+    """Asks the learner to save a checkpoint and the run to end."""
+
+    name: ClassVar[str] = "stop"
+    by: str = "supervisor"
+
+
+class RepublishRequest(Request, kw_only=True):
+    """Asks the learner to publish `version` again, because a reader cannot use it."""
+
+    name: ClassVar[str] = "republish"
+    version: PolicyVersion
+    why: str
+
+
+# --- the supervisor's records
+
+
+class Holder(msgspec.Struct, kw_only=True):
+    """holder.json: the process that holds the run's lock, or held it last."""
+
+    what: str = "unknown process"
+    host: str | None = None
+    pid: int | None = None
+    since: float = 0.0
+    job: str | None = None
+
+
+class Done(msgspec.Struct, kw_only=True):
+    """done.json: the learner has made its last step, `version`, durable."""
+
+    version: int
+
+
+class AttemptStart(msgspec.Struct, kw_only=True):
+    """logs/attempt-<n>/start.json. `durable` is the newest durable step at the start."""
+
+    job: str | None
+    durable: int
+
+
+class RestartEvent(msgspec.Struct, kw_only=True):
+    """A restart of a process: which, how it ended, and the action taken."""
+
+    time: float
+    who: str
+    how: str
+    done: str
+
+
+class AttemptRecord(msgspec.Struct, kw_only=True):
+    """logs/attempt-<n>/attempt.json, written when the attempt has ended."""
+
+    started: float
+    ended: float
+    outcome: str
+    events: list[RestartEvent]
+
+
+class RolloutJobRecord(msgspec.Struct, kw_only=True):
+    """rollout_job.json: the id of the rollout job (allocation `split`)."""
+
+    job: str = ""
