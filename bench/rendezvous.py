@@ -19,8 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from atropos_hpc.contracts.members import AgentState, Roster, ServerState
 from atropos_hpc.runtime import membership
-from atropos_hpc.runtime.membership import Leader, Member, Roster
+from atropos_hpc.runtime.membership import Member, RosterPublisher, RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
 from bench.result import Result
 
@@ -30,17 +33,17 @@ STEADY_S = 30.0
 CALLS = {"open", "os.rename", "os.scandir", "os.listdir", "os.utime", "os.remove", "os.mkdir"}
 
 
-class Counted(Leader):
+class Counted(RosterPublisher):
     """The leader, with the calls for attributes counted, which the interpreter's audit does not see."""
 
     stats = 0
 
-    def _look_at_all(self, now: float) -> None:
-        super()._look_at_all(now)
+    def _scan(self, now: float) -> None:
+        super()._scan(now)
         self.stats += len(self._files)
 
-    def _look_for_changes(self, now: float) -> None:
-        super()._look_for_changes(now)
+    def _read_changed(self, now: float) -> None:
+        super()._read_changed(now)
         self.stats += 1
 
 
@@ -57,39 +60,32 @@ class Operations:
 
 
 def main() -> Result:
-    membership.json = type(
-        "Json",
-        (),
-        {
-            "dumps": membership.json.dumps,
-            "loads": functools.lru_cache(maxsize=2)(membership.json.loads),
-        },
-    )
     with tempfile.TemporaryDirectory() as scratch:
         return measure(RunDir(Path(scratch) / "run"))
 
 
 def measure(run: RunDir) -> Result:
     run.create()
+    decode = functools.lru_cache(maxsize=2)(msgspec.json.Decoder(Roster).decode)
     leader, over, cpu = Counted(run), threading.Event(), [0.0]
     operations = Operations(run.path)
 
     def lead() -> None:
         while not over.wait(0.1):
-            leader.look()
+            leader.publish()
             cpu[0] = time.thread_time()
 
     leading = threading.Thread(target=lead, daemon=True)
     leading.start()
     begin = time.monotonic()
-    members, rosters = [], [Roster(run.roster) for _ in range(MEMBERS)]
+    members, rosters = [], [RosterReader(run.roster, decode=decode) for _ in range(MEMBERS)]
     waiting: set[int] = set()
     while len(members) < MEMBERS or waiting:
         due = min(MEMBERS, int((time.monotonic() - begin) / SPREAD_S * MEMBERS) + 1)
         for i in range(len(members), due):
-            members.append(Member(run, "agent", f"n{i:04}", number=i, servers=[], policy=None))
+            members.append(Member(run, AgentState(number=i), f"n{i:04}"))
             waiting.add(i)
-        waiting = {i for i in waiting if len(rosters[i].members("agent")) < MEMBERS}
+        waiting = {i for i in waiting if len(rosters[i].members(AgentState)) < MEMBERS}
         time.sleep(0.1)
     joined_s, joined = time.monotonic() - begin, operations.count + leader.stats
 
@@ -104,10 +100,10 @@ def measure(run: RunDir) -> Result:
     elapsed = time.monotonic() - begin
     steady = (operations.count + leader.stats - before) / MEMBERS / elapsed
     share = (cpu[0] - cpu_before) / elapsed
-    seen = sum(member["alive"] for member in leader.members.values())
+    seen = sum(member.alive for member in leader.members.values())
 
     begin = time.monotonic()
-    members[7].update(servers=[{"url": "http://a", "version": 1}])
+    members[7].update(servers=[ServerState(url="http://a", version=1)])
     while not rosters[11].servers():
         time.sleep(0.01)
     heard_s = time.monotonic() - begin

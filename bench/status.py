@@ -45,7 +45,7 @@ def made(path: Path, steps: int, members: int) -> Path:
         kind = KINDS[index % 2]
         name = f"{kind}-rollout{index // 2}-0"
         state = {"name": name, "kind": kind, "node": f"rollout{index // 2}", "host": f"n{index // 2}", "pid": 1, "started": now - 1e5,
-                 "state": "generating", "waiting": {"what": "room", "whom": "the learner", "since": now - 30} if index % 9 == 0 else None,
+                 "state": "generating", "waiting": {"what": "room", "from_whom": "the learner", "since": now - 30} if index % 9 == 0 else None,
                  "in_flight": 32, "sent": 12345, "tokens_per_s": 100.0}  # fmt: skip
         if kind == "agent":
             state["servers"] = [

@@ -17,14 +17,15 @@ import xxhash
 from aiohttp import web
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.members import AgentState, Roster, ServerState
 from atropos_hpc.policy import delta
 from atropos_hpc.policy.delta import Run
 from atropos_hpc.policy.shard_buffer import WIDTHS, tensors_of, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.rollout.server_pool import GENERATE
-from atropos_hpc.runtime.membership import Leader
+from atropos_hpc.runtime.membership import RosterPublisher
 from atropos_hpc.runtime.process import PARENT
-from atropos_hpc.runtime.run_dir import RunDir, write_file, write_json
+from atropos_hpc.runtime.run_dir import RunDir, write_file, write_json, write_struct
 
 ANSWER = {
     "choices": [{"token_ids": [7], "weight_versions": [{"version": "1", "start": 0, "end": 1}]}]
@@ -47,20 +48,18 @@ def make_run(path: Path, **sections: dict[str, Any]) -> RunDir:
 
 def list_servers(run: RunDir, versions: dict[str, int]) -> None:
     """A roster with one node agent that has these servers, URL -> version."""
-    servers = [{"url": url, "version": version} for url, version in versions.items()]
-    write_json(
-        run.roster, {"members": {"agent-a-0": {"kind": "agent", "alive": True, "servers": servers}}}
-    )
+    servers = [ServerState(url=url, version=version) for url, version in versions.items()]
+    write_struct(run.roster, Roster(members={"agent-a-0": AgentState(servers=servers)}))
 
 
 @contextmanager
 def leader(run: RunDir) -> Iterator[None]:
     """Publishes the roster, as the supervisor does."""
-    stop, looking = threading.Event(), Leader(run)
+    stop, looking = threading.Event(), RosterPublisher(run)
 
     def look() -> None:
         while not stop.wait(0.05):
-            looking.look()
+            looking.publish()
 
     thread = threading.Thread(target=look)
     thread.start()

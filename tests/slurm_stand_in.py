@@ -17,7 +17,8 @@ STEP_S = 0.2
 
 
 def learner(path: Path) -> int:
-    from atropos_hpc.runtime.membership import Member, Roster, asked
+    from atropos_hpc.contracts.members import AgentState, StopRequest, TrainerState
+    from atropos_hpc.runtime.membership import Member, RosterReader, pending_request
     from atropos_hpc.runtime.run_dir import (
         RunDir,
         append_line,
@@ -34,16 +35,9 @@ def learner(path: Path) -> int:
         raise RuntimeError("trainer.steps=77 is more than this stand-in takes")
     conf, rank = run.config().trainer, int(os.environ["RANK"])
     step = read_json(run.checkpoints / "latest.json").get("step", 0)
-    member = Member(
-        run,
-        "trainer",
-        os.environ["ATROPOS_HPC_NODE"],
-        rank,
-        rank=rank,
-        step=step,
-        step_id=os.environ["ATROPOS_HPC_STEP"],
-    )
-    roster = Roster(run.roster)
+    state = TrainerState(rank=rank, step=step, step_id=os.environ["ATROPOS_HPC_STEP"])
+    member = Member(run, state, os.environ["ATROPOS_HPC_NODE"], rank)
+    roster = RosterReader(run.roster)
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} ({os.environ['LOCAL_RANK']} of {os.environ['LOCAL_WORLD_SIZE']}) at "
           f"{os.environ['ATROPOS_HPC_HOST']} starts at step {step}", flush=True)  # fmt: skip
     if rank == 0:
@@ -57,14 +51,14 @@ def learner(path: Path) -> int:
         )
     while step < conf.steps:
         time.sleep(STEP_S)
-        if terms or asked(run, "stop") is not None:
+        if terms or pending_request(run, StopRequest) is not None:
             print(f"rank {rank} saves at step {step}", flush=True)
             if rank == 0:
                 time.sleep(0.5)
                 write_json(run.checkpoints / "latest.json", {"step": step})
             member.leave()
             return 75
-        if rank == 0 and roster.members("agent"):
+        if rank == 0 and roster.members(AgentState):
             step += 1
             append_line(
                 run.metrics, {"step": step, "reward": step / conf.steps, "time": time.time()}
@@ -81,6 +75,7 @@ def learner(path: Path) -> int:
 
 
 def agent(path: Path, index: str) -> int:
+    from atropos_hpc.contracts.members import AgentState
     from atropos_hpc.rollout.leader_failover import LeaderWatch
     from atropos_hpc.runtime.membership import Member
     from atropos_hpc.runtime.run_dir import RunDir
@@ -91,7 +86,7 @@ def agent(path: Path, index: str) -> int:
     logging.basicConfig(level=logging.INFO)
     run = RunDir(path)
     member, watch = (
-        Member(run, "agent", os.environ["ATROPOS_HPC_NODE"], servers=[]),
+        Member(run, AgentState(), os.environ["ATROPOS_HPC_NODE"]),
         LeaderWatch(run),
     )
     print(

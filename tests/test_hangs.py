@@ -5,10 +5,16 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from atropos_hpc.config import LaunchConf
+from atropos_hpc.contracts.members import (
+    EnvironmentState,
+    TrainerState,
+    Wait,
+)
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.steps import Process, Step
 from atropos_hpc.launch.supervisor import Supervisor
@@ -25,10 +31,13 @@ HANGS = {
 
 
 def member_program(run: RunDir, kind: str, then: str) -> list[str]:
+    state = "TrainerState" if kind == "trainer" else "AgentState"
     program = f"""
         import os, signal, sys, time
         from pathlib import Path
-        from atropos_hpc.runtime import process, rendezvous
+        from atropos_hpc.contracts.members import AgentState, TrainerState
+        from atropos_hpc.runtime import process
+        from atropos_hpc.runtime.membership import Member
         from atropos_hpc.runtime.run_dir import RunDir
         def wait_for_the_other():
             while not (member.path.parent / "agent-n-0.json").exists():
@@ -36,10 +45,12 @@ def member_program(run: RunDir, kind: str, then: str) -> list[str]:
             time.sleep(3)
         def here_it_hangs():
             {then}
-        membership.BEAT_S = 0.1
         process.die_with_parent(signal.SIGKILL)
         process.stacks_on_request()
-        member = membership.Member(RunDir(Path({str(run.path)!r})), {kind!r}, "n", rank=0, step=3, state="training")
+        state = {state}(state="training")
+        if {kind == "trainer"}:
+            state.step = 3
+        member = Member(RunDir(Path({str(run.path)!r})), state, "n", beat_s=0.1)
         time.sleep({2 if kind == "trainer" else 0})  # until the others are where they stay
         here_it_hangs()
     """
@@ -58,8 +69,7 @@ def run(tmp_path: Path) -> RunDir:
 def test_a_learner_that_hangs_is_named_dumped_and_ended(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    monkeypatch.setattr(membership, "BEAT_S", 0.1)
-    monkeypatch.setattr(membership, "DEAD_S", 1.5)
+    monkeypatch.setattr(membership.RosterPublisher, "dead_s", 1.5)
     monkeypatch.setattr(supervision, "HUNG_S", 1.0)
     commands = {
         "agent": member_program(run, "agent", "time.sleep(600)"),
@@ -75,7 +85,9 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
         step_timeout_s=2 if how == "gets no further" else 600,
         grace_s=1,
     )
-    with membership.Member(run, "environment", "n").waiting("a vLLM server", "the node agents"):
+    with membership.Member(run, EnvironmentState(), "n", beat_s=0.1).waiting(
+        "a vLLM server", "the node agents"
+    ):
         end = Supervisor(run, conf, steps, lambda members: None).supervise()
     assert end is Action.FAIL
     assert (
@@ -109,16 +121,8 @@ def test_only_who_listens_is_asked_for_stacks(tmp_path: Path) -> None:
     assert not process.request_stacks(deaf.pid)
 
 
-def member(name: str = "trainer-n-0", **more: object) -> dict[str, object]:
-    return {
-        "name": name,
-        "pid": 1,
-        "alive": True,
-        "state": "training",
-        "step": 3,
-        "waiting": None,
-        **more,
-    }
+def member(name: str = "trainer-n-0", **more: Any) -> TrainerState:
+    return TrainerState(**{"name": name, "pid": 1, "state": "training", "step": 3, **more})
 
 
 def test_a_member_is_silent_only_while_it_gives_no_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +145,7 @@ def test_a_member_is_silent_only_while_it_gives_no_sign(monkeypatch: pytest.Monk
 
 def test_a_wait_is_no_hang_for_it_has_a_deadline_of_its_own() -> None:
     progress = Progress(start_timeout_s=600, step_timeout_s=0.05)
-    wait = {"what": "batch 3", "whom": "the trajectory server", "since": 0.0}
+    wait = Wait("batch 3", "the trajectory server", 0.0)
     for seen in (
         [member()],
         [member(step=4)],
@@ -158,7 +162,7 @@ def test_a_wait_is_no_hang_for_it_has_a_deadline_of_its_own() -> None:
 
 
 def test_who_waits_for_whom_is_told_in_words() -> None:
-    wait = {"what": "batch 3", "whom": "the trajectory server", "since": 40.0}
+    wait = Wait("batch 3", "the trajectory server", 40.0)
     shown = [
         member(waiting=wait),
         member("agent-n-0"),

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from atropos_hpc.config import Config, LaunchConf
+from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.launch.slurm.commands import SlurmError
@@ -49,7 +49,9 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def supervise(
-    run: RunDir, *steps: Step, watch: Callable[[dict[str, Any]], Action | None] = lambda _: None
+    run: RunDir,
+    *steps: Step,
+    watch: Callable[[dict[str, AnyMember]], Action | None] = lambda _: None,
 ) -> Action:
     return Supervisor(run, QUICK, list(steps), watch).supervise()
 
@@ -83,7 +85,7 @@ def test_a_run_directory_that_is_away_for_a_moment_ends_nothing(run: RunDir) -> 
     )
     started, away = time.monotonic(), run.members.with_name("away")
 
-    def watch(_members: dict[str, Any]) -> None:
+    def watch(_members: dict[str, AnyMember]) -> None:
         if not away.exists() and time.monotonic() - started < 1:
             run.members.rename(away)
 

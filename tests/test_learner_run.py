@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 from atropos_hpc import config as schema
+from atropos_hpc.contracts.members import StopRequest
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.membership import Leader, Roster, ask, wait_for
+from atropos_hpc.runtime.membership import RosterPublisher, RosterReader, post_request
 from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines, write_json
+from atropos_hpc.runtime.waiting import wait_for
 
 pytestmark = pytest.mark.verl
 
@@ -88,19 +90,21 @@ def group(seed: int) -> dict[str, Any]:
 
 @contextmanager
 def trajectory_server(run: RunDir) -> Iterator[str]:
-    """The server's process, and a leader that publishes the roster meanwhile. Gives the URL."""
-    leader, over = Leader(run), threading.Event()
+    """The server's process, and a publisher of the roster meanwhile. Gives the URL."""
+    publisher, over = RosterPublisher(run), threading.Event()
 
     def look() -> None:
         while not over.wait(0.05):
-            leader.look()
+            publisher.publish()
 
     thread = threading.Thread(target=look)
     thread.start()
     command = [sys.executable, "-m", "atropos_hpc.trajectories.server", "--run-dir", str(run.path)]
     server = process.start("trajectories", command, run.logs / "trajectories.log")
     try:
-        yield wait_for("the URL", "the trajectory server", Roster(run.roster).trajectory_server, 60)
+        yield wait_for(
+            "the URL", "the trajectory server", RosterReader(run.roster).trajectory_server, 60
+        )
     finally:
         process.end([server], 10)
         over.set()
@@ -182,7 +186,7 @@ def test_three_and_three_steps_give_the_weights_of_six(
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS)])
         first = learn(run)
         wait_for("step 3", "the learner", lambda: len(read_lines(run.metrics)) == 3, 120)
-        ask(run, "stop")
+        post_request(run, StopRequest())
         assert ended(run, first) == [75]
         assert read_json(run.checkpoints / "latest.json")["step"] == 3
         (run.requests / "stop.json").unlink()

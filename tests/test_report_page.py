@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atropos_hpc.contracts.members import AgentState, EnvironmentState, ServerState, Wait
 from atropos_hpc.observe import history, plots
 from atropos_hpc.observe.timeline import Activity
 from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines, write_json
@@ -177,16 +178,8 @@ def test_a_long_curve_is_drawn_with_few_points() -> None:
     assert max(len(line.get_xdata()) for line in axes.lines) <= plots.POINTS and figure is not None
 
 
-def member(name: str, pid: int, state: str = "generating", **more: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": name.partition("-")[0],
-        "pid": pid,
-        "state": state,
-        "waiting": None,
-        "alive": True,
-        **more,
-    }
+def worker(name: str, pid: int, **more: Any) -> EnvironmentState:
+    return EnvironmentState(name=name, pid=pid, state="generating", **more)
 
 
 def test_activity_samples_states_and_notes_what_is_started_again(tmp_path: Path) -> None:
@@ -194,22 +187,14 @@ def test_activity_samples_states_and_notes_what_is_started_again(tmp_path: Path)
     run.create()
     run.new_attempt()
     activity = Activity(run)
-    agent = member(
-        "agent-0", 1, "serving", servers=[{"name": "server-0-0", "pid": 7, "version": 3}]
-    )
-    waiting = member(
-        "environment-1",
-        3,
-        waiting={"what": "policy version 12, served by all", "whom": "x", "since": 0},
-    )
-    activity.note(
-        {
-            each["name"]: each
-            for each in (agent, member("environment-0", 2, tokens_per_s=5.0), waiting)
-        }
-    )
-    agent["servers"] = [{"name": "server-0-0", "pid": 8, "version": None}]
-    activity.note({each["name"]: each for each in (agent, member("environment-0", 2), waiting)})
+    servers = [ServerState(name="server-0-0", pid=7, version=3)]
+    agent = AgentState(name="agent-0", pid=1, state="serving", servers=servers)
+    wait = Wait("policy version 12, served by all", "x", 0)
+    waiting = worker("environment-1", 3, waiting=wait)
+    busy = worker("environment-0", 2, tokens_per_s=5.0)
+    activity.note({each.name: each for each in (agent, busy, waiting)})
+    agent.servers = [ServerState(name="server-0-0", pid=8)]
+    activity.note({each.name: each for each in (agent, busy, waiting)})
     lines = [
         {key: value for key, value in line.items() if key != "time"}
         for line in read_lines(run.activity)

@@ -20,13 +20,14 @@ pytest.importorskip("vllm")
 
 import aiohttp  # noqa: E402
 
+from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore, file_digest  # noqa: E402
 from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
-from atropos_hpc.runtime.membership import Member, Roster  # noqa: E402
+from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
 from atropos_hpc.runtime.process import children_of  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir, read_lines  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
@@ -317,12 +318,14 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     run.evaluations.write_text('{"version": 0}\n')  # else the worker waits for an evaluation
     with contextlib.ExitStack() as stack:
         stack.enter_context(leader(run))
-        agent = Member(run, "agent", "local", servers=[{"url": served.url, "version": version}])
+        agent = Member(
+            run, AgentState(servers=[ServerState(url=served.url, version=version)]), "local"
+        )
         stack.callback(agent.leave)
         stack.enter_context(
             module("atropos_hpc.trajectories.server", *arguments, log=run.path / "trajectories.log")
         )
-        roster = Roster(run.roster)
+        roster = RosterReader(run.roster)
         while roster.trajectory_server() is None:
             time.sleep(0.05)
         learner = TrajectoryClient(roster.trajectory_server, run.token(), 30)
@@ -340,7 +343,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
                 assert group.policy_versions == [(step, step)] * 4
                 kinds[group.generation_params["kind"]] = group
             served.push(served.base)
-            agent.update(servers=[{"url": served.url, "version": served.version}])
+            agent.update(servers=[ServerState(url=served.url, version=served.version)])
     assert set(kinds) == {"managed", "tokens", "completion", "chat", "turns"}
     for kind in ("managed", "tokens", "turns"):
         group = kinds[kind]
@@ -375,7 +378,9 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
     )
     run.secret.write_text(served.token)
     with leader(run):
-        agent = Member(run, "agent", "local", servers=[{"url": served.url, "version": version}])
+        agent = Member(
+            run, AgentState(servers=[ServerState(url=served.url, version=version)]), "local"
+        )
         with module(
             "atropos_hpc.rollout.evaluation", "--run-dir", str(run.path), log=tmp_path / "log"
         ) as evaluator:
@@ -383,7 +388,7 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
                 assert evaluator.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)
             served.push(served.base)
-            agent.update(servers=[{"url": served.url, "version": served.version}])
+            agent.update(servers=[ServerState(url=served.url, version=served.version)])
             assert evaluator.wait(60) == 0
         agent.leave()
     lines = read_lines(run.evaluations)

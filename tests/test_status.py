@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from atropos_hpc.contracts.members import AgentState, ServerState, TrainerState
 from atropos_hpc.observe import report, status, status_view
 from atropos_hpc.runtime.membership import DEAD_S, Member
 from atropos_hpc.runtime.run_dir import RunDir, append_line, last_lines, write_json
@@ -49,13 +50,9 @@ def shown(run: RunDir) -> dict[str, Any]:
 def test_a_running_one(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
     append_line(run.evaluations, {"version": 4, "accuracy": 0.5, "sequences": 10})
-    agent = Member(
-        run,
-        "agent",
-        "rollout0",
-        servers=[{"name": "server-0-0", "version": 6}, {"name": "server-0-1", "version": None}],
-    )
-    trainer = Member(run, "trainer", "trainer0", step=7, state="training")
+    servers = [ServerState(name="server-0-0", version=6), ServerState(name="server-0-1")]
+    agent = Member(run, AgentState(servers=servers), "rollout0")
+    trainer = Member(run, TrainerState(step=7, state="training"), "trainer0")
     with trainer.waiting("batch 7", "the trajectory server"):
         found = shown(run)
         drawn = subprocess.run(
@@ -111,7 +108,7 @@ def test_one_whose_processes_are_gone_is_lost_and_says_how_to_go_on(tmp_path: Pa
         check=True,
     )
     run = made(tmp_path, pid=int(died.stdout))
-    member = Member(run, "trainer", "trainer0", state="training")
+    member = Member(run, TrainerState(state="training"), "trainer0")
     member._stop.set()  # as KILL would: no word of goodbye
     write_json(run.checkpoints / "latest.json", {"step": 5})
     assert shown(run)["state"] == "lost" and [m["state"] for m in shown(run)["members"]] == ["gone"]

@@ -98,11 +98,17 @@ class AgentState(MemberState, tag="agent"):
 
 
 class TrajectoriesState(MemberState, tag="trajectories"):
-    """The trajectory server. `url` is None until it listens."""
+    """The trajectory server, with the counts of its queue. `url` is None until it listens."""
 
     url: str | None = None
     queued_groups: int | None = None
     queued_sequences: int | None = None
+    formed: int | None = None
+    unacknowledged: int | None = None
+    stale: int | None = None
+    stale_sequences: int | None = None
+    repeated: int | None = None
+    refused: int | None = None
 
 
 class EnvironmentState(MemberState, tag="environment"):

@@ -52,7 +52,8 @@ SCAN_S = 0.005  # per member, between the supervisor's full scans
 READ_S = 0.003  # per member, between a reader's looks at the roster
 SMALL_RUN = 20  # members up to which scans and reads are not spaced at all
 
-_decoder = msgspec.json.Decoder(AnyMember)
+_decode_member = msgspec.json.Decoder(AnyMember).decode
+_decode_roster = msgspec.json.Decoder(Roster).decode
 
 
 class Member(Generic[S]):
@@ -228,7 +229,7 @@ class RosterPublisher:
         try:
             with (self.run.members / name).open("rb") as file:
                 status = os.fstat(file.fileno())
-                state = _decoder.decode(file.read())
+                state = _decode_member(file.read())
                 return _File(status.st_ino, status.st_mtime_ns, now, state)
         except (OSError, msgspec.MsgspecError) as error:
             log.warning("cannot read member file %s: %s; using the state known before", name, error)
@@ -263,9 +264,13 @@ class RosterReader:
     """Reads roster.json, and parses it only when it was replaced."""
 
     def __init__(
-        self, path: Path, read_s: float = READ_S, clock: Callable[[], float] = time.monotonic
+        self,
+        path: Path,
+        read_s: float = READ_S,
+        clock: Callable[[], float] = time.monotonic,
+        decode: Callable[[bytes], Roster] = _decode_roster,
     ) -> None:
-        self.path, self._read_s, self._clock = path, read_s, clock
+        self.path, self._read_s, self._clock, self._decode = path, read_s, clock, decode
         self._stamp: tuple[int, int] | None = None
         self._content = Roster()
         self._next = 0.0  # when to look again
@@ -282,7 +287,7 @@ class RosterReader:
                 status = os.fstat(file.fileno())
                 stamp = (status.st_mtime_ns, status.st_ino)
                 if stamp != self._stamp:
-                    self._content = msgspec.json.decode(file.read() or b"{}", type=Roster)
+                    self._content = self._decode(file.read() or b"{}")
                     self._stamp = stamp
         except FileNotFoundError:
             self._content = Roster()
