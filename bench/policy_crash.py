@@ -27,10 +27,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta, follower, node_cache, shard_buffer
-from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.shard_buffer import Share, Tensor, tensors_of, write_share, xxh3
-from atropos_hpc.policy.store import Key, PolicyStore, Published, Superseded
+from atropos_hpc.policy.follower import Follower, LoadableVersion
+from atropos_hpc.policy.shard_buffer import (
+    ShardBuffer,
+    TensorSpec,
+    tensors_of,
+    write_shard,
+    xxh3,
+)
+from atropos_hpc.policy.store import PolicyStore, Superseded
 from atropos_hpc.runtime import run_dir
 from atropos_hpc.runtime.run_dir import RunDir, write_file
 from bench.result import Result
@@ -42,14 +49,14 @@ MEMORY = (
 WIDTH = 48
 SHARES = (
     (
-        Tensor("embed", "BF16", (WIDTH, WIDTH)),
-        Tensor("empty", "BF16", (0, 4)),
-        Tensor("scale", "F32", (WIDTH,)),
+        TensorSpec("embed", "BF16", (WIDTH, WIDTH)),
+        TensorSpec("empty", "BF16", (0, 4)),
+        TensorSpec("scale", "F32", (WIDTH,)),
     ),
     (
-        Tensor("up", "BF16", (WIDTH, 2 * WIDTH)),
-        Tensor("steps", "I64", (3,)),
-        Tensor("down", "BF16", (2 * WIDTH, WIDTH)),
+        TensorSpec("up", "BF16", (WIDTH, 2 * WIDTH)),
+        TensorSpec("steps", "I64", (3,)),
+        TensorSpec("down", "BF16", (2 * WIDTH, WIDTH)),
     ),
 )
 CALLS = (
@@ -69,9 +76,9 @@ CALLS = (
 
 
 @lru_cache(maxsize=64)
-def weights(attempt: int, version: int) -> tuple[Share, ...]:
+def weights(attempt: int, version: int) -> tuple[ShardBuffer, ...]:
     """The model of that start of the learner at that version: a few per cent of it move from one to the next."""
-    shares = tuple(Share(tensors) for tensors in SHARES)
+    shares = tuple(ShardBuffer(tensors) for tensors in SHARES)
     for number, made in enumerate(shares):
         data = made.bytes[len(made.header) :]
         if version == 0:
@@ -106,12 +113,13 @@ def forward(parts: dict[str, NDArray[np.uint8]]) -> bytes:
     return answer.astype(np.float32).tobytes() + parts["steps"].tobytes()
 
 
-def reference(key: Key) -> bytes:
+def reference(key: PolicyVersion) -> bytes:
     """What a reader of that version has to answer."""
-    return forward({name: part for made in weights(*key) for name, part in made.parts.items()})
+    made = weights(key.attempt, key.version)
+    return forward({name: part for shard in made for name, part in shard.parts.items()})
 
 
-def served(version: Published) -> bytes:
+def served(version: LoadableVersion) -> bytes:
     """What an engine answers that loads the files of that directory."""
     parts = {}
     for path in sorted(version.directory.glob("*.safetensors")):
@@ -121,53 +129,51 @@ def served(version: Published) -> bytes:
 
 
 class Learner:
-    """One start of a learner, publishing as `learner.publishing` does, in one process and for two ranks."""
+    """One start of a learner, publishing as `learner.publisher` does, in one process and for two ranks."""
 
     def __init__(self, root: Path, anchor_every: int = 4) -> None:
         self.store, self.anchor_every = PolicyStore(root), anchor_every
-        self.attempt = self.store.claim()
+        self.attempt = self.store.claim_attempt()
         self.version = -1  # the newest that is public
         self._since_full = 0
+
+    @property
+    def newest(self) -> PolicyVersion:
+        return PolicyVersion(version=self.version, attempt=self.attempt)
 
     def publish(self, version: int, in_full: bool = False) -> None:
         """Raises Superseded when another start has taken over."""
         base = self.version if self.version >= 0 and version != self.version else None
         in_full = in_full or base is None or self._since_full + 1 >= self.anchor_every
-        directory = self.store.begin(version, self.attempt)
+        key = PolicyVersion(version=version, attempt=self.attempt)
+        directory = self.store.begin(key)
         files, changes = [], []
         for number, made in enumerate(weights(self.attempt, version)):
             file = f"model-{number}.safetensors"
             if in_full:
-                files.append(write_share(directory / file, made))
+                files.append(write_shard(directory / file, made))
             else:
-                files.append({"file": file, "bytes": made.size, "xxh3": xxh3(made.bytes)})
+                files.append(FileEntry(file, made.size, xxh3(made.bytes)))
             if base is not None:
                 coded = delta.encode(
-                    weights(self.attempt, base)[number].bytes, made.bytes, made.runs
+                    weights(self.attempt, base)[number].bytes, made.bytes, made.regions
                 )
                 write_file(directory / f"model-{number}.delta", coded)
-                xxh3_of = xxh3(np.frombuffer(coded, np.uint8))
-                changes.append(
-                    {
-                        "file": f"model-{number}.delta",
-                        "bytes": len(coded),
-                        "xxh3": xxh3_of,
-                        "makes": file,
-                    }
-                )
-        kind = "full" if in_full else "delta"
+                digest = xxh3(np.frombuffer(coded, np.uint8))
+                changes.append(DeltaEntry(f"model-{number}.delta", len(coded), digest, file))
         self.store.commit(
-            version,
-            self.attempt,
-            files,
-            kind,
-            (self.attempt, base) if base is not None else None,
-            changes,
+            Manifest(
+                version=key,
+                kind="full" if in_full else "delta",
+                files=tuple(files),
+                base=None if base is None else PolicyVersion(version=base, attempt=self.attempt),
+                deltas=tuple(changes),
+            )
         )
         self.version, self._since_full = version, 0 if in_full else self._since_full + 1
         self.store.retire(2, self.attempt)
 
-    def meet(self, complaints: list[Key]) -> None:
+    def meet(self, complaints: list[PolicyVersion]) -> None:
         """Publish the newest version again, if a reader has asked for that."""
         if complaints:
             complaints.clear()
@@ -178,23 +184,23 @@ class Reader:
     """A node's follower, and the engine behind it. `wrong` counts answers that are not those of the version's weights."""
 
     def __init__(self, root: Path, cache: Path) -> None:
-        self.complaints: list[Key] = []
+        self.complaints: list[PolicyVersion] = []
         self.follower = Follower(
             PolicyStore(root),
             cache,
             "reader",
-            lambda version, _: self.complaints.append(version.key),
+            lambda version, _: self.complaints.append(version),
         )
         self.wrong = 0
 
-    def look(self) -> Key | None:
+    def look(self) -> PolicyVersion | None:
         """Take what is new, and answer with it."""
-        self.follower._look_again = 0.0
-        newest = self.follower.look()
+        self.follower._retry_at = 0.0
+        newest = self.follower.poll()
         if newest is None:
             return None
-        self.wrong += served(newest) != reference(newest.key)
-        return newest.key
+        self.wrong += served(newest) != reference(newest.version)
+        return newest.version
 
 
 class Point:
@@ -217,7 +223,7 @@ class Point:
     def goes_on(self) -> bool:
         """Publish on; do both the present reader and a fresh one get to the newest version, with its weights?"""
         self.learner.publish(self.learner.version + 1)
-        wanted = self.learner.attempt, self.learner.version
+        wanted = self.learner.newest
         fresh = Reader(self.root, self.cache)
         arrived = all(self._arrives(reader, wanted) for reader in (self.reader, fresh))
         self.wrong += self.reader.wrong + fresh.wrong
@@ -225,12 +231,12 @@ class Point:
         self.reader.follower.close()
         return arrived and not self.wrong
 
-    def _arrives(self, reader: Reader, wanted: Key) -> bool:
+    def _arrives(self, reader: Reader, wanted: PolicyVersion) -> bool:
         for _ in range(4):
             if reader.look() == wanted:
                 return True
             self.learner.meet(reader.complaints)
-            wanted = self.learner.attempt, self.learner.version
+            wanted = self.learner.newest
         return False
 
 
@@ -315,7 +321,7 @@ def damaged_file(point: Point) -> bool:
 def vanished_version(point: Point) -> bool:
     latest = point.learner.store.latest()
     assert latest is not None
-    shutil.rmtree(latest.directory)
+    shutil.rmtree(point.learner.store.directory(latest))
     point.reader.look()
     return point.goes_on()
 

@@ -25,10 +25,11 @@ import aiohttp
 import numpy as np
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.policy import Manifest, PolicyVersion
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.shard_buffer import Share, Tensor, tensors_of, write_share
-from atropos_hpc.policy.store import PolicyStore, Published
+from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, tensors_of, write_shard
+from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.policy.weight_update import push
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_json
@@ -54,12 +55,13 @@ def make_model(directory: Path) -> None:
     make_tokenizer().save_pretrained(directory)
 
 
-def publish(store: PolicyStore, share: Share, version: int) -> None:
+def publish(store: PolicyStore, share: ShardBuffer, version: int) -> None:
     """The next version: the same weights, a little moved."""
     numbers = share.buffer[len(share.header) : share.size].view(np.uint16)
     numbers[version::41] ^= np.uint16(1)
-    directory = store.begin(version, 1)
-    store.commit(version, 1, [write_share(directory / "model-00001-of-00001.safetensors", share)])
+    key = PolicyVersion(version=version, attempt=1)
+    file = write_shard(store.begin(key) / "model-00001-of-00001.safetensors", share)
+    store.commit(Manifest(version=key, kind="full", files=(file,)))
     store.retire(1, 1)
 
 
@@ -127,7 +129,7 @@ async def up(session: aiohttp.ClientSession, url: str, log: Path) -> None:
         await asyncio.sleep(0.3)
 
 
-async def measure(run: RunDir, url: str, log: Path, share: Share, cache: Path) -> Result:
+async def measure(run: RunDir, url: str, log: Path, share: ShardBuffer, cache: Path) -> Result:
     store = PolicyStore(run.policy)
     follower = Follower(store, cache, "agent")
     took: dict[str, float] = {}
@@ -155,13 +157,13 @@ async def measure(run: RunDir, url: str, log: Path, share: Share, cache: Path) -
             for _ in range(UPDATES + 1):
                 version += 1
                 await asyncio.to_thread(publish, store, share, version)
-                newest: Published | None = await asyncio.to_thread(follower.look)
-                assert newest is not None and newest.version == version
+                newest = await asyncio.to_thread(follower.poll)
+                assert newest is not None and newest.version.version == version
                 calm = time.monotonic()
                 await asyncio.sleep(1.0)
                 begin = time.monotonic()
                 usual.append(load.longest_gap(calm, begin))
-                await push(pushing, url, run.token(), newest.directory, version, mode)
+                await push(pushing, url, run.token(), newest.directory, newest.version, mode)
                 end = time.monotonic()
                 await asyncio.sleep(1.0)
                 stalls.append(load.longest_gap(begin, end + 1.0))
@@ -187,11 +189,11 @@ async def measure(run: RunDir, url: str, log: Path, share: Share, cache: Path) -
     return result
 
 
-def tensors_in(path: Path) -> list[tuple[Tensor, Any]]:
+def tensors_in(path: Path) -> list[tuple[TensorSpec, Any]]:
     """Each tensor of a safetensors file, and its bytes."""
     data = np.fromfile(path, np.uint8)
     return [
-        (Tensor(name, kind, shape), data[first:last])
+        (TensorSpec(name, kind, shape), data[first:last])
         for name, (kind, shape, first, last) in tensors_of(data).items()
     ]
 
@@ -216,7 +218,7 @@ def main() -> Result:
         config.rollout.variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         write_json(run.run_json, {"config": dataclasses.asdict(config)})
         weights = tensors_in(root / "model" / "model.safetensors")
-        share = Share([tensor for tensor, _ in weights])
+        share = ShardBuffer([tensor for tensor, _ in weights])
         for tensor, data in weights:
             share.parts[tensor.name][:] = data
         with served(run, root / "log") as url:

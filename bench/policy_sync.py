@@ -31,21 +31,24 @@ from typing import Any
 
 import numpy as np
 
+from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta, node_cache
 from atropos_hpc.policy import shard_buffer as sharing
 from atropos_hpc.policy.delta import Bytes
-from atropos_hpc.policy.follower import Follower
+from atropos_hpc.policy.follower import Follower, LoadableVersion
+from atropos_hpc.policy.leases import Lease
+from atropos_hpc.policy.manifest import read_manifest
 from atropos_hpc.policy.shard_buffer import (
     BLOCK,
     SEGMENT,
-    Share,
-    Tensor,
+    ShardBuffer,
+    TensorSpec,
     aligned,
     read_into,
-    write_share,
+    write_shard,
     xxh3,
 )
-from atropos_hpc.policy.store import File, Lease, PolicyStore, Published, read_manifest
+from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_file
 from bench.result import Result
 
@@ -178,7 +181,8 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from atropos_hpc.policy.shard_writer import Shares, snapshot
+    from atropos_hpc.policy.shard_writer import ShardWriter
+    from atropos_hpc.policy.snapshot import snapshot
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -186,7 +190,7 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
     )
     torch.manual_seed(rank)
     module = half_billion(init_device_mesh("cpu", (RANKS,)))
-    shares, store = Shares(dist.new_group(backend="gloo")), PolicyStore(root)
+    shares, store = ShardWriter(dist.new_group(backend="gloo")), PolicyStore(root)
     shot: Any = None
     times: list[dict[str, float]] = []
 
@@ -198,16 +202,16 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
         return time.monotonic() - start
 
     def ours(version: int) -> None:
-        files = shares.write_full(store.begin(version, 1), shares.fill(shot))
+        files = shares.write_full(store.begin(key_of(version)), shares.fill(shot))
         if rank == 0:
-            store.commit(version, 1, files)
+            store.commit(Manifest(version=key_of(version), kind="full", files=files))
 
     def all_ways(version: int) -> dict[str, float]:
         nonlocal shot
         start = time.monotonic()
-        shot = snapshot(module, used=shot)
+        shot = snapshot(module, reuse=shot)
         row = {"snapshot": time.monotonic() - start, "publish": timed(lambda: ours(version))}
-        share, raw = shares.share, root / f"raw-{rank}"
+        share, raw = shares.shard, root / f"raw-{rank}"
         target = aligned(share.size)
         target[:] = 0  # the kernel has given it
         row["raw write"] = timed(lambda: raw_write(raw, share.buffer))
@@ -224,7 +228,7 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
         times.append(all_ways(version))
         shutil.rmtree(root / f"{version}-1", ignore_errors=True)
     if rank == 0:
-        report.put((shares.share.size * RANKS, times[1:]))
+        report.put((shares.shard.size * RANKS, times[1:]))
     dist.barrier()
 
 
@@ -282,7 +286,7 @@ def small_model() -> Any:
     ))  # fmt: skip
 
 
-def training(learning_rate: float) -> Callable[[], Share]:
+def training(learning_rate: float) -> Callable[[], ShardBuffer]:
     """A function that makes a step, and gives the published weights after it."""
     import torch
 
@@ -291,14 +295,14 @@ def training(learning_rate: float) -> Callable[[], Share]:
     generator = torch.Generator().manual_seed(1)
     parameters = dict(model.named_parameters())
 
-    def step() -> Share:
+    def step() -> ShardBuffer:
         tokens = torch.randint(0, 8192, (4, 32), generator=generator)
         tokens[:, 1::2] = tokens[:, ::2] // 3  # something to learn
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        share = Share(
-            [Tensor(name, "BF16", tuple(tensor.shape)) for name, tensor in parameters.items()]
+        share = ShardBuffer(
+            [TensorSpec(name, "BF16", tuple(tensor.shape)) for name, tensor in parameters.items()]
         )
         for name, tensor in parameters.items():
             share.parts[name][:] = tensor.detach().bfloat16().reshape(-1).view(torch.uint8).numpy()
@@ -318,32 +322,40 @@ def cpu_rate(work: Callable[[], Any], size: int, times: int = 5) -> float:
 
 
 def publish_share(
-    store: PolicyStore, version: int, share: Share, base: tuple[int, Share] | None, in_full: bool
+    store: PolicyStore,
+    version: int,
+    share: ShardBuffer,
+    base: tuple[int, ShardBuffer] | None,
+    in_full: bool,
 ) -> int:
     """By one rank, as the learner does. Returns the bytes of the delta."""
-    directory = store.begin(version, 1)
-    file = {"file": "model-00001-of-00001.safetensors", "bytes": share.size}
-    changes = []
+    directory = store.begin(key_of(version))
+    file = "model-00001-of-00001.safetensors"
+    changes: tuple[DeltaEntry, ...] = ()
     if base is not None:
-        coded = delta.encode(base[1].bytes, share.bytes, share.runs)
+        coded = delta.encode(base[1].bytes, share.bytes, share.regions)
         write_file(directory / "model-00001-of-00001.delta", coded)
-        changes = [
-            {
-                "file": "model-00001-of-00001.delta",
-                "bytes": len(coded),
-                "xxh3": xxh3(np.frombuffer(coded, np.uint8)),
-                "makes": file["file"],
-            }
-        ]
+        digest = xxh3(np.frombuffer(coded, np.uint8))
+        changes = (DeltaEntry("model-00001-of-00001.delta", len(coded), digest, file),)
     whole = (
-        write_share(directory / file["file"], share)
+        write_shard(directory / file, share)
         if in_full
-        else {**file, "xxh3": xxh3(share.bytes)}
+        else FileEntry(file, share.size, xxh3(share.bytes))
     )
     store.commit(
-        version, 1, [whole], "full" if in_full else "delta", (1, base[0]) if base else None, changes
+        Manifest(
+            version=key_of(version),
+            kind="full" if in_full else "delta",
+            files=(whole,),
+            base=key_of(base[0]) if base else None,
+            deltas=changes,
+        )
     )
-    return changes[0]["bytes"] if changes else 0
+    return changes[0].bytes if changes else 0
+
+
+def key_of(version: int) -> PolicyVersion:
+    return PolicyVersion(version=version, attempt=1)
 
 
 def real_updates(result: Result) -> float:
@@ -373,8 +385,8 @@ def real_updates(result: Result) -> float:
                         float(np.mean(old.bytes.view(np.uint16) != share.bytes.view(np.uint16)))
                     )
                 if rng.random() < 0.4:
-                    newest = follower.look()
-                    assert newest is not None and newest.version == version
+                    newest = follower.poll()
+                    assert newest is not None and newest.version.version == version
                     assert np.array_equal(
                         np.fromfile(
                             newest.directory / "model-00001-of-00001.safetensors", np.uint8
@@ -385,15 +397,15 @@ def real_updates(result: Result) -> float:
                 previous, old = old, share
             follower.close()
         assert previous is not None and old is not None
-        coded = delta.encode(previous.bytes, old.bytes, old.runs)
+        coded = delta.encode(previous.bytes, old.bytes, old.regions)
         target = previous.bytes.copy()
 
-        def decode(into: Bytes = target, base: Share = previous, data: bytes = coded) -> None:
+        def decode(into: Bytes = target, base: ShardBuffer = previous, data: bytes = coded) -> None:
             into[:] = base.bytes
             delta.apply(data, into)
 
         encoding = cpu_rate(
-            lambda old=previous, new=old: delta.encode(old.bytes, new.bytes, new.runs), old.size
+            lambda old=previous, new=old: delta.encode(old.bytes, new.bytes, new.regions), old.size
         )
         decoding = cpu_rate(decode, old.size)
         assert np.array_equal(target, old.bytes)
@@ -429,7 +441,7 @@ def real_updates(result: Result) -> float:
     return min(shares_changed.values())
 
 
-class Limited(node_cache.Mirror):
+class Limited(node_cache.NodeCache):
     """A node's copy that is read from the store at this node's part of a shared filesystem's rate, however many threads."""
 
     rate = SHARED_MB_S * 1e6 / SHARED_READERS
@@ -438,25 +450,25 @@ class Limited(node_cache.Mirror):
         super().__init__(cache, store)
         self._free_at, self._one = 0.0, threading.Lock()
 
-    def _read(self, version: str, file: File, target: Bytes, lease: Lease) -> None:
+    def _read(self, version: PolicyVersion, entry: FileEntry, into: Bytes, lease: Lease) -> None:
         with self._one:
-            self._free_at = max(time.monotonic(), self._free_at) + len(target) / self.rate
+            self._free_at = max(time.monotonic(), self._free_at) + len(into) / self.rate
             done = self._free_at
-        super()._read(version, file, target, lease)
+        super()._read(version, entry, into, lease)
         time.sleep(max(0.0, done - time.monotonic()))
 
 
 def soonness(result: Result, changed: float) -> None:
     """How soon the last reader serves a version, full and as a delta."""
-    tensors = [Tensor("embed_tokens", "BF16", (VOCABULARY, HIDDEN))]
+    tensors = [TensorSpec("embed_tokens", "BF16", (VOCABULARY, HIDDEN))]
     for layer in range(LAYERS):
         sizes = {"q": (HIDDEN, HIDDEN), "k": (KEY_VALUE, HIDDEN), "v": (KEY_VALUE, HIDDEN), "o": (HIDDEN, HIDDEN), "gate": (INNER, HIDDEN),
                  "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}  # fmt: skip
         tensors += [
-            Tensor(f"layers.{layer}.{name}", "BF16", shape) for name, shape in sizes.items()
+            TensorSpec(f"layers.{layer}.{name}", "BF16", shape) for name, shape in sizes.items()
         ]
     rng = np.random.default_rng(0)
-    old, new = Share(tensors), Share(tensors)
+    old, new = ShardBuffer(tensors), ShardBuffer(tensors)
     numbers = old.buffer.view(np.uint16)[len(old.header) // 2 :]
     numbers[:] = (rng.standard_normal(len(numbers), np.float32) / 50).view(np.uint32) >> 16
     new.buffer[:] = old.buffer
@@ -477,10 +489,10 @@ def soonness(result: Result, changed: float) -> None:
                 for i in range(READERS)
             ]
             for node in nodes:
-                node.mirror.close()
-                node.mirror = limited = Limited(Path(cache), run.policy)
+                node.cache.close()
+                node.cache = limited = Limited(Path(cache), run.policy)
                 limited.rate = 1e12  # the version before is there already
-                assert node.look() is not None
+                assert node.poll() is not None
                 limited.rate = SHARED_MB_S * 1e6 / SHARED_READERS
             start = time.monotonic()
             publish_share(store, 1, new, None if kind == "full" else (0, old), kind == "full")
@@ -505,12 +517,12 @@ def soonness(result: Result, changed: float) -> None:
 
 def serve(node: Follower) -> None:
     """A node's agent, until the new version can be loaded."""
-    while (newest := node.look()) is None or newest.version != 1:
+    while (newest := node.poll()) is None or newest.version.version != 1:
         time.sleep(0.01)
     _as_the_engine_reads(newest)
 
 
-def _as_the_engine_reads(version: Published) -> None:
+def _as_the_engine_reads(version: LoadableVersion) -> None:
     """Map the node's copy and compare its hash, which is what an engine does before it loads."""
     for file in read_manifest(version.directory).files:
         assert xxh3(np.memmap(version.directory / file.file, np.uint8, "r")) == file.xxh3
@@ -522,21 +534,21 @@ def _as_the_engine_reads(version: Published) -> None:
 @contextmanager
 def no_faster_than(bytes_per_s: float) -> Iterator[None]:
     """Writes of shares take that long at least."""
-    real, one, free_at = sharing._all_of, threading.Lock(), 0.0
+    real, one, free_at = sharing._transfer, threading.Lock(), 0.0
 
-    def limited(call: Any, fd: int, part: Bytes, at: int) -> None:
+    def limited(call: Any, fd: int, part: Bytes, offset: int) -> None:
         nonlocal free_at
         with one:
             free_at = max(time.monotonic(), free_at) + len(part) / bytes_per_s
             done = free_at
-        real(call, fd, part, at)
+        real(call, fd, part, offset)
         time.sleep(max(0.0, done - time.monotonic()))
 
-    sharing._all_of = limited
+    sharing._transfer = limited
     try:
         yield
     finally:
-        sharing._all_of = real
+        sharing._transfer = real
 
 
 def steps(result: Result) -> None:
@@ -547,7 +559,7 @@ def steps(result: Result) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from atropos_hpc.config import PolicyConf
-    from atropos_hpc.learner.publisher import Publishing
+    from atropos_hpc.learner.publisher import Publisher
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=on_disk()) as scratch:
@@ -562,7 +574,7 @@ def steps(result: Result) -> None:
         model_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
         backend: Any = type("Backend", (), {"module": model, "weights": lambda self: None})()
 
-        def step(publishing: Publishing | None, version: int) -> float:
+        def step(publishing: Publisher | None, version: int) -> float:
             start = time.monotonic()
             tokens = torch.randint(0, 8192, TOKENS)
             model(input_ids=tokens, labels=tokens).loss.backward()
@@ -574,7 +586,7 @@ def steps(result: Result) -> None:
 
         version = 0
         for sync in ("full", "delta"):
-            publishing = Publishing(run.policy, PolicyConf(sync=sync), "bfloat16")
+            publishing = Publisher(run.policy, PolicyConf(sync=sync), "bfloat16")
             ratios = []
             alone = statistics.median(step(None, 0) for _ in range(4))
             with no_faster_than(model_bytes / (WRITING * alone)):

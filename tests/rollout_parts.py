@@ -18,8 +18,9 @@ from aiohttp import web
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AgentState, Roster, ServerState
+from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta
-from atropos_hpc.policy.delta import Run
+from atropos_hpc.policy.delta import Region
 from atropos_hpc.policy.shard_buffer import WIDTHS, tensors_of, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.rollout.server_pool import GENERATE
@@ -28,7 +29,7 @@ from atropos_hpc.runtime.process import PARENT
 from atropos_hpc.runtime.run_dir import RunDir, write_file, write_json, write_struct
 
 ANSWER = {
-    "choices": [{"token_ids": [7], "weight_versions": [{"version": "1", "start": 0, "end": 1}]}]
+    "choices": [{"token_ids": [7], "weight_versions": [{"version": "1-1", "start": 0, "end": 1}]}]
 }
 Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -91,14 +92,13 @@ def module(name: str, *arguments: str, log: Path) -> Iterator["subprocess.Popen[
 
 def publish(run: RunDir, weights: Path, version: int, attempt: int = 1) -> Path:
     """The safetensors file `weights` as a published version; returns its directory."""
-    directory = run.policy / f"{version}-{attempt}"
-    directory.mkdir()
+    key, store = PolicyVersion(version=version, attempt=attempt), PolicyStore(run.policy)
+    directory = store.begin(key)
     shutil.copy(weights, directory / "part-0.safetensors")
     data = weights.read_bytes()
-    files = [
-        {"file": "part-0.safetensors", "bytes": len(data), "xxh3": xxhash.xxh3_64_hexdigest(data)}
-    ]
-    return PolicyStore(run.policy).commit(version, attempt, files).directory
+    entry = FileEntry("part-0.safetensors", len(data), xxhash.xxh3_64_hexdigest(data))
+    store.commit(Manifest(version=key, kind="full", files=(entry,)))
+    return directory
 
 
 def publish_delta(run: RunDir, old: Path, new: Path, version: int) -> None:
@@ -108,22 +108,19 @@ def publish_delta(run: RunDir, old: Path, new: Path, version: int) -> None:
         (name, first, last, WIDTHS[kind])
         for name, (kind, _, first, last) in tensors_of(after).items()
     ]
-    runs = [Run(0, min(first for _, first, _, _ in starts), 1)]
-    runs += [
-        Run(first, last - first, width)
+    regions = [Region(0, min(first for _, first, _, _ in starts), 1)]
+    regions += [
+        Region(first, last - first, width)
         for _, first, last, width in sorted(starts, key=lambda start: start[1])
     ]
-    coded = delta.encode(before, after, runs)
+    coded = delta.encode(before, after, regions)
     store = PolicyStore(run.policy)
-    write_file(store.begin(version, 1) / "part-0.delta", coded)
-    whole = {"file": "part-0.safetensors", "bytes": len(after), "xxh3": xxh3(after)}
-    change = {
-        "file": "part-0.delta",
-        "bytes": len(coded),
-        "xxh3": xxhash.xxh3_64_hexdigest(coded),
-        "makes": "part-0.safetensors",
-    }
-    store.commit(version, 1, [whole], "delta", (1, version - 1), [change])
+    key, base = (PolicyVersion(version=v, attempt=1) for v in (version, version - 1))
+    write_file(store.begin(key) / "part-0.delta", coded)
+    full = FileEntry("part-0.safetensors", len(after), xxh3(after))
+    digest = xxhash.xxh3_64_hexdigest(coded)
+    change = DeltaEntry("part-0.delta", len(coded), digest, full.file)
+    store.commit(Manifest(version=key, kind="delta", files=(full,), base=base, deltas=(change,)))
 
 
 class FakeServer:

@@ -18,7 +18,8 @@ from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E4
 from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend, described  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
-from atropos_hpc.policy.shard_writer import snapshot, write_shards  # noqa: E402
+from atropos_hpc.policy.shard_writer import write_shards  # noqa: E402
+from atropos_hpc.policy.snapshot import snapshot  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 
 FSDP2 = 0  # where a ZeRO stage is meant

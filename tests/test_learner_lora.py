@@ -19,9 +19,10 @@ from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, PolicyConf, T
 from atropos_hpc.learner.__main__ import backend_class  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
-from atropos_hpc.learner.publisher import Publishing  # noqa: E402
+from atropos_hpc.learner.publisher import Publisher  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
-from atropos_hpc.policy.store import PolicyStore, verify  # noqa: E402
+from atropos_hpc.policy.manifest import verify  # noqa: E402
+from atropos_hpc.policy.store import PolicyStore  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir, append_line, read_json, write_json  # noqa: E402
 
 FSDP2 = 0  # where a ZeRO stage is meant
@@ -45,6 +46,14 @@ def backend_of(path: Path, stage: int) -> VerlBackend:
     )
 
 
+def published(run: RunDir) -> tuple[Path, int]:
+    """Directory and number of the newest policy version."""
+    store = PolicyStore(run.policy)
+    latest = store.latest()
+    assert latest is not None
+    return store.directory(latest), latest.version
+
+
 def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
     return whole(backend.weights())
 
@@ -55,7 +64,7 @@ def two_steps_and_two_more(
     backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=2)
     before = weights_of(backend)
     first = train(backend, 2)
-    publishing = Publishing(run.policy, PolicyConf(), "bfloat16")
+    publishing = Publisher(run.policy, PolicyConf(), "bfloat16")
     publishing.publish(backend, 2)
     checkpoints.save(backend, {})
     publishing.wait()
@@ -99,18 +108,18 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(
         first[0]["kl_reference"] == pytest.approx(0, abs=1e-6) and metrics[1]["kl_reference"] > 1e-4
     )
 
-    published = PolicyStore(run.policy).latest()
-    assert published is not None and published.version == 2
-    verify(published)
-    assert read_json(published.directory / "manifest.json")["kind"] == "adapter"
-    assert {path.name for path in published.directory.iterdir()} == {
+    directory, version = published(run)
+    assert version == 2
+    verify(directory)
+    assert read_json(directory / "manifest.json")["kind"] == "adapter"
+    assert {path.name for path in directory.iterdir()} == {
         "manifest.json",
         lora.FILE,
         lora.CONFIG,
     }
     tensors, config = (
-        load_file(published.directory / lora.FILE),
-        read_json(published.directory / lora.CONFIG),
+        load_file(directory / lora.FILE),
+        read_json(directory / lora.CONFIG),
     )
     merged = lora.merge([load_file(small_model / "model.safetensors")], tensors, config)
     exact = AutoModelForCausalLM.from_pretrained(
@@ -148,24 +157,23 @@ def test_peft_reads_what_is_published(small_model: Path, run: RunDir) -> None:
     from transformers import AutoModelForCausalLM
 
     on_ranks(1, two_steps_and_two_more, small_model, run)
-    published = PolicyStore(run.policy).latest()
-    assert published is not None
+    directory, _ = published(run)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
-        str(published.directory),
+        str(directory),
     )
     merged = lora.merge(
         [load_file(small_model / "model.safetensors")],
-        load_file(published.directory / lora.FILE),
-        read_json(published.directory / lora.CONFIG),
+        load_file(directory / lora.FILE),
+        read_json(directory / lora.CONFIG),
     )[0]
     theirs = model.merge_and_unload().state_dict()
     assert all(torch.allclose(theirs[name], tensor, atol=1e-6) for name, tensor in merged.items())
     with pytest.raises(ValueError, match="no weights for"):
         lora.merge(
             [{}],
-            load_file(published.directory / lora.FILE),
-            read_json(published.directory / lora.CONFIG),
+            load_file(directory / lora.FILE),
+            read_json(directory / lora.CONFIG),
         )
 
 
@@ -187,11 +195,10 @@ def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: 
     assert export(run, tmp_path / "out") == 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "a LoRA adapter of rank 4, merged" in card and "| 2 | 0.250 | 10 |" in card
-    published = PolicyStore(run.policy).latest()
-    assert published is not None
+    directory, _ = published(run)
     tensors, config = (
-        load_file(published.directory / lora.FILE),
-        read_json(published.directory / lora.CONFIG),
+        load_file(directory / lora.FILE),
+        read_json(directory / lora.CONFIG),
     )
     (merged,) = lora.merge([load_file(small_model / "model.safetensors")], tensors, config)
     written = load_file(tmp_path / "out" / "model.safetensors")

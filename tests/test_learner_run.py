@@ -19,6 +19,7 @@ import pytest
 
 from atropos_hpc import config as schema
 from atropos_hpc.contracts.members import StopRequest
+from atropos_hpc.policy.manifest import read_manifest
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import RosterPublisher, RosterReader, post_request
@@ -141,11 +142,11 @@ def ended(run: RunDir, children: list[process.Child]) -> list[int]:
 
 
 def weights(run: RunDir) -> tuple[int, list[str]]:
-    latest = PolicyStore(run.policy).latest()
+    store = PolicyStore(run.policy)
+    latest = store.latest()
     assert latest is not None
-    return latest.version, [
-        file["xxh3"] for file in read_json(latest.directory / "manifest.json")["files"]
-    ]
+    files = read_manifest(store.directory(latest)).files
+    return latest.version, [file.xxh3 for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +270,12 @@ def test_an_exported_checkpoint_is_the_published_policy(
 
     done = exported(uninterrupted, tmp_path / "out")
     assert done.returncode == 0 and f"step {STEPS}" in done.stdout, done.stderr
-    latest = PolicyStore(uninterrupted.policy).latest()
+    store = PolicyStore(uninterrupted.policy)
+    latest = store.latest()
     assert latest is not None
     published = {
         name: tensor
-        for path in latest.directory.glob("*.safetensors")
+        for path in store.directory(latest).glob("*.safetensors")
         for name, tensor in load_file(path).items()
     }
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atropos_hpc.policy import delta
-from atropos_hpc.policy.delta import BadDelta, Run, apply, changed_share, encode
+from atropos_hpc.policy.delta import BadDelta, Region, apply, changed_fraction, encode
 
 WIDTHS = st.sampled_from([1, 2, 4, 8])
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[Run]]:
-    """(old, new, runs): stretches of any widths, empty and unaligned ones too; few, many, all or no elements changed, to any bits."""
-    runs, at = [], draw(st.integers(0, 9))
+def steps(draw: st.DrawFn) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[Region]]:
+    """(old, new, regions): stretches of any widths, empty and unaligned ones too; few, many, all or no elements changed, to any bits."""
+    regions, at = [], draw(st.integers(0, 9))
     start = at
     for width, count in draw(st.lists(st.tuples(WIDTHS, st.integers(0, 3000)), max_size=5)):
-        runs.append(Run(at, width * count, width))
+        regions.append(Region(at, width * count, width))
         at += width * count
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     old = rng.integers(0, 256, at, dtype=np.uint8)
     new = old.copy()
-    for run in runs:
+    for run in regions:
         numbers = new[run.start : run.start + run.bytes].view(f"u{run.width}")
         changed = rng.random(len(numbers)) < draw(st.sampled_from([0, 0.001, 0.02, 0.3, 1]))
         if draw(st.booleans()):
@@ -34,17 +34,19 @@ def steps(draw: st.DrawFn) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[R
             numbers[changed] = rng.integers(0, 256, changed.sum() * run.width, dtype=np.uint8).view(
                 numbers.dtype
             )
-    return old, new, [Run(0, start, 1), *runs]
+    return old, new, [Region(0, start, 1), *regions]
 
 
 @settings(max_examples=150, deadline=None)
 @given(step=steps())
-def test_any_bytes_come_back(step: tuple[NDArray[np.uint8], NDArray[np.uint8], list[Run]]) -> None:
-    old, new, runs = step
-    coded, target = encode(old, new, runs), old.copy()
+def test_any_bytes_come_back(
+    step: tuple[NDArray[np.uint8], NDArray[np.uint8], list[Region]],
+) -> None:
+    old, new, regions = step
+    coded, target = encode(old, new, regions), old.copy()
     apply(coded, target)
     assert np.array_equal(target, new)
-    assert 0 <= changed_share(old, new, runs) <= 1
+    assert 0 <= changed_fraction(old, new, regions) <= 1
 
 
 BITS = {
@@ -67,7 +69,7 @@ def test_every_special_value_becomes_every_other(kind: str) -> None:
         np.tile(numbers, len(numbers)).view(np.uint8),
     )
     target = old.copy()
-    apply(encode(old, new, [Run(0, len(old), numbers.itemsize)]), target)
+    apply(encode(old, new, [Region(0, len(old), numbers.itemsize)]), target)
     assert np.array_equal(target, new)
 
 
@@ -78,7 +80,7 @@ def test_any_gap_also_over_whole_chunks(gap: int) -> None:
     old = np.zeros(2 * (gap + 3), np.uint8)
     new = old.copy()
     new.view(np.uint16)[[gap, gap + 2]] = 7, 9
-    coded = encode(old, new, [Run(0, len(old), 2)])
+    coded = encode(old, new, [Region(0, len(old), 2)])
     apply(coded, old)
     assert np.array_equal(old, new)
     assert len(coded) < 400
@@ -86,7 +88,7 @@ def test_any_gap_also_over_whole_chunks(gap: int) -> None:
 
 def test_nothing_changed_is_next_to_nothing() -> None:
     same = np.arange(1 << 20, dtype=np.uint32).view(np.uint8)
-    assert len(encode(same, same, [Run(0, len(same), 2)])) < 100
+    assert len(encode(same, same, [Region(0, len(same), 2)])) < 100
     empty = np.empty(0, np.uint8)
     apply(encode(empty, empty, []), empty)
 
@@ -97,10 +99,10 @@ def test_a_step_of_neighbouring_numbers_costs_half_of_their_share() -> None:
     old = rng.integers(0, 1 << 16, 1 << 21, dtype=np.uint16)
     new = old.copy()
     new[rng.random(len(old)) < 0.024] += np.uint16(1)
-    coded = encode(old.view(np.uint8), new.view(np.uint8), [Run(0, 2 * len(old), 2)])
+    coded = encode(old.view(np.uint8), new.view(np.uint8), [Region(0, 2 * len(old), 2)])
     assert len(coded) < 0.013 * 2 * len(old)
-    assert changed_share(
-        old.view(np.uint8), new.view(np.uint8), [Run(0, 2 * len(old), 2)]
+    assert changed_fraction(
+        old.view(np.uint8), new.view(np.uint8), [Region(0, 2 * len(old), 2)]
     ) == pytest.approx(0.024, abs=0.003)
 
 
@@ -114,7 +116,7 @@ def test_damage_is_refused_or_leaves_other_bytes_never_an_error_of_another_kind(
     old = rng.integers(0, 256, 40_000, dtype=np.uint8)
     new = old.copy()
     new[::37] += np.uint8(3)
-    coded = bytearray(encode(old, new, [Run(0, 20_000, 2), Run(20_000, 20_000, 4)]))
+    coded = bytearray(encode(old, new, [Region(0, 20_000, 2), Region(20_000, 20_000, 4)]))
     at = int(where * len(coded))
     if cut:
         del coded[at:]
@@ -134,8 +136,8 @@ def test_damage_is_refused_or_leaves_other_bytes_never_an_error_of_another_kind(
 
 def test_a_delta_of_something_else_is_refused() -> None:
     old = np.zeros(64, np.uint8)
-    coded = encode(old, old, [Run(0, 64, 2)])
-    with pytest.raises(BadDelta, match="for 64 bytes, where one .* for 32"):
+    coded = encode(old, old, [Region(0, 64, 2)])
+    with pytest.raises(BadDelta, match="delta for 64 bytes where a .* delta for 32"):
         apply(coded, np.zeros(32, np.uint8))
     with pytest.raises(ValueError, match="not a whole number of elements"):
-        encode(old, old, [Run(0, 63, 2)])
+        encode(old, old, [Region(0, 63, 2)])

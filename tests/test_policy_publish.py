@@ -1,5 +1,6 @@
 """What is published equals the weights at the moment of the call, bit for bit, and is what transformers loads."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
-from atropos_hpc.policy import shard_buffer as share_module  # noqa: E402
-from atropos_hpc.policy import shard_writer as publish_module  # noqa: E402
-from atropos_hpc.policy.shard_writer import PublishFailed, snapshot, write_shards  # noqa: E402
-from atropos_hpc.policy.store import file_digest  # noqa: E402
+from atropos_hpc.policy import shard_buffer as buffer_module  # noqa: E402
+from atropos_hpc.policy import shard_writer as writer_module  # noqa: E402
+from atropos_hpc.policy.manifest import file_digest  # noqa: E402
+from atropos_hpc.policy.shard_writer import PublishFailed, write_shards  # noqa: E402
+from atropos_hpc.policy.snapshot import snapshot  # noqa: E402
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
@@ -93,14 +95,14 @@ def test_transformers_loads_what_was_published(
         assert torch.equal(tensor, weights[name].to(dtype)), name
 
     assert all(rank_files == files for _, rank_files in results), "every rank learns of every file"
-    assert sorted(name for file in files for name in file["names"]) == sorted(tensors)
-    assert len(files) == world and sorted(f["file"] for f in files) == sorted(
+    index = json.loads((directory / writer_module.INDEX).read_text())["weight_map"]
+    assert sorted(index) == sorted(tensors)
+    assert len(files) == world and sorted(f.file for f in files) == sorted(
         p.name for p in directory.glob("*.safetensors")
     )
     for file in files:
-        assert (directory / file["file"]).stat().st_size == file["bytes"] and file_digest(
-            directory / file["file"]
-        ) == file["xxh3"]
+        path = directory / file.file
+        assert path.stat().st_size == file.bytes and file_digest(path) == file.xxh3
 
 
 class Odd(nn.Module):
@@ -119,7 +121,7 @@ class Odd(nn.Module):
 def odd_published(
     rank: int, world: int, directory: Path, mesh: tuple[int, ...], bucket: int
 ) -> Any:
-    publish_module.BUCKET_BYTES = bucket
+    writer_module.BUCKET_BYTES = bucket
     torch.manual_seed(0)
     module = Odd()
     fully_shard(
@@ -128,7 +130,7 @@ def odd_published(
     )
     files = write_shards(snapshot(module, torch.float16), directory, dist.new_group(backend="gloo"))
     return {name: full(tensor) for name, tensor in module.state_dict().items()}, [
-        file["bytes"] for file in files
+        file.bytes for file in files
     ]
 
 
@@ -151,7 +153,7 @@ def fails_to_write(rank: int, world: int, directory: Path) -> None:
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
     group = dist.new_group(backend="gloo")
     if rank == 1:
-        share_module.os.fsync = _no_space
+        buffer_module.os.fsync = _no_space
     for _ in range(2):  # and it doesn't hang the next one either
         with pytest.raises(PublishFailed, match=r"model-00002-of-00002.*No space left"):
             write_shards(snapshot(module), directory, group)

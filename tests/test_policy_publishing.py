@@ -22,10 +22,12 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from atropos_hpc.config import PolicyConf  # noqa: E402
-from atropos_hpc.learner import publisher as publishing_module  # noqa: E402
-from atropos_hpc.learner.publisher import Publishing, Readers  # noqa: E402
-from atropos_hpc.policy.follower import Follower  # noqa: E402
-from atropos_hpc.policy.store import PolicyStore, Published, Superseded, read_manifest, verify  # noqa: E402
+from atropos_hpc.contracts.members import RepublishRequest  # noqa: E402
+from atropos_hpc.contracts.policy import PolicyVersion  # noqa: E402
+from atropos_hpc.learner.publisher import Intervals, Publisher, ReaderLink  # noqa: E402
+from atropos_hpc.policy.follower import Follower, LoadableVersion  # noqa: E402
+from atropos_hpc.policy.manifest import read_manifest, verify  # noqa: E402
+from atropos_hpc.policy.store import PolicyStore, Superseded  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 
 
@@ -64,16 +66,20 @@ def until(look: Callable[[], Any], seconds: float = 40) -> Any:
     return found
 
 
-def newest_of(publishing: Publishing, version: int) -> Published | None:
+def newest_of(publishing: Publisher, version: int) -> PolicyVersion | None:
     """The newest version, if it is that one."""
     newest = publishing.store.latest()
     return newest if newest is not None and newest.version == version else None
 
 
-def held(newest: Published | None) -> dict[str, torch.Tensor]:
+def held(newest: LoadableVersion | None) -> dict[str, torch.Tensor]:
     assert newest is not None
+    return stored(newest.directory)
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for path in newest.directory.glob("*.safetensors"):
+    for path in directory.glob("*.safetensors"):
         tensors |= load_file(path)
     return tensors
 
@@ -84,19 +90,19 @@ def equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def follow(root: Path, cache: Path, complaints: list[dict[str, Any]]) -> Follower:
+def follow(root: Path, cache: Path, complaints: list[RepublishRequest]) -> Follower:
     cache.mkdir(exist_ok=True)
     return Follower(
         PolicyStore(root),
         cache,
         "reader",
-        lambda version, why: complaints.append({"key": version.key, "why": why}),
+        lambda version, why: complaints.append(RepublishRequest(version=version, why=why)),
     )
 
 
 def deltas_published(rank: int, world: int, path: Path, root: Path, cache: Path) -> Any:
     backend = Weights(path)
-    publishing = Publishing(root, PolicyConf(sync="delta", anchor_every=5), "bfloat16")
+    publishing = Publisher(root, PolicyConf(sync="delta", anchor_every=5), "bfloat16")
     followers = [follow(root, cache / name, []) for name in ("each", "some")] if rank == 0 else []
     kinds, taken = [], 0
     for version in range(13):
@@ -108,16 +114,17 @@ def deltas_published(rank: int, world: int, path: Path, root: Path, cache: Path)
         if rank == 0:
             latest = publishing.store.latest()
             assert latest is not None
-            manifest = verify(latest)
-            there = {file.name for file in latest.directory.iterdir()}
-            assert {file.file for file in manifest.there} <= there
+            directory = publishing.store.directory(latest)
+            manifest = verify(directory)
+            there = {file.name for file in directory.iterdir()}
+            assert {file.file for file in manifest.stored_files} <= there
             kinds.append(
                 manifest.kind[0].upper()
                 if not manifest.deltas
                 else {"delta": "d", "full": "B"}[manifest.kind]
             )
             for follower in followers[: 1 if version % 3 else 2]:
-                assert equal(held(follower.look()), state)
+                assert equal(held(follower.poll()), state)
                 taken += 1
         dist.barrier()
     for follower in followers:
@@ -141,12 +148,12 @@ def test_deltas_are_bit_exact_with_anchors_and_full_versions_where_much_has_chan
 
 
 def full_disk(rank: int, world: int, path: Path, root: Path) -> Any:
-    publishing_module.RETRY_S = publishing_module.LOOK_S = 0.1
+    intervals = Intervals(retry=0.1, poll=0.1)
     alarms: list[str | None] = []
     conf = PolicyConf(keep=1)
     backend, publishing = (
         Weights(path),
-        Publishing(root, conf, "bfloat16", Readers(tell=alarms.append)),
+        Publisher(root, conf, "bfloat16", ReaderLink(show_alarm=alarms.append), intervals),
     )
     backend.step(rank)
     publishing.publish(backend, 0)  # type: ignore[arg-type]
@@ -164,7 +171,7 @@ def full_disk(rank: int, world: int, path: Path, root: Path) -> Any:
     conf.max_bytes = None
     if rank == 0:  # there is room again: it is tried again without a next version
         latest = until(lambda: newest_of(publishing, 2))
-        assert equal(held(latest), state)
+        assert equal(stored(publishing.store.directory(latest)), state)
         until(lambda: alarms[-1] is None)
     publishing.wait()
     assert publishing.newest == 2
@@ -179,14 +186,18 @@ def test_a_full_disk_pauses_publishing_with_an_alarm_and_training_goes_on(tmp_pa
 
 
 def published_again(rank: int, world: int, path: Path, root: Path, cache: Path) -> Any:
-    publishing_module.LOOK_S = 0.05
-    complaints: list[dict[str, Any]] = []
-    readers = Readers(
-        asked=lambda: complaints[-1] if complaints else None, answered=complaints.clear
-    )
+    complaints: list[RepublishRequest] = []
+
+    def take() -> RepublishRequest | None:
+        request = complaints[-1] if complaints else None
+        complaints.clear()
+        return request
+
     backend, publishing = (
         Weights(path),
-        Publishing(root, PolicyConf(sync="delta"), "bfloat16", readers),
+        Publisher(
+            root, PolicyConf(sync="delta"), "bfloat16", ReaderLink(take), Intervals(poll=0.05)
+        ),
     )
     follower = follow(root, cache, complaints) if rank == 0 else None
     for version in range(3):
@@ -196,27 +207,28 @@ def published_again(rank: int, world: int, path: Path, root: Path, cache: Path) 
             assert follower is not None
             latest = until(lambda number=version: newest_of(publishing, number))
             if version == 2:
-                assert read_manifest(latest.directory).kind == "delta"
-                for file in latest.directory.glob("*.delta"):
+                directory = publishing.store.directory(latest)
+                assert read_manifest(directory).kind == "delta"
+                for file in directory.glob("*.delta"):
                     file.write_bytes(file.read_bytes()[:-1])
             for _ in range(
                 100
             ):  # complained of after the second look, published again within a moment
-                follower._look_again = 0
-                if (newest := follower.look()) is not None and newest.version == version:
+                follower._retry_at = 0
+                if (newest := follower.poll()) is not None and newest.version == latest:
                     break
                 time.sleep(0.1)
             assert equal(held(newest), state)
         dist.barrier()
     if rank == 0:
-        assert read_manifest(latest.directory).kind == "full"
+        assert read_manifest(directory).kind == "full"
     state = backend.step(9)  # and the next delta starts from there
     publishing.publish(backend, 3)  # type: ignore[arg-type]
     publishing.wait()
     if rank == 0 and follower is not None:
-        assert equal(held(follower.look()), state)
+        assert equal(held(follower.poll()), state)
         follower.close()
-        PolicyStore(root).claim()  # somebody starts the run a second time
+        PolicyStore(root).claim_attempt()  # somebody starts the run a second time
     dist.barrier()
     publishing.publish(backend, 4)  # type: ignore[arg-type]
     with pytest.raises(Superseded):

@@ -12,23 +12,13 @@ from typing import Any
 import pytest
 import xxhash
 
-from atropos_hpc.policy import node_cache
-from atropos_hpc.policy import store as store_module
+from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
+from atropos_hpc.policy import leases, node_cache
 from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.store import (
-    LEASE_S,
-    BadVersion,
-    File,
-    Key,
-    Lease,
-    Manifest,
-    NoRoom,
-    PolicyStore,
-    Published,
-    Superseded,
-    routes,
-    verify,
-)
+from atropos_hpc.policy.leases import LEASE_S, Lease
+from atropos_hpc.policy.manifest import BadVersion, verify
+from atropos_hpc.policy.routes import find_routes
+from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
 from atropos_hpc.runtime import run_dir
 from atropos_hpc.runtime.run_dir import RunDir, write_file
 from bench.policy_crash import KINDS, MEMORY, Learner, try_points, weights
@@ -43,21 +33,27 @@ def store(tmp_path: Path) -> PolicyStore:
 
 def publish(
     store: PolicyStore, version: int, attempt: int = 1, content: bytes | None = None
-) -> Published:
-    directory = store.begin(version, attempt)
+) -> PolicyVersion:
+    key = PolicyVersion(version=version, attempt=attempt)
+    directory = store.begin(key)
     files = []
     for shard in range(2):
         data = content or f"weights {version} {attempt} {shard}".encode() * 100
         write_file(directory / f"model-{shard}.safetensors", data)
-        files.append(
-            {
-                "file": f"model-{shard}.safetensors",
-                "bytes": len(data),
-                "xxh3": xxhash.xxh3_64_hexdigest(data),
-                "names": [],
-            }
-        )
-    return store.commit(version, attempt, files)
+        digest = xxhash.xxh3_64_hexdigest(data)
+        files.append(FileEntry(f"model-{shard}.safetensors", len(data), digest))
+    store.commit(Manifest(version=key, kind="full", files=tuple(files)))
+    return key
+
+
+def taken(follower: Follower) -> PolicyVersion | None:
+    """The version that the follower has after another look."""
+    newest = follower.poll()
+    return newest and newest.version
+
+
+def key(text: str) -> PolicyVersion:
+    return PolicyVersion.parse(text)
 
 
 @pytest.fixture
@@ -74,37 +70,37 @@ def follow(store: PolicyStore, tmp_path: Path) -> Iterator[Callable[..., Followe
     yield begin
     for follower in made:
         follower.close()
-        assert os.listdir(follower.mirror.root.parent) == [], "its memory is free again"
+        assert os.listdir(follower.cache.root.parent) == [], "its memory is free again"
 
 
 def test_latest_is_what_was_committed_last(store: PolicyStore) -> None:
     assert store.latest() is None
     published = publish(store, 3)
     assert store.latest() == published
-    verify(published)
+    verify(store.directory(published))
 
 
 def test_versions_of_a_later_attempt_are_newer_even_after_going_back(
     store: PolicyStore, follow: Callable[..., Follower]
 ) -> None:
-    before = publish(store, 12, attempt=store.claim())
+    before = publish(store, 12, attempt=store.claim_attempt())
     follower = follow(store)
-    assert follower.look() == before
-    after = publish(store, 10, attempt=store.claim())
+    assert taken(follower) == before
+    after = publish(store, 10, attempt=store.claim_attempt())
     assert after > before and after.attempt == 2
-    assert follower.look() == after
+    assert taken(follower) == after
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest"])
 def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(
     store: PolicyStore, follow: Callable[..., Follower], harm: str
 ) -> None:
-    complaints: list[Published] = []
-    follower = follow(store, complain=lambda version, why: complaints.append(version))
+    complaints: list[PolicyVersion] = []
+    follower = follow(store, request_republish=lambda version, why: complaints.append(version))
     publish(store, 1)
-    good = follower.look()
+    good = taken(follower)
     bad = publish(store, 2)
-    path = bad.directory / "model-1.safetensors"
+    path = store.directory(bad) / "model-1.safetensors"
     data = bytearray(path.read_bytes())
     if harm == "truncate":
         path.write_bytes(data[:-1])
@@ -114,19 +110,19 @@ def test_a_damaged_version_is_refused_by_name_and_the_old_one_stays(
     elif harm == "remove":
         path.unlink()
     else:
-        (bad.directory / "manifest.json").unlink()
+        (store.directory(bad) / "manifest.json").unlink()
     with pytest.raises(
         BadVersion, match=r"manifest\.json" if harm == "manifest" else r"model-1\.safetensors"
     ):
-        verify(bad)
-    assert follower.look() == good and follower.bad and not complaints
-    follower._look_again = 0
-    assert follower.look() == good and complaints == [bad], (
+        verify(store.directory(bad))
+    assert taken(follower) == good and follower.failure and not complaints
+    follower._retry_at = 0
+    assert taken(follower) == good and complaints == [bad], (
         "asked for again, when reading it again has not helped"
     )
-    follower._look_again = 0
+    follower._retry_at = 0
     newer = publish(store, 3)
-    assert follower.look() == newer and follower.bad is None
+    assert taken(follower) == newer and follower.failure is None
 
 
 def names(store: PolicyStore) -> list[str]:
@@ -136,11 +132,11 @@ def names(store: PolicyStore) -> list[str]:
 def test_what_is_retired_is_first_not_found_any_more_and_then_removed(store: PolicyStore) -> None:
     for version in range(5):
         publish(store, version)
-    store.begin(7, 1)  # a publisher that was killed
+    store.begin(key("7-1"))  # a publisher that was killed
     store.retire(2, attempt=1)
     assert names(store) == ["0-1", "1-1", "2-1", "3-1", "4-1"]
     with pytest.raises(BadVersion, match="no readable manifest"):
-        store.manifest((1, 2))
+        store.manifest(key("2-1"))
     store.retire(2, attempt=1)
     assert names(store) == ["3-1", "4-1"]
 
@@ -151,13 +147,13 @@ def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(
     for version in range(5):
         publish(store, version)
     reads, dies = Lease(store.root, "a"), Lease(store.root, "b")
-    reads.take(["1-1"])
-    dies.take(["2-1"])
+    reads.take([key("1-1")])
+    dies.take([key("2-1")])
     for _ in range(3):
         store.retire(1, attempt=1)
     assert names(store) == ["1-1", "2-1", "4-1"]
     now = time.monotonic()
-    monkeypatch.setattr(store_module.time, "monotonic", lambda: now + LEASE_S + 1)
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now + LEASE_S + 1)
     reads.renew()
     for _ in range(2):
         store.retire(1, attempt=1)
@@ -172,37 +168,40 @@ def test_no_two_starts_have_the_same_attempt_and_the_older_may_not_publish(
     store: PolicyStore,
 ) -> None:
     first, second = PolicyStore(store.root), PolicyStore(store.root)
-    attempts = [first.claim(), second.claim(), first.claim()]
+    attempts = [first.claim_attempt(), second.claim_attempt(), first.claim_attempt()]
     assert attempts == [1, 2, 3]
     publish(store, 4, attempt=3)
     with pytest.raises(Superseded, match="attempt 3 publishes here now; this is attempt 2"):
         publish(second, 5, attempt=2)
     latest = store.latest()
-    assert latest is not None and latest.key == (3, 4)
+    assert latest == key("4-3")
     second.retire(1, attempt=2)
     assert "4-3" in names(store)
 
 
 def test_a_publish_that_would_not_fit_is_refused_before_it_writes(store: PolicyStore) -> None:
     publish(store, 1, content=b"x" * 1000)
-    store.check_room(1000, limit=4000)
-    with pytest.raises(NoRoom, match=r"policy\.max_bytes is 4000"):
-        store.check_room(3000, limit=4000)
-    with pytest.raises(NoRoom, match="has .* left"):
-        store.check_room(1 << 60, limit=None)
+    store.check_quota(1000, limit=4000)
+    with pytest.raises(StoreFull, match=r"policy\.max_bytes is 4000"):
+        store.check_quota(3000, limit=4000)
+    with pytest.raises(StoreFull, match="has .* left"):
+        store.check_quota(1 << 60, limit=None)
 
 
-def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[Key], Manifest]:
+def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[PolicyVersion], Manifest]:
     """Manifests of versions 0, 1, ...: F full, B full with a delta too, D delta, - lost. Files of 100 bytes, deltas of 10."""
 
-    def manifest(key: Key) -> Manifest:
-        kind = kinds[key[1]]
+    def manifest(version: PolicyVersion) -> Manifest:
+        kind = kinds[version.version]
         if kind == "-":
             raise BadVersion("lost")
-        deltas = (File("x.delta", 10, "", "x"),) if kind in "BD" else ()
-        base = (1, key[1] - 1) if deltas else None
+        deltas = (DeltaEntry("x.delta", 10, "", "x"),) if kind in "BD" else ()
         return Manifest(
-            key[1], 1, "delta" if kind == "D" else "full", (File("x", 100, ""),), base, deltas
+            version=version,
+            kind="delta" if kind == "D" else "full",
+            files=(FileEntry("x", 100, ""),),
+            base=key(f"{version.version - 1}-1") if deltas else None,
+            deltas=deltas,
         )
 
     return manifest
@@ -226,9 +225,13 @@ def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[Key], Ma
 def test_the_shortest_way_to_a_version_comes_first(
     kinds: str, have: int | None, ways: list[tuple[int | None, list[int]]]
 ) -> None:
-    found = routes(chain(kinds), (1, len(kinds) - 1), None if have is None else (1, have))
+    held = None if have is None else key(f"{have}-1")
+    found = find_routes(chain(kinds), key(f"{len(kinds) - 1}-1"), held)
     shown = [
-        (way.start.version if way.start else None, [step.version for step in way.deltas])
+        (
+            way.start.version.version if way.start else None,
+            [step.version.version for step in way.deltas],
+        )
         for way in found
     ]
     assert sorted(shown, key=str) == sorted(ways, key=str)
@@ -236,10 +239,8 @@ def test_the_shortest_way_to_a_version_comes_first(
 
 
 def test_a_version_without_a_way_is_bad() -> None:
-    with pytest.raises(
-        BadVersion, match="neither from a full version nor from the one at hand: lost"
-    ):
-        routes(chain("F-D"), (1, 2), (1, 0))
+    with pytest.raises(BadVersion, match="neither from a full version nor from the one held: lost"):
+        find_routes(chain("F-D"), key("2-1"), key("0-1"))
 
 
 @pytest.fixture
@@ -260,8 +261,8 @@ def test_two_hundred_versions_with_random_misses_are_exact(
     for version in range(200):
         learner.publish(version)
         if rng.random() < 0.3:
-            newest = follower.look()
-            assert newest is not None and newest.version == version
+            newest = follower.poll()
+            assert newest is not None and newest.version.version == version
             parts = weights(learner.attempt, version)
             for number, part in enumerate(parts):
                 assert (
@@ -297,26 +298,26 @@ real = node_cache.read_into
 def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained_of(
     store: PolicyStore, follow: Callable[..., Follower], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner, complaints = Learner(store.root), list[Published]()
-    follower = follow(store, complain=lambda version, why: complaints.append(version))
+    learner, complaints = Learner(store.root), list[PolicyVersion]()
+    follower = follow(store, request_republish=lambda version, why: complaints.append(version))
     learner.publish(0)
     status = os.statvfs(store.root)
     full = type("Full", (), {"f_bavail": 0, "f_frsize": status.f_frsize})
     monkeypatch.setattr(node_cache.os, "statvfs", lambda path: full)
-    newest = follower.look()
+    newest = follower.poll()
     assert newest is not None and newest.directory == store.root / "0-1"
     monkeypatch.undo()
     learner.publish(1)
     monkeypatch.setattr(node_cache.os, "statvfs", lambda path: full)
     for _ in range(2):
-        follower._look_again = 0
-        assert follower.look() == newest
-    assert "see policy.cache" in str(follower.bad) and [
+        follower._retry_at = 0
+        assert follower.poll() == newest
+    assert "see policy.cache" in str(follower.failure) and [
         version.version for version in complaints
     ] == [1]
     learner.publish(1, in_full=True)
-    follower._look_again = 0
-    newest = follower.look()
+    follower._retry_at = 0
+    newest = follower.poll()
     assert newest is not None and newest.directory == store.root / "1-1"
 
 
@@ -347,7 +348,7 @@ def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStor
         points += 1
         latest = store.latest()
         assert latest is not None
-        verify(latest)
+        verify(store.directory(latest))
         assert latest.version in (1, 2)
     assert points > 15
     assert store.latest() != old
@@ -358,18 +359,18 @@ def test_a_follower_outlives_a_store_that_vanishes(
 ) -> None:
     publish(store, 1)
     follower = follow(store)
-    good = follower.look()
+    good = taken(follower)
     gone = publish(store, 2)
-    shutil.rmtree(gone.directory)
-    assert follower.look() == good
+    shutil.rmtree(store.directory(gone))
+    assert taken(follower) == good
 
 
 def test_a_reader_that_ends_does_not_read_to_the_end(
     store: PolicyStore, follow: Callable[..., Follower]
 ) -> None:
     publish(store, 1)
-    follower = follow(store, complain=lambda version, why: pytest.fail(why))
+    follower = follow(store, request_republish=lambda version, why: pytest.fail(why))
     follower.stop()
     for _ in range(3):
-        assert follower.look() is None
+        assert taken(follower) is None
     assert follower.failures == 0

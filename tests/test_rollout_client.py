@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from rollout_parts import ANSWER, FakeServer, die, good, hang, list_servers, make_run, status
 
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.rollout.server_pool import (
     Generation,
     Pool,
@@ -158,7 +159,10 @@ async def test_every_request_carries_the_run_s_token_and_the_oldest_version_coun
 
 
 def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None:
-    spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 3}]
+    spans = [
+        {"version": "default", "start": 0, "end": 1},
+        {"version": "12-3", "start": 1, "end": 3},
+    ]
 
     async def elsewhere() -> None:
         record([{"token_ids": [3, 4, 5], "weight_versions": spans}], 0.7)
@@ -171,4 +175,4 @@ def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None
         return seen
 
     assert asyncio.run(main()) == [Generation((3, 4, 5), (0, 12), 0.7)]
-    assert policy_version("default") == 0
+    assert policy_version("default") == PolicyVersion(version=0, attempt=0)

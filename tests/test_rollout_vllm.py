@@ -21,10 +21,12 @@ pytest.importorskip("vllm")
 import aiohttp  # noqa: E402
 
 from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
+from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
-from atropos_hpc.policy.store import PolicyStore, file_digest  # noqa: E402
+from atropos_hpc.policy.manifest import file_digest  # noqa: E402
+from atropos_hpc.policy.store import PolicyStore  # noqa: E402
 from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
@@ -81,6 +83,11 @@ class Served:
             span["version"],
         )
 
+    @property
+    def key(self) -> PolicyVersion:
+        """The version that was published last."""
+        return PolicyVersion(version=self.version, attempt=1)
+
     def push(self, weights: Path, damage: bool = False) -> int:
         """Publish as the next version and push it."""
         self.version += 1
@@ -94,7 +101,7 @@ class Served:
     def push_directory(self, directory: Path) -> None:
         async def main() -> None:
             async with aiohttp.ClientSession() as session:
-                await push(session, self.url, self.token, directory, self.version)
+                await push(session, self.url, self.token, directory, self.key)
 
         asyncio.run(main())
 
@@ -136,11 +143,11 @@ def test_pushed_weights_are_served_exactly_and_with_their_version(served: Served
     at_start = served.greedy()
     version = served.push(served.other)
     changed = served.greedy()
-    assert changed[2] == str(version)
+    assert changed[2] == f"{version}-1"
     assert changed[1] != at_start[1]
     version = served.push(served.base)
     # The same weights give the same numbers as when they were loaded at the start, bit by bit, the tied output layer included.
-    assert served.greedy() == (*at_start[:2], str(version))
+    assert served.greedy() == (*at_start[:2], f"{version}-1")
 
 
 def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_path: Path) -> None:
@@ -162,14 +169,14 @@ def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_p
         if old is not None:
             served.version += 1
             publish_delta(served.run, weights[old], weights[new], served.version)
-        newest = follower.look()
+        newest = follower.poll()
         assert (
             newest is not None
-            and newest.version == served.version
+            and newest.version == served.key
             and newest.directory.is_relative_to(tmp_path)
-        ), follower.bad
+        ), follower.failure
         served.push_directory(newest.directory)
-        assert served.greedy() == (*expected, str(served.version))
+        assert served.greedy() == (*expected, str(served.key))
     follower.close()
 
 
@@ -207,20 +214,16 @@ def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) 
     )
     store = PolicyStore(served.run.policy)
     served.version += 1
-    directory = store.begin(served.version, 1)
+    directory = store.begin(served.key)
     files = []
     for name in (lora.FILE, lora.CONFIG):
         shutil.copy(folder / name, directory / name)
-        files.append(
-            {
-                "file": name,
-                "bytes": (folder / name).stat().st_size,
-                "xxh3": file_digest(folder / name),
-            }
-        )
-    served.push_directory(store.commit(served.version, 1, files, "adapter").directory)
+        size = (folder / name).stat().st_size
+        files.append(FileEntry(name, size, file_digest(folder / name)))
+    store.commit(Manifest(version=served.key, kind="adapter", files=tuple(files)))
+    served.push_directory(directory)
     again, same, reported = served.greedy()
-    assert (again, reported) == (tokens, str(served.version)) and same == pytest.approx(
+    assert (again, reported) == (tokens, str(served.key)) and same == pytest.approx(
         log_probs, abs=1e-5
     )
 
@@ -248,7 +251,7 @@ def test_an_incomplete_version_leaves_the_old_weights_in_place(served: Served) -
 def test_an_update_that_somebody_left_open_does_not_block_the_next(served: Served) -> None:
     assert served.ask("POST", "/start_weight_update")[0] == 200
     version = served.push(served.base)
-    assert served.greedy()[2] == str(version)
+    assert served.greedy()[2] == f"{version}-1"
 
 
 def test_log_probs_are_of_the_policy_at_the_sampling_temperature(served: Served) -> None:
@@ -286,7 +289,7 @@ def test_requests_in_flight_outlive_a_push(served: Served) -> None:
         async with aiohttp.ClientSession() as session:
             generations = [asyncio.create_task(generate(session)) for _ in range(8)]
             await asyncio.sleep(0.05)
-            await push(session, served.url, served.token, directory, served.version)
+            await push(session, served.url, served.token, directory, served.key)
             return [length for lengths in await asyncio.gather(*generations) for length in lengths]
 
     assert asyncio.run(main()) == [26] * 64

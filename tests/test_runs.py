@@ -17,7 +17,7 @@ from run_parts import Started
 
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
-from atropos_hpc.policy.store import read_manifest
+from atropos_hpc.policy.manifest import read_manifest
 from atropos_hpc.runtime.run_dir import read_json, read_lines
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
@@ -218,7 +218,7 @@ def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(
         kinds["8-1"] == kinds["4-1"] == "full"
         and kinds["7-1"] == kinds["6-1"] == kinds["5-1"] == "delta"
     )
-    assert "is not used" not in started.log("agent-0")
+    assert "cannot use policy version" not in started.log("agent-0")
 
 
 def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:

@@ -83,10 +83,3 @@ class ReaderLease(msgspec.Struct, frozen=True):
 
     versions: tuple[PolicyVersion, ...]
     renewals: int
-
-
-class RepublishRequest(msgspec.Struct, frozen=True):
-    """A reader's request to publish a version again, in full, because its files are damaged."""
-
-    version: PolicyVersion
-    reason: str

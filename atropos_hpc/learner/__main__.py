@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config, environment_name, environments
-from atropos_hpc.contracts.members import RepublishRequest, TrainerState
+from atropos_hpc.contracts.members import TrainerState
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import (
     Member,
     RosterReader,
-    pending_request,
-    withdraw_request,
 )
 from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
@@ -94,7 +92,7 @@ def _train(
     from atropos_hpc.learner.collective import Together
     from atropos_hpc.learner.kl import Coefficient
     from atropos_hpc.learner.loop import Batches, Conf, train
-    from atropos_hpc.learner.publisher import Publishing, Readers
+    from atropos_hpc.learner.publisher import Publisher, ReaderLink, take_request
     from atropos_hpc.observe.metrics import Metrics, sinks
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
@@ -131,12 +129,8 @@ def _train(
     metrics = (
         Metrics(run, sinks(run, config.wandb, config.tensorboard, at), at) if rank == 0 else None
     )
-    readers = Readers(
-        partial(pending_request, run, RepublishRequest),
-        partial(withdraw_request, run, RepublishRequest),
-        lambda alarm: member.update(alarm=alarm),
-    )
-    publishing = Publishing(run.policy, config.policy, model.dtype, readers)
+    link = ReaderLink(partial(take_request, run), lambda alarm: member.update(alarm=alarm))
+    publishing = Publisher(run.policy, config.policy, model.dtype, link)
     batches = Batches(leasing, backend.data_rank, backend.data_world, config.staleness.max)
     names = tuple(map(environment_name, environments(config))) if config.more_environments else ()
     conf = Conf(

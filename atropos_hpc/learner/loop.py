@@ -26,7 +26,7 @@ from atropos_hpc.learner.checkpoint import Checkpoints
 from atropos_hpc.learner.collective import StopAsked, Together
 from atropos_hpc.learner.importance import correct
 from atropos_hpc.learner.kl import Coefficient, penalize
-from atropos_hpc.learner.publisher import Publishing
+from atropos_hpc.learner.publisher import Publisher
 from atropos_hpc.observe.metrics import Metrics, Phases
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_struct
@@ -96,7 +96,7 @@ def train(
     client: TrajectoryClient,
     batches: Batches,
     checkpoints: Checkpoints,
-    publishing: Publishing,
+    publishing: Publisher,
     metrics: Metrics | None,
     together: Together,
     member: Member[TrainerState],
@@ -191,7 +191,7 @@ def _save_now(
     backend: Backend,
     client: TrajectoryClient,
     checkpoints: Checkpoints,
-    publishing: Publishing,
+    publishing: Publisher,
     kl: Coefficient,
 ) -> None:
     """Make the present step durable, and its version public, before anything else."""

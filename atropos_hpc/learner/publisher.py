@@ -1,259 +1,292 @@
-"""The learner's side of the policy store: each new version, written in the background of the next step.
+"""Publish each new policy version in the background of the next training step.
 
-    in the training thread: wait for the publish before, copy the weights
-    in the background, on all ranks together:
-        check that there is room
-        policy.sync=full: write everything; delta: what has changed, and everything at every policy.anchor_every-th version, at the first
-        one, and when so much has changed that a delta would not help
-        name the version in latest.json, let old ones go
-        until the next version comes: try again if this one failed (full disk), publish it anew if a reader asks for that
-Training goes on whatever happens here; it is staleness.max that stops it when no version gets out.
+The training thread waits for the previous publish to end, then copies the weights to host memory.
+Then, in a background thread on every rank:
+
+1. Check that the store has space for the version.
+2. Write it. policy.sync=full: all files. policy.sync=delta: what has changed; all files as well at
+   every policy.anchor_every-th version, at the first one, and when too much has changed for a delta.
+3. Name it in latest.json, and retire old versions.
+4. Until the next version: retry if the publish failed (full disk), and publish the version again,
+   in full, if a reader asks for that.
+
+Training continues whatever happens here; staleness.max stops it when no version can be published.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from atropos_hpc.config import PolicyConf
 from atropos_hpc.contracts.members import RepublishRequest
-from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.contracts.policy import Manifest, PolicyVersion
 from atropos_hpc.learner.backends.base import Backend
-from atropos_hpc.policy.shard_writer import WORTH_SHARE, PublishFailed, Shares, Snapshot, snapshot
-from atropos_hpc.policy.store import Key, NoRoom, PolicyStore, Superseded
+from atropos_hpc.policy.shard_writer import MAX_CHANGED_FRACTION, PublishFailed, ShardWriter
+from atropos_hpc.policy.snapshot import Snapshot, snapshot
+from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
+from atropos_hpc.runtime.membership import pending_request, withdraw_request
+from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TIMEOUT_S = 1800.0  # for one publish, all ranks' writing included
-RETRY_S = 5.0  # between tries of a publish that failed
-LOOK_S = 1.0  # between looks for a reader's request
-NEWS_S = (
-    60.0  # after so long without any, rank 0 says so to the others, whose patience is TIMEOUT_S
-)
-LEAVE, RETRY, RENEW, NOTHING = range(
-    4
-)  # what rank 0 has all do with a version: leave it, once more, once more and in full, wait on
 
 
-@dataclass
-class Readers:
-    """What rank 0 hears from the readers of the store, and tells the others: `asked` gives a request to publish anew, if there is one,
-    `answered` takes it away; `tell` shows an alarm, or None when all is well."""
+@dataclass(frozen=True)
+class Intervals:
+    """Timing of the background thread, in seconds."""
 
-    asked: Callable[[], RepublishRequest | None] = lambda: None
-    answered: Callable[[], None] = lambda: None
-    tell: Callable[[str | None], None] = lambda _: None
+    timeout: float = 1800.0  # for one publish, including all ranks' writing
+    retry: float = 5.0  # between attempts of a publish that failed
+    poll: float = 1.0  # between looks for a reader's request
+    keep_alive: float = 60.0  # between rank 0's messages to the others, which wait for `timeout`
 
 
-class Publishing:
-    """Publishes versions of one learner start. Collective: all ranks call each method at the same place in the loop."""
+@dataclass(frozen=True)
+class ReaderLink:
+    """Rank 0's link to the readers of the store and to the roster.
+
+    `take_request` returns and removes a request to publish again. `show_alarm` shows a problem in
+    the roster, or removes it.
+    """
+
+    take_request: Callable[[], RepublishRequest | None] = lambda: None
+    show_alarm: Callable[[str | None], None] = lambda _: None
+
+
+def take_request(run: RunDir) -> RepublishRequest | None:
+    """Return and remove a reader's request to publish again. Raises OSError or ValueError."""
+    try:
+        request = pending_request(run, RepublishRequest)
+    except ValueError:  # damaged: its reader asks again
+        withdraw_request(run, RepublishRequest)
+        raise
+    if request is not None:
+        withdraw_request(run, RepublishRequest)
+    return request
+
+
+class _Action(IntEnum):
+    """What rank 0 has all ranks do next with a version."""
+
+    FINISH = 0
+    RETRY = 1
+    REPUBLISH = 2
+    WAIT = 3
+
+
+class Publisher:
+    """Publishes the versions of one start of the learner. Every method is collective."""
 
     def __init__(
-        self, root: Path, conf: PolicyConf, dtype: str, readers: Readers | None = None
+        self,
+        root: Path,
+        conf: PolicyConf,
+        dtype: str,
+        link: ReaderLink | None = None,
+        intervals: Intervals | None = None,
     ) -> None:
-        self.store, self.conf, self.dtype, self.readers = (
-            PolicyStore(root),
-            conf,
-            DTYPES[dtype],
-            readers or Readers(),
-        )
-        self.newest: int | None = None  # the newest version that is public, as of the last `wait`
-        self.leads = dist.get_rank() == 0
-        group = dist.new_group(
-            backend="gloo", timeout=timedelta(seconds=TIMEOUT_S)
-        )  # the default group is training's
-        self.shares = Shares(group, keeps_base=conf.sync == "delta")
-        self._under_way: tuple[int, Future[bool]] | None = None
-        self._leave = threading.Event()
-        self._shot: Snapshot | None = None
-        self._base: Key | None = None  # what readers have
-        self._since_full = 0  # versions
+        self.store, self.conf, self.dtype = PolicyStore(root), conf, DTYPES[dtype]
+        self.link, self.intervals = link or ReaderLink(), intervals or Intervals()
+        self.newest: int | None = None  # the newest published version, as of the last `wait`
+        self.is_leader = dist.get_rank() == 0
+        # A group of its own: these messages must not mix with those of training.
+        timeout = timedelta(seconds=self.intervals.timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        self.writer = ShardWriter(group, keep_base=conf.sync == "delta")
+        self._pending: tuple[PolicyVersion, Future[bool]] | None = None
+        self._finish = threading.Event()
+        self._snapshot: Snapshot | None = None
+        self._base: PolicyVersion | None = None  # the version that deltas start from
+        self._since_full = 0  # versions since the last full one
         self._alarm: str | None = None
-        attempt = torch.tensor(self.store.claim() if self.leads else 0)
+        attempt = torch.tensor(self.store.claim_attempt() if self.is_leader else 0)
         dist.broadcast(attempt, src=0)
         self.attempt = int(attempt)
 
     def publish(self, backend: Backend, version: int) -> None:
-        """Copy the weights, once the publish before has ended, and return; the rest goes on in the background."""
+        """Wait for the previous publish, copy the weights, and publish them in the background."""
         self.wait()
-        self._shot = snapshot(backend.module, self.dtype, backend.weights(), self._shot)
-        self._leave.clear()
-        public: Future[bool] = Future()
-        # A daemon: a learner that ends by an error does not wait for other ranks here
-        threading.Thread(
-            target=self._run, args=(public, self._shot, version), name="publish", daemon=True
-        ).start()
-        self._under_way = version, public
+        self._snapshot = snapshot(
+            backend.module, self.dtype, backend.weights(), reuse=self._snapshot
+        )
+        self._finish.clear()
+        key = PolicyVersion(version=version, attempt=self.attempt)
+        published: Future[bool] = Future()
+        arguments = (published, self._snapshot, key)
+        # A daemon thread: a learner that ends by an error does not wait for other ranks here.
+        threading.Thread(target=self._run, args=arguments, name="publish", daemon=True).start()
+        self._pending = key, published
 
     def wait(self) -> None:
-        """For the publish under way; one that failed is not tried again. The servers then keep the version that they have.
+        """Wait for the pending publish. If it failed, the servers keep the previous version.
 
-        Raises Superseded when another start of the learner publishes here now.
+        Raises Superseded when another start of the learner publishes to the store now.
         """
-        if self._under_way is None:
+        if self._pending is None:
             return
-        version, future = self._under_way
-        self._under_way = None
-        self._leave.set()
-        error = future.exception(TIMEOUT_S)
+        key, future = self._pending
+        self._pending = None
+        self._finish.set()
+        error = future.exception(self.intervals.timeout)
         if error is not None:
-            log.error("policy version %d was not published: %s", version, error)
-        public = torch.tensor(
-            -1 if isinstance(error, Superseded) else int(error is None and future.result())
-        )
-        dist.all_reduce(public, op=dist.ReduceOp.MIN)
-        if public < 0:
-            raise Superseded(str(error or "said rank 0"))
-        if public:
-            self.newest = version
+            log.error("policy version %s was not published: %s", key, error)
+        superseded = isinstance(error, Superseded)
+        outcome = torch.tensor(-1 if superseded else int(error is None and future.result()))
+        dist.all_reduce(outcome, op=dist.ReduceOp.MIN)
+        if outcome < 0:
+            raise Superseded(str(error or "rank 0 reports it"))
+        if outcome:
+            self.newest = key.version
 
-    # --- in the background
+    # --- the background thread
 
-    def _run(self, public: "Future[bool]", shot: Snapshot, version: int) -> None:
+    def _run(self, published: "Future[bool]", shot: Snapshot, key: PolicyVersion) -> None:
         try:
-            public.set_result(self._publish(shot, version))
+            published.set_result(self._publish_until_next(shot, key))
         except BaseException as error:
-            public.set_exception(error)
+            published.set_exception(error)
 
-    def _publish(self, shot: Snapshot, version: int) -> bool:
-        """Until the next version comes, or the learner ends. True: this one is public."""
-        filling = self.shares.fill(shot)
-        public = self._try(shot, version, filling, again=False)
-        while (todo := self._what_next(version, public)) != LEAVE:
-            if todo != NOTHING:
-                public = self._try(shot, version, iter(()), again=todo == RENEW) or public
-        return public
+    def _publish_until_next(self, shot: Snapshot, key: PolicyVersion) -> bool:
+        """Publish, retry and publish again, until the next version. Return whether it is out."""
+        published = self._try(shot, key, self.writer.fill(shot), again=False)
+        while (action := self._next_action(key, published)) != _Action.FINISH:
+            if action != _Action.WAIT:
+                again = action == _Action.REPUBLISH
+                published = self._try(shot, key, iter(()), again) or published
+        return published
 
-    def _try(self, shot: Snapshot, version: int, filling: Any, again: bool) -> bool:
-        """Publish once; `again`: in full, whatever the sync. A failure is told, and leaves the versions before."""
+    def _try(self, shot: Snapshot, key: PolicyVersion, filling: Iterator[int], again: bool) -> bool:
+        """Publish once. A failure is reported and leaves earlier versions as they are."""
         try:
-            self._write(shot, version, filling, again)
+            self._write(shot, key, filling, again)
         except PublishFailed as error:
-            if self.leads:
+            if self.is_leader:
                 log.error(
-                    "policy version %d is not published, and tried again until the next one is there: %s",
-                    version,
+                    "cannot publish policy version %s: %s; retrying every %.0f s until the next"
+                    " version is due",
+                    key,
                     error,
+                    self.intervals.retry,
                 )
-                self._tell(f"policy version {version} cannot be published: {error}")
+                self._show_alarm(f"policy version {key} cannot be published: {error}")
             return False
         finally:
             deque(filling, maxlen=0)
-        if self.leads:
-            self._tell(None)
+        if self.is_leader:
+            self._show_alarm(None)
         return True
 
-    def _write(self, shot: Snapshot, version: int, filling: Any, again: bool) -> None:
-        """A version's files, and its place in latest.json. Raises PublishFailed, or on rank 0 Superseded."""
-        shares, directory = self.shares, self.store.root / f"{version}-{self.attempt}"
-        in_full = (
-            again
-            or self.conf.sync == "full"
-            or self._base is None
-            or self._since_full + 1 >= self.conf.anchor_every
-        )
-        room = partial(
-            self._prepare, version, shot.bytes if in_full else round(WORTH_SHARE * shot.bytes)
-        )
-        shares.on_all(room, str(directory))
-        changes = None
-        if not in_full:
+    def _write(
+        self, shot: Snapshot, key: PolicyVersion, filling: Iterator[int], again: bool
+    ) -> None:
+        """Write a version's files and commit it; `again`: in full, whatever the config.
+
+        Raises PublishFailed or Superseded on all ranks.
+        """
+        writer, directory = self.writer, self.store.directory(key)
+        base = None if again else self._base
+        anchor = base is None or self._since_full + 1 >= self.conf.anchor_every
+        needed = shot.bytes if anchor else round(MAX_CHANGED_FRACTION * shot.bytes)
+        writer.on_all_ranks(partial(self._prepare, key, needed), str(directory))
+        delta = None
+        if not anchor:
             deque(filling, maxlen=0)
-            changes = shares.write_delta(directory)
-            in_full = changes is None
-            if in_full:
-                shares.on_all(partial(self._prepare, version, shot.bytes), str(directory))
-        if in_full:
-            files = shares.write_full(directory, filling)
-            if changes is None and self._base is not None and not again:
-                changes = shares.write_delta(directory)
-            kind = "full" if shot.adapter is None else "adapter"
+            delta = writer.write_delta(directory)
+        if delta is not None:
+            manifest = Manifest(
+                version=key, kind="delta", files=delta[0], base=base, deltas=delta[1]
+            )
         else:
-            assert changes is not None
-            files, kind = changes[0], "delta"
-        deltas = changes[1] if changes is not None else []
+            if not anchor:  # too much has changed for a delta
+                writer.on_all_ranks(partial(self._prepare, key, shot.bytes), str(directory))
+            files = writer.write_full(directory, filling)
+            beside = writer.write_delta(directory) if anchor and base is not None else None
+            manifest = Manifest(
+                version=key,
+                kind="full" if shot.adapter is None else "adapter",
+                files=files,
+                base=base if beside else None,
+                deltas=beside[1] if beside else (),
+            )
+        self._commit(manifest)
 
-        def commit() -> str | None:
-            if not self.leads:
-                return None
-            try:
-                self.store.commit(version, self.attempt, files, kind, self._base, deltas)
-            except Superseded as error:
-                return str(error)
-            return None
-
-        if superseded := shares.on_all(commit, str(directory))[0]:
-            raise Superseded(superseded)
-        shares.readers_have_it()
-        if self.conf.sync == "delta" and kind != "adapter":
-            self._base = (self.attempt, version)
-        self._since_full = 0 if in_full else self._since_full + 1
-        if self.leads:
-            try:
-                self.store.retire(self.conf.keep, self.attempt)
-            except OSError as error:  # the next time; the version is out
-                log.warning("old policy versions are not removed: %s", error)
-
-    def _prepare(self, version: int, needed: int) -> None:
-        """Rank 0: make room if there is too little, and the directory. Raises NoRoom."""
-        if not self.leads:
+    def _prepare(self, key: PolicyVersion, needed: int) -> None:
+        """On rank 0: make space if there is too little, and the directory. Raises StoreFull."""
+        if not self.is_leader:
             return
         try:
-            self.store.check_room(needed, self.conf.max_bytes)
-        except NoRoom:
-            for _ in range(2):  # what may go is first no longer found, then removed
+            self.store.check_quota(needed, self.conf.max_bytes)
+        except StoreFull:
+            for _ in range(2):  # removal takes two calls
                 self.store.retire(self.conf.keep, self.attempt)
-            self.store.check_room(needed, self.conf.max_bytes)
-        self.store.begin(version, self.attempt)
+            self.store.check_quota(needed, self.conf.max_bytes)
+        self.store.begin(key)
 
-    def _request(self) -> RepublishRequest | None:
-        """A reader's, which counts as met from now on. A filesystem that cannot say is asked again: the other ranks wait for this one."""
-        try:
-            if (request := self.readers.asked()) is not None:
-                self.readers.answered()
-            return request
-        except (OSError, ValueError) as error:
-            log.warning("cannot look for requests: %s", error)
+    def _commit(self, manifest: Manifest) -> None:
+        """Publish the version, make it the base of the next delta, and retire old versions."""
+
+        def commit() -> str | None:
+            if self.is_leader:
+                try:
+                    self.store.commit(manifest)
+                except Superseded as error:
+                    return str(error)
             return None
 
-    def _tell(self, alarm: str | None) -> None:
+        if superseded := self.writer.on_all_ranks(commit, str(manifest.version))[0]:
+            raise Superseded(superseded)
+        self.writer.set_base()
+        if self.conf.sync == "delta" and manifest.kind != "adapter":
+            self._base = manifest.version
+        self._since_full = self._since_full + 1 if manifest.kind == "delta" else 0
+        if self.is_leader:
+            try:
+                self.store.retire(self.conf.keep, self.attempt)
+            except OSError as error:
+                log.warning("cannot remove old policy versions: %s; the next publish tries", error)
+
+    def _next_action(self, key: PolicyVersion, published: bool) -> _Action:
+        """Rank 0 waits for something to do, and tells all ranks."""
+        action = torch.tensor(_Action.FINISH)
+        if self.is_leader:
+            action.fill_(self._wait_for_work(key, published))
+        dist.broadcast(action, src=0, group=self.writer.group)
+        return _Action(int(action))
+
+    def _wait_for_work(self, key: PolicyVersion, published: bool) -> _Action:
+        waited = 0.0
+        while not self._finish.wait(self.intervals.poll):
+            waited += self.intervals.poll
+            request = self._take_request() if published else None
+            if request and (self._since_full or request.version == key):
+                log.warning("publishing policy version %s again, in full, for %s", key, request.why)
+                return _Action.REPUBLISH
+            if not published and waited >= self.intervals.retry:
+                return _Action.RETRY
+            if waited >= self.intervals.keep_alive:
+                return _Action.WAIT
+        return _Action.FINISH
+
+    def _take_request(self) -> RepublishRequest | None:
+        """Take a reader's request. An unreadable one is looked at again: other ranks wait here."""
+        try:
+            return self.link.take_request()
+        except (OSError, ValueError) as error:
+            log.warning("cannot read requests to publish again: %s; looking again", error)
+            return None
+
+    def _show_alarm(self, alarm: str | None) -> None:
         if alarm != self._alarm:
             self._alarm = alarm
-            self.readers.tell(alarm)
-
-    def _what_next(self, version: int, public: bool) -> int:
-        """Rank 0 waits until there is something to do, or nothing more, and says so to all."""
-        todo = torch.tensor(LEAVE)
-        if self.leads:
-            todo.fill_(self._wait_for_work(version, public))
-        dist.broadcast(todo, src=0, group=self.shares.group)
-        return int(todo)
-
-    def _wait_for_work(self, version: int, public: bool) -> int:
-        waited = 0.0
-        while not self._leave.wait(LOOK_S):
-            waited += LOOK_S
-            request = self._request() if public else None
-            if request and (
-                self._since_full
-                or request.version == PolicyVersion(attempt=self.attempt, version=version)
-            ):
-                log.warning(
-                    "policy version %d is published again, in full: %s", version, request.why
-                )
-                return RENEW
-            if not public and waited >= RETRY_S:
-                return RETRY
-            if waited >= NEWS_S:
-                return NOTHING
-        return LEAVE
+            self.link.show_alarm(alarm)

@@ -1,25 +1,28 @@
 """A lossless sparse code for the step from one policy version to the next.
 
-One optimizer step leaves most bf16 weights as they were (over 97 % at a learning rate of 1e-6), and moves most of the others to a
-neighbouring number. So a delta says which elements changed, and by how many steps of their bit patterns, as unsigned whole numbers of
-their width: exact for every dtype and every bit pattern, NaN payloads and -0.0 included. Bytes of the same meaning lie together and are
-compressed by zstd, whose entropy coder does the rest.
+One optimizer step leaves most bf16 weights unchanged (over 97 % at a learning rate of 1e-6), and
+moves most of the others to a neighbouring number. So a delta records which elements changed and by
+how much their bit patterns, taken as unsigned integers, changed. It is exact for every dtype and bit
+pattern, including NaN payloads and -0.0. Bytes of the same meaning are grouped and compressed by
+zstd, whose entropy coder does the rest.
 
-A chunk, of up to CHUNK elements of one width, is two zstd frames:
+A chunk covers up to CHUNK elements of one width. It is stored as two zstd frames:
 
-    gaps     one byte b per change: b < 255 is the number of unchanged elements before it, 255 means 255 of them and no change yet
-    values   new - old modulo 2**bits, zigzag-coded (0, -1, 1, -2, ... are 0, 1, 2, 3, ...), its lowest byte of all changes first, then
-             the next byte of all, ...
+    gaps     one byte b per change: b < 255 is the number of unchanged elements before it; 255 means
+             255 unchanged elements and no change yet
+    values   new - old modulo 2**bits, zigzag-coded (0, -1, 1, -2, ... become 0, 1, 2, 3, ...): the
+             lowest byte of all changes, then the next byte of all, ...
 
-and a delta is the length of its head (8 bytes, little-endian), the head (JSON) and the chunks that have changes, in order. Decoding
-adds to what is there, so it must happen once, on the right base: readers compare the hash of the result.
+A delta is the length of its header (8 bytes, little-endian), the header (JSON), and the chunks that
+have changes, in order. Decoding adds to the data in place, so it must run once, on the right base:
+readers verify the hash of the result.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -29,76 +32,98 @@ Bytes = NDArray[np.uint8]
 CODEC = "gaps-zigzag-zstd"
 CHUNK = 1 << 19  # elements: small enough for a core's cache
 ESCAPE = 255
-SPARSE = 0.08  # of elements changed
-SAMPLE, SAMPLED = 1 << 12, 64  # `changed_share` looks at one block of SAMPLE elements in SAMPLED
+SPARSE = 0.08  # fraction of changed elements below which `_changed_positions` takes a shortcut
+SAMPLE, SAMPLED = 1 << 12, 64  # `changed_fraction` samples SAMPLE elements of SAMPLE * SAMPLED
+
+_Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class BadDelta(ValueError):
-    """These bytes are not a delta, or one of something else."""
+    """These bytes are no delta, or a delta for other data."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A stretch of bytes that holds numbers of one width: where it starts, how long it is, and the width (1, 2, 4 or 8), in bytes."""
+class Region:
+    """A range of bytes that holds numbers of one width (1, 2, 4 or 8 bytes). Units are bytes."""
 
     start: int
     bytes: int
     width: int
 
 
-def encode(old: Bytes, new: Bytes, runs: Sequence[Run]) -> bytes:
-    """The delta from `old` to `new`, arrays of as many bytes. `runs` cover them, in order; a run is a multiple of its width long."""
-    chunks: list[list[int]] = []
+class _Chunk(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    start: _Natural  # bytes
+    count: _Natural  # elements
+    width: _Natural  # bytes per element
+    gaps: _Natural  # bytes of gaps, before compression
+    changes: _Natural  # elements
+    gaps_size: _Natural  # bytes of the compressed gaps
+    values_size: _Natural  # bytes of the compressed values
+
+    def check(self, length: int) -> None:
+        """Raise BadDelta if the chunk does not lie in `length` bytes."""
+        end = self.start + self.count * self.width
+        valid = self.width in (1, 2, 4, 8) and 0 < self.changes <= self.count <= CHUNK
+        if not valid or end > length:
+            raise BadDelta(f"invalid chunk {self} for {length} bytes")
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    codec: str
+    bytes: int
+    chunks: list[_Chunk]
+
+
+def encode(old: Bytes, new: Bytes, regions: Sequence[Region]) -> bytes:
+    """Encode the delta from `old` to `new`, arrays of equal length that `regions` cover in order.
+
+    The length of a region is a multiple of its width.
+    """
+    chunks: list[_Chunk] = []
     frames: list[bytes] = []
     compressor = zstandard.ZstdCompressor(level=1)
-    for start, count, width in _chunks(runs):
+    for start, count, width in _chunks(regions):
         before, after = (_numbers(array, start, count, width) for array in (old, new))
-        where = _where(before != after)
+        where = _changed_positions(before != after)
         if len(where):
             gaps, values = _gaps(where), _planes(after[where] - before[where])
-            own = [compressor.compress(coded.data) for coded in (gaps, values)]
-            chunks.append([start, count, width, len(gaps), len(where), *map(len, own)])
-            frames += own
-    head = json.dumps(
-        {"codec": CODEC, "bytes": len(new), "chunks": chunks}, separators=(",", ":")
-    ).encode()
-    return b"".join([len(head).to_bytes(8, "little"), head, *frames])
+            pair = [compressor.compress(part.data) for part in (gaps, values)]
+            sizes = (len(pair[0]), len(pair[1]))
+            chunks.append(_Chunk(start, count, width, len(gaps), len(where), *sizes))
+            frames += pair
+    header = msgspec.json.encode(_Header(CODEC, len(new), chunks))
+    return b"".join([len(header).to_bytes(8, "little"), header, *frames])
 
 
 def apply(delta: Any, target: Bytes) -> None:
-    """Turn `target`, the bytes that `delta` was made from, into those that it was made for, in place. `delta`: any buffer.
+    """Turn `target`, the old bytes, into the new bytes in place. `delta` is any buffer.
 
-    Raises BadDelta if this is no delta of that many bytes; `target` is then as before, or partly changed.
+    Raises BadDelta if the delta is damaged or for other data; `target` may have changed then.
     """
     view, decompressor = memoryview(delta), zstandard.ZstdDecompressor()
-    chunks, at = _head(view, len(target))
+    chunks, at = _read_header(view, len(target))
     try:
-        for start, count, width, coded, changes, *sizes in chunks:
-            gaps, values = (
-                np.frombuffer(_plain(decompressor, view[begin : begin + size], length), np.uint8)
-                for begin, size, length in (
-                    (at, sizes[0], coded),
-                    (at + sizes[0], sizes[1], changes * width),
-                )
-            )
-            at += sum(sizes)
+        for chunk in chunks:
+            middle, end = at + chunk.gaps_size, at + chunk.gaps_size + chunk.values_size
+            value_bytes = chunk.changes * chunk.width
+            gaps = _decompress(decompressor, view[at:middle], chunk.gaps)
+            values = _decompress(decompressor, view[middle:end], value_bytes)
+            at = end
             where = _positions(gaps)
-            if len(where) != changes or len(values) != changes * width or where[-1] >= count:
-                raise BadDelta(
-                    f"chunk at {start}: {len(where)} positions and {len(values)} bytes for {changes} changes"
-                )
-            numbers = _numbers(target, start, count, width)
-            numbers[where] += _differences(values, width)
+            if len(where) != chunk.changes or where[-1] >= chunk.count:
+                raise BadDelta(f"{len(where)} positions where {chunk} was expected")
+            numbers = _numbers(target, chunk.start, chunk.count, chunk.width)
+            numbers[where] += _differences(values, chunk.width)
     except zstandard.ZstdError as error:
         raise BadDelta(f"damaged at byte {at}: {error}") from error
     if at != len(view):
-        raise BadDelta(f"{len(view)} bytes, where {at} were to be expected")
+        raise BadDelta(f"{len(view)} bytes where {at} were expected")
 
 
-def changed_share(old: Bytes, new: Bytes, runs: Sequence[Run]) -> float:
-    """About which share of the elements differs, between 0 and 1, from a look at some."""
+def changed_fraction(old: Bytes, new: Bytes, regions: Sequence[Region]) -> float:
+    """Estimate the fraction of elements that differ, from a sample."""
     seen = changed = 0
-    for start, count, width in _chunks(runs):
+    for start, count, width in _chunks(regions):
         before, after = (_numbers(array, start, count, width) for array in (old, new))
         for first in range(0, count, SAMPLE * SAMPLED):
             block = slice(first, first + SAMPLE)
@@ -107,65 +132,60 @@ def changed_share(old: Bytes, new: Bytes, runs: Sequence[Run]) -> float:
     return changed / seen if seen else 0.0
 
 
-def _plain(decompressor: zstandard.ZstdDecompressor, frame: memoryview, length: int) -> bytes:
-    """What a frame of `length` bytes holds. A damaged frame may claim any length, and zstd would make room for it first."""
+def _decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, length: int) -> Bytes:
+    """Decompress a frame of `length` bytes.
+
+    The length is checked first: zstd would allocate whatever a damaged frame claims to hold.
+    """
     if (claimed := zstandard.frame_content_size(frame)) != length:
-        raise BadDelta(f"a frame of {claimed} bytes, where {length} were to be expected")
-    return decompressor.decompress(frame)
+        raise BadDelta(f"a frame of {claimed} bytes where {length} were expected")
+    return np.frombuffer(decompressor.decompress(frame), np.uint8)
 
 
-def _head(view: memoryview, length: int) -> tuple[list[list[int]], int]:
-    """The chunks that the head lists, and where the first begins."""
+def _read_header(view: memoryview, length: int) -> tuple[list[_Chunk], int]:
+    """Return the chunks that the header lists, and the offset of the first."""
     at = 8 + int.from_bytes(view[:8], "little")
     try:
-        head = json.loads(bytes(view[8:at]))
-        chunks: list[list[int]] = head["chunks"]
-        codec, expected = head["codec"], head["bytes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadDelta(f"no head that can be read: {error!r}") from error
-    if codec != CODEC or expected != length:
+        header = msgspec.json.decode(view[8:at], type=_Header)
+    except ValueError as error:
+        raise BadDelta(f"no readable header: {error}") from error
+    if header.codec != CODEC or header.bytes != length:
         raise BadDelta(
-            f"a delta in {codec} for {expected} bytes, where one in {CODEC} for {length} is needed"
+            f"a {header.codec} delta for {header.bytes} bytes where a {CODEC} delta for {length}"
+            " was expected"
         )
-    for chunk in chunks:
-        if len(chunk) != 7 or not all(isinstance(number, int) and number >= 0 for number in chunk):
-            raise BadDelta(f"a chunk is described as {chunk}")
-        start, count, width, _, changes, *_ = chunk
-        if (
-            width not in (1, 2, 4, 8)
-            or start + count * width > length
-            or not 0 < changes <= count <= CHUNK
-        ):
-            raise BadDelta(f"a chunk is described as {chunk}, of {length} bytes")
-    return chunks, at
+    for chunk in header.chunks:
+        chunk.check(length)
+    return header.chunks, at
 
 
-def _chunks(runs: Sequence[Run]) -> Iterator[tuple[int, int, int]]:
-    """(start in bytes, elements, width) of each chunk. Neighbouring runs of one width are as one."""
-    merged: list[Run] = []
-    for run in runs:
-        if run.bytes % run.width:
-            raise ValueError(f"{run} is not a whole number of elements")
-        if (
-            merged
-            and merged[-1].width == run.width
-            and merged[-1].start + merged[-1].bytes == run.start
-        ):
-            merged[-1] = Run(merged[-1].start, merged[-1].bytes + run.bytes, run.width)
+def _chunks(regions: Sequence[Region]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start in bytes, elements, width) of each chunk. Adjacent equal widths are merged."""
+    merged: list[Region] = []
+    for region in regions:
+        if region.bytes % region.width:
+            raise ValueError(f"{region} is not a whole number of elements")
+        last = merged[-1] if merged else None
+        if last and last.width == region.width and last.start + last.bytes == region.start:
+            merged[-1] = Region(last.start, last.bytes + region.bytes, region.width)
         else:
-            merged.append(run)
-    for run in merged:
-        for start in range(run.start, run.start + run.bytes, CHUNK * run.width):
-            yield start, min(CHUNK, (run.start + run.bytes - start) // run.width), run.width
+            merged.append(region)
+    for region in merged:
+        for start in range(region.start, region.start + region.bytes, CHUNK * region.width):
+            count = (region.start + region.bytes - start) // region.width
+            yield start, min(CHUNK, count), region.width
 
 
 def _numbers(array: Bytes, start: int, count: int, width: int) -> NDArray[Any]:
-    """A view of `count` unsigned numbers, aligned or not."""
+    """View `count` unsigned numbers, aligned or not."""
     return array[start : start + count * width].view(f"u{width}")
 
 
-def _where(changed: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """np.flatnonzero, in half the time where few are true: first the groups of eight that have any."""
+def _changed_positions(changed: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Return np.flatnonzero(changed), in half the time where few are true.
+
+    It looks for groups of eight with any change first.
+    """
     if len(changed) % 8 or np.count_nonzero(changed) > SPARSE * len(changed):
         return np.flatnonzero(changed)
     eights = changed.view(np.uint64)
@@ -176,38 +196,37 @@ def _where(changed: NDArray[np.bool_]) -> NDArray[np.intp]:
 
 
 def _gaps(where: NDArray[np.intp]) -> Bytes:
-    """Increasing positions as gap bytes."""
+    """Encode increasing positions as gap bytes."""
     gaps = where.astype(np.int32)
     gaps[1:] -= gaps[:-1].copy() + 1
     if gaps.max() < ESCAPE:
         return gaps.astype(np.uint8)
     escapes, rest = np.divmod(gaps, ESCAPE)
-    ends = np.cumsum(escapes + 1) - 1  # where the rest of each gap stands, behind its escapes
+    ends = np.cumsum(escapes + 1) - 1  # index of each gap's remainder, behind its escapes
     coded = np.full(int(ends[-1]) + 1, ESCAPE, np.uint8)
     coded[ends] = rest
     return coded
 
 
 def _positions(gaps: Bytes) -> NDArray[np.intp]:
-    """`_gaps`, undone."""
+    """Decode what `_gaps` encoded."""
     change = gaps != ESCAPE
-    where = (gaps + change).astype(
-        np.intp
-    )  # steps: an escape's and the longest gap's are both of 255
+    # Steps between positions. An escape and the longest gap both step by 255.
+    where = (gaps + change).astype(np.intp)
     np.cumsum(where, out=where)
     where -= 1
     return where if change.all() else where[change]
 
 
 def _planes(differences: NDArray[Any]) -> Bytes:
-    """Unsigned differences, zigzag-coded and cut into planes of bytes, the lowest first."""
+    """Zigzag-code unsigned differences, and split them into byte planes, the lowest first."""
     signed = differences.view(f"i{differences.itemsize}")
     coded = ((signed << 1) ^ (signed >> (8 * signed.itemsize - 1))).view(differences.dtype)
     return np.concatenate([(coded >> 8 * byte).astype(np.uint8) for byte in range(signed.itemsize)])
 
 
 def _differences(planes: Bytes, width: int) -> NDArray[Any]:
-    """`_planes`, undone: unsigned differences."""
+    """Decode what `_planes` encoded."""
     coded = np.empty((len(planes) // width, width), np.uint8)
     for byte, plane in enumerate(planes.reshape(width, -1)):
         coded[:, byte] = plane

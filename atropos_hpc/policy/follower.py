@@ -1,36 +1,43 @@
-"""The node agent's side of weight sync: notice a new version, get a verified copy of it once for the node, complain about a bad one.
+"""The node agent's reader of the policy store.
 
-latest.json names a newer version
-take a lease on what is going to be read          the publisher leaves it there meanwhile
-by the cheapest route: a delta on the copy at hand, or the newest full version and the deltas since
-if that fails its checks: by the next route; then report it, and try again; the second time, ask for it to be published anew
+1. Notice a new version in latest.json.
+2. Take a lease on the versions to be read, so that the publisher keeps them.
+3. Make a verified copy for the node by the cheapest route: a delta on the copy held, or the newest
+   full version and the deltas since.
+4. If the copy fails its checks, try the next route. If all fail, report it and try again later.
+   From the second failure on, ask the learner to publish the version again.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from atropos_hpc.policy.node_cache import Mirror
-from atropos_hpc.policy.store import (
-    BadVersion,
-    Lease,
-    NoRoom,
-    PolicyStore,
-    Published,
-    routes,
-    verify,
-)
+from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.policy.leases import Lease
+from atropos_hpc.policy.manifest import BadVersion, verify
+from atropos_hpc.policy.node_cache import CacheFull, NodeCache
+from atropos_hpc.policy.routes import find_routes
+from atropos_hpc.policy.store import PolicyStore
 
 log = logging.getLogger(__name__)
 
-RETRY_BAD_S = 2.0  # a version that failed its checks is read again after this long: it may have been a slow filesystem
+RETRY_S = 2.0  # before a version that failed its checks is read again
+
+
+@dataclass(frozen=True)
+class LoadableVersion:
+    """A verified version, and the directory that servers load it from."""
+
+    version: PolicyVersion
+    directory: Path = field(compare=False)
 
 
 class Follower:
-    """Takes only versions that are newer than the last one and whose files are what the manifest says.
+    """Takes versions that are newer than the last one and pass their checks.
 
-    `complain` is called with a version, and why it cannot be used, when trying again has not helped.
+    `request_republish` is called with a version and the reason when retries have not helped.
     """
 
     def __init__(
@@ -38,91 +45,85 @@ class Follower:
         store: PolicyStore,
         cache: Path,
         reader: str,
-        complain: Callable[[Published, str], None] = lambda *_: None,
+        request_republish: Callable[[PolicyVersion, str], None] = lambda *_: None,
     ) -> None:
-        self.store, self.complain = store, complain
-        self.mirror, self.lease = Mirror(cache, store.root), Lease(store.root, reader)
-        self.newest: Published | None = None  # the newest verified version: this node's copy
-        self.bad: str | None = None  # why the newest published version cannot be used, if so
-        self.failures = 0  # one after the other
-        self._look_again = 0.0
+        self.store, self.request_republish = store, request_republish
+        self.cache, self.lease = NodeCache(cache, store.root), Lease(store.root, reader)
+        self.newest: LoadableVersion | None = None
+        self.failure: str | None = None  # why the newest published version cannot be used
+        self.failures = 0  # consecutive
+        self._retry_at = 0.0
 
-    def look(self) -> Published | None:
-        """The newest verified version, reading the disk. Blocks while files are read: call it from a thread."""
-        if time.monotonic() < self._look_again:
+    def poll(self) -> LoadableVersion | None:
+        """Return the newest verified version. Blocks while files are read; call it in a thread."""
+        if time.monotonic() < self._retry_at:
             return self.newest
         latest = None
         try:
             latest = self.store.latest()
-            if latest is None or (self.newest is not None and latest <= self.newest):
+            if latest is None or (self.newest is not None and latest <= self.newest.version):
                 return self.newest
-            self.newest = self._bring(latest)
+            self.newest = LoadableVersion(latest, self._fetch(latest))
         except (BadVersion, OSError) as error:
-            if self.lease.over or (latest is not None and self._was_replaced(latest)):
-                return (
-                    self.newest
-                )  # it was retired while we read: the next look takes the newer one
-            self._failed(latest, error)
+            # A version that was retired while it was read is no failure: the next poll takes the
+            # newer one.
+            if not self.lease.cancelled and not self._was_replaced(latest):
+                self._failed(latest, error)
         else:
-            self.bad, self.failures = None, 0
+            self.failure, self.failures = None, 0
         return self.newest
 
     def stop(self) -> None:
-        """Have a `look` that another thread is at end soon."""
-        self.lease.over = True
+        """Abort a `poll` in another thread."""
+        self.lease.cancelled = True
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the node's copy."""
         self.lease.take([])
-        self.mirror.close()
+        self.cache.close()
 
-    def _bring(self, latest: Published) -> Published:
-        """By the first route that leads there. Raises what the last one raised."""
-        self.lease.take([latest.directory.name])
+    def _fetch(self, version: PolicyVersion) -> Path:
+        """Make the version by the first route that works, and return its directory.
+
+        Raises what the last route raised.
+        """
+        self.lease.take([version])
         try:
-            target = self.store.manifest(latest.key)
-            have = self.mirror.newest.key if self.mirror.newest else None
-            ways = routes(self.store.manifest, latest.key, have)
-            self.lease.take(
-                {latest.directory.name, *(name for way in ways for name in way.directories)}
-            )
-            for way in ways:
+            target = self.store.manifest(version)
+            held = self.cache.newest.version if self.cache.newest else None
+            routes = find_routes(self.store.manifest, version, held)
+            self.lease.take({version, *(step for route in routes for step in route.versions)})
+            for route in routes[:-1]:
                 try:
-                    return self.mirror.bring(target, way, self.lease)
-                except NoRoom as error:
-                    if target.kind == "delta":
-                        raise
-                    log.warning(
-                        "every server reads version %d from the store itself: %s",
-                        latest.version,
-                        error,
-                    )
-                    verify(latest)
-                    return latest
+                    return self.cache.fetch(target, route, self.lease)
                 except BadVersion as error:
-                    if way is ways[-1]:
-                        raise
+                    kind = "a delta" if route.deltas else "a full version"
                     log.warning(
-                        "policy version %d is not taken as %s: %s",
-                        latest.version,
-                        "delta" if way.deltas else "full",
+                        "cannot take policy version %s as %s: %s; trying another route",
+                        version,
+                        kind,
                         error,
                     )
-            raise AssertionError("unreachable")
+            return self.cache.fetch(target, routes[-1], self.lease)
+        except CacheFull as error:
+            if target.kind == "delta":
+                raise
+            log.warning("%s; every server reads version %s from the store", error, version)
+            verify(self.store.directory(version))
+            return self.store.directory(version)
         finally:
             self.lease.take([])
 
-    def _was_replaced(self, latest: Published) -> bool:
+    def _was_replaced(self, version: PolicyVersion | None) -> bool:
         try:
-            return self.store.latest() != latest
+            return version is not None and self.store.latest() != version
         except BadVersion:
             return False
 
-    def _failed(self, latest: Published | None, error: Exception) -> None:
-        """Report it, and look again later; once trying again has not helped, ask for the version to be published anew."""
-        what = f"policy version {latest.version}" if latest else "the newest policy version"
-        log.error("%s is not used: %s", what, error)
-        self.bad, self.failures = str(error), self.failures + 1
-        self._look_again = time.monotonic() + RETRY_BAD_S
-        if latest is not None and self.failures > 1:
-            self.complain(latest, str(error))
+    def _failed(self, version: PolicyVersion | None, error: Exception) -> None:
+        what = f"policy version {version}" if version else "the newest policy version"
+        log.error("cannot use %s: %s; trying again in %.0f s", what, error, RETRY_S)
+        self.failure, self.failures = str(error), self.failures + 1
+        self._retry_at = time.monotonic() + RETRY_S
+        if version is not None and self.failures > 1:
+            self.request_republish(version, str(error))

@@ -1,11 +1,11 @@
-"""A node's own copy of the newest policy version, verified, in memory, for all of the node's servers.
+"""A node's verified copy of the newest policy version, in memory, shared by the node's servers.
 
-A version is read from the shared filesystem once per node, or made out of the copy at hand and a delta, and its hashes are compared; then
-it lies under `policy.cache` (in /dev/shm: memory) as plain files, and the servers map them. While a version is made the one before stays,
-so the node needs memory for two.
+A version is read from the shared filesystem once per node, or made from the copy held and a delta.
+Its hashes are verified. It then lies under `policy.cache` (in /dev/shm: memory) as plain files that
+the servers map. The previous copy is kept while the next is made, so the node needs memory for two.
 
-The directory belongs to this process: it holds a lock in it, and whoever starts on this node removes the directories whose holder has
-ended (a killed process cannot do so itself).
+The directory belongs to one process, which holds a lock in it. A process that starts on the node
+removes directories whose owner has ended, because a killed process cannot do so itself.
 """
 
 import fcntl
@@ -17,24 +17,18 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
+from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta
 from atropos_hpc.policy.delta import Bytes
+from atropos_hpc.policy.leases import Lease
+from atropos_hpc.policy.manifest import BadVersion, write_manifest
+from atropos_hpc.policy.routes import Route
 from atropos_hpc.policy.shard_buffer import THREADS, read_into, xxh3
-from atropos_hpc.policy.store import (
-    BadVersion,
-    File,
-    Lease,
-    Manifest,
-    NoRoom,
-    Published,
-    Route,
-    write_manifest,
-)
 
 log = logging.getLogger(__name__)
 
@@ -42,122 +36,127 @@ PREFIX = f"atropos-hpc-{os.getuid()}-"
 LOCK = "holder"
 
 
-class Mirror:
-    """The copy under `cache`, of versions in the store at `store`."""
+class CacheFull(OSError):
+    """There is not enough memory for another version."""
+
+
+class NodeCache:
+    """The copy under `cache` of a version in the store at `store`."""
 
     def __init__(self, cache: Path, store: Path) -> None:
         self.store = store
         self.newest: Manifest | None = None
         cache.mkdir(parents=True, exist_ok=True)
-        sweep(cache)
+        remove_abandoned(cache)
         self.root = cache / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self.root.mkdir(mode=0o700)
         self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
-    def bring(self, target: Manifest, route: Route, lease: Lease) -> Published:
-        """Make `target` by that route and let the copy before it go (who has its files mapped keeps them).
+    def fetch(self, target: Manifest, route: Route, lease: Lease) -> Path:
+        """Make a copy of `target` by the given route, and return its directory.
 
-        Raises BadVersion when a file is missing, cannot be read, or is not what the manifest says; NoRoom when memory does not do.
+        The previous copy is removed; processes that have mapped its files keep them. Raises
+        BadVersion when a file is missing, unreadable or not what the manifest says, and CacheFull
+        when there is not enough memory.
         """
-        size = sum(file.bytes for file in target.files)
-        status = os.statvfs(self.root)
-        if (free := status.f_bavail * status.f_frsize) < size:
-            raise NoRoom(
-                f"version {target.version} needs {size} bytes in {self.root.parent}, which has {free}: see policy.cache"
-            )
-        directory = self.root / target.name
-        shutil.rmtree(
-            directory, ignore_errors=True
-        )  # of a try before, or a damaged version that is published again
-        making = self.root / f"{target.name}.making"
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
+        self._check_space(target)
+        directory = self.root / str(target.version)
+        partial = self.root / f"{target.version}.partial"
+        for leftover in (directory, partial):  # of a failed try, or of a version published again
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
         try:
             with ThreadPoolExecutor(THREADS) as threads:
-                list(
-                    threads.map(
-                        lambda file: self._make(making / file.file, file, target, route, lease),
-                        target.files,
-                    )
-                )
+                for made in [
+                    threads.submit(self._make, partial / entry.file, entry, route, lease)
+                    for entry in target.files
+                ]:
+                    made.result()
             kind = "full" if target.kind == "delta" else target.kind
-            write_manifest(making, replace(target, kind=kind, base=None, deltas=(), local=True))
-            making.rename(directory)
+            copy = msgspec.structs.replace(target, kind=kind, base=None, deltas=(), local=True)
+            write_manifest(partial, copy)
+            partial.rename(directory)
         except BaseException:
-            shutil.rmtree(making, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        if self.newest is not None and self.newest.name != target.name:
-            shutil.rmtree(self.root / self.newest.name, ignore_errors=True)
+        if self.newest is not None and self.newest.version != target.version:
+            shutil.rmtree(self.root / str(self.newest.version), ignore_errors=True)
         self.newest = target
-        return Published(target.attempt, target.version, directory)
+        return directory
 
     def close(self) -> None:
         """Free the memory."""
         shutil.rmtree(self.root, ignore_errors=True)
         os.close(self._lock)
 
-    def _make(self, path: Path, file: File, target: Manifest, route: Route, lease: Lease) -> None:
-        """One file of the full state, in place."""
-        with _mapped(path, file.bytes) as data:
-            begin = self._read_whole if route.start is not None else self._copy
-            digest = begin(data, file, route, lease)
+    def _check_space(self, target: Manifest) -> None:
+        size = sum(entry.bytes for entry in target.files)
+        status = os.statvfs(self.root)
+        if (free := status.f_bavail * status.f_frsize) < size:
+            raise CacheFull(
+                f"version {target.version} needs {size} bytes, but {self.root.parent} has {free}:"
+                " see policy.cache"
+            )
+
+    def _make(self, path: Path, entry: FileEntry, route: Route, lease: Lease) -> None:
+        """Make one file of the full state, and verify its hash."""
+        with _mapped(path, entry.bytes) as data:
+            if route.start is not None:
+                self._read_full(data, entry, route.start, lease)
+            else:
+                self._copy_held(data, entry)
             for step in route.deltas:
-                change = next((each for each in step.deltas if each.makes == file.file), None)
-                if change is None:
-                    raise BadVersion(f"{step.name}: nothing in it makes {file.file}")
-                coded = np.empty(change.bytes, np.uint8)
-                self._read(step.name, change, coded, lease)
-                try:
-                    delta.apply(coded, data)
-                except delta.BadDelta as error:
-                    raise BadVersion(f"{step.name}/{change.file}: {error}") from error
-                digest = ""
-            if (digest or xxh3(data)) != file.xxh3:
+                self._apply(data, entry, step, lease)
+            # A file that was read in full was hashed on the way.
+            hashed = route.start is not None and not route.deltas
+            if not hashed and xxh3(data) != entry.xxh3:
+                sources = ", ".join(map(str, route.versions))
                 raise BadVersion(
-                    f"{target.name}: {file.file} as made from {', '.join(route.directories)} is not what the manifest says"
+                    f"{entry.file} as made from {sources} is not what the manifest says"
                 )
 
-    def _read_whole(self, data: Bytes, file: File, route: Route, lease: Lease) -> str:
-        """The full version's file of that name. Its own hash was compared, and is returned."""
-        assert route.start is not None
-        found = [
-            each
-            for each in route.start.files
-            if each.file == file.file and each.bytes == file.bytes
-        ]
-        if not found:
-            raise BadVersion(f"{route.start.name}: has no {file.file} of {file.bytes} bytes")
-        self._read(route.start.name, found[0], data, lease)
-        return found[0].xxh3
+    def _read_full(self, data: Bytes, entry: FileEntry, start: Manifest, lease: Lease) -> None:
+        source = next((file for file in start.files if file.file == entry.file), None)
+        if source is None or source.bytes != entry.bytes:
+            raise BadVersion(f"{start.version}: has no {entry.file} of {entry.bytes} bytes")
+        self._read(start.version, source, data, lease)
 
-    def _copy(self, data: Bytes, file: File, route: Route, lease: Lease) -> str:
-        """The copy at hand. Its hash was compared when it was made, and will be again."""
+    def _copy_held(self, data: Bytes, entry: FileEntry) -> None:
         assert self.newest is not None
+        held = f"the copy held of {self.newest.version}"
         try:
-            mine = np.memmap(self.root / self.newest.name / file.file, np.uint8, "r")
+            source = np.memmap(self.root / str(self.newest.version) / entry.file, np.uint8, "r")
         except OSError as error:
-            raise BadVersion(f"the copy of {self.newest.name}: {error}") from error
-        if len(mine) != len(data):
-            raise BadVersion(
-                f"the copy of {self.newest.name}: {file.file} has {len(mine)} bytes, not {len(data)}"
-            )
-        data[:] = mine
-        return ""
+            raise BadVersion(f"{held}: {error}") from error
+        if len(source) != len(data):
+            raise BadVersion(f"{held}: {entry.file} has {len(source)} bytes, not {len(data)}")
+        data[:] = source
 
-    def _read(self, version: str, file: File, target: Bytes, lease: Lease) -> None:
-        """A file of the store, checked."""
-        path = f"{version}/{file.file}"
+    def _apply(self, data: Bytes, entry: FileEntry, step: Manifest, lease: Lease) -> None:
+        change = next((each for each in step.deltas if each.target == entry.file), None)
+        if change is None:
+            raise BadVersion(f"{step.version}: has no delta for {entry.file}")
+        encoded = np.empty(change.bytes, np.uint8)
+        self._read(step.version, change, encoded, lease)
         try:
-            digest = read_into(self.store / version / file.file, target, lease.renew)
+            delta.apply(encoded, data)
+        except delta.BadDelta as error:
+            raise BadVersion(f"{step.version}/{change.file}: {error}") from error
+
+    def _read(self, version: PolicyVersion, entry: FileEntry, into: Bytes, lease: Lease) -> None:
+        """Read a file of the store, and verify its hash."""
+        name = f"{version}/{entry.file}"
+        try:
+            digest = read_into(self.store / name, into, lease.renew)
         except (OSError, EOFError) as error:
-            raise BadVersion(f"{path}: {error}") from error
-        if digest != file.xxh3:
-            raise BadVersion(f"{path}: xxh3 {digest}, the manifest says {file.xxh3}")
+            raise BadVersion(f"{name}: {error}") from error
+        if digest != entry.xxh3:
+            raise BadVersion(f"{name}: xxh3 {digest}, the manifest says {entry.xxh3}")
 
 
-def sweep(cache: Path) -> None:
-    """Remove what processes of this user left behind that are no more."""
+def remove_abandoned(cache: Path) -> None:
+    """Remove copies of this user whose owners have ended."""
     for directory in cache.glob(f"{PREFIX}*"):
         try:
             fd = os.open(directory / LOCK, os.O_RDWR)
@@ -166,7 +165,7 @@ def sweep(cache: Path) -> None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(directory, ignore_errors=True)
-            log.info("removed %s, whose owner has ended", directory)
+            log.info("removed the policy cache %s: its owner has ended", directory)
         except BlockingIOError:
             pass
         finally:
@@ -175,12 +174,11 @@ def sweep(cache: Path) -> None:
 
 @contextmanager
 def _mapped(path: Path, size: int) -> Iterator[Bytes]:
-    """A new file of that size, as an array."""
+    """Make a file of that size, and map it as an array."""
     with path.open("xb+") as file:
         if not size:
             yield np.empty(0, np.uint8)
             return
-        os.posix_fallocate(
-            file.fileno(), 0, size
-        )  # a full tmpfs is an error here, and not a signal at the first touch
+        # Without this, a full tmpfs would be a SIGBUS at the first write to the mapping.
+        os.posix_fallocate(file.fileno(), 0, size)
         yield np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)

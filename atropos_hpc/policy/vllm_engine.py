@@ -41,9 +41,10 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.policy import lora
+from atropos_hpc.policy.manifest import BadVersion, read_manifest
 from atropos_hpc.policy.shard_buffer import tensors_of
-from atropos_hpc.policy.store import BadVersion, read_manifest
 
 log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handler
 
@@ -62,10 +63,13 @@ class Init(WeightTransferInitInfo):
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """Which version: its directory, and the number that its manifest must have. An empty directory abandons the update."""
+    """Which version to load: its directory, and `PolicyVersion`'s text form, for checking.
+
+    An empty directory abandons the update.
+    """
 
     directory: str
-    version: int
+    version: str
 
 
 class DiskEngine(WeightTransferEngine[Init, Update]):
@@ -91,7 +95,9 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         if not update_info.directory:
             raise BadVersion("the update was abandoned")
         self._shards = read_version(
-            Path(update_info.directory), update_info.version, self.model_config.model
+            Path(update_info.directory),
+            PolicyVersion.parse(update_info.version),
+            self.model_config.model,
         )
 
     def finish_weight_update(self) -> None:
@@ -125,7 +131,9 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         self._shards = []
 
 
-def read_version(directory: Path, version: int, base: str) -> list[dict[str, torch.Tensor]]:
+def read_version(
+    directory: Path, version: PolicyVersion, base: str
+) -> list[dict[str, torch.Tensor]]:
     """Every tensor of a published version, on the CPU, one dict per shard. `base`: the model that an adapter belongs to.
 
     The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when anything is not as the manifest

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 
+from atropos_hpc.contracts.policy import PolicyVersion
+
 log = logging.getLogger(__name__)
 
 WAIT_S = 600.0  # for the longest answers: the reading of all shards from a shared filesystem, requests that end by themselves
@@ -31,7 +33,7 @@ async def push(
     url: str,
     token: str,
     directory: Path,
-    version: int,
+    version: PolicyVersion,
     mode: str = "keep",
 ) -> None:
     """Have the server at `url` serve the version that lies in `directory`.
@@ -74,7 +76,7 @@ async def push(
         except PushError:
             # Most likely a pusher died between start and finish, and its session is still open. A refused update closes it.
             try:
-                await post("/update_weights", {"update_info": {"directory": "", "version": -1}})
+                await post("/update_weights", {"update_info": {"directory": "", "version": ""}})
             except PushError:
                 pass
             await post("/start_weight_update")
@@ -93,7 +95,7 @@ async def push(
     await start()
     await post(
         "/update_weights",
-        {"update_info": {"directory": str(directory), "version": version}},
+        {"update_info": {"directory": str(directory), "version": str(version)}},
         WAIT_S,
     )
     try:

@@ -27,8 +27,8 @@ from atropos_hpc.config import (
 )
 from atropos_hpc.contracts.members import AgentState, RepublishRequest, ServerState, Wait
 from atropos_hpc.contracts.policy import PolicyVersion
-from atropos_hpc.policy.follower import Follower
-from atropos_hpc.policy.store import PolicyStore, Published
+from atropos_hpc.policy.follower import Follower, LoadableVersion
+from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.policy.weight_update import PushError, Stuck, push
 from atropos_hpc.rollout.leader_failover import LeaderWatch
 from atropos_hpc.runtime import process
@@ -63,7 +63,7 @@ class Kept:
     child: process.Child | None = None
     restarts: int = 0
     due: float = 0.0
-    policy: Published | None = None  # the newest version when it was started
+    policy: LoadableVersion | None = None  # the newest version when it was started
     finished: bool = False  # ended with success: not started again
 
 
@@ -74,7 +74,7 @@ class Server(Kept):
     url: str = ""
     up: bool = False
     answered: float = 0.0  # when it last answered /health, monotonic
-    serves: Published | None = None
+    serves: LoadableVersion | None = None
     updating: "asyncio.Task[None] | None" = None
     watching: "asyncio.Task[None] | None" = None
 
@@ -150,21 +150,19 @@ class Agent:
         """Look for new versions at the store's interval."""
         newest = None
         while True:
-            found = await asyncio.to_thread(self.follower.look)
+            found = await asyncio.to_thread(self.follower.poll)
             if found != newest:
                 newest = found
                 self.news.set()
             await asyncio.sleep(self.policy.poll_s)
 
-    def complain(self, version: Published, why: str) -> None:
-        """Have the learner publish a version anew."""
+    def complain(self, version: PolicyVersion, why: str) -> None:
+        """Ask the learner to publish a version again."""
+        request = RepublishRequest(version=version, why=f"{self.member.name}: {why}")
         try:
-            wanted = PolicyVersion(attempt=version.attempt, version=version.version)
-            post_request(
-                self.run, RepublishRequest(version=wanted, why=f"{self.member.name}: {why}")
-            )
+            post_request(self.run, request)
         except OSError as error:  # a full disk: it is complained again
-            log.warning("cannot ask for version %s anew: %s", version.key, error)
+            log.warning("cannot ask for policy version %s again: %s", version, error)
 
     async def watch_others(self) -> None:
         """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
@@ -311,7 +309,7 @@ class Agent:
         await asyncio.sleep(DUMP_S)
         child.signal(signal.SIGKILL)
 
-    async def update(self, server: Server, version: Published) -> None:
+    async def update(self, server: Server, version: LoadableVersion) -> None:
         """One push. A server that refuses keeps what it serves, and is asked again."""
         child = server.child
         try:
@@ -345,18 +343,18 @@ class Agent:
             ServerState(
                 name=s.name,
                 url=s.url,
-                version=s.serves.version if s.serves else None,
+                version=s.serves.version.version if s.serves else None,
                 pid=s.child.pid if s.child else None,
             )
             for s in self.servers
         ]
-        newest = self.follower.newest.version if self.follower.newest else None
+        newest = self.follower.newest.version.version if self.follower.newest else None
         children = {kept.name: kept.child.pid for kept in self.others if kept.child is not None}
         self.note_wait()
         state: dict[str, Any] = {
             "waiting": self.waits,
             "state": "serving" if all(s.version is not None for s in servers) else "starting servers",
-            "servers": servers, "policy": newest, "bad_policy": self.follower.bad, "children": children,
+            "servers": servers, "policy": newest, "bad_policy": self.follower.failure, "children": children,
         }  # fmt: skip
         self.member.update_if_changed(**state)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import aiohttp
 
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -68,16 +69,20 @@ def record(choices: list[dict[str, Any]], temperature: float) -> None:
     if seen is None:
         return
     for choice in choices:
-        versions = [policy_version(span["version"]) for span in choice["weight_versions"] or ()]
+        versions = [
+            policy_version(span["version"]).version for span in choice["weight_versions"] or ()
+        ]
         if versions:
             seen.append(
                 Generation(tuple(choice["token_ids"]), (min(versions), max(versions)), temperature)
             )
 
 
-def policy_version(label: str) -> int:
-    """The version behind vLLM's label: a whole number, or "default" in a server that was never given weights: the initial model's."""
-    return 0 if label == "default" else int(label)
+def policy_version(label: str) -> PolicyVersion:
+    """Parse vLLM's label of a token. A server that was never given weights says "default"."""
+    if label == "default":
+        return PolicyVersion(version=0, attempt=0)
+    return PolicyVersion.parse(label)
 
 
 class Pool:
