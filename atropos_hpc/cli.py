@@ -5,7 +5,6 @@ needs is imported in it: `status` has to be there at once, on any login node.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +17,20 @@ LOOK_S = 2.0  # between two looks of a live status
 
 def status(options: argparse.Namespace) -> int:
     """Who takes part, how far it is, how it does, and what it waits for."""
-    from atropos_hpc.observe import status as observe
+    import msgspec
 
+    from atropos_hpc.launch.slurm.commands import known_states
+    from atropos_hpc.observe.status import read_status
+
+    found = read_status(options.directory, known_states)
     if options.json:
-        print(json.dumps(observe.of(options.directory), indent=1))
+        print(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
         return 0
     from rich.console import Console
 
     from atropos_hpc.observe import status_view
 
     terminal = Console()
-    found = observe.of(options.directory)
     if options.once or not terminal.is_terminal:
         terminal.width = terminal.width if terminal.is_terminal else 160
         terminal.print(status_view.draw(found))
@@ -37,20 +39,25 @@ def status(options: argparse.Namespace) -> int:
 
     with Live(status_view.draw(found), console=terminal, auto_refresh=False, screen=True) as live:
         while True:
-            live.update(status_view.draw(observe.of(options.directory)), refresh=True)
             time.sleep(LOOK_S)
+            found = read_status(options.directory, known_states)
+            live.update(status_view.draw(found), refresh=True)
 
 
 def report(options: argparse.Namespace) -> int:
     """The points of a sweep as a table, and everything there is to see as one page."""
+    import msgspec
+
+    from atropos_hpc.launch.slurm.commands import known_states
     from atropos_hpc.observe import report as observe
 
-    rows = [
-        observe.row(point) for point in observe.with_job_states(observe.found(options.directory))
-    ]
+    points = observe.require_points(options.directory)
+    jobs = known_states(point.job for point in points)
+    rows = [observe.point_status(point, jobs) for point in points]
     best = observe.best(rows)
     if options.json:
-        print(json.dumps([{**row, "best": row is best} for row in rows], indent=1))
+        marked = [msgspec.structs.replace(row, best=row is best) for row in rows]
+        print(msgspec.json.format(msgspec.json.encode(marked), indent=1).decode())
         return 0
     print(observe.table(rows))
     try:
@@ -74,7 +81,7 @@ def report(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f"\n{written}, with its figures beside it as PNG files")
+    print(f"\n{written}, with its plots beside it as PNG files")
     return 0
 
 
@@ -93,7 +100,9 @@ def samples(options: argparse.Namespace) -> int:
 
     found = observe.read(_run(options.run), options.version, options.last)
     if options.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
     elif found:
         observe.show(found)
     else:
@@ -345,12 +354,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. What it refuses is said in one line."""
-    from atropos_hpc.observe.report import NotOne
+    from atropos_hpc.observe.report import NotARunError
 
     options = parser().parse_args(arguments)
     try:
         return int(options.function(options))
-    except (NotOne, _Refused) as error:
+    except (NotARunError, _Refused) as error:
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc.contracts.metrics import StepMetrics
+from atropos_hpc.runtime.run_dir import RunDir, read_records
 from bench.result import Result
 
 STEPS, KEEP, SEED = 120, 5, 0
@@ -50,12 +52,12 @@ def run_ours(scratch: Path) -> Side:
     overrides = [f"run_dir={directory}", f"seed={SEED}", f"trainer.steps={STEPS}", "policy.keep=1000", "evaluation.every=0",
                  "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
     start, cpu = run([sys.executable, "-m", "atropos_hpc.train", *overrides], scratch / "ours.log")
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = read_records(RunDir(directory).metrics, StepMetrics)[1:]
     phases = {
-        key.removeprefix("time/"): sum(line[key] for line in lines[1:]) / (STEPS - 1)
-        for key in lines[0]
-        if "time/" in key
+        name: sum(line.phases.get(name, 0.0) for line in lines) / len(lines)
+        for name in lines[0].phases
     }
+    phases["step"] = sum(line.step_s for line in lines) / len(lines)
     versions = {
         int(path.parent.name.partition("-")[0]): path.parent
         for path in (directory / "policy").glob("*-*/manifest.json")

@@ -69,14 +69,14 @@ def main() -> Result:
                     f"waited {PATIENCE_S:.0f} s for the sweep's {len(jobs)} jobs, in vain; its runs are in {sweep}"
                 )
             time.sleep(2.0)
-        found = [report.row(row) for row in report.found(sweep)]
+        found = [report.point_status(point, {}) for point in report.require_points(sweep)]
         print(report.table(found))
         print(html_report.write(sweep, found, sweep / "report"))
-    if unfinished := [row["run_dir"] for row in found if row["state"] != "complete"]:
+    if unfinished := [row.run_dir for row in found if row.state != "complete"]:
         raise RuntimeError(
             f"{len(unfinished)} of {len(found)} points are not complete: {', '.join(unfinished)}"
         )
-    runs = [history.read(Path(row["run_dir"])) for row in found]
+    runs = [history.read(Path(row.run_dir)) for row in found]
     rows = [{"kl_coef": coefficient,
              "KL to the reference": statistics.mean(run.final("kl_reference") for run in of),
              "its spread over seeds": max(run.final("kl_reference") for run in of) - min(run.final("kl_reference") for run in of),

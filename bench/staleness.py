@@ -4,13 +4,14 @@ Two whole runs of the arithmetic experiment, one after the other, equal but for 
 first and last step, which share does it wait for batches?
 """
 
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc.contracts.metrics import StepMetrics
+from atropos_hpc.runtime.run_dir import RunDir, read_records
 from bench.result import Result
 
 STEPS = 40
@@ -24,18 +25,20 @@ def run(staleness: int, directory: Path) -> dict[str, Any]:
     subprocess.run(
         [sys.executable, "-m", "atropos_hpc.train", *overrides], check=True, timeout=1800
     )
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][
-        WARM_UP:
-    ]
-    wall = sum(step["time/step"] for step in steps)
+    steps = read_records(RunDir(directory).metrics, StepMetrics)[WARM_UP:]
+    wall = sum(step.step_s for step in steps)
+
+    def total(name: str) -> float:
+        return sum(step.get(name) or 0.0 for step in steps)
+
     return {
         "staleness.max": staleness,
-        "waiting share": sum(step["time/wait"] for step in steps) / wall,
+        "waiting share": sum(step.phases["wait"] for step in steps) / wall,
         "s per step": wall / len(steps),
-        "stale sequences": int(sum(step["stale_sequences"] for step in steps)),
-        "mean staleness": sum(step["staleness_mean"] for step in steps) / len(steps),
-        "dropped as stale": int(steps[-1]["dropped_as_stale"]),
-        "sequences": int(sum(step["sequences"] for step in steps)),
+        "stale sequences": int(total("stale_sequences")),
+        "mean staleness": total("staleness_mean") / len(steps),
+        "dropped as stale": int(steps[-1].get("dropped_as_stale") or 0),
+        "sequences": int(total("sequences")),
     }
 
 

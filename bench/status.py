@@ -1,9 +1,8 @@
-"""What `atropos-hpc status --once` costs on a long run of many members: 100,000 steps of figures, 500 members with logs.
+"""Measure `atropos-hpc status --once` on a long run: 100,000 steps, 500 members with logs.
 
 CPU time of the whole command, interpreter included, against that of the same command on a run of 100 steps and 5 members.
 """
 
-import json
 import os
 import resource
 import statistics
@@ -13,51 +12,53 @@ import tempfile
 import time
 from pathlib import Path
 
-from atropos_hpc.runtime.run_dir import RunDir, write_json
+import msgspec
+
+from atropos_hpc.contracts.members import (
+    AgentState,
+    AnyMember,
+    EnvironmentState,
+    ServerState,
+    Wait,
+)
+from atropos_hpc.contracts.metrics import StepMetrics
+from atropos_hpc.runtime.run_dir import RunDir, write_json, write_struct
 from bench.result import Result
 
 ROUNDS = 7
 KINDS = ("agent", "environment")
-# the figures of a step, as long as the learner's
-FIGURES = {f"figure_{index}": 0.123456789 * index for index in range(36)}
+# As long a line as the learner's.
+SCALARS: dict[str, float | None] = {f"scalar_{n}": 0.123456789 * n for n in range(36)}
+SCALARS |= {"reward": 0.5, "tokens": 1e5}
 
 
 def made(path: Path, steps: int, members: int) -> Path:
-    """A run's directory as it would look in the middle of training."""
+    """Make a run directory as it looks in the middle of training."""
     run = RunDir(path)
     run.create()
     attempt = run.new_attempt()
     write_json(run.run_json, {"id": "x", "config": {"trainer": {"steps": 2 * steps}}})
     now = time.time()
     write_json(run.holder, {"host": "elsewhere", "pid": 1, "job": None})
-    with run.metrics.open("w") as file:
+    with run.metrics.open("wb") as file:
         for step in range(1, steps + 1):
-            values = {
-                "step": step,
-                "time": now - 2 * (steps - step),
-                "reward": 0.5,
-                "tokens": 1e5,
-                "time/step": 2.0,
-                "time/wait": 1.0,
-            }
-            file.write(json.dumps({**values, **FIGURES}) + "\n")
+            ended = now - 2 * (steps - step)
+            line = StepMetrics(step, step, 0, ended, 2.0, {"wait": 1.0}, SCALARS)
+            file.write(msgspec.json.encode(line) + b"\n")
     for index in range(members):
         kind = KINDS[index % 2]
         name = f"{kind}-rollout{index // 2}-0"
-        state = {"name": name, "kind": kind, "node": f"rollout{index // 2}", "host": f"n{index // 2}", "pid": 1, "started": now - 1e5,
-                 "state": "generating", "waiting": {"what": "room", "from_whom": "the learner", "since": now - 30} if index % 9 == 0 else None,
-                 "in_flight": 32, "sent": 12345, "tokens_per_s": 100.0}  # fmt: skip
+        about = {"name": name, "node": f"rollout{index // 2}", "host": f"n{index // 2}", "pid": 1}
+        wait = Wait("quota", "the learner", now - 30) if index % 9 == 0 else None
+        common = {**about, "started": now - 1e5, "state": "generating", "waiting": wait}
+        state: AnyMember = EnvironmentState(**common, in_flight=32, sent=12345, tokens_per_s=100.0)
         if kind == "agent":
-            state["servers"] = [
-                {
-                    "name": f"server-{index}-{n}",
-                    "url": "http://127.0.0.1:1",
-                    "version": steps,
-                    "pid": 1,
-                }
+            servers = [
+                ServerState(name=f"server-{index}-{n}", url="http://127.0.0.1:1", version=steps)
                 for n in range(8)
             ]
-        write_json(run.members / f"{name}.json", state, durable=False)
+            state = AgentState(**common, servers=servers)
+        write_struct(run.members / f"{name}.json", state, durable=False)
         line = "2026-01-01 10:00:00,000 I atropos_hpc.rollout: all is well, as far as one can see from here\n"
         (attempt / f"{name}.log").write_text(
             line * 400 + "2026-01-01 10:00:00,000 W atropos_hpc.rollout: something is odd\n"

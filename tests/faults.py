@@ -23,9 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import orjson
 from fault_kinds import (
     ON_ANY_DISK,
     ON_ITS_OWN,
@@ -39,9 +37,11 @@ from fault_kinds import (
 from promises import BATCH, STALENESS, final_accuracy, history, violations
 from rich.console import Console
 from rich.table import Table
+from run_files import step_metrics
 from run_parts import Started
 
-from atropos_hpc.runtime.run_dir import append_line, read_json, read_lines
+from atropos_hpc.contracts.metrics import StepMetrics
+from atropos_hpc.runtime.run_dir import append_line, last_records, read_json, read_lines
 
 SETTINGS = [
     f"algorithm.batch_size={BATCH}", f"staleness.max={STALENESS}", "evaluation.after=true", "environment.config.eval_problems=300",
@@ -56,7 +56,6 @@ ENDED_WELL = {
 TOGETHER = (
     0.3  # probability that a fault comes right after the one before, without waiting for recovery
 )
-LINE_BYTES = 1 << 14  # more than a line of metrics.jsonl has
 
 
 @dataclass
@@ -105,7 +104,7 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
     end = time.monotonic() + 60 * schedule.minutes
     while time.monotonic() < end and started.process.poll() != 0:
         fault = dice.choices(kinds, weights)[0]
-        note = Done(fault.__name__, "", last_line(started).get("step", 0))
+        note = Done(fault.__name__, "", line.step if (line := last_line(started)) else 0)
         done.append(note)
         with contextlib.suppress(
             ProcessLookupError
@@ -123,9 +122,9 @@ def recover(started: Started, done: list[Done]) -> None:
     """Wait for the next step, or the end; start the run again where it ended as it should."""
     began = time.monotonic()
     known = {
-        (line["step"], line["time"]) for line in read_lines(started.run.metrics)
+        (line.step, line.time) for line in step_metrics(started.run)
     }  # a resume may cut the file back to one of these
-    while not (line := last_line(started)) or (line["step"], line["time"]) in known:
+    while not (line := last_line(started)) or (line.step, line.time) in known:
         code = started.process.poll()
         if code == 0:
             done[-1].came = "came to its end"
@@ -149,15 +148,10 @@ def to_its_end(started: Started) -> None:
     assert code == 0, f"the run ended with {code}:\n{started.story()}"
 
 
-def last_line(started: Started) -> dict[str, Any]:
-    """Of the metrics; {} while there is none."""
-    try:
-        with started.run.metrics.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - LINE_BYTES))
-            whole = file.read().rpartition(b"\n")[0]
-    except FileNotFoundError:
-        return {}
-    return orjson.loads(whole.rpartition(b"\n")[2]) if whole else {}
+def last_line(started: Started) -> StepMetrics | None:
+    """Of the metrics; None while there is none."""
+    lines = last_records(started.run.metrics, StepMetrics, 1)
+    return lines[0] if lines else None
 
 
 def finish(started: Started) -> int:
@@ -200,7 +194,7 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
                 found = violations(started, steps)
             except AssertionError as error:
                 found = [str(error)]
-            told, groups = len(read_lines(started.run.metrics)), len(history(started).groups)
+            told, groups = len(step_metrics(started.run)), len(history(started).groups)
             outcome = Outcome(
                 seed,
                 schedule.minutes,

@@ -5,10 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 import orjson
+from run_files import evaluations, step_metrics
 from run_parts import Started
 
 from atropos_hpc.contracts.group import Group, read_group
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.trajectories.wal_record import EVENT, GROUP, HEADER_BYTES, scan
 
 BATCH, STALENESS = 64, 1  # of the runs that are looked at
@@ -55,7 +56,7 @@ def history(started: Started) -> History:
 
 def violations(started: Started, steps: int) -> list[str]:
     """What of the promises does not hold, after a run that ended with success at `steps`."""
-    past, lines = history(started), read_lines(started.run.metrics)
+    past, lines = history(started), step_metrics(started.run)
     problems = list(past.problems)
 
     def check(holds: bool, what: str) -> None:
@@ -76,11 +77,11 @@ def violations(started: Started, steps: int) -> list[str]:
     told = read_json(started.run.members / "trajectories-trainer0-0.json").get("queued_groups")
     check(told == left, f"{left} groups should be left in the queue, the server has {told}")
     check(
-        [line["step"] for line in lines] == list(range(1, steps + 1)),
+        [line.step for line in lines] == list(range(1, steps + 1)),
         "the steps in metrics.jsonl are not each there once",
     )
     for line in lines:
-        number = line["step"] - 1
+        number = line.step - 1
         groups = [past.groups[gid] for gid in past.batches.get(number, []) if gid in past.groups]
         sequences = sum(len(group.lengths) for group in groups)
         check(sequences == BATCH, f"batch {number} has {sequences} sequences")
@@ -89,12 +90,12 @@ def violations(started: Started, steps: int) -> list[str]:
         reward = math.fsum(float(score) for group in groups for score in group.scores) / sequences
         versions = [pair for group in groups for pair in group.policy_versions if pair is not None]
         check(
-            abs(line["reward"] - reward) < 1e-6,
-            f"step {line['step']}: trained on rewards of {line['reward']}, its batch has {reward}",
+            abs(line.scalars["reward"] - reward) < 1e-6,
+            f"step {line.step}: trained on rewards of {line.get('reward')}, its batch has {reward}",
         )
         check(
-            line["tokens"] == sum(len(group.tokens) for group in groups),
-            f"step {line['step']}: trained on other tokens than its batch's",
+            line.get("tokens") == sum(len(group.tokens) for group in groups),
+            f"step {line.step}: trained on other tokens than its batch's",
         )
         check(
             all(oldest >= number - STALENESS for oldest, _ in versions),
@@ -106,12 +107,12 @@ def violations(started: Started, steps: int) -> list[str]:
         )
         mean = math.fsum(number - oldest for oldest, _ in versions) / max(1, len(versions))
         check(
-            abs(line["staleness_mean"] - mean) < 1e-6,
-            f"step {line['step']}: staleness of another batch",
+            abs(line.scalars["staleness_mean"] - mean) < 1e-6,
+            f"step {line.step}: staleness of another batch",
         )
         check(
-            line["mismatch_mean"] < WORST_MISMATCH,
-            f"step {line['step']}: the servers' log-probs are off by {line['mismatch_mean']}",
+            line.scalars["mismatch_mean"] < WORST_MISMATCH,
+            f"step {line.step}: the servers' log-probs are off by {line.get('mismatch_mean')}",
         )
     check(
         read_json(started.run.checkpoints / "latest.json").get("step") == steps,
@@ -138,5 +139,5 @@ def violations(started: Started, steps: int) -> list[str]:
 
 def final_accuracy(run: RunDir, steps: int) -> float | None:
     """Of the last version, which is evaluated once; None where it was not, or more often."""
-    told = [line["accuracy"] for line in read_lines(run.evaluations) if line["version"] == steps]
+    told = [line.accuracy for line in evaluations(run) if line.version == steps]
     return told[0] if len(told) == 1 else None

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from run_files import step_metrics
+
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 QUICK = [
     "evaluation.every=0",
@@ -60,7 +62,7 @@ class Started:
         return found
 
     def step(self, number: int) -> None:
-        self.until(f"step {number}", lambda: len(read_lines(self.run.metrics)) >= number)
+        self.until(f"step {number}", lambda: len(step_metrics(self.run)) >= number)
 
     def end(self, seconds: float = 420) -> int:
         try:
@@ -96,7 +98,7 @@ class Started:
         return "\n".join([process.tail(self.output, 40), *logs])
 
     def steps(self) -> list[int]:
-        return [line["step"] for line in read_lines(self.run.metrics)]
+        return [line.step for line in step_metrics(self.run)]
 
     def left(self) -> list[str]:
         """Command lines of processes that still name the run directory."""

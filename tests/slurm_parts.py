@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import step_metrics
 from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
 from atropos_hpc.launch.slurm.commands import merged
 from atropos_hpc.policy.node_cache import LOCK, PREFIX
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
 
@@ -60,7 +61,7 @@ class Submitted:
         self.cluster, self.run, self.job = cluster, RunDir(run_dir), job
 
     def steps(self) -> list[int]:
-        return [line["step"] for line in read_lines(self.run.metrics)]
+        return [line.step for line in step_metrics(self.run)]
 
     def reach(self, step: int, seconds: float = 90) -> None:
         until(f"step {step}", lambda: (self.steps() or [0])[-1] >= step, seconds, self.story)

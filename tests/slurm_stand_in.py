@@ -4,7 +4,6 @@ It understands the command lines that the supervisor and the checks use. The lea
 metrics.jsonl, checkpoints/latest.json, done.json, the request to stop, TERM, exit codes; it takes a step only while an agent is alive.
 """
 
-import json
 import logging
 import os
 import signal
@@ -17,13 +16,16 @@ STEP_S = 0.2
 
 
 def learner(path: Path) -> int:
+    import msgspec
+
     from atropos_hpc.contracts.members import AgentState, StopRequest, TrainerState
+    from atropos_hpc.contracts.metrics import StepMetrics
     from atropos_hpc.runtime.membership import Member, RosterReader, pending_request
     from atropos_hpc.runtime.run_dir import (
         RunDir,
-        append_line,
+        append_record,
         read_json,
-        read_lines,
+        read_records,
         write_file,
         write_json,
     )
@@ -44,9 +46,9 @@ def learner(path: Path) -> int:
         write_file(
             run.metrics,
             b"".join(
-                json.dumps(line).encode() + b"\n"
-                for line in read_lines(run.metrics)
-                if line["step"] <= step
+                msgspec.json.encode(line) + b"\n"
+                for line in read_records(run.metrics, StepMetrics)
+                if line.step <= step
             ),
         )
     while step < conf.steps:
@@ -60,13 +62,13 @@ def learner(path: Path) -> int:
             return 75
         if rank == 0 and roster.members(AgentState):
             step += 1
-            append_line(
-                run.metrics, {"step": step, "reward": step / conf.steps, "time": time.time()}
-            )
+            scalars = {"reward": step / conf.steps}
+            line = StepMetrics(step, step, run.attempt(), time.time(), STEP_S, {}, scalars)
+            append_record(run.metrics, line)
             if step % conf.checkpoint_every == 0:
                 write_json(run.checkpoints / "latest.json", {"step": step})
         elif rank:
-            step = max((line["step"] for line in read_lines(run.metrics)), default=0)
+            step = max((line.step for line in read_records(run.metrics, StepMetrics)), default=0)
     if rank == 0:
         write_json(run.checkpoints / "latest.json", {"step": step})
         write_json(run.done, {"version": step})

@@ -27,9 +27,8 @@ from fault_kinds import kill, members, small_filesystem
 from faults import ENDLESS, Done, Schedule, finish, harass
 from rich.console import Console
 from rich.table import Table
+from run_files import evaluations
 from run_parts import Started
-
-from atropos_hpc.runtime.run_dir import read_lines
 
 EVERY_S = 5.0
 GROWTH = 0.1  # of a member's memory, from the second quarter to the last
@@ -150,7 +149,7 @@ def main() -> int:
             problems = judged(watch, console)
             if started.steps() != list(range(1, steps + 1)):
                 problems.append("the steps in metrics.jsonl are not each there once")
-            accuracy = read_lines(started.run.evaluations)[-1]["accuracy"]
+            accuracy = evaluations(started.run)[-1].accuracy
             if accuracy < LEARNT:
                 problems.append(f"the final accuracy is {accuracy}")
             console.print(f"{steps} steps, {len(done)} kills, final accuracy {accuracy}")

@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from run_files import step_metrics
 from test_docs import COMMAND, PAGES, ROOT
 
-from atropos_hpc.runtime.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 GPU_CLUSTER = "needs a GPU cluster"
 NAMES_YOURS = "names what is yours"
@@ -109,7 +110,7 @@ class Walk:
             stderr=subprocess.DEVNULL,
         ) as child:
             deadline = time.monotonic() + 300
-            while len(read_lines(self.home / run / "metrics.jsonl")) < 3:
+            while len(step_metrics(RunDir(self.home / run))) < 3:
                 assert time.monotonic() < deadline and child.poll() is None, (
                     f"{command}: no third step"
                 )

@@ -59,7 +59,7 @@ def goes_on(started: Started) -> None:
 def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
     """SIGSTOP to the member of that kind: shown as silent once it counts as dead, and ended HUNG_S later."""
     name = next(
-        m["name"] for m in status.of(started.run.path)["members"] if m["name"].startswith(kind)
+        m.name for m in status.read_status(started.run.path).members if m.name.startswith(kind)
     )
     pid, before = (
         started.pid(kind),
@@ -70,8 +70,8 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
 
     def shown() -> bool:
         return any(
-            m["name"] == name and m["state"] == "silent"
-            for m in status.of(started.run.path)["members"]
+            m.name == name and m.state == "silent"
+            for m in status.read_status(started.run.path).members
         )
 
     within(started, f"{name} in status", shown, since, BEAT_S + DEAD_S)

@@ -4,35 +4,28 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from run_files import append_step
 
+from atropos_hpc.contracts.members import AttemptRecord
+from atropos_hpc.contracts.metrics import Evaluation, SweepPoint
 from atropos_hpc.observe import report
-from atropos_hpc.runtime.run_dir import RunDir, append_line, write_json
+from atropos_hpc.runtime.run_dir import RunDir, append_record, write_json, write_struct
 
 
-def point(directory: Path, num: int, job: str | None = "7", **more: Any) -> dict[str, Any]:
+def point(directory: Path, num: int, job: str | None = "7") -> SweepPoint:
     run = RunDir(directory / str(num))
     run.create()
-    return {
-        "num": num,
-        "overrides": ["a=1", f"b={num}"],
-        "run_dir": str(run.path),
-        "job": job,
-        "steps": 4,
-        **more,
-    }
+    return SweepPoint(num, ["a=1", f"b={num}"], str(run.path), steps=4, job=job)
 
 
-def trained(
-    row: dict[str, Any], steps: int, reward: float, accuracy: float | None = None
-) -> RunDir:
-    run = RunDir(Path(row["run_dir"]))
+def trained(row: SweepPoint, steps: int, reward: float, accuracy: float | None = None) -> RunDir:
+    run = RunDir(Path(row.run_dir))
     for step in range(1, steps + 1):
-        append_line(run.metrics, {"step": step, "reward": reward, "kl_reference": 0.01 * step})
+        append_step(run, step, reward=reward, kl_reference=0.01 * step)
     if accuracy is not None:
-        append_line(run.evaluations, {"version": steps, "accuracy": accuracy, "sequences": 10})
+        append_record(run.evaluations, Evaluation(steps, accuracy=accuracy, sequences=10))
     return run
 
 
@@ -55,23 +48,26 @@ def trained(
 def test_states(
     tmp_path: Path, queue: str | None, outcome: str | None, done: int | None, expected: str
 ) -> None:
-    row = point(tmp_path, 0, queue=queue)
+    row = point(tmp_path, 0)
     run = trained(row, 3, 0.5)
     attempt = run.new_attempt()
     if outcome is not None:
-        write_json(attempt / "attempt.json", {"outcome": outcome})
+        write_struct(
+            attempt / "attempt.json",
+            AttemptRecord(started=0.0, ended=1.0, outcome=outcome, events=[]),
+        )
     if done is not None:
         write_json(run.done, {"version": done})
-    found = report.row(row)
-    assert (found["state"], found["step"], found["steps"], found["kl"]) == (expected, 3, 4, 0.03)
+    found = report.point_status(row, {"7": queue})
+    assert (found.state, found.step, found.steps, found.kl) == (expected, 3, 4, 0.03)
 
 
 def test_reward_and_kl_are_means_over_the_last_tenth_of_the_steps(tmp_path: Path) -> None:
     row = point(tmp_path, 0)
     run = trained(row, 19, reward=0.0)
-    append_line(run.metrics, {"step": 20, "reward": 1.0, "kl_reference": 0.21})
-    found = report.row(row)
-    assert (found["reward"], found["kl"], found["step"]) == (
+    append_step(run, 20, reward=1.0, kl_reference=0.21)
+    found = report.point_status(row, {})
+    assert (found.reward, found.kl, found.step) == (
         pytest.approx(0.5),
         pytest.approx(0.2),
         20,
@@ -84,10 +80,10 @@ def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highes
     rows = [point(tmp_path, num) for num in range(3)]
     trained(rows[0], 2, reward=0.9)
     trained(rows[1], 2, reward=0.1)
-    found = [report.row(row) for row in rows]
+    found = [report.point_status(row, {}) for row in rows]
     assert report.best(found) is found[0]
     trained(rows[1], 2, reward=0.1, accuracy=0.4)
-    found = [report.row(row) for row in rows]
+    found = [report.point_status(row, {}) for row in rows]
     assert report.best(found) is found[1] and report.best([]) is None
     lines = report.table(found).splitlines()
     assert lines[2].startswith("best  1") and "b=1" in lines[2] and "a=1" not in report.table(found)
@@ -99,7 +95,7 @@ def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -
     assert nothing.returncode == 2 and "neither a run's directory nor a sweep's" in nothing.stderr
     row = point(tmp_path, 0)
     trained(row, 4, 0.5, accuracy=0.7)
-    write_json(tmp_path / "jobs.json", [row])
+    write_struct(tmp_path / "jobs.json", [row])
     shown = json.loads(
         subprocess.run(
             [*command, str(tmp_path), "--json"], capture_output=True, text=True, check=True
@@ -111,9 +107,9 @@ def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -
 def test_a_point_of_a_sweep_is_known_by_its_own_directory_too(tmp_path: Path) -> None:
     rows = [point(tmp_path, num, job=str(num)) for num in range(2)]
     for row in rows:
-        write_json(Path(row["run_dir"]) / "run.json", {"id": "x"})
-    write_json(tmp_path / "jobs.json", rows)
-    (found,) = report.points(tmp_path / "1")
-    assert found["overrides"] == ["a=1", "b=1"] and found["job"] == "1" and found["steps"] == 4
+        write_json(Path(row.run_dir) / "run.json", {"id": "x"})
+    write_struct(tmp_path / "jobs.json", rows)
+    (found,) = report.find_points(tmp_path / "1")
+    assert found.overrides == ["a=1", "b=1"] and found.job == "1" and found.steps == 4
     write_json(RunDir(tmp_path / "1").holder, {"job": "9"})  # resumed by hand
-    assert report.points(tmp_path / "1")[0]["job"] == "9"
+    assert report.find_points(tmp_path / "1")[0].job == "9"

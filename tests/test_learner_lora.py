@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: E4
 
 from atropos_hpc import config as schema  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, PolicyConf, TrainerConf  # noqa: E402
+from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
 from atropos_hpc.learner.__main__ import backend_class  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
@@ -23,7 +24,7 @@ from atropos_hpc.learner.publisher import Publisher  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.manifest import verify  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore  # noqa: E402
-from atropos_hpc.runtime.run_dir import RunDir, append_line, read_json, write_json  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir, append_record, read_json, write_json  # noqa: E402
 
 FSDP2 = 0  # where a ZeRO stage is meant
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -191,7 +192,7 @@ def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: 
     config = dataclasses.asdict(schema.Config(run_dir=str(run.path)))
     config["model"] |= model
     write_json(run.run_json, {"id": "test", "config": config})
-    append_line(run.evaluations, {"version": 2, "accuracy": 0.25, "sequences": 10})
+    append_record(run.evaluations, Evaluation(2, accuracy=0.25, sequences=10))
     assert export(run, tmp_path / "out") == 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "a LoRA adapter of rank 4, merged" in card and "| 2 | 0.250 | 10 |" in card

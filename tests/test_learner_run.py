@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import scalars, step_metrics
 
 from atropos_hpc import config as schema
 from atropos_hpc.contracts.members import StopRequest
@@ -23,7 +24,7 @@ from atropos_hpc.policy.manifest import read_manifest
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import RosterPublisher, RosterReader, post_request
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines, write_json
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 from atropos_hpc.runtime.waiting import wait_for
 
 pytestmark = pytest.mark.verl
@@ -160,8 +161,8 @@ def uninterrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunD
 
 def test_every_step_is_trained_published_measured_and_acknowledged(uninterrupted: RunDir) -> None:
     run = uninterrupted
-    lines = read_lines(run.metrics)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    lines = step_metrics(run)
+    assert [line.step for line in lines] == list(range(1, STEPS + 1))
     for key in (
         "reward",
         "kl_reference",
@@ -171,10 +172,11 @@ def test_every_step_is_trained_published_measured_and_acknowledged(uninterrupted
         "staleness_mean",
         "length_mean",
     ):
-        assert all(key in line for line in lines), key
-    for key in ("tokens_per_s", "time/wait", "time/update", "time/publish"):
-        assert all(line[key] >= 0 for line in lines), key
-    assert lines[0]["kl_reference"] == 0 and lines[-1]["kl_reference"] > 0
+        assert all(key in line.scalars for line in lines), key
+    for phase in ("wait", "update", "publish"):
+        assert all(line.phases[phase] >= 0 for line in lines), phase
+    assert all(line.scalars["tokens_per_s"] > 0 and line.step_s > 0 for line in lines)
+    assert lines[0].scalars["kl_reference"] == 0 and lines[-1].scalars["kl_reference"] > 0
     assert weights(run)[0] == STEPS and read_json(run.done) == {"version": STEPS}
     assert read_json(run.checkpoints / "latest.json")["step"] == STEPS
 
@@ -186,7 +188,7 @@ def test_three_and_three_steps_give_the_weights_of_six(
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS)])
         first = learn(run)
-        wait_for("step 3", "the learner", lambda: len(read_lines(run.metrics)) == 3, 120)
+        wait_for("step 3", "the learner", lambda: len(step_metrics(run)) == 3, 120)
         post_request(run, StopRequest())
         assert ended(run, first) == [75]
         assert read_json(run.checkpoints / "latest.json")["step"] == 3
@@ -195,11 +197,11 @@ def test_three_and_three_steps_give_the_weights_of_six(
         assert ended(run, learn(run)) == [0]
     assert weights(run) == weights(uninterrupted)
     same = [
-        (line["step"], line["loss"], line["grad_norm"])
-        for line in read_lines(uninterrupted.metrics)
+        (line.step, line.scalars["loss"], line.scalars["grad_norm"])
+        for line in step_metrics(uninterrupted)
     ]
     assert [
-        (line["step"], line["loss"], line["grad_norm"]) for line in read_lines(run.metrics)
+        (line.step, line.scalars["loss"], line.scalars["grad_norm"]) for line in step_metrics(run)
     ] == same
 
 
@@ -212,7 +214,7 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
         first = learn(run)
-        wait_for("step 5", "the learner", lambda: len(read_lines(run.metrics)) == 5, 120)
+        wait_for("step 5", "the learner", lambda: len(step_metrics(run)) == 5, 120)
         first[0].signal(signal.SIGKILL)
         assert ended(run, first) == [-signal.SIGKILL]
         latest = read_json(run.checkpoints / "latest.json")
@@ -225,7 +227,7 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
         newest == "damaged"
     )
     assert weights(run) == weights(uninterrupted)
-    assert [line["step"] for line in read_lines(run.metrics)] == list(range(1, STEPS + 1))
+    assert [line.step for line in step_metrics(run)] == list(range(1, STEPS + 1))
 
 
 def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_story(
@@ -251,7 +253,7 @@ def test_two_ranks_take_the_same_steps(
         assert ended(run, learn(run, ranks=2)) == [0, 0], process.tail(
             run.logs / "trainer-0.log", 40
         )
-    for one, two in zip(read_lines(uninterrupted.metrics), read_lines(run.metrics), strict=True):
+    for one, two in zip(scalars(uninterrupted), scalars(run), strict=True):
         assert two["reward"] == one["reward"] and two["trained_tokens"] == one["trained_tokens"]
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     assert weights(run)[0] == STEPS and len(weights(run)[1]) == 2

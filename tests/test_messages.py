@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_files import append_step
 
 from atropos_hpc.launch import doctor
-from atropos_hpc.runtime.run_dir import RunDir, append_line, write_json
+from atropos_hpc.runtime.run_dir import RunDir, write_json
 
 Arrange = Callable[[Path], list[str]]
 
@@ -48,7 +49,7 @@ def closed(path: Path) -> list[str]:
 
 MISTAKES: list[tuple[Arrange, int, tuple[str, ...]]] = [
     (lambda path: ["stat"], 2, ("invalid choice: 'stat'", "'status'")),
-    (lambda path: ["status", str(path / "nothing")], 2, ("there is no",)),
+    (lambda path: ["status", str(path / "nothing")], 2, ("does not exist",)),
     (lambda path: ["stop", str(path)], 2, ("is not a run's directory",)),
     (lambda path: ["stop", str(finished(path).path)], 1, ("nothing runs in",)),
     (
@@ -144,7 +145,7 @@ def test_logs_are_shown_from_the_end_and_followed(tmp_path: Path) -> None:
 def test_a_run_that_is_complete_is_not_resumed(tmp_path: Path) -> None:
     run = finished(tmp_path)
     write_json(run.done, {"version": 4})
-    append_line(run.metrics, {"step": 4})
+    append_step(run, 4)
     done = subprocess.run(
         [sys.executable, "-m", "atropos_hpc.cli", "resume", str(run.path)],
         capture_output=True,

@@ -10,11 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_files import activity, append_step
 
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AgentState, EnvironmentState, ServerState, Wait
+from atropos_hpc.contracts.metrics import (
+    ActivitySample,
+    AttemptMark,
+    Evaluation,
+    RestartMark,
+    SweepPoint,
+)
+from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.observe import history, plots
-from atropos_hpc.observe.timeline import Activity
-from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines, write_json
+from atropos_hpc.observe.timeline import ActivityRecorder
+from atropos_hpc.runtime.run_dir import RunDir, append_record, write_struct
 
 REPORT = [sys.executable, "-m", "atropos_hpc.cli", "report"]
 STEP_S = 10.0
@@ -27,51 +37,32 @@ def made(
     run = RunDir(path)
     run.create()
     run.new_attempt()
-    config = {"run_dir": str(path), "seed": seed, "algorithm": {"kl_coef": kl_coef}, "trainer": {"steps": steps}, "model": {"make": "a.b"},
-              "environment": {"target": "package.module:Class"}}  # fmt: skip
-    write_json(
-        run.run_json,
-        {
-            "id": "x",
-            "created": 1e9,
-            "command": ["train.py", f"algorithm.kl_coef={kl_coef}"],
-            "config": config,
-        },
-    )
-    append_line(run.activity, {"time": 1e9, "event": "attempt", "name": "attempt-0"})
+    config = Config(run_dir=str(path), seed=seed)
+    config.algorithm.kl_coef = kl_coef
+    config.trainer.steps = steps
+    command = ["train.py", f"algorithm.kl_coef={kl_coef}"]
+    write_struct(run.run_json, RunInfo(config, id="x", created=1e9, command=command))
+    append_record(run.activity, AttemptMark(1e9, "attempt-0"))
+    states = {"environment": {"generating": 3, "waiting for quota": 1}}
+    phases = {"wait": 6.0, "update": 3.0}
     for step in range(1, steps + 1):
         late = lost_s if step > steps // 2 else 0.0
         when = 1e9 + STEP_S * step + late
         if lost_s and step == steps // 2 + 1:
-            append_line(
-                run.activity, {"time": when - STEP_S, "event": "attempt", "name": "attempt-1"}
-            )
-        kl = 0.1 / (1 + 50 * kl_coef) * step / steps
-        append_line(run.metrics, {"step": step, "time": when, "reward": step / steps, "kl_reference": kl,
-                                  "entropy": 1.0, "tokens_per_s": 100.0, "length_mean": 50.0, "staleness_mean": 0.5,
-                                  "time/step": STEP_S, "time/wait": 6.0, "time/update": 3.0})  # fmt: skip
-        append_line(
-            run.activity,
-            {
-                "time": when,
-                "states": {"environment": {"generating": 3, "waiting for room": 1}},
-                "tokens_per_s": 80.0,
-            },
-        )
-    append_line(
-        run.evaluations,
-        {"version": 0, "accuracy": 0.2, "sequences": 10, "served": [0, 0], "wall_s": 1.0},
-    )
-    append_line(
-        run.evaluations,
-        {
-            "version": steps,
-            "accuracy": 0.9 - kl_coef,
-            "sequences": 10,
-            "served": [40, 40],
-            "wall_s": 1.0,
-        },
-    )
+            append_record(run.activity, AttemptMark(when - STEP_S, "attempt-1"))
+        scalars = {
+            "reward": step / steps,
+            "kl_reference": 0.1 / (1 + 50 * kl_coef) * step / steps,
+            "entropy": 1.0,
+            "tokens_per_s": 100.0,
+            "length_mean": 50.0,
+            "staleness_mean": 0.5,
+        }
+        append_step(run, step, STEP_S, phases, when, **scalars)
+        append_record(run.activity, ActivitySample(when, states, tokens_per_s=80.0))
+    for version, accuracy, served in ((0, 0.2, (0, 0)), (steps, 0.9 - kl_coef, (40, 40))):
+        line = Evaluation(version, accuracy, sequences=10, served=served, wall_s=1.0)
+        append_record(run.evaluations, line)
     return run
 
 
@@ -87,7 +78,7 @@ def drawn(directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
 
 def test_a_run_s_page_stands_alone_and_marks_what_was_started_again(tmp_path: Path) -> None:
     run = made(tmp_path / "run", lost_s=100.0)
-    append_line(run.activity, {"time": 1e9 + 55, "event": "started again", "name": "server-0-0"})
+    append_record(run.activity, RestartMark(1e9 + 55, "server-0-0"))
     page, sizes = drawn(run.path)
     assert set(sizes) == {
         "timeline",
@@ -102,7 +93,7 @@ def test_a_run_s_page_stands_alone_and_marks_what_was_started_again(tmp_path: Pa
         r'(src|href)="(?!data:)', page
     )
     assert all(width > 600 and height > 150 for width, height in sizes.values())
-    for said in ("server-0-0 was started", "attempt 1 was started", "0.200 to 0.899", "40 of 40"):
+    for said in ("<td>server-0-0</td>", "<td>attempt 1</td>", "0.200 to 0.899", "40 of 40"):
         assert said in page, said
 
 
@@ -110,9 +101,9 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
     rows = []
     for num, (kl, seed) in enumerate((kl, seed) for kl in (0, 0.001, 0.1) for seed in (0, 1)):
         made(tmp_path / str(num), kl, seed)
-        rows.append({"num": num, "overrides": [f"algorithm.kl_coef={kl}", f"seed={seed}", "hydra.launcher.slots=1"],
-                     "run_dir": str(tmp_path / str(num)), "job": None, "steps": 40})  # fmt: skip
-    write_json(tmp_path / "jobs.json", rows)
+        overrides = [f"algorithm.kl_coef={kl}", f"seed={seed}", "hydra.launcher.slots=1"]
+        rows.append(SweepPoint(num, overrides, str(tmp_path / str(num)), steps=40))
+    write_struct(tmp_path / "jobs.json", rows)
     page, sizes = drawn(tmp_path)
     assert {
         "kl_coef_accuracy",
@@ -157,7 +148,7 @@ def test_a_directory_that_cannot_be_written_to_is_told_and_another_one_can_be_na
 def test_the_learner_s_time_is_shared_out_among_its_phases(tmp_path: Path) -> None:
     run = history.read(made(tmp_path / "run", lost_s=100.0).path)
     edges = np.linspace(1e9, 1e9 + 40 * STEP_S + 100, 51)
-    shares = history.phases(run, edges)
+    shares = history.phase_shares(run, edges)
     seconds = {name: float((share * np.diff(edges)).sum()) for name, share in shares.items()}
     expected = dict.fromkeys(shares, 0.0) | {"other": 40.0, "wait": 240.0, "update": 120.0}
     assert seconds == pytest.approx(expected)
@@ -165,46 +156,47 @@ def test_the_learner_s_time_is_shared_out_among_its_phases(tmp_path: Path) -> No
     assert gap.any() and sum(share[gap].sum() for share in shares.values()) == pytest.approx(
         0
     )  # nothing ran between the attempts
-    states = history.states(run, "environment", edges, hold_s=15.0)
-    assert set(states) == {"generating", "waiting for room"} and states[
+    states = history.state_shares(run, "environment", edges, hold_s=15.0)
+    assert set(states) == {"generating", "waiting for quota"} and states[
         "generating"
     ].max() == pytest.approx(0.75)
 
 
 def test_a_long_curve_is_drawn_with_few_points() -> None:
-    figure, axes = plots._figure(plots.NARROW)
+    figure, axes = plots._axes()
     steps = np.arange(100_000.0)
-    assert plots._curve(axes, steps, np.sin(steps), plots.BLUE)
-    assert max(len(line.get_xdata()) for line in axes.lines) <= plots.POINTS and figure is not None
+    assert plots.draw_curve(axes, steps, np.sin(steps), plots.BLUE)
+    assert (
+        max(len(line.get_xdata()) for line in axes.lines) <= plots.MAX_POINTS and figure is not None
+    )
 
 
 def worker(name: str, pid: int, **more: Any) -> EnvironmentState:
     return EnvironmentState(name=name, pid=pid, state="generating", **more)
 
 
-def test_activity_samples_states_and_notes_what_is_started_again(tmp_path: Path) -> None:
+def test_activity_samples_states_and_notes_restarts(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.create()
     run.new_attempt()
-    activity = Activity(run)
+    recorder = ActivityRecorder(run)
     servers = [ServerState(name="server-0-0", pid=7, version=3)]
     agent = AgentState(name="agent-0", pid=1, state="serving", servers=servers)
     wait = Wait("policy version 12, served by all", "x", 0)
     waiting = worker("environment-1", 3, waiting=wait)
     busy = worker("environment-0", 2, tokens_per_s=5.0)
-    activity.note({each.name: each for each in (agent, busy, waiting)})
+    recorder.observe({each.name: each for each in (agent, busy, waiting)})
     agent.servers = [ServerState(name="server-0-0", pid=8)]
-    activity.note({each.name: each for each in (agent, busy, waiting)})
-    lines = [
-        {key: value for key, value in line.items() if key != "time"}
-        for line in read_lines(run.activity)
-    ]
-    assert lines == [
-        {"event": "attempt", "name": "attempt-0"},
-        {"states": {"agent": {"serving": 1}, "server": {"serving": 1}, "environment": {"generating": 1, "waiting for policy version": 1}},
-         "tokens_per_s": 5.0},
-        {"event": "started again", "name": "server-0-0"},
-    ]  # fmt: skip
+    recorder.observe({each.name: each for each in (agent, busy, waiting)})
+    attempt, sample, restart = activity(run)
+    assert isinstance(attempt, AttemptMark) and attempt.name == "attempt-0"
+    assert isinstance(sample, ActivitySample) and sample.tokens_per_s == 5.0
+    assert sample.states == {
+        "agent": {"serving": 1},
+        "server": {"serving": 1},
+        "environment": {"generating": 1, "waiting for policy version": 1},
+    }
+    assert isinstance(restart, RestartMark) and restart.name == "server-0-0"
 
 
 def test_the_table_as_json_draws_nothing(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
 import aiohttp  # noqa: E402
+from run_files import evaluations  # noqa: E402
 
 from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
+from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
 from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
@@ -31,7 +33,7 @@ from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
 from atropos_hpc.runtime.process import children_of  # noqa: E402
-from atropos_hpc.runtime.run_dir import RunDir, read_lines  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
 
 PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
@@ -355,7 +357,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     for start, length in zip(starts, group.lengths, strict=True):  # prompt, turn, tool, turn
         trained = "".join("x" if each else "." for each in group.trained[start : start + length])
         assert re.fullmatch(r"\.{6}x{1,4}\.{3}x{1,4}", trained)
-    assert read_lines(run.evaluations) == [{"version": 0}]
+    assert evaluations(run) == [Evaluation(0)]
 
 
 @pytest.mark.parametrize(
@@ -387,20 +389,20 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
         with module(
             "atropos_hpc.rollout.evaluation", "--run-dir", str(run.path), log=tmp_path / "log"
         ) as evaluator:
-            while not read_lines(run.evaluations):
+            while not evaluations(run):
                 assert evaluator.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)
             served.push(served.base)
             agent.update(servers=[ServerState(url=served.url, version=served.version)])
             assert evaluator.wait(60) == 0
         agent.leave()
-    lines = read_lines(run.evaluations)
-    assert [line["version"] for line in lines] == [version, version + 1]
+    lines = evaluations(run)
+    assert [line.version for line in lines] == [version, version + 1]
     for line in lines:
-        assert line | report == line
+        assert {name: getattr(line, name) for name in report} == report
         if "error" not in report:
-            assert line["served"] == [line["version"]] * 2
-            assert 0 <= line["accuracy"] == line["metrics"]["eval/percent_correct"] <= 1
+            assert line.served == (line.version, line.version)
+            assert 0 <= line.accuracy == line.metrics["eval/percent_correct"] <= 1
 
 
 def test_nothing_is_left_of_a_server_that_is_killed(served: Served) -> None:

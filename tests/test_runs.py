@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from run_files import activity, evaluations, scalars
 from run_parts import Started
 
+from atropos_hpc.contracts.metrics import RestartMark, Sample
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
 from atropos_hpc.policy.manifest import read_manifest
-from atropos_hpc.runtime.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import read_json, read_records
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
@@ -50,38 +52,32 @@ def assert_complete(started: Started, steps: int) -> None:
 
 def assert_the_story_can_be_read(started: Started, killed: str) -> None:
     """What people look at afterwards, on what a real run has left: the status, the page, what the policy said."""
-    found = status.of(started.run.path)
+    found = status.read_status(started.run.path)
     assert (
-        found["state"] == "complete"
-        and found["step"] == found["steps"]
-        and found["tokens_per_s"]["trainer"] > 0
+        found.state == "complete"
+        and found.step == found.steps
+        and (found.tokens_per_s.trainer or 0) > 0
     )
-    assert {member["kind"] for member in found["members"]} >= {
+    assert {member.kind for member in found.members} >= {
         "supervisor",
         "trajectories",
         "trainer",
         "agent",
         "environment",
     }
-    events = [
-        line["name"]
-        for line in read_lines(started.run.activity)
-        if line.get("event") == "started again"
-    ]
-    assert killed in events
+    restarted = [line.name for line in activity(started.run) if isinstance(line, RestartMark)]
+    assert killed in restarted
     subprocess.run(
         [sys.executable, "-m", "atropos_hpc.cli", "report", str(started.run.path)],
         check=True,
         stdout=subprocess.DEVNULL,
     )
     page = (started.run.path / "report" / "report.html").read_text()
-    assert (
-        f"{killed} was started" in page and (started.run.path / "report" / "timeline.png").exists()
-    )
-    versions = [line["version"] for line in read_lines(started.run.samples)]
-    assert sorted(set(versions)) == list(range(found["steps"])) and versions == sorted(versions)
+    assert f"<td>{killed}</td>" in page and (started.run.path / "report" / "timeline.png").exists()
+    versions = [sample.version for sample in read_records(started.run.samples, Sample)]
+    assert sorted(set(versions)) == list(range(found.steps)) and versions == sorted(versions)
     (best, *_) = samples.read(started.run, version=0, last=2)
-    assert re.fullmatch(r"\d\d\+\d\d=", best["prompt"]) and best["policy_versions"] == [0, 0]
+    assert re.fullmatch(r"\d\d\+\d\d=", best.prompt) and best.policy_versions == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +152,7 @@ def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(
     started.assert_nothing_is_left()
     stopped_at = len(started.steps())
     assert read_json(started.run.checkpoints / "latest.json")["step"] == stopped_at
-    assert status.of(started.run.path)["state"] == "stopped"
+    assert status.read_status(started.run.path).state == "stopped"
     started.command = [sys.executable, "-m", "atropos_hpc.cli", "resume", str(started.run.path)]
     started.process = started.start()
     assert_complete(started, 6)
@@ -183,19 +179,19 @@ def test_two_of_everything_strictly_on_policy_with_evaluations(
     assert_complete(started, 4)
     for name in ("trainer-1", "server-0-1", "environment-1"):
         assert started.log(name)
-    assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
-    lines = read_lines(started.run.evaluations)
-    assert [line["version"] for line in lines] == [0, 4]
+    assert sum(line["stale_sequences"] for line in scalars(started.run)) == 0
+    lines = evaluations(started.run)
+    assert [line.version for line in lines] == [0, 4]
     assert all(
-        line["served"] == [line["version"]] * 2
-        and 0 <= line["accuracy"] <= 1
-        and line["sequences"] == 100
+        line.served == (line.version, line.version)
+        and 0 <= line.accuracy <= 1
+        and line.sequences == 100
         for line in lines
     )
     summary = read_json(started.run.summary)
     assert (
-        summary["accuracy_before"] == lines[0]["accuracy"]
-        and summary["accuracy_after"] == lines[1]["accuracy"]
+        summary["accuracy_before"] == lines[0].accuracy
+        and summary["accuracy_after"] == lines[1].accuracy
     )
     assert summary["stale_sequences"] == 0
 
@@ -209,7 +205,7 @@ def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(
     started.step(3)
     os.kill(started.pid("server-0-1"), signal.SIGKILL)
     assert_complete(started, 8)
-    assert sum(line["stale_sequences"] for line in read_lines(started.run.metrics)) == 0
+    assert sum(line["stale_sequences"] for line in scalars(started.run)) == 0
     kinds = {
         path.parent.name: read_manifest(path.parent).kind
         for path in started.run.policy.glob("*-*/manifest.json")
@@ -243,10 +239,7 @@ def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(
                     "+environment.config.ensure_scores_are_not_same=false", "environment.group_size=4", "algorithm.batch_size=16",
                     f"model.path={tmp_path / 'model'}", "model.max_length=1024")  # fmt: skip
     assert_complete(started, 2)
-    assert all(
-        line["reward"] == 0 and line["trained_tokens"] > 0
-        for line in read_lines(started.run.metrics)
-    )
+    assert all(line["reward"] == 0 and line["trained_tokens"] > 0 for line in scalars(started.run))
 
 
 def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[..., Started]) -> None:
@@ -268,7 +261,7 @@ def test_several_environments_share_a_run(start: Callable[..., Started]) -> None
     started = start(6, f"+more_environments={{kinds: {{{other}}}}}", "algorithm.batch_size=128", "evaluation.after=true",
                     "environment.config.eval_problems=100")  # fmt: skip
     assert_complete(started, 6)
-    lines = read_lines(started.run.metrics)
+    lines = scalars(started.run)
     assert all(line["sequences/environment"] + line["sequences/kinds"] == 128 for line in lines)
     for line in lines[
         3:
@@ -278,8 +271,8 @@ def test_several_environments_share_a_run(start: Callable[..., Started]) -> None
             and line["reward/kinds"] == 0.5
             and 0 < line["reward/environment"] < 1
         )
-    (evaluated,) = read_lines(started.run.evaluations)
-    assert 0 < evaluated["accuracy"] < 1 and evaluated["error"].startswith(
+    (evaluated,) = evaluations(started.run)
+    assert 0 < evaluated.accuracy < 1 and evaluated.error.startswith(
         "more_environments.kinds: LookupError"
     )
 
@@ -291,5 +284,5 @@ def test_an_environment_of_the_users_own_runs_unmodified(start: Callable[..., St
         2, "environment=atropos", f"environment.target={target}:KindsEnv", "algorithm.batch_size=80"
     )
     assert_complete(started, 2)
-    for line in read_lines(started.run.metrics):
+    for line in scalars(started.run):
         assert 0 < line["trained_tokens"] < line["tokens"]

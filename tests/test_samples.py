@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.metrics import Sample
 from atropos_hpc.observe import samples
-from atropos_hpc.observe.metrics import Metrics
-from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_json
+from atropos_hpc.observe.metrics import MetricsWriter
+from atropos_hpc.runtime.run_dir import RunDir, read_records, write_json
 
 pytestmark = pytest.mark.verl  # the tokenizer is made with transformers
 
@@ -54,26 +55,26 @@ def group(model: Path, answers: dict[str, float]) -> Group:
 
 
 def test_the_best_and_the_worst_of_a_group_now_and_then(run: RunDir, tmp_path: Path) -> None:
-    metrics = Metrics(run, [], resume_at=0)
+    metrics = MetricsWriter(run, [], resume_at=0)
     one = group(tmp_path / "model", {"640": 1.0, "641": 0.0, "649": 0.5})
     for version in range(12):
         metrics.sample(version, 500, [one])
-    assert [(line["version"], line["score"]) for line in read_lines(run.samples)] == [
+    assert [(sample.version, sample.score) for sample in read_records(run.samples, Sample)] == [
         (0, 1.0), (0, 0.0), (5, 1.0), (5, 0.0), (10, 1.0), (10, 0.0),
     ]  # fmt: skip
     found = samples.read(run, version=5, last=5)
-    assert [line["completion"].strip() for line in found] == ["640", "641"] and PROMPT in found[0][
-        "prompt"
-    ]
-    Metrics(run, [], resume_at=10)  # version 10 is trained on again
-    assert {line["version"] for line in read_lines(run.samples)} == {0, 5}
+    assert [str(sample.completion).strip() for sample in found] == ["640", "641"] and PROMPT in str(
+        found[0].prompt
+    )
+    MetricsWriter(run, [], resume_at=10)  # version 10 is trained on again
+    assert {sample.version for sample in read_records(run.samples, Sample)} == {0, 5}
 
 
 def test_the_command_shows_them_and_says_when_there_is_none(run: RunDir, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atropos_hpc.cli", "samples", str(run.path)]
     nothing = subprocess.run(command, capture_output=True, text=True, check=False)
     assert nothing.returncode == 1 and "has no samples yet" in nothing.stderr
-    Metrics(run, [], resume_at=0).sample(0, 500, [group(tmp_path / "model", {"640": 1.0})])
+    MetricsWriter(run, [], resume_at=0).sample(0, 500, [group(tmp_path / "model", {"640": 1.0})])
     assert "640" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     shown = json.loads(
         subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
@@ -82,9 +83,9 @@ def test_the_command_shows_them_and_says_when_there_is_none(run: RunDir, tmp_pat
 
 
 def test_without_a_tokenizer_the_token_ids_are_shown(run: RunDir, tmp_path: Path) -> None:
-    Metrics(run, [], resume_at=0).sample(0, 1, [group(tmp_path / "model", {"640": 1.0})])
+    MetricsWriter(run, [], resume_at=0).sample(0, 1, [group(tmp_path / "model", {"640": 1.0})])
     (tmp_path / "model" / "tokenizer.json").unlink()
-    assert all(isinstance(token, int) for token in samples.read(run, None, 1)[0]["completion"])
+    assert all(isinstance(token, int) for token in samples.read(run, None, 1)[0].completion)
 
 
 def test_no_run_is_a_readable_refusal(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from run_files import step_metrics
 from slurm_cluster import Cluster, until
 from slurm_parts import (
     Submitted,
@@ -25,7 +26,7 @@ from slurm_parts import (
     submitted,
 )
 
-from atropos_hpc.runtime.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -76,8 +77,7 @@ def test_a_sweep_is_one_het_job_per_point_one_after_the_other(
         point.completes(8)
         point.said_goodbye()
     spans = [
-        (lines[0]["time"], lines[-1]["time"])
-        for lines in (read_lines(point.run.metrics) for point in points)
+        (lines[0].time, lines[-1].time) for lines in (step_metrics(point.run) for point in points)
     ]
     assert all(before[1] < after[0] for before, after in itertools.pairwise(spans))
     assert [point.run.config().algorithm.kl_coef for point in points] == [0, 0.001, 0.01]
@@ -576,9 +576,6 @@ def test_runs_share_nodes_without_clashing(cluster: Cluster, tmp_path: Path) -> 
         assert run.steps() == list(range(1, 61)), run.story()
     for run in runs:
         run.leaves_nothing()
-    spans = [
-        (lines[0]["time"], lines[-1]["time"])
-        for lines in (read_lines(run.run.metrics) for run in runs)
-    ]
+    spans = [(lines[0].time, lines[-1].time) for lines in (step_metrics(run.run) for run in runs)]
     assert max(start for start, _ in spans) < min(end for _, end in spans)  # all three at once
     assert all("trainer on n0; rollout on n1" in run.log("supervisor") for run in runs)

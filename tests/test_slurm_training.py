@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from run_files import evaluations, scalars
 from slurm_cluster import ROOT, Cluster, until
 from slurm_parts import Submitted, kill, node_of, require_slurm, sbatch, submit, submitted
 
-from atropos_hpc.runtime.run_dir import read_json, read_lines
+from atropos_hpc.runtime.run_dir import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
 
@@ -118,9 +119,7 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(
         "trainer-1"
     )
     assert cluster.job(run.job)["Restarts"] == "1"
-    assert (
-        sum(line["sequences"] for line in read_lines(run.run.metrics)) == 14 * 256
-    )  # each batch once
+    assert sum(line["sequences"] for line in scalars(run.run)) == 14 * 256  # each batch once
 
 
 def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) 
     assert at == run.steps()[-1] >= 7
     run.completes(12, attempts=2, seconds=400)
     assert clear.job(run.job)["Restarts"] == "1" and f"starts at step {at}" in run.log("trainer-0")
-    assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == 12 * 256
+    assert sum(line["sequences"] for line in scalars(run.run)) == 12 * 256
     assert {
         path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")
     } == {identity}
@@ -170,17 +169,17 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> f
 
 
 def accuracy(run: Submitted) -> float:
-    (line,) = read_lines(run.run.evaluations)
+    (line,) = evaluations(run.run)
     print(
-        f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues: {line['accuracy']:.3f}"
+        f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues: {line.accuracy:.3f}"
     )
-    return float(line["accuracy"])
+    return float(line.accuracy)
 
 
 def assert_it_ends_as_without(run: Submitted, attempts: int, undisturbed: float) -> None:
     """Every step once, every batch once, nothing left; and the policy is as good as that of a run without faults."""
     run.completes(STEPS, attempts=attempts, seconds=500)
-    assert sum(line["sequences"] for line in read_lines(run.run.metrics)) == STEPS * 256
+    assert sum(line["sequences"] for line in scalars(run.run)) == STEPS * 256
     assert accuracy(run) > undisturbed - BEHIND
 
 

@@ -12,12 +12,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from run_files import append_step
 
-from atropos_hpc.contracts.members import AgentState, ServerState, TrainerState
+from atropos_hpc.contracts.members import (
+    AgentState,
+    AttemptRecord,
+    EnvironmentState,
+    ServerState,
+    TrainerState,
+)
+from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, SweepPoint
 from atropos_hpc.observe import report, status, status_view
 from atropos_hpc.runtime.membership import DEAD_S, Member
-from atropos_hpc.runtime.run_dir import RunDir, append_line, last_lines, write_json
+from atropos_hpc.runtime.run_dir import (
+    RunDir,
+    append_record,
+    last_records,
+    write_json,
+    write_struct,
+)
 
 COMMAND = [sys.executable, "-m", "atropos_hpc.cli"]
 
@@ -30,13 +45,17 @@ def made(path: Path, trained: int = 7, steps: int = 10, **holder: Any) -> RunDir
     write_json(run.run_json, {"id": "x", "config": {"trainer": {"steps": steps}}})
     if holder:
         write_json(run.holder, {"host": socket.gethostname(), "job": None, **holder})
+    phases = {"wait": 1.0, "update": 0.5, "checkpoint": 0.25}
     for step in range(1, trained + 1):
-        append_line(run.metrics, {"step": step, "time": 1000.0 + step, "reward": 0.1 * step, "kl_reference": 0.01, "tokens": 100,
-                                  "time/step": 2.0, "time/wait": 1.0, "time/update": 0.5, "time/checkpoint": 0.25})  # fmt: skip
+        append_step(run, step, 2.0, phases, reward=0.1 * step, kl_reference=0.01, tokens=100)
     (attempt / "trainer-0.log").write_text(
         "2026-01-01 10:00:00,123 W atropos_hpc.learner: something is odd\nother text\n"
     )
     return run
+
+
+def ended(outcome: str) -> AttemptRecord:
+    return AttemptRecord(started=0.0, ended=1.0, outcome=outcome, events=[])
 
 
 def shown(run: RunDir) -> dict[str, Any]:
@@ -49,7 +68,7 @@ def shown(run: RunDir) -> dict[str, Any]:
 
 def test_a_running_one(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
-    append_line(run.evaluations, {"version": 4, "accuracy": 0.5, "sequences": 10})
+    append_record(run.evaluations, Evaluation(4, accuracy=0.5, sequences=10))
     servers = [ServerState(name="server-0-0", version=6), ServerState(name="server-0-1")]
     agent = Member(run, AgentState(servers=servers), "rollout0")
     trainer = Member(run, TrainerState(step=7, state="training"), "trainer0")
@@ -76,7 +95,7 @@ def test_a_running_one(tmp_path: Path) -> None:
         found["evaluation"] == {"version": 4, "accuracy": 0.5, "sequences": 10}
         and found["versions"]["served"] == 6
     )
-    assert [(wait["who"], wait["what"]) for wait in found["waits"]] == [
+    assert [(wait["member"], wait["what"]) for wait in found["waits"]] == [
         ("trainer-trainer0-0", "batch 7")
     ]
     assert found["warnings"] == [
@@ -90,7 +109,7 @@ def test_a_running_one(tmp_path: Path) -> None:
     for said in (
         "running",
         "step 7 of 10",
-        "6 s to go",
+        "6 s left",
         "0.500 at version 4",
         "1 of 2 servers serve",
         "something is odd",
@@ -132,7 +151,7 @@ def test_one_on_another_machine_is_judged_by_its_roster(
 )
 def test_one_that_has_ended_says_how(tmp_path: Path, outcome: str, state: str) -> None:
     run = made(tmp_path)
-    write_json(run.logs / "attempt.json", {"outcome": outcome})
+    write_struct(run.logs / "attempt.json", ended(outcome))
     assert shown(run)["state"] == state
     write_json(run.done, {"version": 10})
     assert shown(run)["state"] == "complete"
@@ -154,16 +173,8 @@ def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
     rows = []
     for num in range(3):
         made(tmp_path / str(num), trained=num * 5)
-        rows.append(
-            {
-                "num": num,
-                "overrides": [f"seed={num}"],
-                "run_dir": str(tmp_path / str(num)),
-                "job": None,
-                "steps": 10,
-            }
-        )
-    write_json(tmp_path / "jobs.json", rows)
+        rows.append(SweepPoint(num, [f"seed={num}"], str(tmp_path / str(num)), steps=10))
+    write_struct(tmp_path / "jobs.json", rows)
     write_json(RunDir(tmp_path / "2").done, {"version": 10})
     drawn = subprocess.run(
         [*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True
@@ -179,7 +190,7 @@ def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: None, "there is no"),
+        (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "is empty"),
         (
             lambda path: (path.mkdir(), (path / "notes.txt").write_text("")),
@@ -203,14 +214,20 @@ def test_of_many_members_those_are_shown_that_need_a_look(tmp_path: Path) -> Non
     run = made(tmp_path, pid=os.getpid())
     now = time.time()
     for index in range(200):
-        state = {"name": f"environment-rollout{index}-0", "kind": "environment", "node": f"rollout{index}", "host": f"n{index}",
-                 "state": "generating", "started": now - 50, "waiting": None}  # fmt: skip
-        write_json(run.members / f"{state['name']}.json", state, durable=False)
+        node = f"rollout{index}"
+        state = EnvironmentState(
+            name=f"environment-{node}-0",
+            node=node,
+            host=f"n{index}",
+            state="generating",
+            started=now - 50,
+        )
+        write_struct(run.members / f"{state.name}.json", state, durable=False)
     os.utime(run.members / "environment-rollout117-0.json", (now - 300,) * 2)
     from rich.console import Console
 
     terminal = Console(width=160, record=True, file=open(os.devnull, "w"))
-    terminal.print(status_view.draw(status.of(tmp_path)))
+    terminal.print(status_view.draw(status.read_status(tmp_path)))
     text = terminal.export_text()
     assert (
         "environment x 200" in text
@@ -244,12 +261,21 @@ def test_the_live_screen_ends_with_ctrl_c(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [0, 1, 5, 5000])
 def test_the_last_lines_of_a_file_whatever_its_length(tmp_path: Path, length: int) -> None:
     path = tmp_path / "lines.jsonl"
-    path.write_text(
-        "".join(json.dumps({"step": n, "pad": "x" * (n % 300)}) + "\n" for n in range(length))
-        + '{"torn'
+    lines = [StepMetrics(n, n, 0, 0.0, 1.0, {"x" * (n % 300): 1.0}, {}) for n in range(length)]
+    path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines) + b'{"torn')
+    assert last_records(path, StepMetrics, 5) == lines[-5:]
+    assert last_records(tmp_path / "none", StepMetrics, 5) == []
+
+
+def test_lines_of_another_layout_are_refused_by_name(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 8, "reward": 0.5}\n')
+    done = subprocess.run(
+        [*COMMAND, "status", str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert [line["step"] for line in last_lines(path, 5)] == list(range(length))[-5:]
-    assert last_lines(tmp_path / "none", 5) == []
+    assert done.returncode == 2 and "no StepMetrics" in done.stderr
+    assert str(run.metrics) in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_login_commands_import_nothing_heavy(tmp_path: Path) -> None:
@@ -266,7 +292,8 @@ def test_login_commands_import_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_a_step_with_an_evaluation_in_it_does_not_move_the_end(tmp_path: Path) -> None:
-    lines = [{"step": step, "time/step": 100.0 if step == 3 else 1.0} for step in range(1, 6)]
+    seconds = {3: 100.0}
+    lines = [StepMetrics(n, n, 0, 0.0, seconds.get(n, 1.0), {}, {}) for n in range(1, 6)]
     assert (
         report.eta(lines, 15) == pytest.approx(10)
         and report.eta([], 15) is None

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -15,10 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch import run, sweep
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.runtime.run_dir import RunDir, read_json
+from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.train import explain
 
 
@@ -37,10 +37,10 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
         print(explain(error), file=sys.stderr)
         return 2
     sweep_dir, row = _place(directory.path)
-    (point,) = report.with_job_states([row])
-    state = report.state_of(directory, point, config.trainer.steps, trained=True)
-    if state in ("running", "queued") and (point["job"] or report.is_held(directory)):
-        where = f"job {point['job']}" if point["job"] else "here, or on another machine"
+    jobs = commands.known_states([row.job])
+    state = report.run_state(row, jobs, config.trainer.steps, trained=True)
+    if state in ("running", "queued") and (row.job or report.is_held(directory)):
+        where = f"job {row.job}" if row.job else "here, or on another machine"
         print(
             f"{directory.path} is {state} already ({where}); nothing was started", file=sys.stderr
         )
@@ -56,7 +56,7 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
             config, directory.path, lambda: commands.requeue(os.environ["SLURM_JOB_ID"])
         )
     sweep.on_slurm(
-        [sweep.Point(row["num"], row["overrides"], config, directory.path)], sweep_dir, slots=0
+        [sweep.Point(row.num, row.overrides, config, directory.path)], sweep_dir, slots=0
     )
     return 0
 
@@ -75,9 +75,7 @@ def changed(known: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
-def _place(path: Path) -> tuple[Path, dict[str, Any]]:
+def _place(path: Path) -> tuple[Path, SweepPoint]:
     """The directory whose table of jobs the run stands in, its own if it is not of a sweep; and its row."""
-    of_sweep = any(
-        Path(row["run_dir"]).resolve() == path for row in read_json(path.parent / "jobs.json") or ()
-    )
-    return path.parent if of_sweep else path, report.points(path)[0]
+    of_sweep = any(Path(row.run_dir).resolve() == path for row in report.sweep_table(path.parent))
+    return path.parent if of_sweep else path, report.find_points(path)[0]

@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from filelock import FileLock, Timeout
 
 import atropos_hpc
@@ -29,6 +28,7 @@ from atropos_hpc.contracts.members import (
     Holder,
     Roster,
 )
+from atropos_hpc.contracts.metrics import Summary
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import base_model, preflight, restart_policy
 from atropos_hpc.launch.restart_policy import Action
@@ -39,14 +39,13 @@ from atropos_hpc.launch.steps import Step, local_steps, slurm_steps, trainer_pyt
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
-from atropos_hpc.observe.timeline import Activity
+from atropos_hpc.observe.timeline import ActivityRecorder
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
     read_json,
     read_struct,
-    write_json,
     write_struct,
 )
 from atropos_hpc.validate import Problem
@@ -199,11 +198,11 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
             log.error("%s", error)
             return 1
 
-        activity = Activity(run)
+        activity = ActivityRecorder(run)
 
         def watch(members: dict[str, AnyMember]) -> Action | None:
             console.show(members)
-            activity.note(members)
+            activity.observe(members)
             return rollout_job.look() if rollout_job is not None else None
 
         supervisor = Supervisor(run, config.launch, steps, watch, job)
@@ -216,7 +215,7 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
             outcome=action.name.lower(),
             events=supervisor.events,
         )
-        _keep(attempt / "attempt.json", msgspec.to_builtins(record))
+        _keep(attempt / "attempt.json", record)
         summary = summarize(run)
         _keep(run.summary, summary)
         console.end(action.name.lower(), summary)
@@ -228,10 +227,10 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
     return action
 
 
-def _keep(path: Path, record: dict[str, Any]) -> None:
+def _keep(path: Path, record: AttemptRecord | Summary) -> None:
     """Write what is only told afterwards: a full disk does not change how a run has ended."""
     try:
-        write_json(path, record)
+        write_struct(path, record)
     except OSError as error:
         log.error("cannot write %s: %s", path, error)
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.metrics import SweepPoint
+from atropos_hpc.contracts.status import ENDED
 from atropos_hpc.launch import preflight, run
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, write_json
+from atropos_hpc.runtime.run_dir import RunDir, write_struct
 from atropos_hpc.validate import Problem
 
 LOOK_S = 3.0
@@ -100,13 +102,13 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         sys.exit(130)
 
 
-def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[dict[str, Any]]:
+def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[SweepPoint]:
     """The rows of the points that were submitted; fewer than all if sbatch has refused one, and said why."""
     from submitit.core.utils import FailedJobError
 
     from atropos_hpc.launch.executor import SlurmhetExecutor
 
-    sweep_dir, rows = folder.parent, []  # type: tuple[Path, list[dict[str, Any]]]
+    sweep_dir, rows = folder.parent, []  # type: tuple[Path, list[SweepPoint]]
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmhetExecutor(folder)
     try:
@@ -143,7 +145,7 @@ def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked
     return [(point, None) for point in points]
 
 
-def _wait(points: list[Point], rows: list[dict[str, Any]]) -> Outcomes:
+def _wait(points: list[Point], rows: list[SweepPoint]) -> Outcomes:
     """Until every point has ended, with a line whenever something has changed."""
     said: list[str] = []
     ended = 0  # looks in a row: for a moment, a job that is requeued looks as if it had ended
@@ -151,19 +153,20 @@ def _wait(points: list[Point], rows: list[dict[str, Any]]) -> Outcomes:
         time.sleep(LOOK_S if said else 0.0)
         if not commands.answers():
             continue
-        found = [report.row(row) for row in report.with_job_states(rows)]
+        jobs = commands.known_states(row.job for row in rows)
+        found = [report.point_status(row, jobs) for row in rows]
         lines = [
-            f"{point.num:>3}  {each['state']:<10} step {each['step']}/{each['steps']}"
+            f"{point.num:>3}  {each.state:<10} step {each.step}/{each.steps}"
             for point, each in zip(points, found, strict=True)
         ]
         for line, before in zip(lines, said or [""] * len(lines), strict=True):
             if line != before:
                 print(line, file=sys.stderr)
         said = lines
-        ended = ended + 1 if all(each["state"] in report.ENDED for each in found) else 0
+        ended = ended + 1 if all(each.state in ENDED for each in found) else 0
         if ended == 2:
             print(report.table(found), file=sys.stderr)
-            return [(point, each["state"]) for point, each in zip(points, found, strict=True)]
+            return [(point, each.state) for point, each in zip(points, found, strict=True)]
 
 
 # --- this machine
@@ -213,7 +216,7 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         process.end(running.values(), points[0].config.launch.save_timeout_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    print(report.table([report.row(row) for row in rows]), file=sys.stderr)
+    print(report.table([report.point_status(row, {}) for row in rows]), file=sys.stderr)
     return [(point, _OUTCOMES.get(codes.get(point.num, 75), "failed")) for point in points]
 
 
@@ -248,25 +251,32 @@ def _refuse(points: Iterable[Point], on_slurm: bool) -> None:
     sys.exit(2)
 
 
-def _row(point: Point, **more: Any) -> dict[str, Any]:
-    return {"num": point.num, "overrides": point.overrides, "run_dir": str(point.run_dir), "steps": point.config.trainer.steps,
-            "submitted": time.time(), **more}  # fmt: skip
+def _row(point: Point, job: str | None, slot: str | None, log: str) -> SweepPoint:
+    return SweepPoint(
+        num=point.num,
+        overrides=point.overrides,
+        run_dir=str(point.run_dir),
+        steps=point.config.trainer.steps,
+        job=job,
+        slot=slot,
+        log=log,
+        submitted=time.time(),
+    )
 
 
-def _note(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
+def _note(sweep_dir: Path, rows: list[SweepPoint]) -> None:
     """Write the table; rows of the same run directory, of an earlier submission, are replaced."""
-    ours = {row["run_dir"] for row in rows}
-    kept = [row for row in report.points(sweep_dir) if row["run_dir"] not in ours]
-    write_json(sweep_dir / "jobs.json", sorted([*kept, *rows], key=lambda row: row["num"]))
+    ours = {row.run_dir for row in rows}
+    kept = [row for row in report.find_points(sweep_dir) if row.run_dir not in ours]
+    table = sorted([*kept, *rows], key=lambda row: row.num)
+    write_struct(sweep_dir / "jobs.json", table)
 
 
-def _show(rows: list[dict[str, Any]], sweep_dir: Path) -> None:
+def _show(rows: list[SweepPoint], sweep_dir: Path) -> None:
     lines = [["point", "job", "overrides", "run directory", "log"]]
-    for row, overrides in zip(
-        rows, report.varying([row["overrides"] for row in rows]), strict=True
-    ):
+    for row, overrides in zip(rows, report.varying([row.overrides for row in rows]), strict=True):
         lines.append(
-            [str(row["num"]), row["job"] or "-", " ".join(overrides), row["run_dir"], row["log"]]
+            [str(row.num), row.job or "-", " ".join(overrides), row.run_dir, row.log or "-"]
         )
     print(
         f"{report.aligned(lines)}\nThis table: {sweep_dir / 'jobs.json'}. How it goes: atropos-hpc status {sweep_dir}"

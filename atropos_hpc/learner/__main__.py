@@ -93,7 +93,7 @@ def _train(
     from atropos_hpc.learner.kl import Coefficient
     from atropos_hpc.learner.loop import Batches, Conf, train
     from atropos_hpc.learner.publisher import Publisher, ReaderLink, take_request
-    from atropos_hpc.observe.metrics import Metrics, sinks
+    from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
     model, algorithm, trainer = config.model, config.algorithm, config.trainer
@@ -126,9 +126,10 @@ def _train(
             wandb_group=config.wandb.group or "",
         )
     at = backend.step_count
-    metrics = (
-        Metrics(run, sinks(run, config.wandb, config.tensorboard, at), at) if rank == 0 else None
-    )
+    metrics = None
+    if rank == 0:
+        trackers = open_trackers(run, config.wandb, config.tensorboard, at)
+        metrics = MetricsWriter(run, trackers, at)
     link = ReaderLink(partial(take_request, run), lambda alarm: member.update(alarm=alarm))
     publishing = Publisher(run.policy, config.policy, model.dtype, link)
     batches = Batches(leasing, backend.data_rank, backend.data_world, config.staleness.max)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atropos_hpc.learner.checkpoint import find
-from atropos_hpc.observe.model_card import card
+from atropos_hpc.observe.model_card import model_card
 from atropos_hpc.policy import lora
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -57,7 +57,7 @@ def export(run: RunDir, out: Path, step: int | None = None) -> int:
         AutoTokenizer.from_pretrained(
             conf.path, trust_remote_code=conf.trust_remote_code
         ).save_pretrained(temporary)
-        (temporary / "README.md").write_text(card(run, int(manifest["step"])))
+        (temporary / "README.md").write_text(model_card(run, int(manifest["step"])))
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -20,6 +20,7 @@ from typing import Any
 from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelConf, TrainerConf
 from atropos_hpc.contracts.group import Group
 from atropos_hpc.contracts.members import Done, TrainerState
+from atropos_hpc.contracts.metrics import Evaluation
 from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.learner.batch import make_batch
 from atropos_hpc.learner.checkpoint import Checkpoints
@@ -27,9 +28,9 @@ from atropos_hpc.learner.collective import StopAsked, Together
 from atropos_hpc.learner.importance import correct
 from atropos_hpc.learner.kl import Coefficient, penalize
 from atropos_hpc.learner.publisher import Publisher
-from atropos_hpc.observe.metrics import Metrics, Phases
+from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.run_dir import RunDir, read_lines, write_struct
+from atropos_hpc.runtime.run_dir import RunDir, read_records, write_struct
 from atropos_hpc.trajectories.client import TrajectoryClient
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def train(
     batches: Batches,
     checkpoints: Checkpoints,
     publishing: Publisher,
-    metrics: Metrics | None,
+    metrics: MetricsWriter | None,
     together: Together,
     member: Member[TrainerState],
     kl: Coefficient,
@@ -157,16 +158,11 @@ def train(
                 _acknowledge(client, checkpoints.durable(), checkpoints.safe, backend.rank)
             if metrics is not None:
                 metrics.sample(version, conf.trainer.steps, groups)
-                metrics.write(
-                    version + 1,
-                    _figures(
-                        batch.statistics.metrics(),
-                        updated,
-                        phases.take(),
-                        server,
-                        conf.staleness_max,
-                    ),
+                times = phases.take()
+                scalars = _scalars(
+                    batch.statistics.metrics(), updated, times, server, conf.staleness_max
                 )
+                metrics.write(version + 1, scalars, times)
             together.check()
         _save_now(backend, client, checkpoints, publishing, kl)
         _evaluated(run, backend.step_count, conf.evaluation.after, conf, together)
@@ -211,7 +207,7 @@ def _save_now(
 def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: Together) -> None:
     """Wait for the held-out evaluation of a version. Training before the first one would change what it evaluates."""
     if wanted:
-        there = lambda: any(line["version"] == version for line in read_lines(run.evaluations))  # noqa: E731
+        there = lambda: any(e.version == version for e in read_records(run.evaluations, Evaluation))  # noqa: E731
         together.wait(
             f"the evaluation of version {version}",
             "the evaluator",
@@ -220,22 +216,20 @@ def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: To
         )
 
 
-def _figures(
+def _scalars(
     batch: dict[str, float],
     updated: dict[str, float],
-    times: dict[str, float],
+    times: StepTimes,
     server: dict[str, Any],
     staleness_max: int,
 ) -> dict[str, float]:
-    """One line of metrics.jsonl."""
-    step = times["time/step"]
+    """Return the scalars of one step."""
     return {
         "reward": batch.pop("reward_mean"),
         **batch,
         **updated,
-        "tokens_per_s": batch["tokens"] / step,
+        "tokens_per_s": batch["tokens"] / times.step_s,
         "staleness_limit": staleness_max,
         "dropped_as_stale": server.get("stale", 0),
         "queued_sequences": server.get("queued_sequences", 0),
-        **{name: round(seconds, 4) for name, seconds in times.items()},
     }

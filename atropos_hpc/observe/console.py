@@ -1,13 +1,13 @@
-"""What a person sees while a run goes on: a progress line on a terminal, plain lines elsewhere; and the supervisor's log."""
+"""The live view of a run: a progress bar on a terminal, plain lines elsewhere; the run's log."""
 
-import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
 
+import msgspec
 from rich.console import Console as Terminal
 from rich.logging import RichHandler
 from rich.progress import (
@@ -21,36 +21,47 @@ from rich.progress import (
 from rich.table import Table
 
 from atropos_hpc.contracts.members import AnyMember
+from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, Summary
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir
 
-PLAIN_S = 10.0  # between plain progress lines
-FIGURES = (
+T = TypeVar("T")
+
+PLAIN_INTERVAL_S = 10.0  # between plain progress lines
+METRICS = (
     ("reward", "reward", ".3f"),
     ("kl", "kl_reference", ".4f"),
     ("stale", "staleness_mean", ".2f"),
-    ("s/step", "time/step", ".2f"),
 )
+OUTCOMES: dict[str, str] = {
+    "finish": "complete",
+    "stop": "stopped; the same command with this run_dir resumes it",
+    "fail": "failed",
+    "requeue": "saved; Slurm starts it again",
+}
+SUMMARY_ROWS = ("accuracy_before", "accuracy_after", "steps", "sequences", "tokens", "wall_s",
+                "restarts")  # fmt: skip
 
 
-class Tail:
-    """New whole lines of a growing JSON-lines file. Starts over when the file was replaced by a shorter one."""
+class Tail(Generic[T]):
+    """Read the new whole lines of a growing JSON-lines file. Starts over if the file shrank."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._at = path, 0
+    def __init__(self, path: Path, kind: type[T]) -> None:
+        self.path, self._offset = path, 0
+        self._decoder = msgspec.json.Decoder(kind)
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[T]:
         try:
             with self.path.open("rb") as file:
-                if file.seek(0, 2) < self._at:
-                    self._at = 0
-                file.seek(self._at)
+                if file.seek(0, 2) < self._offset:
+                    self._offset = 0
+                file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
             return []
         whole = data.rpartition(b"\n")[0]
-        self._at += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines() if line]
+        self._offset += len(whole) + 1 if whole else 0
+        return [self._decoder.decode(line) for line in whole.splitlines() if line]
 
 
 class Console:
@@ -59,106 +70,99 @@ class Console:
     def __init__(self, run: RunDir, steps: int) -> None:
         self.steps = steps
         self.terminal = Terminal(stderr=True)
-        self.metrics, self.evaluations = Tail(run.metrics), Tail(run.evaluations)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[figures]}"))  # fmt: skip
+        self.metrics = Tail(run.metrics, StepMetrics)
+        self.evaluations = Tail(run.evaluations, Evaluation)
         self.progress = Progress(
-            *columns, console=self.terminal, disable=not self.terminal.is_terminal
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self.terminal,
+            disable=not self.terminal.is_terminal,
         )
-        self.task = self.progress.add_task("starting", total=steps, figures="")
-        self._plain_at, self._said = 0.0, ""
+        self.task = self.progress.add_task("starting", total=steps, metrics="")
+        self._next_plain, self._last_plain = 0.0, ""
 
     @contextmanager
     def logging_to(self, path: Path) -> Iterator[None]:
-        """Send the log to `path` and to the terminal, and show progress, inside this block."""
+        """Log to `path` and to the terminal, and show progress, inside this block."""
         to_file = logging.FileHandler(path)
         to_file.setFormatter(logging.Formatter(process.LOG_FORMAT))
-        on_screen = (
-            RichHandler(console=self.terminal, show_path=False)
-            if self.terminal.is_terminal
-            else logging.StreamHandler()
-        )
+        to_terminal: logging.Handler = RichHandler(console=self.terminal, show_path=False)
         if not self.terminal.is_terminal:
-            on_screen.setFormatter(
-                logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
-            )
+            to_terminal = logging.StreamHandler()
+            plain = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+            to_terminal.setFormatter(plain)
         root = logging.getLogger()
         level = root.level
         root.setLevel(logging.INFO)
-        for handler in (to_file, on_screen):
+        for handler in (to_file, to_terminal):
             root.addHandler(handler)
         try:
             with self.progress:
                 yield
         finally:
             root.setLevel(level)
-            for handler in (to_file, on_screen):
+            for handler in (to_file, to_terminal):
                 root.removeHandler(handler)
                 handler.close()
 
-    def show(self, members: dict[str, AnyMember]) -> None:
-        """Bring the view up to date."""
-        for line in self.evaluations.read():
-            accuracy = line.get("accuracy")
-            said = (
-                f"{accuracy:.3f} on {line['sequences']} held-out problems"
-                if accuracy is not None
-                else line.get("error", "no accuracy")
-            )
-            logging.getLogger("atropos_hpc.evaluation").info(
-                "policy version %d: accuracy %s", line["version"], said
-            )
+    def show(self, members: Mapping[str, AnyMember]) -> None:
+        """Update the view."""
+        for evaluation in self.evaluations.read():
+            _log_evaluation(evaluation)
         lines = self.metrics.read()
         if lines:
             last = lines[-1]
-            figures = "  ".join(
-                f"{name} {last[key]:{form}}" for name, key, form in FIGURES if key in last
-            )
+            shown = [
+                f"{label} {value:{form}}"
+                for label, name, form in METRICS
+                if (value := last.get(name)) is not None
+            ]
+            metrics = "  ".join([*shown, f"s/step {last.step_s:.2f}"])
             self.progress.update(
-                self.task, description="training", completed=last["step"], figures=figures
+                self.task, description="training", completed=last.step, metrics=metrics
             )
-            self._plain(f"step {last['step']}/{self.steps}  {figures}")
+            self._log_plain(f"step {last.step}/{self.steps}  {metrics}")
         elif not self.progress.tasks[0].completed:
-            self._plain(_starting(members))
+            self._log_plain(_starting(members))
 
-    def _plain(self, line: str) -> None:
-        """A line now and then, where there is no terminal to draw on."""
-        if self.terminal.is_terminal or line == self._said or time.monotonic() < self._plain_at:
+    def _log_plain(self, line: str) -> None:
+        """Log a progress line every few seconds where there is no terminal to draw on."""
+        now = time.monotonic()
+        if self.terminal.is_terminal or line == self._last_plain or now < self._next_plain:
             return
-        self._plain_at, self._said = time.monotonic() + PLAIN_S, line
+        self._next_plain, self._last_plain = now + PLAIN_INTERVAL_S, line
         logging.getLogger("atropos_hpc.progress").info(line)
 
-    def end(self, outcome: str, summary: dict[str, Any]) -> None:
-        """The last word: what came of the run."""
-        words = {"finish": "complete", "stop": "stopped; the same command with this run_dir resumes it", "fail": "failed",
-                 "requeue": "saved; Slurm starts it again"}  # fmt: skip
-        table = Table(title=f"run {words[outcome]}", show_header=False)
-        for key in (
-            "accuracy_before",
-            "accuracy_after",
-            "steps",
-            "sequences",
-            "tokens",
-            "wall_s",
-            "restarts",
-        ):
-            value = summary.get(key)
-            table.add_row(
-                key,
-                "-"
-                if value is None
-                else f"{value:.3f}"
-                if isinstance(value, float)
-                else f"{value:,}",
+    def end(self, outcome: str, summary: Summary) -> None:
+        """Print how the run ended."""
+        table = Table(title=f"run {OUTCOMES[outcome]}", show_header=False)
+        for name in SUMMARY_ROWS:
+            value = getattr(summary, name)
+            shown = (
+                "-" if value is None else f"{value:{'.3f' if isinstance(value, float) else ','}}"
             )
+            table.add_row(name, shown)
         self.terminal.print(table)
 
 
-def _starting(members: dict[str, AnyMember]) -> str:
-    """Who is there and what they wait for, before the first step."""
+def _log_evaluation(evaluation: Evaluation) -> None:
+    if evaluation.accuracy is None:
+        result = evaluation.error or "no accuracy"
+    else:
+        result = f"{evaluation.accuracy:.3f} on {evaluation.sequences} held-out problems"
+    log = logging.getLogger("atropos_hpc.evaluation")
+    log.info("policy version %d: accuracy %s", evaluation.version, result)
+
+
+def _starting(members: Mapping[str, AnyMember]) -> str:
+    """Describe the members and what they wait for, before the first step."""
     states = []
     for member in members.values():
         if member.kind in ("trainer", "agent", "trajectories", "evaluator"):
-            waits = f" (waits for {member.waiting.what})" if member.waiting else ""
-            states.append(f"{member.name} {member.state}{waits}")
+            wait = f" (waits for {member.waiting.what})" if member.waiting else ""
+            states.append(f"{member.name} {member.state}{wait}")
     return "starting: " + ("; ".join(states) or "processes")

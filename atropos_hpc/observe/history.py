@@ -1,146 +1,151 @@
-"""The story of a run as arrays: what the report's figures are drawn from. Reads whole files; nothing of it is for a live view."""
+"""The history of a run as arrays, for the report's plots. Reads whole files: not for a live view."""
 
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from atropos_hpc.contracts.metrics import (
+    ActivityLine,
+    ActivitySample,
+    AttemptMark,
+    Evaluation,
+    RestartMark,
+    StepMetrics,
+)
 from atropos_hpc.observe import report
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, read_records
 
-PHASES = (
-    "wait",
-    "batch",
-    "log_probs",
-    "update",
-    "publish",
-    "checkpoint",
-)  # in the order in which a step goes through them
-# what differs between the points of a sweep without being what is compared
+# The phases of a step, in order. "other" is the time outside of them, before the first.
+PHASES = ("wait", "batch", "log_probs", "update", "publish", "checkpoint")
+# Keys that differ between the points of a sweep without being what it compares.
 NOT_COMPARED = re.compile(r"^(run_dir|seed|model\.path|model\.make_options\.seed|wandb\..*)$")
 
 Values = NDArray[np.float64]
-Groups = dict[
-    tuple[Any, ...], list["Series"]
-]  # the runs of a sweep by the values of what is compared
+ConfigValue = int | float | str | bool | None
+Config = Mapping[str, ConfigValue]  # dotted key -> value; lists as text
+RunGroups = dict[tuple[ConfigValue, ...], list["History"]]  # by the values of the compared keys
 
 
 @dataclass
 class Restart:
-    """A process that was started again, or a new attempt of all."""
+    """A process that was restarted, or a new attempt of the run."""
 
     time: float  # seconds since the epoch
-    what: str
+    name: str
+    of_run: bool = False
 
 
 @dataclass
-class Series:
-    """One run. Arrays are of the steps, in order; NaN where a step lacks the figure."""
+class History:
+    """One run. Arrays have one value per step; NaN where a step lacks the metric."""
 
     path: Path
-    config: dict[str, Any]
-    steps: Values
-    figures: dict[str, Values]
-    evaluations: list[dict[str, Any]]  # with an accuracy
-    activity: list[dict[str, Any]]  # samples of what members did
-    restarts: list[Restart] = field(default_factory=list)
+    config: Config
+    lines: list[StepMetrics]
+    evaluations: list[tuple[Evaluation, float]]  # with their accuracy
+    activity: list[ActivitySample]
+    restarts: list[Restart]
 
-    def get(self, name: str) -> Values:
-        """A figure's values; all NaN where no step has it."""
-        return self.figures.get(name, np.full(len(self.steps), np.nan))
+    def __post_init__(self) -> None:
+        self.steps = np.array([line.step for line in self.lines], float)
+        self.times = np.array([line.time for line in self.lines], float)
+        self.step_s = np.array([line.step_s for line in self.lines], float)
+
+    def scalar(self, name: str) -> Values:
+        """Return a metric's values."""
+        return np.array([line.get(name) for line in self.lines], float)  # None becomes NaN
+
+    def phase(self, name: str) -> Values:
+        """Return the seconds that each step spent in a phase."""
+        return np.array([line.phases.get(name, 0.0) for line in self.lines], float)
 
     def final(self, name: str) -> float:
-        """The mean of a figure over the last tenth of the steps; NaN where there is none."""
-        values = self.get(name)
+        """Average a metric over the last tenth of the steps; NaN where there is none."""
+        values = self.scalar(name)
         last = values[-max(1, int(len(values) * report.FINAL)) :]
         last = last[np.isfinite(last)]
-        return float(last.mean()) if len(last) else float("nan")
+        return float(last.mean()) if len(last) else math.nan
 
     @property
     def accuracy(self) -> float:
-        """Held-out, of the last evaluation; NaN before the first."""
-        return float(self.evaluations[-1]["accuracy"]) if self.evaluations else float("nan")
+        """The accuracy of the last held-out evaluation; NaN before the first."""
+        return self.evaluations[-1][1] if self.evaluations else math.nan
 
     def step_at(self, when: float) -> float:
-        """How many steps were done by then."""
-        return float(np.searchsorted(self.get("time"), when))
+        """Return how many steps were done at a time."""
+        return float(np.searchsorted(self.times, when))
 
 
-def read(path: Path) -> Series:
-    """All that a run's directory tells."""
+def read(path: Path) -> History:
+    """Read the history of the run in a directory."""
     run = RunDir(path)
-    lines = [line for line in read_lines(run.metrics) if "step" in line]
-    names = sorted(
-        {name for line in lines for name, value in line.items() if isinstance(value, (int, float))}
+    info = run.info()
+    activity: list[ActivityLine] = read_records(run.activity, ActivityLine)  # type: ignore[arg-type]
+    evaluations = read_records(run.evaluations, Evaluation)
+    return History(
+        path,
+        flatten(msgspec.to_builtins(info.config)) if info is not None else {},
+        read_records(run.metrics, StepMetrics),
+        [(each, each.accuracy) for each in evaluations if each.accuracy is not None],
+        [line for line in activity if isinstance(line, ActivitySample)],
+        _restarts(activity),
     )
-    figures = {name: np.array([line.get(name, np.nan) for line in lines], float) for name in names}
-    activity = read_lines(run.activity)
-    return Series(
-        path, read_json(run.run_json).get("config", {}), figures.get("step", np.zeros(0)), figures,
-        [line for line in read_lines(run.evaluations) if line.get("accuracy") is not None],
-        [line for line in activity if "states" in line], _restarts(run, activity),
-    )  # fmt: skip
 
 
-def _restarts(run: RunDir, activity: list[dict[str, Any]]) -> list[Restart]:
-    """All but the first start."""
-    found = [
-        Restart(line["time"], line["name"])
-        for line in activity
-        if line.get("event") == "started again"
-    ]
-    if activity:
-        starts = [line["time"] for line in activity if line.get("event") == "attempt"]
-    else:
-        starts = [
-            (path / "start.json").stat().st_mtime
-            for path in report.attempts(run)
-            if (path / "start.json").exists()
-        ]
-    found += [Restart(start, f"attempt {number}") for number, start in enumerate(starts) if number]
-    return sorted(found, key=lambda each: each.time)
+def _restarts(activity: Sequence[ActivityLine]) -> list[Restart]:
+    attempts = [line for line in activity if isinstance(line, AttemptMark)]
+    found = [Restart(line.time, line.name.replace("-", " "), True) for line in attempts[1:]]
+    found += [Restart(line.time, line.name) for line in activity if isinstance(line, RestartMark)]
+    return sorted(found, key=lambda restart: restart.time)
 
 
-# --- a timeline: what share of each of some bins of time went where
+# --- the timeline: shares of the bins between `edges`
 
 
-def phases(series: Series, edges: Values) -> dict[str, Values]:
-    """The learner's phases: {name: share of each bin}. What a step spent outside of them ("other") came first in it."""
-    ends, whole = series.get("time"), np.nan_to_num(series.get("time/step"))
-    spent = {name: np.nan_to_num(series.get(f"time/{name}")) for name in PHASES}
-    at = ends - whole
+def phase_shares(run: History, edges: Values) -> dict[str, Values]:
+    """Return the share of each bin that the learner spent in each phase."""
+    spent = {name: run.phase(name) for name in PHASES}
+    other = np.maximum(0.0, run.step_s - sum(spent.values()))
+    start = run.times - run.step_s
     shares = {}
-    for name, seconds in {"other": np.maximum(0.0, whole - sum(spent.values())), **spent}.items():
-        shares[name] = _shares(at, at + seconds, np.ones(len(at)), edges)
-        at = at + seconds
+    for name, seconds in {"other": other, **spent}.items():
+        shares[name] = _coverage(start, start + seconds, np.ones(len(start)), edges)
+        start = start + seconds
     return shares
 
 
-def states(series: Series, kind: str, edges: Values, hold_s: float) -> dict[str, Values]:
-    """The states of the members of a kind: {state: share of members in each bin}. A sample holds until the next, at most `hold_s`."""
-    samples = [
-        (line["time"], line["states"][kind]) for line in series.activity if kind in line["states"]
-    ]
+def state_shares(run: History, kind: str, edges: Values, hold_s: float) -> dict[str, Values]:
+    """Return the share of the members of a kind in each state, per bin.
+
+    A sample counts until the next one, at most for `hold_s` seconds.
+    """
+    samples = [line for line in run.activity if kind in line.states]
     if not samples:
         return {}
-    starts = np.array([when for when, _ in samples])
+    starts = np.array([line.time for line in samples])
     ends = np.minimum(np.append(starts[1:], np.inf), starts + hold_s)
-    names = sorted({name for _, counts in samples for name in counts})
-    totals = np.array([sum(counts.values()) for _, counts in samples], float)
+    names = sorted({name for line in samples for name in line.states[kind]})
+    totals = np.array([sum(line.states[kind].values()) for line in samples], float)
     return {
-        name: _shares(
-            starts, ends, np.array([counts.get(name, 0) for _, counts in samples]) / totals, edges
+        name: _coverage(
+            starts,
+            ends,
+            np.array([line.states[kind].get(name, 0) for line in samples]) / totals,
+            edges,
         )
         for name in names
     }
 
 
-def _shares(starts: Values, ends: Values, weights: Values, edges: Values) -> Values:
-    """How much of each bin the weighted intervals cover, in [0, 1]. The intervals are in order and do not overlap."""
+def _coverage(starts: Values, ends: Values, weights: Values, edges: Values) -> Values:
+    """Return how much of each bin the weighted, ordered, disjoint intervals cover, in [0, 1]."""
     if not len(starts):
         return np.zeros(len(edges) - 1)
     points = np.maximum.accumulate(np.column_stack([starts, ends]).ravel())
@@ -151,43 +156,35 @@ def _shares(starts: Values, ends: Values, weights: Values, edges: Values) -> Val
 # --- a sweep
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value.
+def flatten(config: Any, prefix: str = "") -> dict[str, ConfigValue]:
+    """Flatten a nested config into dotted keys; lists become text.
 
-    >>> flat({"a": {"b": 1}, "c": [2]})
-    {'a.b': 1, 'c': [2]}
+    >>> flatten({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': '[2]'}
     """
     if not isinstance(config, dict):
-        return {prefix: config}
+        simple = isinstance(config, (int, float, str, bool, type(None)))
+        return {prefix: config if simple else str(config)}
     return {
         key: value
         for name, below in config.items()
-        for key, value in flat(below, f"{prefix}.{name}" if prefix else name).items()
+        for key, value in flatten(below, f"{prefix}.{name}" if prefix else name).items()
     }
 
 
-def compared(runs: Iterable[Series]) -> list[str]:
-    """The keys whose values differ between runs, but for what only tells repetitions apart."""
-    configs = [flat(run.config) for run in runs]
-    keys = sorted({key for config in configs for key in config if not NOT_COMPARED.match(key)})
-    return [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+def compared_keys(runs: Sequence[History]) -> list[str]:
+    """Return the keys whose values differ between runs, except those that tell repetitions apart."""
+    keys = sorted({key for run in runs for key in run.config if not NOT_COMPARED.match(key)})
+    return [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
 
 
-def grouped(runs: Iterable[Series], keys: list[str]) -> Groups:
-    """The runs by their values of `keys`; those in one group differ in their seed."""
-    groups: Groups = {}
+def grouped(runs: Iterable[History], keys: Sequence[str]) -> RunGroups:
+    """Group runs by their values of `keys`, in order; the runs of one group differ in their seed."""
+    groups: RunGroups = {}
     for run in runs:
-        config = flat(run.config)
-        groups.setdefault(tuple(_hashable(config.get(key)) for key in keys), []).append(run)
-    return dict(
-        sorted(
-            groups.items(),
-            key=lambda item: [
-                (isinstance(value, str), value if value is not None else -1) for value in item[0]
-            ],
-        )
-    )
+        groups.setdefault(tuple(run.config.get(key) for key in keys), []).append(run)
 
+    def order(values: tuple[ConfigValue, ...]) -> list[tuple[bool, Any]]:
+        return [(isinstance(v, str), -1 if v is None else v) for v in values]
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+    return {values: groups[values] for values in sorted(groups, key=order)}

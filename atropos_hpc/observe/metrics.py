@@ -1,24 +1,34 @@
-"""The figures of a run: one line per optimizer step in metrics.jsonl, the same to W&B or TensorBoard, and the time each phase took.
+"""Write the metrics of a run: one line per optimizer step to metrics.jsonl and to the trackers.
 
-metrics.jsonl is the source for status, report and summary. A step that is done again after a crash replaces its old line, so
-every step stands there once.
+metrics.jsonl is the source for status, report and summary. A step that is repeated after a crash
+replaces its earlier line, so every step is there once.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+
+import msgspec
 
 from atropos_hpc.config import WandbConf
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.metrics import Evaluation, Sample, StepMetrics
 from atropos_hpc.observe import samples
-from atropos_hpc.observe.trackers import Sink, TensorBoard, Wandb
-from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines, write_file
+from atropos_hpc.observe.trackers import TensorBoardTracker, Tracker, WandbTracker
+from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records, write_file
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Where the time since the previous step went, in seconds."""
+
+    step_s: float
+    phases: dict[str, float]
 
 
 class Phases:
-    """Seconds spent in each named phase since the last `take`. Wraps steps from outside: `with phases("wait"): ...`."""
+    """Measure named phases: `with phases("wait"): ...`. `take` returns them and starts anew."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -32,77 +42,90 @@ class Phases:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - start
 
-    def take(self) -> dict[str, float]:
-        """{"time/<phase>": s, ..., "time/step": s since the last take}, and start anew."""
+    def take(self) -> StepTimes:
+        """Return the times since the last call."""
         now = time.monotonic()
-        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()} | {
-            "time/step": now - self._since
-        }
+        phases = {name: round(seconds, 4) for name, seconds in self._seconds.items()}
+        taken = StepTimes(round(now - self._since, 4), phases)
         self._seconds, self._since = {}, now
         return taken
 
 
-class Metrics:
-    """The writer, on the learner's rank 0. `resume_at`: the step the learner starts from; lines after it are of lost steps."""
+class MetricsWriter:
+    """Write metrics and samples, on the learner's rank 0."""
 
-    def __init__(self, run: RunDir, sinks: Sequence[Sink], resume_at: int) -> None:
-        self.run, self._sinks = run, sinks
-        for path, key in (
-            (run.metrics, "step"),
-            (run.samples, "version"),
-        ):  # what is trained on at version k makes step k + 1
-            kept = [line for line in read_lines(path) if line[key] < resume_at + (key == "step")]
-            write_file(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+    def __init__(self, run: RunDir, trackers: Sequence[Tracker], resume_at: int) -> None:
+        """`resume_at`: the step that training resumes at. Lines of later steps are removed."""
+        self.run, self._trackers = run, trackers
+        self._attempt = run.attempt()
+        steps = read_records(run.metrics, StepMetrics)
+        _rewrite(run, "metrics", [line for line in steps if line.step <= resume_at])
+        chosen = read_records(run.samples, Sample)
+        _rewrite(run, "samples", [line for line in chosen if line.version < resume_at])
         self._evaluations = 0
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One step's figures; with the accuracy of the last held-out evaluation, and its version, if one has come in since the last."""
+    def write(self, step: int, scalars: Mapping[str, float], times: StepTimes) -> None:
+        """Write one step, with the last held-out accuracy if a new one has arrived."""
+        scalars = {name: float(value) for name, value in scalars.items()}
         evaluations = self._new_evaluations()
-        if evaluations:
-            values = {
-                **values,
-                "accuracy": evaluations[-1]["accuracy"],
-                "accuracy_version": evaluations[-1]["version"],
-            }
-        append_line(self.run.metrics, {"step": step, "time": time.time(), **values})
-        for sink in self._sinks:
-            sink.figures(step, values)
+        if evaluations and evaluations[-1].accuracy is not None:
+            scalars["accuracy"] = evaluations[-1].accuracy
+            scalars["accuracy_version"] = evaluations[-1].version
+        line = StepMetrics(
+            step=step,
+            version=step,
+            attempt=self._attempt,
+            time=time.time(),
+            step_s=times.step_s,
+            phases=times.phases,
+            scalars=dict(scalars),
+        )
+        append_record(self.run.metrics, line)
+        for tracker in self._trackers:
+            tracker.step(line)
 
     def sample(self, version: int, steps: int, groups: Sequence[Group]) -> None:
-        """Keep some of what is trained on at this version, now and then in a run of so many steps."""
-        if not groups or not samples.due(version, steps):
+        """Write samples of the batch trained at `version`, if that version is due."""
+        if not groups or not samples.is_due(version, steps):
             return
-        lines = samples.choose(groups[0], version)
-        for line in lines:
-            append_line(self.run.samples, line)
-        if self._sinks:
-            rows = samples.decoded(lines, self.run.config().model.path or "")
-            for sink in self._sinks:
-                sink.samples(rows)
+        chosen = samples.choose(groups[0], version)
+        for sample in chosen:
+            append_record(self.run.samples, sample)
+        if self._trackers:
+            decoded = samples.decode(chosen, self.run.config().model.path or "")
+            for tracker in self._trackers:
+                tracker.samples(decoded)
 
-    def _new_evaluations(self) -> list[dict[str, Any]]:
-        """What has come in since the last call; passed on at the version it is of."""
-        lines = read_lines(self.run.evaluations)
-        new = [line for line in lines[self._evaluations :] if line.get("accuracy") is not None]
+    def _new_evaluations(self) -> list[Evaluation]:
+        """Return the evaluations since the last call that have an accuracy; pass them on."""
+        lines = read_records(self.run.evaluations, Evaluation)
+        new = [line for line in lines[self._evaluations :] if line.accuracy is not None]
         self._evaluations = len(lines)
-        for line in new:
-            for sink in self._sinks:
-                sink.evaluation(line)
+        for evaluation in new:
+            for tracker in self._trackers:
+                tracker.evaluation(evaluation)
         return new
 
     def close(self) -> None:
-        """Pass on what is left, and end the sinks."""
-        if self._sinks:
+        """Pass on the remaining evaluations and close the trackers."""
+        if self._trackers:
             self._new_evaluations()
-        for sink in self._sinks:
-            sink.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
-def sinks(run: RunDir, wandb: WandbConf, tensorboard: bool, resume_at: int) -> list[Sink]:
-    """Those that the config asks for."""
-    chosen: list[Sink] = []
+def _rewrite(run: RunDir, name: str, lines: Sequence[StepMetrics] | Sequence[Sample]) -> None:
+    path = run.path / f"{name}.jsonl"
+    write_file(path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+
+
+def open_trackers(
+    run: RunDir, wandb: WandbConf, tensorboard: bool, resume_at: int
+) -> list[Tracker]:
+    """Open the trackers that the config asks for."""
+    trackers: list[Tracker] = []
     if wandb.mode != "disabled":
-        chosen.append(Wandb(run, wandb))
+        trackers.append(WandbTracker(run, wandb))
     if tensorboard:
-        chosen.append(TensorBoard(run, resume_at))
-    return chosen
+        trackers.append(TensorBoardTracker(run, resume_at))
+    return trackers

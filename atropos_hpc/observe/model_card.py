@@ -1,78 +1,79 @@
-"""The model card of an exported checkpoint: what it was made from, how, and how it did. Hugging Face's format: front matter, then text."""
+"""The model card of an exported checkpoint, in Hugging Face's format: front matter, then text."""
 
 import json
-from typing import Any
+
+import msgspec
 
 import atropos_hpc
-from atropos_hpc.observe.summary import summarize
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_lines
+from atropos_hpc.config import ModelConf
+from atropos_hpc.observe.summary import evaluation_summaries, summarize
+from atropos_hpc.runtime.run_dir import RunDir
 
 
-def card(run: RunDir, step: int) -> str:
-    """README.md of the directory that holds the weights after that step."""
-    about = read_json(run.run_json)
-    config, summary = about["config"], summarize(run)
-    model, algorithm, trainer, environment = (
-        config[name] for name in ("model", "algorithm", "trainer", "environment")
-    )
-    made = model["make"] is not None
-    base = "a model made from scratch by " + f"`{model['make']}`" if made else f"`{model['path']}`"
-    evaluations = [
-        line
-        for line in read_lines(run.evaluations)
-        if line.get("accuracy") is not None and line["version"] <= step
-    ]
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["grpo", "reinforcement-learning", "atropos"],
-    }
-    if not made and not model["path"].startswith(("/", ".", "~")):
-        front["base_model"] = model["path"]
-    lora = (
-        f", a LoRA adapter of rank {model['lora']['rank']}, merged" if model["lora"]["rank"] else ""
-    )
-    rows = [("policy version", "held-out accuracy", "problems"), ("---", "---", "---"),
-            *((line["version"], f"{line['accuracy']:.3f}", line["sequences"]) for line in evaluations)]  # fmt: skip
-    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    results = (
-        f"{table}\n\nMetric: `{environment['metric']}` of the environment's own evaluation."
-        if evaluations
-        else "No held-out evaluation."
-    )
-    kl = f"{algorithm['kl_coef']} ({algorithm['kl_estimator']}, in the {algorithm['kl_in']})"
+def model_card(run: RunDir, step: int) -> str:
+    """Return README.md for the weights after a step."""
+    info, summary = run.info(), summarize(run)
+    assert info is not None, "a run with a checkpoint has a run.json"
+    config = info.config
+    model, algorithm, trainer = config.model, config.algorithm, config.trainer
     return f"""---
-{_yaml(front)}---
+{_front_matter(model)}---
 
 # {run.path.name}, after step {step}
 
-Trained from {base}{lora}, by {algorithm["advantage"]} with the {algorithm["loss"]} loss on `{environment["target"]}`,
-{trainer["steps"]} steps of {algorithm["batch_size"]} sequences in groups of {environment["group_size"]}.
+Trained from {_base(model)}, by {algorithm.advantage} with the {algorithm.loss} loss on
+`{config.environment.target}`, {trainer.steps} steps of {algorithm.batch_size} sequences in groups
+of {config.environment.group_size}.
 
 ## Results
 
-{results}
+{_results(run, step, config.environment.metric)}
 
 ## Training
 
 | | |
 |---|---|
-| learning rate | {trainer["learning_rate"]}, {trainer["schedule"]} |
-| KL to the reference | {kl} |
-| staleness | at most {config["staleness"]["max"]} versions |
-| longest sequence | {model["max_length"]} tokens |
-| sequences, tokens trained on | {summary["sequences"]:,}, {summary["trained_tokens"]:,} |
-| run | {about["id"]}, atropos_hpc {atropos_hpc.__version__} |
+| learning rate | {trainer.learning_rate}, {trainer.schedule} |
+| KL to the reference | {algorithm.kl_coef} ({algorithm.kl_estimator}, in the {algorithm.kl_in}) |
+| staleness | at most {config.staleness.max} versions |
+| longest sequence | {model.max_length} tokens |
+| sequences, tokens trained | {summary.sequences:,}, {summary.trained_tokens:,} |
+| run | {info.id}, atropos_hpc {atropos_hpc.__version__} |
 
 <details><summary>Config</summary>
 
 ```json
-{json.dumps(config, indent=1)}
+{msgspec.json.format(msgspec.json.encode(config), indent=1).decode()}
 ```
 
 </details>
 """
 
 
-def _yaml(front: dict[str, Any]) -> str:
-    """Front matter; JSON is YAML."""
+def _front_matter(model: ModelConf) -> str:
+    """Return YAML; JSON is a subset of it."""
+    front: dict[str, object] = {
+        "library_name": "transformers",
+        "tags": ["grpo", "reinforcement-learning", "atropos"],
+    }
+    if model.make is None and not str(model.path).startswith(("/", ".", "~")):  # on the hub
+        front["base_model"] = model.path
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
+
+
+def _base(model: ModelConf) -> str:
+    base = f"`{model.path}`"
+    if model.make is not None:
+        base = f"a model made from scratch by `{model.make}`"
+    adapter = f", a LoRA adapter of rank {model.lora.rank}, merged" if model.lora.rank else ""
+    return base + adapter
+
+
+def _results(run: RunDir, step: int, metric: str) -> str:
+    evaluations = [each for each in evaluation_summaries(run) if each.version <= step]
+    if not evaluations:
+        return "No held-out evaluation."
+    lines = ["| policy version | held-out accuracy | problems |", "|---|---|---|"]
+    lines += [f"| {e.version} | {e.accuracy:.3f} | {e.sequences} |" for e in evaluations]
+    lines += ["", f"Metric: `{metric}` of the environment's own evaluation."]
+    return "\n".join(lines)

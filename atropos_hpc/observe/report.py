@@ -1,248 +1,250 @@
-"""A sweep at a glance: one row per point, from what lies in the run directories and what Slurm says of the jobs."""
+"""The points of a run or a sweep as a table, from run directories and the state of their jobs.
+
+Nothing that grows with a run is read whole: files that grow are read from their ends.
+"""
 
 import os
-import shutil
 import socket
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from atropos_hpc.launch.slurm import commands
+from atropos_hpc.contracts.members import AttemptRecord, Done, Holder
+from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, SweepPoint
+from atropos_hpc.contracts.status import PointStatus, RunState
 from atropos_hpc.runtime.membership import DEAD_S
-from atropos_hpc.runtime.run_dir import RunDir, last_lines, read_json
+from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
-RECENT = 50  # steps whose pace counts
+RECENT = 50  # steps that count for the pace of a run
 FINAL = 0.1  # the last part of the steps, over which a final value is averaged
-ENDED = ("complete", "failed", "stopped", "lost", "cancelled")
-COLUMNS = ("", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory")
+PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+COLUMNS = ["", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory"]
+
+# State of each job in the queue; None: Slurm has forgotten it. A job that is missing was not asked for.
+JobStates = Mapping[str, str | None]
+QueryJobs = Callable[[Iterable[str | None]], JobStates]
 
 
-class NotOne(Exception):
+class NotARunError(Exception):
     """The directory is neither a run's nor a sweep's; the message says what it is instead."""
 
 
-def points(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a sweep's jobs.json; without one, one row for each run directory at or below `directory`. [] when there is none.
-
-    The row of a run that is a point of a sweep is that of its sweep's table.
-    """
-    if rows := read_json(directory / "jobs.json"):
-        return list(rows)
-    runs = (
-        [directory]
-        if is_run(directory)
-        else sorted((path.parent for path in directory.glob("*/run.json")), key=_by_number)
-    )
-    return [_row(run, num) for num, run in enumerate(runs)]
-
-
-def _row(run: Path, num: int) -> dict[str, Any]:
-    of_sweep = read_json(run.resolve().parent / "jobs.json") or ()
-    known: dict[str, Any] = next(
-        (row for row in of_sweep if Path(row["run_dir"]).resolve() == run.resolve()), {}
-    )
-    job = read_json(RunDir(run).holder).get("job")  # who holds it may have come after the sweep
-    return {
-        "num": num,
-        "overrides": [],
-        "steps": None,
-        "job": job,
-        **known,
-        "run_dir": str(run),
-        **({"job": job} if job else {}),
-    }
-
-
-def found(directory: Path) -> list[dict[str, Any]]:
-    """`points`, of a directory that has to have some. Raises NotOne."""
-    if not directory.exists():
-        raise NotOne(f"there is no {directory}")
-    if not directory.is_dir():
-        raise NotOne(
-            f"{directory} is a file; give the directory of a run (run_dir=...) or of a sweep"
-        )
-    rows = points(directory)
-    if not rows:
-        is_what = (
-            "is empty"
-            if not any(directory.iterdir())
-            else "holds no jobs.json and no run.json, here or one level below"
-        )
-        raise NotOne(f"{directory} {is_what}: it is neither a run's directory nor a sweep's")
-    return rows
+# --- which runs
 
 
 def is_run(directory: Path) -> bool:
-    """Is it a run's directory? run.json comes a little after the rest, once the base model is there."""
+    """Tell a run directory from others. run.json appears only once the base model exists."""
     return (directory / "run.json").exists() or (
         (directory / "secret").exists() and (directory / "rendezvous").is_dir()
     )
 
 
-def _by_number(path: Path) -> tuple[int, str]:
+def find_points(directory: Path) -> list[SweepPoint]:
+    """Return the points in a sweep's jobs.json, or one for each run at or below `directory`.
+
+    A run that belongs to a sweep is described by the sweep's table.
+    """
+    if points := sweep_table(directory):
+        return points
+    if is_run(directory):
+        return [_point_of(directory, 0)]
+    runs = sorted((path.parent for path in directory.glob("*/run.json")), key=_numeric_order)
+    return [_point_of(run, num) for num, run in enumerate(runs)]
+
+
+def require_points(directory: Path) -> list[SweepPoint]:
+    """Return `find_points`; raise NotARunError where there are none."""
+    if not directory.exists():
+        raise NotARunError(f"{directory} does not exist")
+    if not directory.is_dir():
+        raise NotARunError(
+            f"{directory} is a file; give the directory of a run (run_dir=...) or of a sweep"
+        )
+    if points := find_points(directory):
+        return points
+    content = "holds no jobs.json and no run.json, here or one level below"
+    if not any(directory.iterdir()):
+        content = "is empty"
+    raise NotARunError(f"{directory} {content}: it is neither a run's directory nor a sweep's")
+
+
+def sweep_table(directory: Path) -> list[SweepPoint]:
+    """Return the rows of a sweep's jobs.json; [] without one."""
+    return read_struct(directory / "jobs.json", list[SweepPoint]) or []
+
+
+def _point_of(run: Path, num: int) -> SweepPoint:
+    """Describe a run by its row in the sweep's table, and the job of its latest start."""
+    holder = read_struct(RunDir(run).holder, Holder)
+    job = holder.job if holder is not None else None
+    for row in sweep_table(run.resolve().parent):
+        if Path(row.run_dir).resolve() == run.resolve():
+            return SweepPoint(row.num, row.overrides, str(run), row.steps, job or row.job)
+    return SweepPoint(num, [], str(run), job=job)
+
+
+def _numeric_order(path: Path) -> tuple[int, str]:
     return (int(path.name) if path.name.isdigit() else -1, path.name)
 
 
-def with_job_states(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, each with its job's state in the queue under "queue": None where Slurm does not know the job (any more). No such key
-    where Slurm cannot be asked.
-    """
-    rows = list(rows)
-    jobs = [row["job"] for row in rows if row["job"]]
-    if not jobs or shutil.which("squeue") is None:
-        return rows
-    try:
-        states = commands.states(jobs)
-    except commands.SlurmError:  # the run directories tell the rest
-        return rows
-    return [{**row, "queue": states.get(row["job"])} for row in rows]
+# --- the state of a run
 
 
-def row(point: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one point. Those that are not there yet are None. Cheap: files that grow are read from their ends.
-
-    Reward and KL are means over the last tenth of the steps, of at most RECENT of them; staleness is the last step's.
-    state: queued | requeued | starting | running | complete | failed | stopped | cancelled | lost (no process and no last word).
-    """
-    run = RunDir(Path(point["run_dir"]))
-    lines = last_lines(run.metrics, RECENT)
-    evaluations = [e for e in last_lines(run.evaluations, RECENT) if e.get("accuracy") is not None]
-    last = lines[-1] if lines else {}
-    final = lines[-max(1, int(last.get("step", 0) * FINAL)) :]
-    steps = point.get("steps") or read_json(run.run_json).get("config", {}).get("trainer", {}).get(
-        "steps"
-    )
-    state = state_of(run, point, steps, bool(lines))
-    return {
-        "point": point["num"],
-        "overrides": point["overrides"],
-        "run_dir": point["run_dir"],
-        "job": point["job"],
-        "state": state,
-        "step": last.get("step", 0),
-        "steps": steps,
-        "eta_s": eta(lines, steps) if state == "running" else None,
-        "reward": mean(final, "reward"),
-        "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
-        "kl": mean(final, "kl_reference"),
-        "staleness": last.get("staleness_mean"),
-        "tokens_per_s": rate(lines, "tokens"),
-    }
-
-
-def mean(lines: list[dict[str, Any]], key: str) -> float | None:
-    """Of a figure that need not be in every line."""
-    known = [line[key] for line in lines if line.get(key) is not None]
-    return statistics.fmean(known) if known else None
-
-
-def eta(lines: list[dict[str, Any]], steps: int | None) -> float | None:
-    """Seconds until the last step, at the pace of these; their median, so that one step with an evaluation in it does not count."""
-    known = [line["time/step"] for line in lines if "time/step" in line]
-    return (
-        None
-        if not known or steps is None
-        else statistics.median(known) * max(0, steps - lines[-1]["step"])
-    )
-
-
-def rate(lines: list[dict[str, Any]], key: str) -> float | None:
-    """A figure per second of these steps; the first of a start is left out where there are others: it has the start's waits in it."""
-    of = [line for line in lines if key in line and "time/step" in line]
-    of = of[1:] or of
-    seconds = sum(line["time/step"] for line in of)
-    return sum(line[key] for line in of) / seconds if seconds else None
-
-
-def state_of(run: RunDir, point: dict[str, Any], steps: int | None, trained: bool) -> str:
-    """One word for how a run goes, from its files, and Slurm's word ("queue") where the point has it."""
-    if (done := read_json(run.done)) and (steps is None or done["version"] >= steps):
+def run_state(point: SweepPoint, jobs: JobStates, steps: int | None, trained: bool) -> RunState:
+    """Return the state of a run, from its files and the state of its job."""
+    run = RunDir(Path(point.run_dir))
+    done = read_struct(run.done, Done)
+    if done is not None and (steps is None or done.version >= steps):
         return "complete"
-    queue = point.get("queue")
-    if queue in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+    known_to_slurm = point.job in jobs
+    state = jobs.get(point.job or "")
+    if state in PENDING:
         return "queued"
-    asked = bool(point["job"]) and "queue" in point
-    if queue in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") or (not asked and is_held(run)):
+    if state in RUNNING or (not known_to_slurm and is_held(run)):
         return "running" if trained else "starting"
-    if queue == "CANCELLED":
+    if state == "CANCELLED":
         return "cancelled"
     attempt = attempts(run)[-1:]
-    outcome = read_json(attempt[0] / "attempt.json").get("outcome") if attempt else None
-    if outcome in ("stop", "fail"):
-        return {"stop": "stopped", "fail": "failed"}[outcome]
-    if outcome == "requeue" and not asked:
+    record = read_struct(attempt[0] / "attempt.json", AttemptRecord) if attempt else None
+    outcome = record.outcome if record is not None else None
+    if outcome == "stop":
+        return "stopped"
+    if outcome == "requeue" and not known_to_slurm:
         return "requeued"
-    if queue is not None:
+    if outcome == "fail" or state is not None:
         return "failed"
-    return "lost" if attempt or asked else "queued"
+    return "lost" if attempt or known_to_slurm else "queued"
 
 
 def attempts(run: RunDir) -> list[Path]:
-    """The log directories of the run's attempts, in order."""
-    return sorted(
-        (run.path / "logs").glob("attempt-*"),
-        key=lambda path: int(path.name.removeprefix("attempt-")),
-    )
+    """Return the log directories of the run's attempts, in order."""
+    found = (run.path / "logs").glob("attempt-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("attempt-")))
 
 
 def is_held(run: RunDir) -> bool:
-    """Does the process live that noted itself as the run's holder? On another machine, its roster is fresh."""
-    holder = read_json(run.holder)
-    if holder.get("host") == socket.gethostname():
-        return os.path.exists(f"/proc/{holder.get('pid')}")  # noqa: PTH110
+    """Tell whether the holder of the run's lock lives; on another host, by the roster's age."""
+    holder = read_struct(run.holder, Holder)
+    if holder is None:
+        return False
+    if holder.host == socket.gethostname():
+        return os.path.exists(f"/proc/{holder.pid}")  # noqa: PTH110
     try:
-        return bool(holder) and time.time() - run.roster.stat().st_mtime < DEAD_S
+        return time.time() - run.roster.stat().st_mtime < DEAD_S
     except OSError:
         return False
 
 
-def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row with the highest held-out accuracy; where there is none, with the highest reward."""
-    for key in ("accuracy", "reward"):
-        if known := [each for each in rows if each[key] is not None]:
-            return max(known, key=lambda each: each[key])
+# --- the metrics of a run
+
+
+def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
+    """Return the current metrics of one point."""
+    run = RunDir(Path(point.run_dir))
+    lines = last_records(run.metrics, StepMetrics, RECENT)
+    last = lines[-1] if lines else None
+    final = lines[-max(1, int(last.step * FINAL)) :] if last else []
+    steps = point.steps or configured_steps(run)
+    state = run_state(point, jobs, steps, bool(lines))
+    evaluation = last_evaluation(run)
+    return PointStatus(
+        point=point.num,
+        overrides=point.overrides,
+        run_dir=point.run_dir,
+        job=point.job,
+        state=state,
+        step=last.step if last else 0,
+        steps=steps,
+        eta_s=eta(lines, steps) if state == "running" else None,
+        reward=mean(final, "reward"),
+        accuracy=evaluation.accuracy if evaluation else None,
+        kl=mean(final, "kl_reference"),
+        staleness=last.get("staleness_mean") if last else None,
+        tokens_per_s=rate(lines, "tokens"),
+    )
+
+
+def configured_steps(run: RunDir) -> int | None:
+    """Return trainer.steps; None before the run has its run.json."""
+    info = run.info()
+    return info.config.trainer.steps if info is not None else None
+
+
+def last_evaluation(run: RunDir) -> Evaluation | None:
+    """Return the last evaluation that has an accuracy."""
+    found = last_records(run.evaluations, Evaluation, RECENT)
+    return next((each for each in reversed(found) if each.accuracy is not None), None)
+
+
+def mean(lines: Iterable[StepMetrics], name: str) -> float | None:
+    """Average a scalar over the steps that have it."""
+    known = [value for line in lines if (value := line.get(name)) is not None]
+    return statistics.fmean(known) if known else None
+
+
+def eta(lines: Sequence[StepMetrics], steps: int | None) -> float | None:
+    """Estimate the seconds until the last step.
+
+    Uses the median, which a single step with an evaluation in it does not move.
+    """
+    if not lines or steps is None:
+        return None
+    return statistics.median(line.step_s for line in lines) * max(0, steps - lines[-1].step)
+
+
+def steady(lines: Sequence[StepMetrics]) -> Sequence[StepMetrics]:
+    """Leave out the first step of a start, which includes the wait for the servers."""
+    return lines[1:] or lines
+
+
+def rate(lines: Sequence[StepMetrics], name: str) -> float | None:
+    """Return a scalar per second of these steps."""
+    known = [(value, line.step_s) for line in lines if (value := line.get(name)) is not None]
+    known = known[1:] or known
+    seconds = sum(step_s for _, step_s in known)
+    return sum(value for value, _ in known) / seconds if seconds else None
+
+
+# --- the table
+
+
+def best(rows: Sequence[PointStatus]) -> PointStatus | None:
+    """Return the row with the highest held-out accuracy; without any, the highest reward."""
+    if known := [row for row in rows if row.accuracy is not None]:
+        return max(known, key=lambda row: row.accuracy or 0.0)
+    if known := [row for row in rows if row.reward is not None]:
+        return max(known, key=lambda row: row.reward or 0.0)
     return None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text; the best is marked, and of the overrides those are shown that not all points share."""
-    top, shown, swept = best(rows), [list(COLUMNS)], varying([each["overrides"] for each in rows])
-    for each, overrides in zip(rows, swept, strict=True):
-        figures = [
-            "-" if each[key] is None else f"{each[key]:.4g}" for key in ("reward", "accuracy", "kl")
-        ]
-        mark, step = (
-            ("best" if each is top else ""),
-            f"{each['step']}/{each['steps'] if each['steps'] is not None else '?'}",
+def table(rows: Sequence[PointStatus]) -> str:
+    """Format the rows as aligned text, without the overrides that all points share."""
+    top, lines = best(rows), [COLUMNS]
+    for row, overrides in zip(rows, varying([row.overrides for row in rows]), strict=True):
+        step = f"{row.step}/{'?' if row.steps is None else row.steps}"
+        values = (row.reward, row.accuracy, row.kl)
+        metrics = ["-" if value is None else f"{value:.4g}" for value in values]
+        mark = "best" if row is top else ""
+        lines.append(
+            [mark, str(row.point), row.state, step, *metrics, " ".join(overrides), row.run_dir]
         )
-        shown.append(
-            [
-                mark,
-                str(each["point"]),
-                each["state"],
-                step,
-                *figures,
-                " ".join(overrides),
-                each["run_dir"],
-            ]
-        )
-    return aligned(shown)
+    return aligned(lines)
 
 
-def varying(overrides: list[list[str]]) -> list[list[str]]:
-    """Each point's overrides without those that all points have.
+def varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return each point's overrides without those that all points share.
 
     >>> varying([["a=1", "b=2"], ["a=1", "b=3"]])
     [['b=2'], ['b=3']]
     """
     common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
-    return [[each for each in of if each not in common] for of in overrides]
+    return [[each for each in point if each not in common] for point in overrides]
 
 
-def aligned(lines: list[list[str]]) -> str:
-    """Cells as text in columns, whatever the terminal's width: the table is read by people and by grep."""
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Pad cells into columns. Lines are never wrapped, so that the table can be grepped."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,71 +1,81 @@
-"""What the policy says: some of the sequences that were trained on, from version to version, in samples.jsonl.
+"""Samples of the trained sequences, from version to version, in samples.jsonl.
 
-The learner keeps the best and the worst answer of one group about a hundred times a run, as token ids: it needs no tokenizer for that. Who
-reads them (`atropos-hpc samples`, W&B) decodes them with the model's own tokenizer.json.
+About a hundred times per run, the learner writes the best and the worst answer of one group as
+token ids, for which it needs no tokenizer. Readers (`atropos-hpc samples`, the trackers) decode
+them with the model's tokenizer.json.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atropos_hpc.runtime.run_dir import RunDir, read_lines
+from msgspec.structs import replace
+
+from atropos_hpc.contracts.metrics import Sample
+from atropos_hpc.runtime.run_dir import RunDir, read_records
 
 if TYPE_CHECKING:
     from atropos_hpc.contracts.group import Group
 
-TIMES = 100  # a run
+PER_RUN = 100  # versions that are sampled
 
 
-def due(version: int, steps: int) -> bool:
-    """Is it this version's turn, in a run of so many steps?"""
-    return version % max(1, steps // TIMES) == 0
+def is_due(version: int, steps: int) -> bool:
+    """Tell whether a version is sampled in a run of so many steps."""
+    return version % max(1, steps // PER_RUN) == 0
 
 
-def choose(group: "Group", version: int) -> list[dict[str, Any]]:
-    """The sequences of a group with the highest and the lowest score, of a batch that is trained on at `version`. "completion" begins with
-    the first trained token.
-    """
+def choose(group: "Group", version: int) -> list[Sample]:
+    """Return the sequences of a group with the highest and the lowest score."""
     best, worst = int(group.scores.argmax()), int(group.scores.argmin())
     ends = group.lengths.cumsum()
-    lines = []
+    chosen = []
     for index in dict.fromkeys((best, worst)):
         end = int(ends[index])
         start = end - int(group.lengths[index])
         trained = group.trained[start:end]
-        cut = start + (int(trained.argmax()) if trained.any() else end - start)
-        lines.append({
-            "version": version, "policy_versions": group.policy_versions[index], "score": float(group.scores[index]),
-            "prompt": group.tokens[start:cut].tolist(), "completion": group.tokens[cut:end].tolist(),
-        })  # fmt: skip
-    return lines
+        first = start + (int(trained.argmax()) if trained.any() else end - start)
+        chosen.append(
+            Sample(
+                version=version,
+                policy_versions=group.policy_versions[index],
+                score=float(group.scores[index]),
+                prompt=group.tokens[start:first].tolist(),
+                completion=group.tokens[first:end].tolist(),
+            )
+        )
+    return chosen
 
 
-def read(run: RunDir, version: int | None, last: int) -> list[dict[str, Any]]:
-    """The last so many samples (of one version, if given), decoded; with token ids in place of text where there is no tokenizer."""
-    lines = [
-        line for line in read_lines(run.samples) if version is None or line["version"] == version
-    ]
-    return decoded(lines[-last:], run.config().model.path or "") if lines and last > 0 else []
+def read(run: RunDir, version: int | None, last: int) -> list[Sample]:
+    """Return the last samples, decoded, of one version if given."""
+    found = read_records(run.samples, Sample)
+    found = [sample for sample in found if version is None or sample.version == version]
+    return decode(found[-last:], run.config().model.path or "") if found and last > 0 else []
 
 
-def decoded(lines: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """The lines, with prompt and completion as text."""
+def decode(samples: Sequence[Sample], model: str) -> list[Sample]:
+    """Return the samples as text; as token ids where the model has no tokenizer."""
     tokenizer = _tokenizer(model)
     if tokenizer is None:
-        return lines
-    text = {
-        name: tokenizer.decode_batch([line[name] for line in lines], skip_special_tokens=False)
-        for name in ("prompt", "completion")
-    }
+        return list(samples)
+
+    def text(tokens: object) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False))
+
     return [
-        {**line, "prompt": text["prompt"][index], "completion": text["completion"][index]}
-        for index, line in enumerate(lines)
+        replace(sample, prompt=text(sample.prompt), completion=text(sample.completion))
+        for sample in samples
     ]
 
 
 @functools.cache
 def _tokenizer(model: str) -> Any:
-    """The model's, without torch or transformers; of a name on the hub, from the cache that the run has filled. None: there is none."""
+    """Load the model's tokenizer without torch or transformers; None if there is none.
+
+    The tokenizer of a name on the Hugging Face hub comes from the cache that the run has filled.
+    """
     try:
         from tokenizers import Tokenizer
 
@@ -75,31 +85,22 @@ def _tokenizer(model: str) -> Any:
 
             path = Path(hf_hub_download(model, "tokenizer.json", local_files_only=True))
         return Tokenizer.from_file(str(path))
-    except Exception:  # a missing library, an odd model: token ids are better than nothing
+    except Exception:  # a missing library, an unusual model: token ids are better than nothing
         return None
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    """Print them for people."""
+def show(samples: Sequence[Sample]) -> None:
+    """Print the samples for people."""
     from rich.console import Console
     from rich.text import Text
 
     terminal = Console(highlight=False)
-    for line in found:
-        versions = line["policy_versions"]
-        by = (
-            ""
-            if versions is None
-            else f", sampled by version {'-'.join(map(str, dict.fromkeys(versions)))}"
-        )
-        terminal.rule(
-            f"trained on at version {line['version']}{by}: score {line['score']:g}",
-            style="dim",
-            align="left",
-        )
-        terminal.print(
-            Text(str(line["prompt"]), style="dim"),
-            Text(str(line["completion"]), style="bold"),
-            sep="",
-            soft_wrap=True,
-        )
+    for sample in samples:
+        title = f"trained at version {sample.version}"
+        if sample.policy_versions is not None:
+            versions = "-".join(map(str, dict.fromkeys(sample.policy_versions)))
+            title += f", generated by version {versions}"
+        terminal.rule(f"{title}: score {sample.score:g}", style="dim", align="left")
+        prompt = Text(str(sample.prompt), style="dim")
+        completion = Text(str(sample.completion), style="bold")
+        terminal.print(prompt, completion, sep="", soft_wrap=True)

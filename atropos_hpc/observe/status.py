@@ -1,221 +1,259 @@
-"""What goes on in a run, or in each point of a sweep, from its files alone: on a login node, while it runs and after a crash.
+"""The status of a run, or of each point of a sweep, from files: on a login node, during and after it.
 
-  1. The directory is told apart: a run, a sweep, or neither.
-  2. Of a run: the last lines of its figures, its members' files, the ends of its logs, and Slurm's word on its job where there is one.
-  3. `screen` draws that for people; as data it is what --json prints.
+  1. Tell whether the directory is a run's or a sweep's.
+  2. Of a run, read the last lines of its metrics, the member files, and the ends of the logs.
+  3. `status_view` draws the result for people; `--json` prints it.
 
-Nothing is read whole that grows with the run. Ages are by this machine's clock and the filesystem's.
+Nothing that grows with the run is read whole. Ages compare this host's clock with file times.
 """
 
-import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from atropos_hpc.contracts.members import (
+    AgentState,
+    AnyMember,
+    EnvironmentState,
+    Holder,
+    TrainerState,
+    TrajectoriesState,
+)
+from atropos_hpc.contracts.metrics import StepMetrics, SweepPoint
+from atropos_hpc.contracts.status import (
+    EvaluationStatus,
+    LogWarning,
+    MemberStatus,
+    QueueStatus,
+    RunStatus,
+    ServerCount,
+    Status,
+    SweepStatus,
+    TokenRates,
+    VersionStatus,
+    WaitStatus,
+)
 from atropos_hpc.observe import report
+from atropos_hpc.observe.report import JobStates, QueryJobs
 from atropos_hpc.runtime.membership import DEAD_S
-from atropos_hpc.runtime.run_dir import RunDir, last_lines, read_json
+from atropos_hpc.runtime.run_dir import RunDir, last_records, read_json, read_struct
 
-FIGURES = {"reward": "reward", "kl": "kl_reference", "entropy": "entropy", "response_length": "response_length_mean",
-           "staleness_mean": "staleness_mean", "staleness_max": "staleness_max", "dropped_as_stale": "dropped_as_stale",
-           "grad_norm": "grad_norm", "kl_coef": "kl_coef", "learning_rate": "lr"}  # fmt: skip
-# where the learner's time goes, in the words of people; what is not named here is "other"
-SHARES = {"waiting for data": ("wait",), "training": ("batch", "log_probs", "update"), "publishing": ("publish",),
-          "checkpointing": ("checkpoint",)}  # fmt: skip
+METRICS = {
+    "reward": "reward",
+    "kl": "kl_reference",
+    "entropy": "entropy",
+    "response_length": "response_length_mean",
+    "staleness_mean": "staleness_mean",
+    "staleness_max": "staleness_max",
+    "dropped_as_stale": "dropped_as_stale",
+    "grad_norm": "grad_norm",
+    "kl_coef": "kl_coef",
+    "learning_rate": "lr",
+}
+ACTIVITIES = {  # what the learner's phases are called here; all others are "other"
+    "waiting for data": ("wait",),
+    "training": ("batch", "log_probs", "update"),
+    "publishing": ("publish",),
+    "checkpointing": ("checkpoint",),
+}
+KINDS = (
+    "supervisor",
+    "rollout_job",
+    "trajectories",
+    "trainer",
+    "agent",
+    "environment",
+    "evaluator",
+)
 WARNINGS = 6
-LOGS_BYTES = 1 << 20  # read of all logs together
-LOG_BYTES = 1 << 16  # at most of one
-_OURS = re.compile(rb"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([WEC]) ([^\n]+)", re.M)
-_VLLMS = re.compile(rb"^(?:\([^)\n]*\) )?ERROR (\d\d-\d\d \d\d:\d\d:\d\d) ([^\n]+)", re.M)
+LOGS_BYTES = 1 << 20  # read from all logs together
+LOG_BYTES = 1 << 16  # read from one, at most
+_OWN_LINE = re.compile(rb"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([WEC]) ([^\n]+)", re.M)
+_VLLM_LINE = re.compile(rb"^(?:\([^)\n]*\) )?ERROR (\d\d-\d\d \d\d:\d\d:\d\d) ([^\n]+)", re.M)
 
 
-def of(directory: Path) -> dict[str, Any]:
-    """A run's status, or {"sweep": directory, "points": [...]}. Raises report.NotOne when the directory is neither."""
-    points = report.with_job_states(report.found(directory))
+def read_status(directory: Path, query_jobs: QueryJobs = lambda jobs: {}) -> Status:
+    """Return the status of a run or of a sweep. Raises report.NotARunError."""
+    points = report.require_points(directory)
+    jobs = query_jobs(point.job for point in points)
     if report.is_run(directory):
-        return of_run(points[0])
-    return {"sweep": str(directory), "points": [report.row(point) for point in points]}
+        return run_status(points[0], jobs)
+    rows = [report.point_status(point, jobs) for point in points]
+    return SweepStatus(str(directory), rows)
 
 
-def of_run(point: dict[str, Any]) -> dict[str, Any]:
-    """The status of one run. Figures that are not there yet are None."""
-    run = RunDir(Path(point["run_dir"]))
-    lines = last_lines(run.metrics, report.RECENT)
-    last = lines[-1] if lines else {}
-    config = read_json(run.run_json).get("config", {})
-    steps = config.get("trainer", {}).get("steps")
-    state = report.state_of(run, point, steps, bool(lines))
-    evaluations = [
-        line
-        for line in last_lines(run.evaluations, report.RECENT)
-        if line.get("accuracy") is not None
-    ]
-    members = list(_members(run, going=state in ("running", "starting") or report.is_held(run)))
-    accuracy = (
-        {key: evaluations[-1][key] for key in ("version", "accuracy", "sequences")}
-        if evaluations
-        else None
+def run_status(point: SweepPoint, jobs: JobStates) -> RunStatus:
+    """Return the status of one run."""
+    run = RunDir(Path(point.run_dir))
+    lines = last_records(run.metrics, StepMetrics, report.RECENT)
+    last = lines[-1] if lines else None
+    steps = report.configured_steps(run)
+    state = report.run_state(point, jobs, steps, bool(lines))
+    members = read_members(run, active=state in ("running", "starting") or report.is_held(run))
+    pace = report.steady(lines)
+    return RunStatus(
+        run_dir=str(run.path),
+        state=state,
+        job=point.job,
+        slurm=jobs.get(point.job or ""),
+        attempts=len(report.attempts(run)),
+        holder=read_struct(run.holder, Holder),
+        step=last.step if last else 0,
+        steps=steps,
+        last_step_at=last.time if last else None,
+        eta_s=report.eta(lines, steps) if state == "running" else None,
+        seconds_per_step=sum(line.step_s for line in pace) / len(pace) if pace else None,
+        metrics={name: last.get(key) if last else None for name, key in METRICS.items()},
+        evaluation=_evaluation(run),
+        queue=_queue(members, last),
+        versions=_versions(run, members, last),
+        tokens_per_s=_token_rates(lines, members),
+        time_shares=time_shares(pace),
+        members=members,
+        waits=[member.wait for member in members if member.wait is not None],
+        warnings=log_warnings(run),
     )
-    return {
-        "run_dir": str(run.path), "state": state, "job": point["job"], "slurm": point.get("queue"),
-        "attempts": len(report.attempts(run)), "holder": read_json(run.holder) or None,
-        "step": last.get("step", 0), "steps": steps, "last_step_at": last.get("time"),
-        "eta_s": report.eta(lines, steps) if state == "running" else None,
-        "seconds_per_step": 1 / pace if (pace := _pace(lines)) else None,
-        "figures": {name: last.get(key) for name, key in FIGURES.items()}, "evaluation": accuracy,
-        "queue": _queue(members, last), "versions": _versions(run, members, last),
-        "tokens_per_s": _rates(lines, members), "time_shares": shares(lines[1:] or lines),
-        "members": members, "waits": [_wait(member) for member in members if member["waiting"]], "warnings": warnings(run),
-    }  # fmt: skip
 
 
-def _pace(lines: list[dict[str, Any]]) -> float | None:
-    """Steps per second."""
-    return report.rate([{**line, "one": 1} for line in lines], "one")
+def _evaluation(run: RunDir) -> EvaluationStatus | None:
+    last = report.last_evaluation(run)
+    if last is None or last.accuracy is None:
+        return None
+    return EvaluationStatus(last.version, last.accuracy, last.sequences)
 
 
-def _members(run: RunDir, going: bool) -> Iterator[dict[str, Any]]:
-    """Each member's row, in order of kind and number. `going`: is the run under way? Then one that is silent is said to be."""
-    now = time.time()
-    order = (
-        "supervisor",
-        "rollout_job",
-        "trajectories",
-        "trainer",
-        "agent",
-        "environment",
-        "evaluator",
-    )
-    rows = []
+def read_members(run: RunDir, active: bool) -> list[MemberStatus]:
+    """Return every member in order of kind and number.
+
+    `active`: the run is under way, so a member without a heartbeat is "silent" and not "gone".
+    """
+    found = []
+    decoder = msgspec.json.Decoder(AnyMember)
     for path in run.members.glob("[!.]*.json") if run.members.is_dir() else ():
         try:
-            state, beat = json.loads(path.read_bytes()), path.stat().st_mtime
-        except (OSError, ValueError):  # replaced or taken away under us; the next look has it
+            member, beat = decoder.decode(path.read_bytes()), path.stat().st_mtime
+        except (
+            OSError,
+            msgspec.MsgspecError,
+        ):  # replaced or removed meanwhile; the next look finds it
             continue
-        silent = now - beat
-        shown = state["state"]
-        if shown != "ended" and not going:
-            shown = "gone"  # its run is over, and it had no time to say goodbye
-        elif shown != "ended" and silent > DEAD_S:
-            shown = "silent"
-        servers = state.get("servers")
-        serving = [server["version"] for server in servers or () if server["version"] is not None]
-        rows.append({
-            "name": state["name"], "kind": state["kind"], "node": state["node"], "host": state["host"], "state": shown,
-            "age_s": round((now if going else beat) - state["started"], 1), "silent_s": round(silent, 1),
-            "version": min(serving) if serving else state.get("step"),
-            "servers": None if servers is None else {"serving": len(serving), "of": len(servers)},
-            "waiting": state.get("waiting") if shown not in ("ended", "gone") else None,
-            "tokens_per_s": state.get("tokens_per_s"), "in_flight": state.get("in_flight"), "sent": state.get("sent"),
-            "queued_sequences": state.get("queued_sequences"), "error": state.get("error"),
-        })  # fmt: skip
-    yield from sorted(
-        rows,
-        key=lambda row: (
-            order.index(row["kind"]) if row["kind"] in order else len(order),
-            _natural(row["name"]),
-        ),
+        found.append(_member(member, beat, active))
+
+    def order(member: MemberStatus) -> tuple[int, list[int | str]]:
+        kind = KINDS.index(member.kind) if member.kind in KINDS else len(KINDS)
+        parts = re.split(r"(\d+)", member.name)  # so that rollout10 comes after rollout9
+        return kind, [int(part) if part.isdigit() else part for part in parts]
+
+    return sorted(found, key=order)
+
+
+def _member(member: AnyMember, beat: float, active: bool) -> MemberStatus:
+    now = time.time()
+    state = member.state
+    if state != "ended" and not active:
+        state = "gone"  # the run is over, and the process had no time to leave
+    elif state != "ended" and now - beat > DEAD_S:
+        state = "silent"
+    shown = MemberStatus(
+        name=member.name,
+        kind=member.kind,
+        node=member.node,
+        host=member.host,
+        state=state,
+        age_s=round((now if active else beat) - member.started, 1),
+        silent_s=round(now - beat, 1),
+        error=member.error,
+    )
+    wait = member.waiting
+    if wait is not None and state not in ("ended", "gone"):
+        waited_s = round(max(0.0, now - wait.since), 1)
+        shown.wait = WaitStatus(member.name, wait.what, wait.from_whom, waited_s)
+    match member:
+        case AgentState():
+            serving = [server.version for server in member.servers if server.version is not None]
+            shown.version = min(serving, default=None)
+            shown.servers = ServerCount(len(serving), len(member.servers))
+        case TrainerState():
+            shown.version = member.step
+        case EnvironmentState():
+            shown.tokens_per_s, shown.in_flight = member.tokens_per_s, member.in_flight
+            shown.sent = member.sent
+        case TrajectoriesState():
+            shown.queued_sequences = member.queued_sequences
+    return shown
+
+
+def _queue(members: Sequence[MemberStatus], last: StepMetrics | None) -> QueueStatus:
+    """Return the trajectory server's queue, as it is now or was at the last step."""
+    queued = next((m.queued_sequences for m in members if m.queued_sequences is not None), None)
+    if queued is None and last is not None:
+        value = last.get("queued_sequences")
+        queued = None if value is None else int(value)
+    in_flight = sum(m.in_flight or 0 for m in members if m.state not in ("ended", "gone"))
+    return QueueStatus(queued, in_flight)
+
+
+def _versions(
+    run: RunDir, members: Sequence[MemberStatus], last: StepMetrics | None
+) -> VersionStatus:
+    served = [m.version for m in members if m.kind == "agent" and m.version is not None]
+    return VersionStatus(
+        learner=last.version if last else 0,
+        published=read_json(run.policy / "latest.json").get("version"),
+        durable=read_json(run.checkpoints / "latest.json").get("step"),
+        served=min(served, default=None),
     )
 
 
-def _natural(name: str) -> list[Any]:
-    """So that rollout10 comes after rollout9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _wait(member: dict[str, Any]) -> dict[str, Any]:
-    wait = member["waiting"]
-    return {
-        "who": member["name"],
-        "what": wait["what"],
-        "whom": wait["from_whom"],
-        "for_s": round(max(0.0, time.time() - wait["since"]), 1),
-    }
-
-
-def _queue(members: list[dict[str, Any]], last: dict[str, Any]) -> dict[str, Any]:
-    """Sequences that wait for the learner, as the trajectory server says now, or said at the last step; groups under way."""
-    queued = next(
-        (
-            member["queued_sequences"]
-            for member in members
-            if member["queued_sequences"] is not None
-        ),
-        None,
-    )
-    under_way = [
-        member["in_flight"]
-        for member in members
-        if member["in_flight"] is not None and member["state"] not in ("ended", "gone")
-    ]
-    return {
-        "sequences": last.get("queued_sequences") if queued is None else queued,
-        "groups_under_way": sum(under_way),
-    }
-
-
-def _versions(run: RunDir, members: list[dict[str, Any]], last: dict[str, Any]) -> dict[str, Any]:
-    """Policy versions: the learner's, the newest published, the newest durable, and the oldest that a server still serves."""
-    served = [
-        member["version"]
-        for member in members
-        if member["kind"] == "agent" and member["version"] is not None
-    ]
-    return {"learner": last.get("step", 0), "published": read_json(run.policy / "latest.json").get("version"),
-            "durable": read_json(run.checkpoints / "latest.json").get("step"), "served": min(served, default=None)}  # fmt: skip
-
-
-def _rates(lines: list[dict[str, Any]], members: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Tokens per second of each role: trained on, over the last steps; generated, over the environment workers' last seconds."""
+def _token_rates(lines: Sequence[StepMetrics], members: Sequence[MemberStatus]) -> TokenRates:
     generated = [
-        m["tokens_per_s"]
+        m.tokens_per_s
         for m in members
-        if m["tokens_per_s"] is not None and m["state"] not in ("ended", "gone", "silent")
+        if m.tokens_per_s is not None and m.state not in ("ended", "gone", "silent")
     ]
-    return {
-        "trainer": report.rate(lines, "tokens"),
-        "rollout": sum(generated) if generated else None,
-    }
+    return TokenRates(report.rate(lines, "tokens"), sum(generated) if generated else None)
 
 
-def shares(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """What part of the learner's time in these steps went where; the parts add up to 1. {} without steps."""
-    whole = sum(line.get("time/step", 0.0) for line in lines)
-    if not whole:
+def time_shares(lines: Sequence[StepMetrics]) -> dict[str, float]:
+    """Return the share of the learner's time per activity; they add up to 1. {} without steps."""
+    total = sum(line.step_s for line in lines)
+    if not total:
         return {}
-    found = {
-        name: sum(line.get(f"time/{phase}", 0.0) for line in lines for phase in of) / whole
-        for name, of in SHARES.items()
+    shares = {
+        name: sum(line.phases.get(phase, 0.0) for line in lines for phase in phases) / total
+        for name, phases in ACTIVITIES.items()
     }
-    return {
-        **{name: round(share, 4) for name, share in found.items()},
-        "other": round(max(0.0, 1 - sum(found.values())), 4),
-    }
+    shares["other"] = max(0.0, 1 - sum(shares.values()))
+    return {name: round(share, 4) for name, share in shares.items()}
 
 
-def warnings(run: RunDir) -> list[dict[str, str]]:
-    """The last warnings and errors at the ends of the newest attempt's logs, oldest first: {"time", "log", "level", "message"}. Of those
-    that differ in numbers only, the newest.
+def log_warnings(run: RunDir) -> list[LogWarning]:
+    """Return the last warnings and errors of the newest attempt's logs, oldest first.
+
+    Messages that differ only in numbers are shown once, by the newest.
     """
     logs = sorted(run.logs.glob("*.log")) if run.logs.is_dir() else []
-    each = min(LOG_BYTES, max(1 << 12, LOGS_BYTES // max(1, len(logs))))
+    limit = min(LOG_BYTES, max(1 << 12, LOGS_BYTES // max(1, len(logs))))
     found = []
     year = time.strftime("%Y")
     for path in logs:
         try:
             with path.open("rb") as file:
-                file.seek(max(0, file.seek(0, 2) - each))
+                file.seek(max(0, file.seek(0, 2) - limit))
                 data = file.read()
         except OSError:
             continue
-        ours = ((when.decode(), level.decode(), said) for when, level, said in _OURS.findall(data))
-        vllms = ((f"{year}-{when.decode()}", "E", said) for when, said in _VLLMS.findall(data))
-        found += [{"time": when, "log": path.name, "level": level, "message": said.decode(errors="replace")}
-                  for when, level, said in (*ours, *vllms)]  # fmt: skip
-    newest = {
-        (each["log"], re.sub(r"\d+", "", each["message"])): each
-        for each in sorted(found, key=lambda each: each["time"])
-    }
-    return sorted(newest.values(), key=lambda each: each["time"])[-WARNINGS:]
+        own = [
+            (when.decode(), level.decode(), text) for when, level, text in _OWN_LINE.findall(data)
+        ]
+        vllm = [(f"{year}-{when.decode()}", "E", text) for when, text in _VLLM_LINE.findall(data)]
+        found += [
+            LogWarning(when, path.name, level, text.decode(errors="replace"))
+            for when, level, text in own + vllm
+        ]
+    found.sort(key=lambda warning: warning.time)
+    newest = {(each.log, re.sub(r"\d+", "", each.message)): each for each in found}
+    return sorted(newest.values(), key=lambda warning: warning.time)[-WARNINGS:]

@@ -1,89 +1,105 @@
-"""Where figures go besides metrics.jsonl: Weights & Biases, TensorBoard. Each shows one run, over all its restarts and requeues."""
+"""Experiment trackers: Weights & Biases, TensorBoard.
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+Each shows one run over all its attempts. Steps are policy versions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
 
 from atropos_hpc.config import WandbConf
-from atropos_hpc.runtime.run_dir import RunDir, read_json
+from atropos_hpc.contracts.metrics import Evaluation, Sample, StepMetrics
+from atropos_hpc.runtime.run_dir import RunDir
 
 
-class Sink(Protocol):
-    """What the learner's rank 0 passes on. Steps are policy versions."""
+class Tracker(Protocol):
+    """What the learner's rank 0 reports to."""
 
-    def figures(self, step: int, values: Mapping[str, float]) -> None: ...
+    def step(self, line: StepMetrics) -> None: ...
 
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        """A line of evaluations.jsonl, at the version it is of, which others may have passed."""
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Report an evaluation at its own version; later steps may have been reported before."""
 
-    def samples(self, rows: list[dict[str, Any]]) -> None:
-        """Decoded samples: observe/samples.py."""
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Report decoded samples of one version."""
 
     def close(self) -> None: ...
 
 
-class Wandb:
-    """Its id is the run's, so that a requeued run goes on in the same one; the points of a sweep are a group."""
+def flat_scalars(line: StepMetrics) -> Mapping[str, float]:
+    """Return the finite scalars and the times of a step under the names that trackers show."""
+    scalars = {name: value for name, value in line.scalars.items() if value is not None}
+    phases = {f"time/{name}": seconds for name, seconds in line.phases.items()}
+    return {**scalars, **phases, "time/step": line.step_s}
+
+
+class WandbTracker:
+    """The W&B run has the id of this run, so a requeued run continues in the same one."""
 
     def __init__(self, run: RunDir, conf: WandbConf) -> None:
-        import wandb  # slow, and only where it is used
+        import wandb  # slow, and needed only here
 
-        about = read_json(run.run_json)
+        info = run.info()
+        assert info is not None, "the learner starts after run.json is written"
         self._table = wandb.Table
         self._run = wandb.init(
-            mode=conf.mode,  # type: ignore[arg-type]  # one of the three, says the config check
-            project=conf.project, entity=conf.entity, group=conf.group, tags=conf.tags, id=about["id"], resume="allow",
-            name=run.path.name, dir=str(run.path), config=about["config"],
-        )  # fmt: skip
+            mode=conf.mode,  # type: ignore[arg-type]  # the config check has validated it
+            project=conf.project,
+            entity=conf.entity,
+            group=conf.group,
+            tags=conf.tags,
+            id=info.id,
+            resume="allow",
+            name=run.path.name,
+            dir=str(run.path),
+            config=msgspec.to_builtins(info.config),
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def figures(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **values})
+    def step(self, line: StepMetrics) -> None:
+        self._run.log({"step": line.step, **flat_scalars(line)})
 
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        self._run.log(
-            {"step": line["version"], "evaluation/accuracy": line["accuracy"], **line["metrics"]}
-        )
+    def evaluation(self, evaluation: Evaluation) -> None:
+        accuracy = {"step": evaluation.version, "evaluation/accuracy": evaluation.accuracy}
+        self._run.log({**accuracy, **evaluation.metrics})
 
-    def samples(self, rows: list[dict[str, Any]]) -> None:
+    def samples(self, samples: Sequence[Sample]) -> None:
         columns = ["version", "policy_versions", "score", "prompt", "completion"]
-        data = [
-            [
-                str(row[name]) if name in ("policy_versions", "prompt", "completion") else row[name]
-                for name in columns
-            ]
-            for row in rows
+        rows = [
+            [s.version, str(s.policy_versions), s.score, str(s.prompt), str(s.completion)]
+            for s in samples
         ]
-        self._run.log(
-            {"step": rows[0]["version"], "samples": self._table(columns=columns, data=data)}
-        )
+        table = self._table(columns=columns, data=rows)
+        self._run.log({"step": samples[0].version, "samples": table})
 
     def close(self) -> None:
         self._run.finish()
 
 
-class TensorBoard:
-    """Event files in RUN/tensorboard. What an earlier attempt wrote of steps that are done again is taken off the screen."""
+class TensorBoardTracker:
+    """Event files in RUN/tensorboard. Steps that are repeated are purged from the display."""
 
     def __init__(self, run: RunDir, resume_at: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow, and only where it is used
+        from torch.utils.tensorboard import SummaryWriter  # slow, and needed only here
 
-        self._writer = SummaryWriter(
-            str(run.path / "tensorboard"), purge_step=resume_at + 1 if resume_at else None
-        )
+        purge_step = resume_at + 1 if resume_at else None
+        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
 
-    def figures(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+    def step(self, line: StepMetrics) -> None:
+        for name, value in flat_scalars(line).items():
+            self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line.step)
 
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        self._writer.add_scalar("evaluation/accuracy", line["accuracy"], line["version"])
+    def evaluation(self, evaluation: Evaluation) -> None:
+        accuracy = evaluation.accuracy
+        self._writer.add_scalar("evaluation/accuracy", accuracy, evaluation.version)
 
-    def samples(self, rows: list[dict[str, Any]]) -> None:
+    def samples(self, samples: Sequence[Sample]) -> None:
         text = "\n\n---\n\n".join(
-            f"score {row['score']:g}\n\n{row['prompt']}\n\n**{row['completion']}**" for row in rows
+            f"score {s.score:g}\n\n{s.prompt}\n\n**{s.completion}**" for s in samples
         )
-        self._writer.add_text("samples", text, rows[0]["version"])
+        self._writer.add_text("samples", text, samples[0].version)
 
     def close(self) -> None:
         self._writer.close()

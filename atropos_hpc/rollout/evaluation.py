@@ -24,12 +24,15 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from atropos_hpc.config import EvaluationConf, environment_name, environments
 from atropos_hpc.contracts.members import EvaluatorState, Wait
+from atropos_hpc.contracts.metrics import Evaluation
 from atropos_hpc.rollout.env_worker import live, quiet_atropos, seed_everything
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.run_dir import RunDir, append_line, read_lines
+from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +120,7 @@ async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
     await env.wandb_log()
     versions = [version for generation in generations for version in generation.versions]
     return {
-        "served": [min(versions), max(versions)] if versions else None,
+        "served": (min(versions), max(versions)) if versions else None,
         "metrics": numbers(env.reported),
         "sequences": len(generations),
     }
@@ -167,7 +170,7 @@ class Evaluator:
         try:
             while True:
                 served = pool.served_version()
-                done = {line["version"] for line in read_lines(self.run.evaluations)}
+                done = {line.version for line in read_records(self.run.evaluations, Evaluation)}
                 due = None if served is None else next_due(self.conf, served, self.last, done)
                 if served is not None and due is None:
                     return
@@ -193,19 +196,13 @@ class Evaluator:
         """Evaluate, and append the line. One that failed gets a line with the error: it is not tried again."""
         self.member.update(state=f"evaluating version {version}", waiting=None)
         start = time.time()
-        line: dict[str, Any] = {
-            "version": version,
-            "served": None,
-            "metrics": {},
-            "accuracy": None,
-            "sequences": 0,
-        }
+        line = Evaluation(version)
         for key, env in envs.items():
             try:
                 found = await evaluate(env, self.conf.timeout_s)
             except Exception as error:  # whatever the environment raises
                 log.exception("the evaluation of version %d failed on %s", version, key)
-                line["error"] = f"{key}: {error!r}"
+                line = replace(line, error=f"{key}: {error!r}")
                 continue
             log.info(
                 "version %d on %s: %s, by versions %s",
@@ -215,19 +212,18 @@ class Evaluator:
                 found["served"],
             )
             if key == "environment":
-                line |= found
-                line["accuracy"] = accuracy(found["metrics"], self.metric)
+                value = accuracy(found["metrics"], self.metric)
+                metrics = {**line.metrics, **found["metrics"]}
+                line = replace(line, **{**found, "metrics": metrics}, accuracy=value)
             else:
-                line["metrics"] |= {
-                    f"{environment_name(key)}/{name}": value
-                    for name, value in found["metrics"].items()
-                }
-        if any(known["version"] == version for known in read_lines(self.run.evaluations)):
+                name = environment_name(key)
+                others = {f"{name}/{metric}": value for metric, value in found["metrics"].items()}
+                line = replace(line, metrics={**line.metrics, **others})
+        known = read_records(self.run.evaluations, Evaluation)
+        if any(each.version == version for each in known):
             return  # another node had taken the evaluation over
-        append_line(
-            self.run.evaluations,
-            {**line, "wall_s": round(time.time() - start, 3), "time": time.time()},
-        )
+        now = time.time()
+        append_record(self.run.evaluations, replace(line, wall_s=round(now - start, 3), time=now))
 
 
 def main() -> int:

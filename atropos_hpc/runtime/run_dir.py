@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,6 +146,11 @@ class RunDir:
         link.replace(logs / "latest")
         return attempt
 
+    def attempt(self) -> int:
+        """The number of the newest attempt; 0 before the first."""
+        name = self.logs.resolve().name
+        return int(name.removeprefix("attempt-")) if name.startswith("attempt-") else 0
+
     def token(self) -> str:
         """The run's bearer token."""
         return self.secret.read_text().strip()
@@ -202,8 +207,10 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     write_file(path, json.dumps(value, indent=1).encode() + b"\n", durable=durable)
 
 
-def write_struct(path: Path, value: msgspec.Struct, durable: bool = True) -> None:
-    """Write a struct of contracts/ as JSON, with `write_file`."""
+def write_struct(
+    path: Path, value: msgspec.Struct | Sequence[msgspec.Struct], durable: bool = True
+) -> None:
+    """Write a struct of contracts/, or a list of them, as JSON, with `write_file`."""
     data = msgspec.json.format(msgspec.json.encode(value), indent=1)
     write_file(path, data + b"\n", durable=durable)
 
@@ -232,7 +239,7 @@ def read_struct(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:
-        raise _unreadable(path, f"not a valid {kind.__name__}", error) from None
+        raise _unreadable(path, f"not a valid {_name_of(kind)}", error) from None
 
 
 def read_json(path: Path) -> Any:
@@ -241,6 +248,10 @@ def read_json(path: Path) -> Any:
         return json.loads(_read_bytes(path) or b"{}")
     except ValueError as error:
         raise _unreadable(path, "not JSON", error) from None
+
+
+def _name_of(kind: Any) -> str:
+    return getattr(kind, "__name__", None) or str(kind)
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> Unreadable:
@@ -280,6 +291,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
     """The last `count` whole JSON lines, read from the file's end; [] without the file."""
+    return _parsed(_last_whole_lines(path, count))[-count:]
+
+
+def _last_whole_lines(path: Path, count: int) -> list[bytes]:
+    """The last lines of a file, at least `count` of them, however long the file is."""
     try:
         with path.open("rb") as file:
             at, data = file.seek(0, os.SEEK_END), b""
@@ -291,7 +307,7 @@ def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     whole = data if at == 0 else data.partition(b"\n")[2]
-    return _parsed(whole.split(b"\n")[-count - 2 :])[-count:]
+    return whole.split(b"\n")[-count - 2 :]
 
 
 def _parsed(data: Iterable[bytes]) -> list[dict[str, Any]]:
@@ -302,3 +318,39 @@ def _parsed(data: Iterable[bytes]) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [line for line in lines if isinstance(line, dict)]
+
+
+# --- JSON lines of the structs in contracts/
+
+
+def append_record(path: Path, record: msgspec.Struct) -> None:
+    """Append a struct as one JSON line in a single write. One process appends to a file."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(record) + b"\n")
+
+
+def read_records(path: Path, kind: type[T]) -> list[T]:
+    """Decode every JSON line of a file; [] without the file.
+
+    Skips lines that are not JSON: a crash or a full disk leaves them. Raises Unreadable when a line
+    is JSON but does not match the struct.
+    """
+    return _decoded(path, _read_bytes(path).split(b"\n"), kind)
+
+
+def last_records(path: Path, kind: type[T], count: int) -> list[T]:
+    """Decode the last `count` JSON lines of a file, reading only its end; see `read_records`."""
+    return _decoded(path, _last_whole_lines(path, count), kind)[-count:]
+
+
+def _decoded(path: Path, lines: Iterable[bytes], kind: type[T]) -> list[T]:
+    decoder, records = msgspec.json.Decoder(kind), []
+    for line in lines:
+        try:
+            records.append(decoder.decode(line))
+        except msgspec.ValidationError as error:
+            what = f"a file with a line that is no {_name_of(kind)}"
+            raise _unreadable(path, what, error) from None
+        except msgspec.DecodeError:
+            continue
+    return records

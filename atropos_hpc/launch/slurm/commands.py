@@ -150,3 +150,15 @@ def answers() -> bool:
         return bool(ask("sinfo", "-h", "-o", "%R"))
     except SlurmError:
         return False
+
+
+def known_states(jobs: Iterable[str | None]) -> dict[str, str | None]:
+    """Return the state of each job, None where the controller has forgotten it; {} if unreachable."""
+    wanted = [job for job in jobs if job]
+    if not wanted or shutil.which("squeue") is None:
+        return {}
+    try:
+        found = states(wanted)
+    except SlurmError:
+        return {}
+    return {job: found.get(job) for job in wanted}

@@ -1,0 +1,150 @@
+"""What `atropos-hpc status --json` and `atropos-hpc report --json` print. None: not known yet."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from atropos_hpc.contracts.members import Holder
+
+RunState = Literal[
+    "queued",
+    "requeued",  # saved, and waiting for Slurm to start it again
+    "starting",  # running, without a step yet
+    "running",
+    "complete",
+    "failed",
+    "stopped",
+    "cancelled",
+    "lost",  # no process is left, and no outcome was recorded
+]
+ENDED: tuple[RunState, ...] = ("complete", "failed", "stopped", "lost", "cancelled")
+
+
+class PointStatus(Struct, frozen=True):
+    """One point of a sweep. Reward and KL are means over the last tenth of the steps."""
+
+    point: int
+    overrides: list[str]
+    run_dir: str
+    job: str | None
+    state: RunState
+    step: int
+    steps: int | None
+    eta_s: float | None
+    reward: float | None
+    accuracy: float | None  # held-out, of the last evaluation
+    kl: float | None  # to the reference
+    staleness: float | None
+    tokens_per_s: float | None
+    best: bool = False
+
+
+class SweepStatus(Struct, frozen=True):
+    """Every point of a sweep."""
+
+    sweep: str
+    points: list[PointStatus]
+
+
+class ServerCount(Struct, frozen=True):
+    """The vLLM servers of a node agent."""
+
+    serving: int
+    total: int
+
+
+class WaitStatus(Struct, frozen=True):
+    """What a member waits for."""
+
+    member: str
+    what: str
+    from_whom: str
+    waited_s: float
+
+
+class MemberStatus(Struct):
+    """A process of the run, from its member file and that file's age."""
+
+    name: str
+    kind: str
+    node: str
+    host: str
+    state: str  # its own word, or "silent", or "gone" once its run has ended
+    age_s: float
+    silent_s: float  # since its last heartbeat
+    version: int | None = None  # the learner's, or the oldest that a server of the agent serves
+    servers: ServerCount | None = None
+    wait: WaitStatus | None = None
+    tokens_per_s: float | None = None
+    in_flight: int | None = None  # groups
+    sent: int | None = None  # groups
+    queued_sequences: int | None = None
+    error: str | None = None
+
+
+class EvaluationStatus(Struct, frozen=True):
+    """The last held-out evaluation."""
+
+    version: int
+    accuracy: float
+    sequences: int
+
+
+class QueueStatus(Struct, frozen=True):
+    """Work between the environments and the learner."""
+
+    sequences: int | None
+    groups_in_flight: int
+
+
+class VersionStatus(Struct, frozen=True):
+    """Policy versions: the learner's, the newest published, durable, and the oldest served."""
+
+    learner: int
+    published: int | None
+    durable: int | None
+    served: int | None
+
+
+class TokenRates(Struct, frozen=True):
+    """Tokens per second: trained over the last steps, generated over the last seconds."""
+
+    trainer: float | None
+    rollout: float | None
+
+
+class LogWarning(Struct, frozen=True):
+    """A warning or an error at the end of a log of the newest attempt."""
+
+    time: str
+    log: str
+    level: str  # W, E or C
+    message: str
+
+
+class RunStatus(Struct, frozen=True):
+    """One run."""
+
+    run_dir: str
+    state: RunState
+    job: str | None
+    slurm: str | None  # the state of the job in Slurm's own words
+    attempts: int
+    holder: Holder | None
+    step: int
+    steps: int | None
+    last_step_at: float | None
+    eta_s: float | None
+    seconds_per_step: float | None
+    metrics: dict[str, float | None]
+    evaluation: EvaluationStatus | None
+    queue: QueueStatus
+    versions: VersionStatus
+    tokens_per_s: TokenRates
+    time_shares: dict[str, float]  # of the learner's time; they add up to 1
+    members: list[MemberStatus]
+    waits: list[WaitStatus]
+    warnings: list[LogWarning]
+
+
+Status = RunStatus | SweepStatus
