@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from atropos_hpc import resources
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable
 
 LOOK_S = 2.0  # between two looks of a live status
@@ -204,6 +205,27 @@ def doctor(options: argparse.Namespace) -> int:
     return launch.examine(options.overrides)
 
 
+def templates(options: argparse.Namespace) -> int:
+    """Copy the sbatch templates to a directory; refuse to overwrite anything."""
+    sources = sorted(resources.data("slurm").glob("*.sbatch"))
+    taken = [source.name for source in sources if (options.out / source.name).exists()]
+    if taken:
+        print(
+            f"{options.out} already has {', '.join(taken)}; nothing was written: "
+            "move them, or name another directory",
+            file=sys.stderr,
+        )
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        text = source.read_text()
+        if not resources.is_clone():  # the submit directory has no .venv of a clone
+            text = text.replace(".venv/bin/python", sys.executable)
+        (options.out / source.name).write_text(text)
+        print(options.out / source.name)
+    return 0
+
+
 def completion(_options: argparse.Namespace) -> int:
     """What bash has to read for completion; zsh understands it after `bashcompinit`."""
     names = " ".join(command.__name__ for command, _, _ in COMMANDS)
@@ -291,6 +313,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="of which step; else the newest")
 
 
+def _templates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="DIR", help="the directory to write them to")
+
+
 def _nothing(_parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -317,6 +343,7 @@ COMMANDS: tuple[Command, ...] = (
         "this machine, the cluster and both environments: what works, what is missing",
         _overrides,
     ),
+    (templates, "copy the sbatch templates, to be edited to your site", _templates),
     (completion, "a script for the shell's completion", _nothing),
 )
 

@@ -27,13 +27,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from atropos_hpc import config as schema
-from atropos_hpc import validate
+from atropos_hpc import resources, validate
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.runtime import process
 from hydra_plugins.atropos_hpc_launcher import launcher
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = resources.data("configs")
 REFUSED = 2
 
 hydra_api.register()

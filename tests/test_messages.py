@@ -166,7 +166,7 @@ def test_the_doctor_finds_an_environment_that_does_not_work_and_tells_what_to_do
     )
     said = capsys.readouterr().out
     assert (
-        "NO there is no /no/python; `make setup` makes it" in said
+        "NO there is no /no/python: `make setup` creates it" in said
         and f"ok {sys.executable}" in said
         and "this machine" in said
     )

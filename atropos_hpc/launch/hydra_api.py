@@ -1,13 +1,10 @@
 """Every use of the internals of Hydra and OmegaConf (hydra-core 1.3, omegaconf 2.3)."""
 
-from pathlib import Path
-
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from atropos_hpc import resources
 from atropos_hpc.config import Config
-
-SWEEPS = Path(__file__).resolve().parent.parent.parent / "sweeps"
 
 
 def register() -> None:
@@ -17,7 +14,7 @@ def register() -> None:
     # changed there (`ConfigStore.load` copies what it returns), so the copy may be the store.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     ConfigStore.instance().store(name="base", node=Config)
-    for path in sorted(SWEEPS.glob("*.yaml")):
+    for path in sorted(resources.data("sweeps").glob("*.yaml")):
         ConfigStore.instance().store(
             group="sweep",
             name=path.stem,

@@ -13,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc import resources
 from atropos_hpc.config import Config, RoleConf, environments
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check
 from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.launch.steps import PACKAGE_HOME, rollout_python, trainer_python
+from atropos_hpc.launch.steps import rollout_python, trainer_python
 from atropos_hpc.validate import Problem, problems
 
 CHECK_TIMEOUT_S = 300.0
+SETUP = "`make setup` creates it in a clone; elsewhere, give the path of the role's interpreter"
 _ROLES = ThreadPoolExecutor(
     2, thread_name_prefix="preflight"
 )  # both roles are looked at side by side: they are processes that one waits for
@@ -64,9 +66,11 @@ def check(
     previous: RunInfo | None,
     on_slurm: bool = False,
     imports: bool = False,
+    roles: bool = True,
 ) -> list[Problem]:
     """Every problem there is. `previous`: the run in `run_dir`, None when it is new. Starts nothing but checks.
 
+    `roles`: check both roles' Python environments, and what has to be loaded in them.
     `on_slurm`: also hold what the run asks for against the cluster. `imports`: have both roles' Python import what they need, which takes
     seconds; of use where nothing starts soon that would show it.
     """
@@ -78,9 +82,10 @@ def check(
         *_model(config),
     ]
     wrong = frozenset(problem.key for problem in found)
-    roles = [_ROLES.submit(side, config, wrong, imports) for side in (_trainer_side, _rollout_side)]
+    sides = (_trainer_side, _rollout_side) if roles else ()
+    running = [_ROLES.submit(side, config, wrong, imports) for side in sides]
     cluster = cluster_check.check(config, run_dir) if on_slurm else []
-    return [*found, *(problem for role in roles for problem in role.result()), *cluster]
+    return [*found, *(problem for side in running for problem in side.result()), *cluster]
 
 
 def _trainer_side(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
@@ -223,7 +228,7 @@ def _interpreter(
             else [_last_line(done.stderr, "it fails")]
         )
     except FileNotFoundError:
-        return [Problem(key, f"there is no {python}; `make setup` makes it")]
+        return [Problem(key, f"there is no {python}: {SETUP}")]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [Problem(key, f"{python} does not work as a Python: {error}")]
     if not wrong:
@@ -231,17 +236,18 @@ def _interpreter(
     return [
         Problem(
             key,
-            f"{python} cannot be used: {'; '.join(wrong)}; install requirements/{role}-*.txt there (`make setup`)",
+            f"{python} cannot be used: {'; '.join(wrong)}; install "
+            f"{resources.data('requirements')}/{role}-*.txt there",
         )
     ]
 
 
 @functools.cache
 def _pins(role: str) -> dict[str, str]:
-    """Distribution -> "major.minor" that requirements/ROLE-*.txt pin; {} where the package stands without them."""
+    """Map each distribution that requirements/ROLE-*.txt pins to its "major.minor"."""
     lines = [
         line
-        for path in sorted((PACKAGE_HOME / "requirements").glob(f"{role}-*.txt"))
+        for path in sorted(resources.data("requirements").glob(f"{role}-*.txt"))
         for line in path.read_text().splitlines()
     ]
     return {
@@ -254,7 +260,7 @@ def _pins(role: str) -> dict[str, str]:
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.path is None:
-        source = PACKAGE_HOME.joinpath(*(model.make or "").split(".")).with_suffix(".py")
+        source = resources.HOME.joinpath(*(model.make or "").split(".")).with_suffix(".py")
         if (model.make or "").startswith("atropos_hpc.") and not source.exists():
             yield Problem("model.make", f"there is no module {model.make}")
         return

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from atropos_hpc import resources
 from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.sbatch import Group
 from atropos_hpc.runtime.network import HOST
 from atropos_hpc.runtime.process import END_TASKS
 
-PACKAGE_HOME = Path(__file__).resolve().parent.parent.parent
+PACKAGE_HOME = resources.HOME
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def trainer_python(config: Config) -> str:
 
 
 def rollout_python(config: Config) -> str:
-    """The rollout role's interpreter."""
-    return config.roles.rollout.python or str(PACKAGE_HOME / ".venv-rollout" / "bin" / "python")
+    """Return the rollout role's interpreter: the configured one, or that of .venv-rollout/."""
+    beside = resources.HOME if resources.is_clone() else Path.cwd()
+    return config.roles.rollout.python or str(beside / ".venv-rollout" / "bin" / "python")
 
 
 def local_steps(config: Config, run_dir: Path) -> list[Step]:

@@ -85,7 +85,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     folder = sweep_dir / ".submitit"
     if launch.dry_run:
         answers = commands.answers()
-        _refuse(points, answers)
+        _refuse(points, answers, roles=False)
         return _dry_run(points, folder, names, answers)
     _refuse(points, True)
     rows = _submit(points, names, folder)
@@ -137,8 +137,10 @@ def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked
             f"# point {point.num}: {' '.join(point.overrides)}\n{sbatch.script(point.config, f'{folder}/%j_0_log.out', command, name)}"
         )
     unchecked = (
-        "" if checked else " Slurm does not answer here: whether it can start them was not checked."
+        " The roles' Python environments were not checked: `atropos-hpc validate` does that."
     )
+    if not checked:
+        unchecked += " Slurm does not answer here: whether it can start the jobs was not checked."
     print(
         f"# {len(points)} jobs, at most {hours:.1f} GPU-hours. Nothing was submitted (launch.dry_run).{unchecked}"
     )
@@ -231,13 +233,13 @@ def _command(point: Point) -> list[str]:
 # --- both
 
 
-def _refuse(points: Iterable[Point], on_slurm: bool) -> None:
+def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None:
     """Exit with 2 and every problem of every point, before anything is queued; what all points share is said once."""
     found: dict[Problem, list[int]] = {}
     for point in points:
         previous = RunDir(point.run_dir).info()
         for problem in preflight.check(
-            point.config, point.run_dir, previous, on_slurm, imports=on_slurm
+            point.config, point.run_dir, previous, on_slurm, imports=on_slurm, roles=roles
         ):
             found.setdefault(problem, []).append(point.num)
     if not found:

@@ -61,7 +61,7 @@ async def push(
                     raise PushError(
                         f"version {version} to {url}: {route} answered {response.status}: {text}"
                     )
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             if isinstance(error, aiohttp.ClientError):  # it was not even connected
                 raise PushError(f"version {version} to {url}: {route}: {error!r}") from error
             raise Stuck(

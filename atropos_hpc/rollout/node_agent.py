@@ -294,7 +294,7 @@ class Agent:
                         )
                     server.up, server.answered = True, time.monotonic()
                     return
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+        except (TimeoutError, aiohttp.ClientError, OSError):
             pass
         silent = time.monotonic() - (server.answered if server.up else child.started)
         if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):

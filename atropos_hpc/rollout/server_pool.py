@@ -179,7 +179,7 @@ class Pool:
                             f"{server}{GENERATE} refused the request with {status}: {str(answer)[:500]}"
                         )
                     failure = f"{server} answered {status}: {str(answer)[:200]}"
-            except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 failure = f"{server}: {error!r}"
             finally:
                 request.cancel()

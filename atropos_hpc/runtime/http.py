@@ -72,7 +72,7 @@ class TrajectoryLink:
                     if status == 500 and not retry_500:
                         return status, text
                     failure = f"{url} answered {status}: {text[:200]}"
-                except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+                except (TimeoutError, aiohttp.ClientError, OSError) as error:
                     failure = f"{url}: {error!r}"
                     self.losses += not self._away
                     self._away = True

@@ -192,7 +192,7 @@ class Service:
                 return found
             try:
                 await asyncio.wait_for(arrived.wait(), min(left, LOOK_AGAIN_S))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 pass
 
     async def _form(self, batch: int, oldest: int, version: int) -> list[Item] | None:
