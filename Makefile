@@ -1,8 +1,10 @@
-# make demo   sets up what is missing and trains a tiny policy on this machine, end to end
-# make test   sets up what is missing and runs every test
+# make demo        set up what is missing and train a tiny policy on this machine, end to end
+# make test-fast   the tests without heavy packages, whole runs and Slurm: about a minute
+# make test        set up what is missing and run every test
 #
-# The trainer role, with the login and development tools, lives in .venv; the rollout role in .venv-rollout: verl and vLLM pin
-# versions that exclude one another. `make setup DEVICE=cuda` installs the CUDA pins instead of the CPU ones.
+# The trainer role, with the login and development tools, lives in .venv, the rollout role in
+# .venv-rollout: verl and vLLM pin versions that exclude one another. `make setup DEVICE=cuda`
+# installs the CUDA pins instead of the CPU ones.
 
 DEVICE ?= cpu
 PYTHON ?= python3
@@ -10,19 +12,22 @@ SEED ?= 0
 RUN ?= runs/demo
 NAME ?=
 
-# uv does not read pip's configuration: wheels that pip would find in a local directory are pointed out to it. Where there is no such
-# directory, the CPU build of torch comes from PyTorch's own index.
+# uv does not read pip's configuration, so it is given the local directory of wheels that pip uses,
+# if any. Without one, the CPU build of torch comes from PyTorch's own index.
 FIND_LINKS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 UV := UV_SYSTEM_CERTS=1 .venv/bin/uv
-UV_WHEELS := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(if $(filter cpu,$(DEVICE)),--torch-backend=cpu))
-# DeepSpeed comes as source; none of its kernels is wanted, and building them needs a compiler.
+CPU_TORCH := $(if $(filter cpu,$(DEVICE)),--torch-backend=cpu)
+UV_WHEELS := $(if $(FIND_LINKS),--find-links $(FIND_LINKS),$(CPU_TORCH))
+# DeepSpeed is a source distribution. None of its kernels is used, and they would need a compiler.
 INSTALL := DS_BUILD_OPS=0 $(UV) pip install --quiet $(UV_WHEELS) --compile-bytecode
 
 TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
 TRL := .venv-trl/ready
+OVERRIDES := requirements/rollout-overrides.txt
+DURATIONS := build/test-durations
 
-.PHONY: demo setup apt test lint bench faults soak clean
+.PHONY: demo setup apt test test-fast docs-testing lint bench faults soak clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -38,9 +43,11 @@ $(TRAINER): requirements/trainer-$(DEVICE).txt requirements/dev.txt pyproject.to
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
 	touch $@
 
-$(ROLLOUT): requirements/rollout-$(DEVICE).txt requirements/dev.txt requirements/rollout-overrides.txt pyproject.toml | .venv/bin/uv
+$(ROLLOUT): requirements/rollout-$(DEVICE).txt requirements/dev.txt $(OVERRIDES) pyproject.toml \
+		| .venv/bin/uv
 	test -x .venv-rollout/bin/python || $(UV) venv --quiet --python .venv/bin/python .venv-rollout
-	$(INSTALL) --python .venv-rollout/bin/python $(if $(filter cpu,$(DEVICE)),--override requirements/rollout-overrides.txt) \
+	$(INSTALL) --python .venv-rollout/bin/python \
+		$(if $(filter cpu,$(DEVICE)),--override $(OVERRIDES)) \
 		-r requirements/rollout-$(DEVICE).txt -r requirements/dev.txt
 	$(UV) pip install --quiet --python .venv-rollout/bin/python --no-deps --editable .
 	touch $@
@@ -53,13 +60,22 @@ lint: $(TRAINER)
 # Debian's Slurm, for the tests that bring up a private cluster; installed where this user may.
 apt:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } >/dev/null; then \
-		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y slurmctld slurmd slurm-client munge >/dev/null; fi
+		! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } \
+			>/dev/null; then \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+			apt-get -qq install -y slurmctld slurmd slurm-client munge >/dev/null; fi
 
-# Each test file belongs to one role's environment (tests/conftest.py says which).
+# Each test file belongs to one role's environment; tests/conftest.py knows which. Every tier records
+# its durations, from which `make docs-testing` writes docs/testing.md.
+test-fast: $(TRAINER)
+	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json .venv/bin/python -m pytest
+
 test: setup apt
-	TEST_ROLE=trainer .venv/bin/python -m pytest
-	TEST_ROLE=rollout .venv-rollout/bin/python -m pytest
+	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest
+	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
+
+docs-testing:
+	.venv/bin/python tests/write_durations.py $(sort $(wildcard $(DURATIONS)/*.json))
 
 # TRL, which one bench compares with, has an environment of its own.
 $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
@@ -70,17 +86,20 @@ $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
 bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
 
-# Random faults against a live run: SEED is one number or a range, MINUTES of faults for each. Summed up over all calls.
+# Random faults against a live run, summarised over all calls. SEED: one number or a range. MINUTES:
+# the time of faults for each seed.
 MINUTES ?= 0.5
 faults: setup
-	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES) --record bench/results/faults.jsonl
+	.venv/bin/python tests/faults.py --seed $(SEED) --minutes $(MINUTES) \
+		--record bench/results/faults.jsonl
 
-# A kill every 30 to 90 seconds for an hour; MINUTES is another time.
+# A kill every 30 to 90 seconds, for an hour or for MINUTES.
 soak: MINUTES := 60
 soak: setup
 	.venv/bin/python tests/soak.py --minutes $(MINUTES)
 
 # Run directories and the cache of made models stay: they are results.
 clean:
-	rm -rf .venv .venv-rollout .venv-trl build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-rollout .venv-trl build *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

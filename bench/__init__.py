@@ -1,0 +1,6 @@
+"""Benchmarks. What they share with the tests (a private Slurm cluster, crash points) is in tests/."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -23,8 +23,6 @@ from atropos_hpc.observe import history, html_report, report
 from atropos_hpc.runtime.run_dir import read_json
 from bench.result import Result
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 COEFFICIENTS = (0.0, 0.001, 0.01, 0.1)
 SEEDS = (0, 1)
 STEPS = 160

@@ -19,8 +19,6 @@ from typing import Any
 
 from bench.result import Result
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 POINTS = 50
 ROUNDS = 5
 

@@ -1,12 +1,22 @@
-"""Which tests run where, and what all of them share.
+"""Which tests run where, how long they take, and fixtures that many of them share.
 
-verl and vLLM cannot live in one environment, so each test file belongs to one role's: TEST_ROLE (set by `make test`) says which one
-this is. A part that is missing skips its tests, with the reason, on a user's machine; in CI it is an error.
+verl and vLLM cannot live in one environment, so each test file belongs to one role's environment.
+TEST_ROLE, set by the Makefile, selects the tests:
+
+    trainer, rollout   the tests of the role whose environment this is
+    fast               every test that needs no heavy package, no whole run and no Slurm
+
+Without a missing part, a test is skipped with the reason on a user's machine; in CI it is an error.
 """
 
 import importlib.util
+import json
 import os
+import resource
 import signal
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,43 +28,120 @@ ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
 NEEDS = {
     "trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")},
     "rollout": {"vllm": ("vllm", "atroposlib")},
+    "fast": {},
 }
+SLOW_MARKERS = {"vllm", "verl", "deepspeed", "slurm", "run"}
+HEAVY = ("torch", "transformers", "verl", "deepspeed", "ray", "vllm", "atroposlib")
+RERUNS = int(os.environ.get("ATROPOS_HPC_RERUNS", "1"))  # of a test that runs a run or a cluster
+MAX_RERUNS = 2  # in one session
+
+# A shell ignores SIGINT in what it starts in the background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if ROLE == "fast":
+    for module in HEAVY:  # importing one fails, as it would on a login node
+        sys.modules[module] = None  # type: ignore[assignment]
 
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # in a shell's background it is ignored, by what the tests start as well
+# --- which tests
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if collection_path.name.startswith("test_"):
+    if ROLE != "fast" and collection_path.name.startswith("test_"):
         return collection_path.name.startswith(ROLLOUT_FILES) != (ROLE == "rollout")
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ROLE == "fast":
+        slow = [item for item in items if any(m.name in SLOW_MARKERS for m in item.iter_markers())]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     for marker, modules in NEEDS[ROLE].items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         if missing and os.environ.get("CI"):
-            raise pytest.UsageError(
-                f"the {ROLE} environment lacks {', '.join(missing)}: run `make setup`"
-            )
+            reason = f"the {ROLE} environment lacks {', '.join(missing)}: run `make setup`"
+            raise pytest.UsageError(reason)
+        reason = f"needs {', '.join(missing)}; `make setup` installs it"
         for item in items:
             if missing and item.get_closest_marker(marker):
-                item.add_marker(
-                    pytest.mark.skip(reason=f"needs {', '.join(missing)}; `make setup` installs it")
-                )
+                item.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
-        # Whole runs and clusters, killed at moments that a busy machine shifts: one more try, which pytest reports as a rerun.
+        # They kill processes at moments that a busy machine shifts, so a failure is retried once.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
-            item.add_marker(
-                pytest.mark.flaky(reruns=int(os.environ.get("ATROPOS_HPC_RERUNS", "1")))
+            item.add_marker(pytest.mark.flaky(reruns=RERUNS))
+
+
+# --- how long they take, and how many were retried
+
+
+class Durations:
+    """Wall and CPU seconds of every test, and the tests that were retried."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.cpu_s: dict[str, float] = {}
+        self.wall_s: dict[str, float] = {}
+        self.rerun: list[str] = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            self.wall_s[item.nodeid] = time.perf_counter() - wall
+            self.cpu_s[item.nodeid] = cpu_seconds() - cpu
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.outcome == "rerun":
+            self.rerun.append(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if len(self.rerun) > MAX_RERUNS:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if path := os.environ.get("TEST_DURATIONS"):
+            self.record(Path(path))
+
+    def record(self, path: Path) -> None:
+        """Write the durations for tests/write_durations.py."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "tier": ROLE,
+            "cores": os.cpu_count(),
+            "total_s": time.time() - self.started,
+            "cpu_s": cpu_seconds(),
+            "rerun": self.rerun,
+            "tests": {name: [self.wall_s[name], self.cpu_s[name]] for name in self.wall_s},
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        total = f"{time.time() - self.started:.0f} s, {cpu_seconds():.0f} s of CPU"
+        terminalreporter.write_line(f"{len(self.wall_s)} tests in {total}")
+        if self.rerun:
+            names = ", ".join(self.rerun)
+            terminalreporter.write_line(
+                f"{len(self.rerun)} retries (at most {MAX_RERUNS}): {names}"
             )
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have been waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Durations(), "durations")
+
+
+# --- fixtures
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """An empty run directory."""
+    """Create an empty run directory."""
     made = RunDir(tmp_path / "run")
     made.create()
     return made
@@ -62,7 +149,7 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of one layer and random weights, for the learner."""
+    """Make a model of one layer and random weights, for the learner."""
     from learner_ranks import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("small-model"), layers=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import xxhash
+from policy_crashes import KINDS, MEMORY, Learner, try_points, weights
 
 from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import leases, node_cache
@@ -21,7 +22,6 @@ from atropos_hpc.policy.routes import find_routes
 from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
 from atropos_hpc.runtime import run_dir
 from atropos_hpc.runtime.run_dir import RunDir, write_file
-from bench.policy_crash import KINDS, MEMORY, Learner, try_points, weights
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_two_hundred_versions_with_random_misses_are_exact(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_crash_no_reader_is_wrong_and_the_run_goes_on(kind: str) -> None:
-    """A sample of bench/policy_crash.py, which tries 500 points of each kind."""
+    """Try a few points of each kind; bench/policy_crash.py tries 500."""
     tried = try_points(kind, range(1000, 1020))
     assert tried["wrong answers"] == 0 and tried["did not go on"] == []
 
