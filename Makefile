@@ -68,7 +68,8 @@ apt:
 # Each test file belongs to one role's environment; tests/conftest.py knows which. Every tier records
 # its durations, from which `make docs-testing` writes docs/testing.md.
 test-fast: $(TRAINER)
-	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json .venv/bin/python -m pytest
+	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json GENERATED_REQUESTS=2000 \
+		.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test: setup apt
 	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest

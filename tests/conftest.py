@@ -12,10 +12,12 @@ Without a missing part, a test is skipped with the reason on a user's machine; i
 import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +32,8 @@ NEEDS = {
     "rollout": {"vllm": ("vllm", "atroposlib")},
     "fast": {},
 }
-SLOW_MARKERS = {"vllm", "verl", "deepspeed", "slurm", "run"}
+SLOW_MARKERS = {"vllm", "verl", "deepspeed", "environments", "slurm", "run"}
+SLOW_FILE = re.compile(rf"^pytestmark = [^#]*?\b({'|'.join(sorted(SLOW_MARKERS))})\b", re.M)
 HEAVY = ("torch", "transformers", "verl", "deepspeed", "ray", "vllm", "atroposlib")
 RERUNS = int(os.environ.get("ATROPOS_HPC_RERUNS", "1"))  # of a test that runs a run or a cluster
 MAX_RERUNS = 2  # in one session
@@ -46,9 +49,11 @@ if ROLE == "fast":
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if ROLE != "fast" and collection_path.name.startswith("test_"):
-        return collection_path.name.startswith(ROLLOUT_FILES) != (ROLE == "rollout")
-    return None
+    if not collection_path.name.startswith("test_"):
+        return None
+    if ROLE == "fast":
+        return bool(SLOW_FILE.search(collection_path.read_text()))
+    return collection_path.name.startswith(ROLLOUT_FILES) != (ROLE == "rollout")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,24 +80,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Durations:
-    """Wall and CPU seconds of every test, and the tests that were retried."""
+    """Wall and CPU seconds of every test, and the tests that were retried.
+
+    Each process that runs tests measures their CPU time; the main one collects the reports.
+    """
 
     def __init__(self) -> None:
         self.started = time.time()
-        self.cpu_s: dict[str, float] = {}
-        self.wall_s: dict[str, float] = {}
+        self.wall_s: defaultdict[str, float] = defaultdict(float)
+        self.cpu_s: defaultdict[str, float] = defaultdict(float)
         self.rerun: list[str] = []
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), cpu_seconds()
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        self.cpu_before = cpu_seconds()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
         try:
             return (yield)
         finally:
-            self.wall_s[item.nodeid] = time.perf_counter() - wall
-            self.cpu_s[item.nodeid] = cpu_seconds() - cpu
+            item.user_properties.append(("cpu_s", cpu_seconds() - self.cpu_before))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.wall_s[report.nodeid] += report.duration
+        if report.when == "teardown":
+            self.cpu_s[report.nodeid] += dict(report.user_properties).get("cpu_s", 0.0)
         if report.outcome == "rerun":
             self.rerun.append(report.nodeid)
 
@@ -100,7 +114,8 @@ class Durations:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if len(self.rerun) > MAX_RERUNS:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if path := os.environ.get("TEST_DURATIONS"):
+        path = os.environ.get("TEST_DURATIONS")
+        if path and not hasattr(session.config, "workerinput"):  # not in a worker of pytest-xdist
             self.record(Path(path))
 
     def record(self, path: Path) -> None:
@@ -110,14 +125,15 @@ class Durations:
             "tier": ROLE,
             "cores": os.cpu_count(),
             "total_s": time.time() - self.started,
-            "cpu_s": cpu_seconds(),
+            "cpu_s": sum(self.cpu_s.values()),
             "rerun": self.rerun,
             "tests": {name: [self.wall_s[name], self.cpu_s[name]] for name in self.wall_s},
         }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        total = f"{time.time() - self.started:.0f} s, {cpu_seconds():.0f} s of CPU"
+        cpu_s = sum(self.cpu_s.values())
+        total = f"{time.time() - self.started:.0f} s, {cpu_s:.0f} s of CPU"
         terminalreporter.write_line(f"{len(self.wall_s)} tests in {total}")
         if self.rerun:
             names = ", ".join(self.rerun)

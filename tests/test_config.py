@@ -245,42 +245,31 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 
 LOGIN_NODE = """
-import resource, runpy, sys
+import runpy, sys
 sys.argv = ["atropos_hpc.train", *sys.argv[1:]]
 try:
     runpy.run_module("atropos_hpc.train", run_name="__main__")
 except SystemExit:
     pass
-usage = resource.getrusage(resource.RUSAGE_SELF)
-heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm", "transformers", "wandb"})
-print("MEASURED", usage.ru_utime + usage.ru_stime, heavy)
+heavy = {"torch", "ray", "verl", "vllm", "transformers", "wandb"}
+print("HEAVY", sorted({name.partition(".")[0] for name in sys.modules} & heavy))
 """
 
 
-def on_a_login_node(*arguments: str, cwd: Path) -> tuple[str, float, str]:
-    """Run the command in a process that says what it has imported: its output, its seconds of CPU, and the heavy modules as a list."""
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["roles.rollout.python=/no/python", "algorithm.kl_coef=-1"]]
+)
+def test_help_and_a_refusal_import_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
+    """How quick they are, bench/startup.py measures."""
     done = subprocess.run(
         [sys.executable, "-c", LOGIN_NODE, *arguments],
-        cwd=cwd,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    seconds, heavy = next(
-        line for line in done.stdout.splitlines() if line.startswith("MEASURED")
-    ).split(maxsplit=2)[1:]
-    return done.stdout, float(seconds), heavy
-
-
-def test_help_and_a_refusal_import_no_torch_ray_verl_or_vllm_and_are_quick(tmp_path: Path) -> None:
-    for arguments in (["--help"], ["roles.rollout.python=/no/python", "algorithm.kl_coef=-1"]):
-        runs = [on_a_login_node(*arguments, cwd=tmp_path) for _ in range(3)]
-        assert {heavy for _, _, heavy in runs} == {"[]"}
-        seconds = min(
-            seconds for _, seconds, _ in runs
-        )  # what else the machine does only adds to it
-        assert seconds < 1.5, f"{seconds} s of CPU for {arguments}"
+    assert "HEAVY []" in done.stdout.splitlines(), done.stdout
 
 
 # --- the files of the config

@@ -123,6 +123,7 @@ def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_p
     ]
 
 
+@pytest.mark.environments
 def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
     config = composed("roles.trainer.python=/no/python")
     keys = {
@@ -156,6 +157,7 @@ def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Pa
         ),
     ],
 )
+@pytest.mark.environments
 def test_the_environment_class_is_loaded_where_it_will_run(
     tmp_path: Path, overrides: list[str], key: str, says: str
 ) -> None:

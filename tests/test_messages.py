@@ -155,6 +155,7 @@ def test_a_run_that_is_complete_is_not_resumed(tmp_path: Path) -> None:
     assert "is complete at 4 steps" in done.stdout and "trainer.steps=" in done.stdout
 
 
+@pytest.mark.environments
 def test_the_doctor_finds_an_environment_that_does_not_work_and_tells_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
