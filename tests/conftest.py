@@ -32,7 +32,7 @@ NEEDS = {
     "rollout": {"vllm": ("vllm", "atroposlib")},
     "fast": {},
 }
-SLOW_MARKERS = {"vllm", "verl", "deepspeed", "environments", "slurm", "run"}
+SLOW_MARKERS = {"vllm", "verl", "deepspeed", "environments", "wheel", "slurm", "run"}
 SLOW_FILE = re.compile(rf"^pytestmark = [^#]*?\b({'|'.join(sorted(SLOW_MARKERS))})\b", re.M)
 HEAVY = ("torch", "transformers", "verl", "deepspeed", "ray", "vllm", "atroposlib")
 RERUNS = int(os.environ.get("ATROPOS_HPC_RERUNS", "1"))  # of a test that runs a run or a cluster
