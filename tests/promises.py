@@ -9,8 +9,8 @@ from run_files import evaluations, step_metrics
 from run_parts import Started
 
 from atropos_hpc.contracts.group import Group, read_group
+from atropos_hpc.contracts.wal_record import EVENT, GROUP, HEADER_BYTES, scan
 from atropos_hpc.runtime.run_dir import RunDir, read_json
-from atropos_hpc.trajectories.wal_record import EVENT, GROUP, HEADER_BYTES, scan
 
 BATCH, STALENESS = 64, 1  # of the runs that are looked at
 WORST_ACCURACY = 0.28  # the base policy has 0.38; five standard deviations of 300 answers below is a policy that was harmed

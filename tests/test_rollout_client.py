@@ -1,23 +1,28 @@
 """The pool of servers against small HTTP servers of our own: what happens when one dies, hangs, refuses, or leaves the roster."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 from rollout_parts import ANSWER, FakeServer, die, good, hang, list_servers, make_run, status
 
-from atropos_hpc.contracts.policy import PolicyVersion
-from atropos_hpc.rollout.server_pool import (
+from atropos_hpc.contracts.messages import (
+    GenerateRequest,
     Generation,
-    Pool,
-    policy_version,
-    record,
-    record_generations,
+    SamplingParams,
+    VersionSpan,
 )
+from atropos_hpc.rollout.server_pool import Pool, decode_answer
+from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 from atropos_hpc.runtime.run_dir import RunDir
+
+REQUEST = GenerateRequest([1], SamplingParams())
+EXPECTED = decode_answer(json.dumps(ANSWER).encode())
 
 
 def on_a_run(test: Callable[[RunDir], Awaitable[None]]) -> Callable[[Path], None]:
@@ -32,7 +37,7 @@ async def test_a_request_moves_when_its_server_dies(run: RunDir) -> None:
     async with FakeServer(die) as bad, FakeServer(good) as fine:
         list_servers(run, {bad.url: 1, fine.url: 1})
         pool = Pool(run)
-        assert [await pool.post({}, 10) for _ in range(6)] == [ANSWER] * 6
+        assert [await pool.post(REQUEST, 10) for _ in range(6)] == [EXPECTED] * 6
         assert bad.served == 1  # after one failure it is suspect, and the other one is preferred
         assert fine.served == 6
         await pool.close()
@@ -43,11 +48,11 @@ async def test_a_silent_server_is_given_up_when_it_leaves_the_roster(run: RunDir
     async with FakeServer(hang) as lost, FakeServer(good) as fine:
         list_servers(run, {lost.url: 1})
         pool = Pool(run)
-        request = asyncio.create_task(pool.post({}, 3600))
+        request = asyncio.create_task(pool.post(REQUEST, 3600))
         while not lost.served:
             await asyncio.sleep(0.01)
         list_servers(run, {fine.url: 1})
-        assert await request == ANSWER
+        assert await request == EXPECTED
         assert lost.served == 1
         await pool.close()
 
@@ -55,12 +60,12 @@ async def test_a_silent_server_is_given_up_when_it_leaves_the_roster(run: RunDir
 @on_a_run
 async def test_an_empty_roster_is_waited_for(run: RunDir) -> None:
     pool = Pool(run)
-    request = asyncio.create_task(pool.post({}, 30))
+    request = asyncio.create_task(pool.post(REQUEST, 30))
     await asyncio.sleep(0.3)
     assert pool.served_version() is None and not request.done()
     async with FakeServer(good) as fine:
         list_servers(run, {fine.url: 4})
-        assert await request == ANSWER
+        assert await request == EXPECTED
         assert pool.served_version() == 4
         await pool.close()
 
@@ -73,7 +78,7 @@ async def test_the_deadline_names_the_last_failure(run: RunDir) -> None:
         list_servers(run, {url: 1})
         pool = Pool(run)
         with pytest.raises(TimeoutError, match=f"within 1 s; last: {url}"):
-            await pool.post({}, 1)
+            await pool.post(REQUEST, 1)
         await pool.close()
 
 
@@ -86,12 +91,12 @@ async def test_503_moves_and_400_is_final(run: RunDir) -> None:
     ):
         list_servers(run, {paused.url: 1, fine.url: 1})
         pool = Pool(run)
-        assert await pool.post({}, 10) == ANSWER
+        assert await pool.post(REQUEST, 10) == EXPECTED
         list_servers(run, {refuses.url: 1})
         while pool.servers != [refuses.url]:
             await asyncio.sleep(0.01)
-        with pytest.raises(ValueError, match="refused the request with 400"):
-            await pool.post({}, 10)
+        with pytest.raises(ValueError, match="rejected the request with 400"):
+            await pool.post(REQUEST, 10)
         assert refuses.served == 1
         await pool.close()
 
@@ -108,7 +113,7 @@ async def test_a_generation_that_a_policy_update_cut_short_is_made_again(run: Ru
     async with FakeServer(cut_short) as server:
         list_servers(run, {server.url: 1})
         pool = Pool(run)
-        assert (await pool.post({}, 10))["choices"][0]["finish_reason"] == "stop"
+        assert (await pool.post(REQUEST, 10)).choices[0].finish_reason == "stop"
         assert not +pool.outstanding
         await pool.close()
 
@@ -118,11 +123,11 @@ async def test_least_outstanding_and_cancel_reaches_the_server(run: RunDir) -> N
     async with FakeServer(hang) as slow, FakeServer(good) as fast:
         list_servers(run, {slow.url: 1, fast.url: 1})
         pool = Pool(run)
-        requests = [asyncio.create_task(pool.post({}, 30)) for _ in range(2)]
+        requests = [asyncio.create_task(pool.post(REQUEST, 30)) for _ in range(2)]
         while not (slow.served and fast.served):
             await asyncio.sleep(0.01)
         for _ in range(5):
-            assert await pool.post({}, 30) == ANSWER
+            assert await pool.post(REQUEST, 30) == EXPECTED
         assert slow.served == 1
         for request in requests:
             request.cancel()
@@ -137,10 +142,10 @@ async def test_an_unreadable_roster_keeps_the_servers_known(run: RunDir) -> None
     async with FakeServer(good) as fine:
         list_servers(run, {fine.url: 1})
         pool = Pool(run)
-        assert await pool.post({}, 5) == ANSWER
+        assert await pool.post(REQUEST, 5) == EXPECTED
         run.roster.write_text("{ not whole")
         await asyncio.sleep(0.3)
-        assert await pool.post({}, 5) == ANSWER
+        assert await pool.post(REQUEST, 5) == EXPECTED
         await pool.close()
 
 
@@ -151,28 +156,32 @@ async def test_every_request_carries_the_run_s_token_and_the_oldest_version_coun
     async with FakeServer(good) as one, FakeServer(good) as other:
         list_servers(run, {one.url: 3, other.url: 2})
         pool = Pool(run)
-        await pool.post({}, 5)
-        await pool.post({}, 5)
+        await pool.post(REQUEST, 5)
+        await pool.post(REQUEST, 5)
         assert one.tokens | other.tokens == {f"Bearer {run.token()}"}
         assert pool.served_version() == 2
         await pool.close()
 
 
 def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None:
-    spans = [
-        {"version": "default", "start": 0, "end": 1},
-        {"version": "12-3", "start": 1, "end": 3},
-    ]
+    spans = [VersionSpan("default", 0, 1), VersionSpan("12-1", 1, 3)]
 
     async def elsewhere() -> None:
-        record([{"token_ids": [3, 4, 5], "weight_versions": spans}], 0.7)
+        record([Generation([3, 4, 5], weight_versions=spans)], 0.7)
 
-    async def main() -> list[Generation]:
+    async def main() -> list[Sampled]:
         with record_generations() as seen:
             await asyncio.create_task(elsewhere())
-            record([{"token_ids": [1], "weight_versions": None}], 1.0)
-        record([{"token_ids": [9], "weight_versions": spans}], 1.0)
+            record([Generation([1])], 1.0)
+        record([Generation([9], weight_versions=spans)], 1.0)
         return seen
 
-    assert asyncio.run(main()) == [Generation((3, 4, 5), (0, 12), 0.7)]
-    assert policy_version("default") == PolicyVersion(version=0, attempt=0)
+    assert asyncio.run(main()) == [Sampled((3, 4, 5), (0, 12), 0.7)]
+
+
+def test_options_without_a_value_are_not_sent() -> None:
+    sampling = SamplingParams(temperature=0.5, max_tokens=4, logprobs=0)
+    assert msgspec.json.encode(GenerateRequest([1], sampling)) == (
+        b'{"token_ids":[1],"sampling_params":{"temperature":0.5,"max_tokens":4,"logprobs":0},'
+        b'"output_mode":"tokens"}'
+    )

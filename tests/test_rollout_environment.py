@@ -1,4 +1,4 @@
-"""Pacing and stamping, and finding the environment class: what needs atroposlib, but no server."""
+"""Stamping, and loading the environment class: what needs atroposlib, but no server."""
 
 import json
 import subprocess
@@ -12,91 +12,24 @@ pytestmark = pytest.mark.vllm
 pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import EvaluationConf  # noqa: E402
-from atropos_hpc.rollout.env_adapter import room, stamp  # noqa: E402
+from atropos_hpc.contracts.group import NO_LIMITS, encode_group  # noqa: E402
+from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
 from atropos_hpc.rollout.evaluation import next_due, numbers  # noqa: E402
-from atropos_hpc.rollout.server_pool import Generation  # noqa: E402
-from atropos_hpc.runtime.http import encode  # noqa: E402
+from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
+from atropos_hpc.trajectories.decode import decode_json  # noqa: E402
 
 ARITHMETIC = "atropos_hpc.environments.arithmetic:ArithmeticEnv"
 
 
-def groups(**changes: Any) -> int:
-    """Room in groups of 8, for batches of 64, with one worker and nothing under way."""
-    figures = {
-        "served": 0,
-        "formed": 0,
-        "staleness": 0,
-        "batch_size": 64,
-        "queued": 0,
-        "under_way": 0,
-        "others": 0,
-        "group_size": 8,
-        "part": 1.0,
-    }
-    return room(**(figures | changes))
-
-
-def test_on_policy_a_batch_is_begun_only_when_its_version_is_served() -> None:
-    assert groups(served=4, formed=4) == 8
-    assert groups(served=3, formed=4) == 0
-    assert groups(served=None) == 0
-
-
-def test_staleness_allows_so_many_batches_ahead() -> None:
-    assert groups(served=4, formed=4, staleness=2) == 24
-    assert groups(served=4, formed=6, staleness=2) == 8
-    assert groups(served=4, formed=7, staleness=2) == 0
-
-
-def test_what_is_queued_and_under_way_takes_room() -> None:
-    assert groups(queued=24) == 5
-    assert groups(queued=24, under_way=16, others=8) == 2
-    assert groups(under_way=64) == 0
-    assert groups(queued=60) == 1  # a batch waits for these 4 sequences
-    assert groups(queued=640) == 0
-
-
-def test_workers_that_see_the_same_room_share_it() -> None:
-    started = [groups(part=1 / 3) for _ in range(3)]
-    assert sum(started) >= 8 and sum(started) - 8 < 3
-    assert groups(part=1 / 3, under_way=24) == 0  # its share is under way
-    assert groups(part=0.01) == 1
-    assert [groups(part=part, staleness=3) for part in (0.75, 0.25)] == [24, 8]
-
-
-def test_a_minimum_share_of_each_batch_is_left_to_whose_it_is() -> None:
-    assert groups(part=0.1) == 1
-    assert groups(part=0.1, share=16) == 2  # its share, though its weight would give it less
-    assert groups(part=0.1, share=16, staleness=2) == 6
-    assert (
-        groups(part=0.1, share=16, own_queued=8) == 1
-        and groups(part=0.1, share=16, under_way=16) == 0
-    )
-    assert groups(shares_of_others=[(16, 0)]) == 6  # the rest, for the others
-    assert groups(shares_of_others=[(16, 8), (8, 8)], queued=8, others=8) == 5
-    assert groups(shares_of_others=[(16, 0)], staleness=2) == 18
-
-
-def test_a_batch_s_share_has_room_though_others_fill_all_batches_to_come() -> None:
-    assert groups(share=16, queued=64) == 2 and groups(share=16, queued=192, staleness=2) == 2
-    assert (
-        groups(share=16, queued=64, under_way=16) == 0
-        and groups(share=16, queued=64, own_queued=16) == 0
-    )
-    assert groups(share=16, served=3, formed=4) == 0  # no batch that it could go into
-
-
 def test_stamps_are_per_sequence_with_the_whole_group_s_range_as_fallback() -> None:
     group: dict[str, Any] = {"tokens": [[1, 2, 50, 60], [1, 2, 70], [9, 9]]}
-    stamp(
-        group, [Generation((50, 60), (1, 1)), Generation((70,), (1, 3)), Generation((4, 4), (2, 2))]
-    )
+    stamp(group, [Sampled((50, 60), (1, 1)), Sampled((70,), (1, 3)), Sampled((4, 4), (2, 2))])
     assert group["generation_params"]["policy_versions"] == [[1, 1], [1, 3], [1, 3]]
 
 
 def test_the_temperature_is_stamped_where_it_is_one_and_the_environment_has_not_said_it() -> None:
-    generations = [Generation((1,), (0, 0), 0.7), Generation((2,), (0, 0), 0.7)]
+    generations = [Sampled((1,), (0, 0), 0.7), Sampled((2,), (0, 0), 0.7)]
     group: dict[str, Any] = {"tokens": [[1], [2]]}
     stamp(group, generations)
     assert group["generation_params"]["temperature"] == 0.7
@@ -104,7 +37,7 @@ def test_the_temperature_is_stamped_where_it_is_one_and_the_environment_has_not_
     stamp(said, generations)
     assert said["generation_params"]["temperature"] == 0.9
     mixed: dict[str, Any] = {"tokens": [[1], [2]]}
-    stamp(mixed, [*generations, Generation((3,), (0, 0), 1.0)])
+    stamp(mixed, [*generations, Sampled((3,), (0, 0), 1.0)])
     assert "temperature" not in mixed["generation_params"]
 
 
@@ -119,7 +52,7 @@ def test_tokens_match_whole_ids_only() -> None:
     group: dict[str, Any] = {
         "tokens": [[0x01000000, 0x00000001]]
     }  # in bytes 00 00 00 01 01 00 00 00: 0x00010100 lies askew in it
-    stamp(group, [Generation((0x00010100,), (1, 1)), Generation((0x00000001,), (2, 2))])
+    stamp(group, [Sampled((0x00010100,), (1, 1)), Sampled((0x00000001,), (2, 2))])
     assert group["generation_params"]["policy_versions"] == [[2, 2]]
 
 
@@ -131,21 +64,21 @@ def test_every_group_has_an_id_of_its_own() -> None:
     assert first["generation_params"]["group_id"] != second["generation_params"]["group_id"]
 
 
-def test_posts_are_json_of_numpy_and_gzipped_when_large() -> None:
-    import gzip
-
+def test_a_python_group_of_arrays_becomes_the_record_that_json_would_become() -> None:
     import numpy as np
 
-    body, headers = encode({"scores": np.float32(0.5), "tokens": np.arange(3)})
-    assert (
-        json.loads(body) == {"scores": 0.5, "tokens": [0, 1, 2]}
-        and "Content-Encoding" not in headers
+    tokens, log_probs = np.arange(6).reshape(2, 3), [np.float32([0.5] * 3)] * 2
+    group = {
+        "tokens": tokens,
+        "masks": [row.tolist() for row in tokens],
+        "scores": [np.float32(1), 0],
+    }
+    record = encode_group(
+        ScoredGroup.from_python(group | {"inference_logprobs": log_probs, "overrides": None})
     )
-    body, headers = encode({"tokens": list(range(5000))})
-    assert (
-        headers["Content-Encoding"] == "gzip"
-        and json.loads(gzip.decompress(body))["tokens"][-1] == 4999
-    )
+    plain = {"tokens": tokens.tolist(), "masks": tokens.tolist(), "scores": [1, 0]}
+    body = json.dumps(plain | {"inference_logprobs": [[0.5] * 3] * 2}).encode()
+    assert record.to_bytes() == decode_json(body, False, NO_LIMITS)[0].to_bytes()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import urllib.request
 import pytest
 from trajectory_parts import environment, group, make_run, member, numbers, server_process
 
+from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.trajectories.client import UpstreamClient
 
 pytest.importorskip("atroposlib")
@@ -30,12 +31,12 @@ def request(run, method, path, body=None, token=None):
 
 def test_batches_of_atropos_own_server_reach_the_learner_as_groups(tmp_path, caplog):
     run = make_run(tmp_path / "run")
-    with server_process(run, module="upstream") as process:
+    with server_process(run, module="atropos_compat") as process:
         token = run.token()
         assert request(run, "GET", "/status")[0] == 401
         assert request(run, "GET", "/health") == (200, {"status": "ok"})
         client = UpstreamClient(lambda: member(run)["url"], token, patience_s=10.0)
-        client.register(8, max_token_len=64, starting_step=0, num_steps=10, vocab_size=1000)
+        client.register(Registration(8, max_token_len=64, num_steps=10, vocab_size=1000))
         assert client.lease(0, 0, 1, oldest=0, version=0, wait_s=0) is None
         assert request(run, "POST", "/register-env", environment(), token)[1]["env_id"] == 0
         for number, version in ((1, 3), (2, 0)):
@@ -43,7 +44,7 @@ def test_batches_of_atropos_own_server_reach_the_learner_as_groups(tmp_path, cap
                 request(run, "POST", "/scored_data", group(number, version=version), token)[0]
                 == 200
             )
-        assert client.status()["queue_size"] == 2
+        assert client.status().queue_size == 2
         groups = client.lease(0, 0, 1, oldest=2, version=2, wait_s=10)
         assert numbers(groups) == [1] and "older than 2" in caplog.text
         assert groups[0].policy_versions == [(3, 4)] * 4

@@ -22,6 +22,7 @@ import aiohttp  # noqa: E402
 from run_files import evaluations  # noqa: E402
 
 from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
+from atropos_hpc.contracts.messages import Registration  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
 from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
@@ -334,9 +335,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
         while roster.trajectory_server() is None:
             time.sleep(0.05)
         learner = TrajectoryClient(roster.trajectory_server, run.token(), 30)
-        learner.register(
-            batch_size=20, max_token_len=32, starting_step=version, num_steps=version + 2
-        )
+        learner.register(Registration(20, 32, starting_step=version, num_steps=version + 2))
         stack.enter_context(
             module("atropos_hpc.rollout.env_worker", *arguments, log=run.path / "worker.log")
         )

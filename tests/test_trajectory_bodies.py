@@ -7,7 +7,7 @@ import zlib
 
 from trajectory_parts import TOKEN, group, numbers, with_service
 
-from atropos_hpc.trajectories import server, service
+from atropos_hpc.trajectories.http_body import CONCURRENT_BODIES
 
 
 def test_gzipped_bodies(tmp_path):
@@ -85,7 +85,7 @@ def test_more_bodies_at_once_than_memory_allows_are_sent_again_later(tmp_path):
 
         slow = [
             asyncio.ensure_future(http.raw("POST", "/scored_data", slowly()))
-            for _ in range(server.BODIES)
+            for _ in range(CONCURRENT_BODIES)
         ]
         await half_sent.wait()
         while (refused := await http.raw("POST", "/scored_data", group(2)))[
@@ -94,15 +94,13 @@ def test_more_bodies_at_once_than_memory_allows_are_sent_again_later(tmp_path):
             pass
         assert refused[0] == 429 and b"send it again later" in refused[1]
         go_on.set()
-        assert [status for status, _ in await asyncio.gather(*slow)] == [200] * server.BODIES
+        assert [status for status, _ in await asyncio.gather(*slow)] == [200] * CONCURRENT_BODIES
         assert (await http.raw("POST", "/scored_data", group(3)))[0] == 200
 
     with_service(tmp_path, story, max_body_bytes=20_000)
 
 
-def test_a_full_queue_takes_no_more_until_some_are_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "MAX_QUEUED", 2)
-
+def test_a_full_queue_takes_no_more_until_some_are_trained_on(tmp_path):
     async def story(http):
         await http.start(4)
         await http.send(group(1), group(2))
@@ -111,4 +109,4 @@ def test_a_full_queue_takes_no_more_until_some_are_trained_on(tmp_path, monkeypa
         assert numbers(await http.lease(0)) == [1]
         await http.send(group(3))
 
-    with_service(tmp_path, story)
+    with_service(tmp_path, story, max_queued=2)

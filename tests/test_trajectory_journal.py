@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from atropos_hpc.contracts.wal_record import EVENT, SNAPSHOT, Record
 from atropos_hpc.trajectories.journal import Damaged, Journal, NotWritten
-from atropos_hpc.trajectories.wal_record import EVENT, SNAPSHOT, Record
 
 ROOMY = 1 << 20  # bytes of a segment that no test here fills
 
@@ -128,11 +128,10 @@ def test_records_of_one_unfinished_commit_may_be_torn_in_any_order(tmp_path):
     assert replay(tmp_path) == [b"kept"]
 
 
-def test_a_second_server_is_kept_off(tmp_path, monkeypatch):
-    monkeypatch.setattr("atropos_hpc.trajectories.journal.LOCK_WAIT_S", 0.0)
+def test_a_second_server_is_locked_out(tmp_path):
     first = Journal(tmp_path, ROOMY)
     with pytest.raises(Damaged, match="another trajectory server"):
-        Journal(tmp_path, ROOMY)
+        Journal(tmp_path, ROOMY, lock_wait_s=0.0)
     first.close()
     Journal(tmp_path, ROOMY).close()
 

@@ -5,6 +5,8 @@ import json
 
 from trajectory_parts import environment, group, numbers, with_service
 
+from atropos_hpc.trajectories.pacing import Timeouts
+
 
 def test_leases_are_numbered_and_repeatable_and_end_with_the_ack(tmp_path):
     async def refused(http, path, method="GET"):
@@ -86,7 +88,7 @@ def test_stale_groups_are_dropped_when_a_batch_is_formed_and_not_later(tmp_path)
 
     async def later(http):
         status = await http.get("/status")
-        assert (status["stale"], status["queued_groups"], status["formed"]) == (1, 1, 1)
+        assert (status["stale"], status["queued_groups"], status["next_batch"]) == (1, 1, 1)
         assert await http.lease(1, oldest=3) is None
         assert (await http.get("/status"))["stale"] == 2
 
@@ -132,13 +134,11 @@ def test_the_queue_counts_until_the_learner_has_moved_on(tmp_path):
     with_service(tmp_path, story)
 
 
-def test_a_batch_of_sizes_that_do_not_add_up_comes_a_little_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("atropos_hpc.trajectories.batching.QUIET_S", 0.3)
-
+def test_a_batch_of_sizes_that_do_not_add_up_comes_a_little_short(tmp_path):
     async def story(http):
         await http.start(8)
         await http.send(*(group(number, 3) for number in range(3)))
         assert numbers(await http.lease(0, wait=20)) == [0, 1]
         assert await http.lease(1, wait=1) is None
 
-    with_service(tmp_path, story)
+    with_service(tmp_path, story, timeouts=Timeouts(quiet_s=0.3))

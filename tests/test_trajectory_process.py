@@ -10,6 +10,7 @@ import time
 import pytest
 from trajectory_parts import environment, group, make_run, member, numbers, server_process
 
+from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.trajectories.client import ServerRefused, TrajectoryClient
 from atropos_hpc.trajectories.server import listen
 
@@ -46,7 +47,13 @@ def deliver(run, value):
 
 def register(client, batch_size=8, starting_step=0):
     client.register(
-        batch_size, max_token_len=64, starting_step=starting_step, num_steps=100, vocab_size=100_000
+        Registration(
+            batch_size,
+            max_token_len=64,
+            starting_step=starting_step,
+            num_steps=100,
+            vocab_size=100_000,
+        )
     )
 
 
@@ -75,11 +82,11 @@ def test_a_life_of_a_server(tmp_path):
         with pytest.raises(ServerRefused) as refused:
             client.lease(0, 0, 1, oldest=0, version=0, wait_s=5)
         assert refused.value.status == 410
-        assert client.status()["queued_groups"] == 1
+        assert client.status().queued_groups == 1
     taken = socket.create_server(("127.0.0.1", int(first["url"].rpartition(":")[2])))
     with server_process(run):
         assert member(run)["url"] != first["url"], "another port, when that one is taken"
-        assert client.status()["formed"] == 1
+        assert client.status().next_batch == 1
     taken.close()
 
 
@@ -98,7 +105,7 @@ def test_term_ends_a_server_at_once_though_leases_wait(tmp_path):
         answers = []
         waiting = threading.Thread(
             target=lambda: answers.append(
-                client._connection.call("GET", "/lease?batch=0&rank=0&world=1&wait=50")
+                client.call("GET", "/lease?batch=0&rank=0&world=1&wait=50", wait_s=50)
             )
         )
         waiting.start()
@@ -106,7 +113,7 @@ def test_term_ends_a_server_at_once_though_leases_wait(tmp_path):
         process.send_signal(signal.SIGTERM)
         waiting.join(20)
         assert process.wait(20) == 0
-        assert [status for status, _ in answers] == [204]
+        assert [answer.status for answer in answers] == [204]
 
 
 def test_killed_under_load_nothing_answered_is_lost_or_doubled(tmp_path):
@@ -164,14 +171,14 @@ def test_an_absent_server_is_waited_for_and_named(tmp_path):
     client = client_of(run, patience_s=0.3)
     with pytest.raises(
         TimeoutError,
-        match=r"trajectory server \(none listens\): waited .* for an answer to GET /status",
+        match=r"trajectory server \(none listens\) did not answer GET /status",
     ):
         client.status()
     closed = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     closed.close()
     with pytest.raises(
-        TimeoutError, match=rf"{url}.*POST /ack\?batch=3; last: ConnectionRefusedError"
+        TimeoutError, match=rf"{url}.*POST /ack\?batch=3.*last error: ClientConnectorError"
     ):
         TrajectoryClient(lambda: url, "token", 0.3).ack(3)
 

@@ -199,14 +199,12 @@ def test_a_member_that_registers_again_keeps_its_id(tmp_path):
     async def later(http):
         assert (await http.post("/register-env", environment("a", member="m2")))["env_id"] == 1
         assert (await http.post("/register-env", environment("a")))["env_id"] == 2
-        await http.get("/status-env", {"env_id": 1, "in_flight": 12})
-        status = await http.get("/status-env", {"env_id": 0, "in_flight": 3})
-        assert (
-            status["others_in_flight"],
-            status["batch_size"],
-            status["formed"],
-            status["queued_sequences"],
-        ) == (12, 8, 0, 0)
+        report = {"in_flight": 4, "served_version": 0}
+        assert (await http.get("/status-env", {"env_id": 0}))["quota"] is None
+        await http.get("/status-env", {"env_id": 1} | report)
+        status = await http.get("/status-env", {"env_id": 0} | report | {"in_flight": 0})
+        assert status["batch_size"] == 8
+        assert status["quota"] == {"groups": 1, "oldest_version": 0}
 
     with_service(tmp_path, story)
     with_service(tmp_path, later)

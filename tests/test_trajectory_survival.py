@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 
+import msgspec
 import pytest
 from trajectory_parts import environment, group, numbers, registration, with_service
 
@@ -72,7 +73,7 @@ def test_acknowledged_segments_go_and_the_state_stays(tmp_path):
         if (await http.get("/info"))["batch_size"] != 8:
             await http.start(8)
             await http.post("/register-env", environment(member="m"))
-        batch = (await http.get("/status"))["formed"]
+        batch = (await http.get("/status"))["next_batch"]
         sent = batch * 2
         for _ in range(10):
             await http.send(group(sent), group(sent + 1))
@@ -105,32 +106,29 @@ def test_acknowledged_segments_go_and_the_state_stays(tmp_path):
 def test_any_history_is_replayed_to_the_state_it_left(tmp_path, seed):
     """Random requests, with small segments and restarts between: memory after a replay is memory before it."""
     dice = random.Random(seed)
-    state = {}
+    left = {}
 
-    def what_must_survive(ledger):
-        return ledger.snapshot() | {
-            "version": None,
-            "known": list(ledger.known),
-            "live": ledger.live,
-        }  # the version is told again
+    def what_must_survive(state):
+        snapshot = msgspec.structs.replace(state.snapshot(), version=None)  # sent again by leases
+        return snapshot, list(state.known), state.live.copy()
 
     async def story(http):
-        ledger = http.service.ledger
-        if state:
-            assert what_must_survive(ledger) == state["left"]
+        state = http.service.state
+        if left:
+            assert what_must_survive(state) == left["state"]
         live = {
             item.place.segment
-            for item in (*ledger.queue.values(), *itertools.chain(*ledger.batches.values()))
+            for item in (*state.queue.values(), *itertools.chain(*state.batches.values()))
         }
         there = {int(path.stem) for path in tmp_path.glob("*.journal")}
         assert live <= there and len(there - live) <= 1, (
             "dead segments are unlinked, but for the one that is written to"
         )
-        await http.post("/register", registration(8, starting_step=max(0, ledger.formed - 3)))
+        await http.post("/register", registration(8, starting_step=max(0, state.next_batch - 3)))
         for _ in range(40):
             request = dice.random()
             if request < 0.6:
-                version = dice.choice([None, ledger.formed, max(0, ledger.formed - 2)])
+                version = dice.choice([None, state.next_batch, max(0, state.next_batch - 2)])
                 await http.send(
                     group(
                         dice.randrange(400),
@@ -140,15 +138,15 @@ def test_any_history_is_replayed_to_the_state_it_left(tmp_path, seed):
                     )
                 )
             elif request < 0.8:
-                await http.lease(ledger.formed, oldest=max(0, ledger.formed - 1))
-            elif request < 0.9 and ledger.formed:
-                await http.post(f"/ack?batch={dice.randrange(ledger.formed)}")
-            elif request < 0.95 and ledger.started:
+                await http.lease(state.next_batch, oldest=max(0, state.next_batch - 1))
+            elif request < 0.9 and state.next_batch:
+                await http.post(f"/ack?batch={dice.randrange(state.next_batch)}")
+            elif request < 0.95 and state.started:
                 await http.post(
                     "/register-env",
                     environment(dice.choice("ab"), member=dice.choice([None, "x", "y"])),
                 )
-        state["left"] = what_must_survive(ledger)
+        left["state"] = what_must_survive(state)
 
     for _ in range(6):
         with_service(tmp_path, story, segment_bytes=2500)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
@@ -18,10 +18,16 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.trajectories import events
 from atropos_hpc.trajectories.client import groups_of
+from atropos_hpc.trajectories.events import Environment
+from atropos_hpc.trajectories.journal import Place
+from atropos_hpc.trajectories.pacing import Pacing
 from atropos_hpc.trajectories.server import application, start
-from atropos_hpc.trajectories.service import Service
+from atropos_hpc.trajectories.service import Service, ServiceSettings
+from atropos_hpc.trajectories.state import QueuedGroup, TrajectoryState
 
 TOKEN = "a-token"
 
@@ -68,6 +74,40 @@ def environment(name: str = "env", group_size: int = 4, **more: Any) -> dict[str
 def numbers(groups: list[Group]) -> list[int]:
     """The numbers that `group` was called with."""
     return [int(g.tokens[0]) for g in groups]
+
+
+def item(
+    gid: int,
+    sequences: int = 4,
+    tokens: int = 10,
+    env_id: int = 0,
+    oldest: int = -1,
+    segment: int = 0,
+) -> QueuedGroup:
+    """A group as the server's state has it."""
+    return QueuedGroup(gid, Place(segment, gid * 100, 100), sequences, tokens, env_id, oldest)
+
+
+def paced(
+    batch_size: int = 8,
+    environments: Sequence[dict[str, Any]] = (),
+    max_staleness: int = 0,
+    **registration: Any,
+) -> tuple[TrajectoryState, Pacing]:
+    """A state with a trainer, and environments given as dicts, all heard of at time 0."""
+    state = TrajectoryState()
+    state.apply(events.TrainerRegistered(Registration(batch_size, 0, **registration)))
+    pacing = Pacing(state, max_staleness)
+    for env_id, more in enumerate(environments):
+        values = {"max_token_length": 10, "group_size": 4, "weight": 1.0, **more}
+        state.apply(events.EnvironmentAdded(Environment(env_id, "e", "e", **values)))
+        pacing.connect(env_id, 0.0)
+    return state, pacing
+
+
+def add(to: TrajectoryState, *items: QueuedGroup) -> None:
+    for one in items:
+        to.add(one, payload_hash=one.gid)
 
 
 class Http:
@@ -119,12 +159,12 @@ def with_service(
     directory: Path,
     story: Callable[[Http], Awaitable[None]],
     max_body_bytes: int = 1 << 20,
-    segment_bytes: int = 1 << 20,
+    **settings: Any,
 ) -> None:
     """Run `story` against a service over `directory`. Called again, it is a restart of the server."""
 
     async def run() -> None:
-        service = Service(directory, segment_bytes=segment_bytes)
+        service = Service(directory, ServiceSettings(**{"segment_bytes": 1 << 20} | settings))
         listener = socket.create_server(("127.0.0.1", 0))
         runner = await start(application(service, TOKEN, max_body_bytes), listener)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
@@ -142,7 +182,8 @@ def serving(directory: Path, max_body_bytes: int = 1 << 20) -> Iterator[tuple[Se
     made: Queue[tuple[Service, int, asyncio.AbstractEventLoop, asyncio.Event]] = Queue()
 
     async def run() -> None:
-        service, over = Service(directory, segment_bytes=1 << 20), asyncio.Event()
+        service = Service(directory, ServiceSettings(segment_bytes=1 << 20))
+        over = asyncio.Event()
         listener = socket.create_server(("127.0.0.1", 0))
         runner = await start(application(service, TOKEN, max_body_bytes), listener)
         made.put((service, listener.getsockname()[1], asyncio.get_running_loop(), over))

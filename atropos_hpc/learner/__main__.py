@@ -87,6 +87,7 @@ def _train(
 ) -> bool:
     import torch
 
+    from atropos_hpc.contracts.messages import Registration
     from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
     from atropos_hpc.learner.checkpoint import Checkpoints
     from atropos_hpc.learner.collective import Together
@@ -116,14 +117,16 @@ def _train(
     )  # the thread's, and the loop's own
     if rank == 0:
         leasing.register(
-            batch_size=algorithm.batch_size,
-            max_token_len=model.max_length,
-            starting_step=backend.step_count,
-            num_steps=trainer.steps,
-            vocab_size=backend.vocab_size,
-            checkpoint_dir=str(run.path / "environments"),
-            wandb_project=config.wandb.project,
-            wandb_group=config.wandb.group or "",
+            Registration(
+                batch_size=algorithm.batch_size,
+                max_token_len=model.max_length,
+                starting_step=backend.step_count,
+                num_steps=trainer.steps,
+                vocab_size=backend.vocab_size,
+                checkpoint_dir=str(run.path / "environments"),
+                wandb_project=config.wandb.project,
+                wandb_group=config.wandb.group or "",
+            )
         )
     at = backend.step_count
     metrics = None

@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelConf, TrainerConf
 from atropos_hpc.contracts.group import Group
 from atropos_hpc.contracts.members import Done, TrainerState
@@ -81,7 +83,8 @@ class Batches:
                 number, self.rank, self.world, oldest=oldest, version=version, wait_s=LEASE_WAIT_S
             )
             if groups is not None:
-                return groups, self.client.status() if self.rank == 0 else {}
+                status = self.client.status() if self.rank == 0 else None
+                return groups, msgspec.structs.asdict(status) if status else {}
         return [], {}
 
     def close(self) -> None:

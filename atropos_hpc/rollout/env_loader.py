@@ -1,4 +1,7 @@
-"""From an environment's `target` and `config` to its class and its config object; errors name the key to change."""
+"""Load an environment's class and config from its `target` and `config` keys.
+
+Errors name the key to change.
+"""
 
 import functools
 import importlib
@@ -10,16 +13,19 @@ from atroposlib.envs.base import BaseEnv
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from atropos_hpc.config import EnvironmentConf, ModelConf, StalenessConf, environments
+from atropos_hpc.config import Config, EnvironmentConf, environments
+from atropos_hpc.contracts.group import UNLIMITED
+from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import ENVIRONMENT_OWN, Problem, did_you_mean
 
-FOR_EVER = 2**31 - 1  # steps: an environment does not decide when a run ends
-
 
 class TargetError(Exception):
-    """The environment cannot be used as configured; `problems` say why, by key within the environment's section."""
+    """The environment cannot be used as configured.
+
+    `problems` have keys within the environment's section.
+    """
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("; ".join(map(str, problems)))
@@ -27,15 +33,18 @@ class TargetError(Exception):
 
 
 def load(target: str) -> type[BaseEnv]:
-    """The class that "package.module:Class" or "path/to/file.py:Class" names. Raises TargetError."""
+    """Import the class that "package.module:Class" or "path/to/file.py:Class" names.
+
+    Raises TargetError.
+    """
     where, _, name = target.rpartition(":")
     try:
-        if where.endswith(".py"):  # a file beside its helpers, as in Atropos' environments/
+        if where.endswith(".py"):  # a file next to its helpers, as in Atropos
             path = Path(where).expanduser().resolve(strict=True)
             sys.path.insert(0, str(path.parent))
             where = path.stem
         module = importlib.import_module(where)
-    except Exception as error:  # whatever an environment's module raises while it is imported
+    except Exception as error:  # whatever the module raises
         raise TargetError(
             [Problem("target", f"{target}: cannot be imported: {error!r}")]
         ) from error
@@ -54,7 +63,7 @@ def load(target: str) -> type[BaseEnv]:
 
 
 def default_config(environment: type[BaseEnv]) -> Any:
-    """What the class's config_init gives; the servers that it gives with it are replaced by the run's. Raises TargetError."""
+    """Return the config of the class's config_init, without its servers. Raises TargetError."""
     try:
         config, _ = environment.config_init()
     except Exception as error:
@@ -64,8 +73,11 @@ def default_config(environment: type[BaseEnv]) -> Any:
     return config
 
 
-def override(config: Any, changes: dict[str, Any]) -> Any:
-    """A config of the same class with these fields changed and validated. Raises TargetError, naming each wrong field."""
+def override(config: Any, changes: JsonObject) -> Any:
+    """Return a config of the same class with changed fields, validated.
+
+    Raises TargetError, which names each wrong field.
+    """
     kind = type(config)
     unknown = [key for key in changes if key not in kind.model_fields]
     if unknown:
@@ -86,10 +98,11 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
         raise TargetError([Problem(f"config.{key}", message) for key, message in wrong]) from error
 
 
-def check_target(target: str, config: dict[str, Any]) -> list[Problem]:
-    """Everything wrong with an environment's target and config, each with its key. Imports the environment; starts nothing.
+def check_target(target: str, config: JsonObject) -> list[Problem]:
+    """Return everything that is wrong with an environment's target and config, by key.
 
-    Of fields that the run sets (`ENVIRONMENT_OWN`) the checks of the config itself have told.
+    It imports the environment and starts nothing. Fields that the run sets (`ENVIRONMENT_OWN`) are
+    left to the checks of the config itself.
     """
     try:
         override(
@@ -102,67 +115,68 @@ def check_target(target: str, config: dict[str, Any]) -> list[Problem]:
 
 
 def of_run(run: RunDir, key: str, seed: int) -> tuple[type[BaseEnv], Any, list[VllmServerConfig]]:
-    """The run's environment at that key: its class, its config, and its servers. Raises TargetError, with whole keys."""
+    """Return the run's environment at that key: its class, its config, and its servers.
+
+    Raises TargetError, with whole keys.
+    """
     config = run.config()
-    conf, model, nodes = (
-        environments(config)[key],
-        config.model,
-        config.roles.rollout.nodes,
-    )
+    conf, model = environments(config)[key], config.model
     try:
         environment = load(conf.target)
-        made = env_config(environment, conf, model, config.staleness, nodes, seed)
+        worker_config = env_config(environment, conf, config, seed)
     except TargetError as error:
-        raise TargetError(
-            [Problem(f"{key}.{problem.key}", problem.message) for problem in error.problems]
-        ) from error
-    return environment, made, [server_config(run, conf, model)]
-
-
-def env_config(
-    environment: type[BaseEnv],
-    conf: EnvironmentConf,
-    model: ModelConf,
-    staleness: StalenessConf,
-    nodes: int,
-    seed: int,
-) -> Any:
-    """The config of one of the environment's workers, of which each of `nodes` has `conf.workers`.
-
-    `seed` goes into its own `seed` field, where it has one. Raises TargetError.
-    """
-    config = default_config(environment)
-    changes: dict[str, Any] = {"seed": seed} if "seed" in type(config).model_fields else {}
-    changes |= conf.config
-    changes |= {
-        "group_size": conf.group_size,
-        "inference_weight": conf.weight / (conf.workers * nodes),
-        "min_batch_allocation": conf.min_batch_allocation / (conf.workers * nodes) or None,
-        "max_num_workers": conf.concurrency,
-        "max_token_length": model.max_length,
-        "tokenizer_name": model.path,
-        "max_batches_offpolicy": staleness.max + 1,
-        "steps_per_eval": 0,
-        "total_steps": FOR_EVER,
-        "use_wandb": False,
-        "wandb_name": config.wandb_name or environment.name or environment.__name__,
-    }
-    return override(config, changes)
-
-
-def server_config(run: RunDir, conf: EnvironmentConf, model: ModelConf) -> VllmServerConfig:
-    """The one server config, behind which are all of the run's servers."""
-    return VllmServerConfig(
+        problems = [Problem(f"{key}.{each.key}", each.message) for each in error.problems]
+        raise TargetError(problems) from error
+    # One server config stands for all of the run's servers.
+    servers = VllmServerConfig(
         run_dir=run.path,
         model_name=model.path,
         tokenizer_name=model.path,
         timeout=round(conf.request_timeout_s),
         server_type="vllm",
     )
+    return environment, worker_config, [servers]
 
 
-def plain_chat_templates() -> None:
-    """Have apply_chat_template return token ids, as atroposlib 0.4.0 and its environments expect. That of transformers 5 does not."""
+def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config, seed: int) -> Any:
+    """Return the config of one worker of the environment.
+
+    Each rollout node has `conf.workers` of them. `seed` goes into the config's own `seed` field, if
+    it has one. Raises TargetError.
+    """
+    env_config = default_config(environment)
+    workers = conf.workers * config.roles.rollout.nodes
+    changes: JsonObject = {"seed": seed} if "seed" in type(env_config).model_fields else {}
+    changes |= conf.config
+    changes |= {
+        "group_size": conf.group_size,
+        "inference_weight": conf.weight / workers,
+        "min_batch_allocation": conf.min_batch_allocation / workers or None,
+        "max_num_workers": conf.concurrency,
+        "max_token_length": config.model.max_length,
+        "tokenizer_name": config.model.path,
+        "max_batches_offpolicy": max_batches_offpolicy(config),
+        "steps_per_eval": 0,
+        "total_steps": UNLIMITED,  # an environment does not decide when a run ends
+        "use_wandb": False,
+        "wandb_name": env_config.wandb_name or environment.name or environment.__name__,
+    }
+    return override(env_config, changes)
+
+
+def max_batches_offpolicy(config: Config) -> int:
+    """Return BaseEnv's own limit on queued batches; 0, which is off, where the quota replaces it.
+
+    Beyond the limit, BaseEnv cancels rollouts in progress.
+    """
+    return config.staleness.max + 1 if config.trajectories.server == "atropos" else 0
+
+
+def patch_chat_templates() -> None:
+    """Have apply_chat_template return token ids, as atroposlib 0.4.0 and its environments expect.
+
+    In transformers 5 it returns a dict.
+    """
     original = PreTrainedTokenizerBase.apply_chat_template
 
     @functools.wraps(original)

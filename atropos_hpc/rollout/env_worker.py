@@ -72,7 +72,7 @@ async def work(run: RunDir, member: Member, index: int, key: str) -> None:
     config = run.config()
     seed = config.seed * 1000 + index
     seed_everything(seed)
-    env_loader.plain_chat_templates()
+    env_loader.patch_chat_templates()
     quiet_atropos()
     environment, env_config, servers = env_loader.of_run(run, key, seed)
     name = environment_name(key) if config.more_environments else None
@@ -81,8 +81,7 @@ async def work(run: RunDir, member: Member, index: int, key: str) -> None:
         servers,
         member=member,
         token=run.token(),
-        staleness=config.staleness,
-        called=name,
+        label=name,
     )
     try:
         member.update(state="registering")

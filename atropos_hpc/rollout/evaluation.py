@@ -100,7 +100,7 @@ def as_evaluator(environment: type[Any]) -> type[Any]:
 
 async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
     """One evaluation: its metrics, which versions generated, how many sequences. Raises what the environment raises, and TimeoutError."""
-    from atropos_hpc.rollout.server_pool import record_generations
+    from atropos_hpc.rollout.stamping import record_generations
 
     async def complete() -> None:
         await env.evaluate()
@@ -152,7 +152,7 @@ class Evaluator:
         from atropos_hpc.rollout import env_loader
 
         seed_everything(self.config.seed)
-        env_loader.plain_chat_templates()
+        env_loader.patch_chat_templates()
         quiet_atropos()
         built = {}
         for key in environments(self.config):

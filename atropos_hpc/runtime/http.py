@@ -1,130 +1,131 @@
-"""HTTP to the run's trajectory server: where it is now, the run's token, and patience while it is away."""
+"""The HTTP client of the run's trajectory server, for workers and the learner, with retry.
+
+After a crash the server is restarted, perhaps on another port: each attempt asks for its URL anew,
+carries the run's token, and backs off exponentially between attempts.
+"""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import aiohttp
-import orjson
-from isal import igzip
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = (
-    3600.0  # a run whose trajectory server stays away longer has been given up by its supervisor
-)
-ONE_CALL_S = 60.0
-COMPRESS_FROM = 4096  # bytes
+PATIENCE_S = 3600.0  # by then the supervisor has given up a run without trajectory server
+ANSWER_S = 60.0  # for one answer, beyond what the server was asked to wait
+CONNECT_S = 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+JSON = "application/json"
 
 
-class TrajectoryLink:
-    """A connection that outlives the server. `find_url` is asked anew for each attempt: the server may come back on another port.
+@dataclass(frozen=True)
+class Request:
+    """An idempotent request."""
 
-    `show` is told what is waited for, and None when the wait is over.
+    method: str
+    path: str  # with its query
+    body: bytes | None = None
+    content_type: str = JSON
+    wait_s: float = 0.0  # that the server is asked to wait before it answers
+    retry_500: bool = True  # 500 is retried, as are the statuses above and 429
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response that ends the retries."""
+
+    status: int
+    body: bytearray  # writable, so that arrays can be mapped onto it
+    url: str
+
+
+class HttpClient:
+    """A connection pool to the trajectory server. Belongs to one event loop.
+
+    `find_url` returns where the server is, None while it is in no roster. `show` is called with a
+    description when a request has to be retried, and with None when it was answered.
     """
 
     def __init__(
         self,
         find_url: Callable[[], str | None],
         token: str,
+        patience_s: float = PATIENCE_S,
         show: Callable[[str | None], None] = lambda what: None,
     ) -> None:
-        self.find_url, self.show = find_url, show
-        self.patience_s = PATIENCE_S
-        self.losses = 0  # how often the server went away; after each it may have forgotten us
+        self.find_url, self.patience_s, self.show = find_url, patience_s, show
+        self.outages = 0  # how often the server became unreachable; it may have been restarted
         self._headers = {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
-        self._away = self._shown = False
+        self._unreachable = self._shown = False
 
-    async def call(
-        self,
-        method: str,
-        path: str,
-        payload: Any = None,
-        *,
-        retry_500: bool = True,
-        once: bool = False,
-    ) -> tuple[int, Any]:
-        """(status, parsed body). Waits while the server is unreachable or out of order; raises TimeoutError after `patience_s`.
+    async def send(self, request: Request, patience_s: float | None = None) -> Answer:
+        """Send a request, retrying while the server is unreachable or overloaded.
 
-        `retry_500=False` gives a 500 back, for routes where it has a meaning. `once` makes one attempt only.
+        Raises TimeoutError after `patience_s` seconds without an answer; with 0 there is one
+        attempt.
         """
-        since, pause = time.monotonic(), 0.2
-        body, headers = (None, {}) if payload is None else await asyncio.to_thread(encode, payload)
+        patience_s = self.patience_s if patience_s is None else patience_s
+        began, pause, what = time.monotonic(), FIRST_PAUSE_S, f"{request.method} {request.path}"
         while True:
             url = self.find_url()
-            if url is None:
-                failure = "it is not in the roster"
-            else:
+            failure = "no trajectory server is in the roster"
+            if url is not None:
                 try:
-                    status, text = await self._request(
-                        method, url.rstrip("/") + path, body, headers
-                    )
-                    if self._shown:
-                        self._shown = False
-                        self.show(None)
-                    self._away = False
-                    if status < 500 and status != 429:
-                        return status, json.loads(text or "null")
-                    if status == 500 and not retry_500:
-                        return status, text
-                    failure = f"{url} answered {status}: {text[:200]}"
-                except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                    failure = f"{url}: {error!r}"
-                    self.losses += not self._away
-                    self._away = True
-            waited = time.monotonic() - since
-            if once or waited > self.patience_s:
+                    answer = await self._attempt(url, request)
+                    self._reached()
+                    if answer.status < 500 and answer.status != 429:
+                        return answer
+                    if answer.status == 500 and not request.retry_500:
+                        return answer
+                    text = bytes(answer.body[:200]).decode(errors="replace")
+                    failure = f"status {answer.status}: {text}"
+                except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                    failure = f"{type(error).__name__}: {error}"
+                    self.outages += not self._unreachable
+                    self._unreachable = True
+            waited = max(0.0, time.monotonic() - began - request.wait_s)
+            where = f"trajectory server {url or '(none listens)'}"
+            if waited >= patience_s:
                 raise TimeoutError(
-                    f"trajectory server: {method} {path} without an answer for {waited:.0f} s; last: {failure}"
+                    f"{where} did not answer {what} for {waited:.0f} s; last error: {failure}"
                 )
-            if not self._shown:
-                self._shown = True
-                self.show(f"an answer to {method} {path}")
-            log.warning(
-                "waiting for the trajectory server, %s %s, %.0f s: %s",
-                method,
-                path,
-                waited,
-                failure,
-            )
+            self._show_retry(what)
+            log.warning("%s: retrying %s, for %.0f s: %s", where, what, waited, failure)
             await asyncio.sleep(pause)
-            pause = min(pause * 1.6, 5.0)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _request(
-        self, method: str, url: str, body: bytes | None, headers: dict[str, str]
-    ) -> tuple[int, str]:
+    async def _attempt(self, url: str, request: Request) -> Answer:
         if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=ONE_CALL_S, sock_connect=5)
-            )
+            self._session = aiohttp.ClientSession()
+        timeout = aiohttp.ClientTimeout(total=request.wait_s + ANSWER_S, sock_connect=CONNECT_S)
         async with self._session.request(
-            method, url, data=body, headers=headers | self._headers
+            request.method,
+            url.rstrip("/") + request.path,
+            data=request.body,
+            headers={"Content-Type": request.content_type, **self._headers},
+            timeout=timeout,
         ) as response:
-            return response.status, await response.text()
+            body = bytearray()
+            async for chunk in response.content.iter_any():
+                body += chunk
+            return Answer(response.status, body, url)
+
+    def _reached(self) -> None:
+        self._unreachable = False
+        if self._shown:
+            self._shown = False
+            self.show(None)
+
+    def _show_retry(self, what: str) -> None:
+        if not self._shown:
+            self._shown = True
+            self.show(f"an answer to {what}")
 
     async def close(self) -> None:
+        """Close the connections."""
         if self._session:
             await self._session.close()
-
-
-def encode(payload: Any) -> tuple[bytes, dict[str, str]]:
-    """(JSON, headers); gzipped when large. numpy's numbers and arrays become plain ones, NaN becomes null."""
-    body = orjson.dumps(
-        payload, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-    )
-    headers = {"Content-Type": "application/json"}
-    if len(body) < COMPRESS_FROM:
-        return body, headers
-    return igzip.compress(body, compresslevel=1), headers | {"Content-Encoding": "gzip"}
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # tensors, and arrays that are not contiguous
-        return value.tolist()
-    if hasattr(value, "model_dump"):
-        return value.model_dump()
-    return str(value)

@@ -1,8 +1,11 @@
-"""The token check in front of every route of a vLLM server, as ASGI middleware that vLLM loads by name.
+"""The token check of every HTTP server of a run: `authorized`, and the same as ASGI middleware.
 
-vLLM's own --api-key leaves the administrative routes open: whoever reaches the port could generate, pause, or replace weights.
+vLLM loads the middleware by name. Its own --api-key leaves the administrative routes open: whoever
+reaches the port could generate, pause, or replace weights.
 """
 
+import base64
+import binascii
 import hmac
 import json
 import os
@@ -12,7 +15,8 @@ from typing import Any
 
 from atropos_hpc.runtime.run_dir import RunDir
 
-RUN_DIR = "ATROPOS_HPC_RUN_DIR"  # how the middleware, which vLLM builds without arguments, learns of its run
+# Tells the middleware its run: vLLM constructs it without arguments.
+RUN_DIR = "ATROPOS_HPC_RUN_DIR"
 OPEN = {"/health"}
 
 Scope = MutableMapping[str, Any]
@@ -20,26 +24,40 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class TokenGuard:
-    """Answers 401 to what does not carry `Authorization: Bearer <the run's token>`, except /health."""
+def authorized(header: str, token: str) -> bool:
+    """Return whether an Authorization header carries the token.
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    It may be a bearer token, or the password of Basic authorization: Atropos environments can put
+    user:password@ into their rollout_server_url.
+    """
+    scheme, _, credentials = header.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(credentials.strip().encode(), token.encode())
+
+
+class TokenGuard:
+    """Answer 401 to requests without the run's token, except for /health."""
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: str | None = None
+    ) -> None:
         self.app = app
-        self._expected = b"Bearer " + RunDir(Path(os.environ[RUN_DIR])).token().encode()
+        self._token = token or RunDir(Path(os.environ[RUN_DIR])).token()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "lifespan"
-            or (scope["type"] == "http" and scope["path"] in OPEN)
-            or self._allowed(scope)
-        ):
+        kind = scope["type"]
+        open_route = kind == "http" and scope["path"] in OPEN
+        if kind == "lifespan" or open_route or self._allowed(scope):
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            body = json.dumps(
-                {
-                    "error": "this server asks for its run's token: Authorization: Bearer <content of the run's secret file>"
-                }
-            )
+        elif kind == "http":
+            how = "Authorization: Bearer <content of the run's secret file>"
+            body = json.dumps({"detail": f"this run's token is needed: {how}"})
             headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
             await send({"type": "http.response.body", "body": body.encode()})
@@ -48,4 +66,4 @@ class TokenGuard:
 
     def _allowed(self, scope: Scope) -> bool:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, self._expected)
+        return authorized(given.decode("latin-1"), self._token)

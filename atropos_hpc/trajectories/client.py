@@ -1,220 +1,111 @@
-"""The learner's side: groups in, acknowledgements out, over the trajectory server's binary leases.
+"""The learner's client of the trajectory server: leases in, acknowledgements out.
 
-It lives in a thread of the learner, so it blocks, but never without a deadline: a server that is away (it is restarted after a
-crash, maybe on another port) is waited for, `patience_s` at most.
+It runs in a thread of the learner, so it blocks, but never without a deadline. A server that does
+not answer is retried for at most `patience_s` seconds: after a crash it is restarted, perhaps on
+another port.
 """
 
-import http.client
-import json
+import asyncio
 import logging
 import time
-import urllib.parse
 from collections.abc import Callable
-from typing import Any
 
-from atropos_hpc.contracts.group import (
-    ANY_LENGTH,
-    ANY_VOCABULARY,
-    Group,
-    Refused,
-    from_python,
-    read_group,
-)
-from atropos_hpc.trajectories.wal_record import scan
+import msgspec
+
+from atropos_hpc.contracts.group import UNLIMITED, Group, Limits, read_group
+from atropos_hpc.contracts.messages import BatchAnswer, ErrorBody, Registration, ServerStatus
+from atropos_hpc.contracts.scored_group import RequestError
+from atropos_hpc.contracts.wal_record import scan
+from atropos_hpc.runtime.http import Answer, HttpClient, Request
+from atropos_hpc.trajectories.decode import decode_json
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 60.0  # for one answer, beyond what it was asked to wait
-CONNECT_S = 10.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
-POLL_S = 0.5  # between two looks at Atropos' own server, which does not wait for us
-PATIENT_WAIT_S = 30.0  # what the server is asked to wait at once; so a dead connection is noticed
+POLL_S = 0.5  # between two requests to Atropos' own server, which does not wait for groups
+LEASE_WAIT_S = 30.0  # that the server is asked to wait at once, so a dead connection is noticed
 
 FindUrl = Callable[[], "str | None"]
 
 
 class ServerRefused(RuntimeError):
-    """The trajectory server answered, and said no. `status` is the HTTP status."""
+    """The trajectory server answered with an error. `status` is the HTTP status, 4xx."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
 
-class Connection:
-    """One HTTP connection that is opened anew, to wherever the server then is, whenever it breaks."""
-
-    def __init__(self, find_url: FindUrl, token: str, patience_s: float) -> None:
-        self._find_url, self._patience_s = find_url, patience_s
-        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self._connection: http.client.HTTPConnection | None = None
-        self._url: str | None = None
-
-    def call(
-        self, method: str, path: str, body: Any = None, wait_s: float = 0.0
-    ) -> tuple[int, bytearray]:
-        """(status, body), of an answer below 500. Repeats the request until there is one, so it must bear that.
-
-        Raises TimeoutError after `patience_s` seconds without one, ServerRefused for 4xx.
-        """
-        began, pause = time.monotonic(), FIRST_PAUSE_S
-        while True:
-            try:
-                status, answer = self._once(method, path, body, wait_s)
-                if status < 400:
-                    return status, answer
-                why = _detail(answer)
-                if status < 500:
-                    raise ServerRefused(
-                        status,
-                        f"trajectory server {self._url} refused {method} {path} ({status}): {why}",
-                    )
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                why = f"{type(error).__name__}: {error}"
-            waited = time.monotonic() - began - wait_s
-            if waited > self._patience_s:
-                where = self._url or "(none listens)"
-                raise TimeoutError(
-                    f"trajectory server {where}: waited {max(0, waited):.0f} s for an answer to {method} {path}; last: {why}"
-                )
-            log.warning(
-                "waiting for the trajectory server %s, %s %s, for %.0f s: %s",
-                self._url,
-                method,
-                path,
-                max(0, waited),
-                why,
-            )
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-
-    def _once(self, method: str, path: str, body: Any, wait_s: float) -> tuple[int, bytearray]:
-        if self._connection is None:
-            self._url = self._find_url()
-            if self._url is None:
-                raise ConnectionError("no trajectory server is in the roster")
-            parts = urllib.parse.urlsplit(self._url)
-            self._connection = http.client.HTTPConnection(
-                parts.hostname or "", parts.port or 80, timeout=CONNECT_S
-            )
-            self._connection.connect()
-        self._connection.sock.settimeout(wait_s + TIMEOUT_S)
-        self._connection.request(
-            method, path, None if body is None else json.dumps(body), self._headers
-        )
-        response = self._connection.getresponse()
-        return response.status, _read(response)
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def _read(response: http.client.HTTPResponse) -> bytearray:
-    """The whole body, into memory that arrays may be written in."""
-    if response.length is None:
-        return bytearray(response.read())
-    body = bytearray(response.length)
-    view, at = memoryview(body), 0
-    while at < len(body):
-        count = response.readinto(view[at:])
-        if count == 0:
-            raise http.client.IncompleteRead(bytes(view[:at]), len(body) - at)
-        at += count
-    response.read()  # lets the connection be used again
-    return body
-
-
-def _detail(answer: bytearray) -> str:
-    try:
-        return str(json.loads(answer)["detail"])[:500]
-    except (ValueError, KeyError, TypeError):
-        return bytes(answer[:200]).decode(errors="replace")
-
-
 class TrajectoryClient:
-    """The run's own trajectory server, as the learner sees it. Not to be shared between threads.
+    """The run's own trajectory server, as the learner sees it. For one thread at a time.
 
-    `find_url` is asked anew whenever a connection is opened; None from it means that no server listens yet. `patience_s`: how long
-    a server may be away.
+    `find_url` is called before each attempt; None means that no server listens yet.
     """
 
     def __init__(self, find_url: FindUrl, token: str, patience_s: float) -> None:
-        self._connection = Connection(find_url, token, patience_s)
-        self._registered: dict[str, Any] = {"vocab_size": 0, "max_token_len": 0}
+        self._loop = asyncio.new_event_loop()
+        self._http = HttpClient(find_url, token, patience_s)
+        self._registration = Registration(batch_size=1, max_token_len=0)
 
-    def register(
-        self,
-        batch_size: int,
-        max_token_len: int,
-        starting_step: int,
-        num_steps: int,
-        vocab_size: int = 0,
-        wandb_group: str = "",
-        wandb_project: str = "",
-        checkpoint_dir: str = "",
-        save_checkpoint_interval: int = 0,
-    ) -> None:
-        """Say what a batch is, and from which policy version training goes on. May be said again; the queue stays.
+    def call(
+        self, method: str, path: str, body: bytes | None = None, wait_s: float = 0.0
+    ) -> Answer:
+        """Send a request and wait for its answer. Raises ServerRefused for 4xx, TimeoutError."""
+        sending = self._http.send(Request(method, path, body, wait_s=wait_s))
+        answer = self._loop.run_until_complete(sending)
+        if answer.status >= 400:
+            what = f"refused {method} {path} with {answer.status}: {_detail(answer.body)}"
+            raise ServerRefused(answer.status, f"trajectory server {answer.url} {what}")
+        return answer
 
-        0 as `max_token_len` or `vocab_size`: no limit.
-        """
-        self._registered = {
-            "batch_size": batch_size,
-            "max_token_len": max_token_len,
-            "starting_step": starting_step,
-            "num_steps": num_steps,
-            "vocab_size": vocab_size,
-            "wandb_group": wandb_group,
-            "wandb_project": wandb_project,
-            "checkpoint_dir": checkpoint_dir,
-            "save_checkpoint_interval": save_checkpoint_interval,
-        }
-        self._connection.call("POST", "/register", self._registered)
+    def register(self, registration: Registration) -> None:
+        """Register this trainer, again after a restart. The server keeps its queue."""
+        self._registration = registration
+        self.call("POST", "/register", msgspec.json.encode(registration))
 
     def lease(
         self, batch: int, rank: int, world: int, oldest: int, version: int, wait_s: float
     ) -> list[Group] | None:
-        """This rank's groups of the batch, the same however often it is asked; None: it is not there after `wait_s` seconds.
+        """Return this rank's groups of the batch, None if it is not there after `wait_s` seconds.
 
-        `oldest`: the oldest policy version that the batch may hold, if it is formed now. `version`: the learner's own.
-        Raises ServerRefused (409: not the next batch, or not registered; 410: acknowledged already) and TimeoutError.
+        The answer is the same until the batch is acknowledged. `oldest`: the oldest policy version
+        that the batch may hold, if it is formed now. `version`: the learner's own. Raises
+        ServerRefused (409: not the next batch, or not registered; 410: acknowledged already) and
+        TimeoutError.
         """
         deadline = time.monotonic() + wait_s
         while True:
-            wait = min(max(0.0, deadline - time.monotonic()), PATIENT_WAIT_S)
-            query = urllib.parse.urlencode(
-                {
-                    "batch": batch,
-                    "rank": rank,
-                    "world": world,
-                    "oldest": max(0, oldest),
-                    "version": version,
-                    "wait": f"{wait:.3f}",
-                }
-            )
-            status, body = self._connection.call("GET", f"/lease?{query}", wait_s=wait)
-            if status == 200:
-                return groups_of(body)
+            wait = min(max(0.0, deadline - time.monotonic()), LEASE_WAIT_S)
+            query = f"batch={batch}&rank={rank}&world={world}&oldest={max(0, oldest)}"
+            path = f"/lease?{query}&version={version}&wait={wait:.3f}"
+            answer = self.call("GET", path, wait_s=wait)
+            if answer.status == 200:
+                return groups_of(answer.body)
             if time.monotonic() >= deadline:
                 return None
 
     def ack(self, batch: int) -> None:
-        """All batches up to this one are in weights that survive; nobody will go back to before them."""
-        self._connection.call("POST", f"/ack?batch={batch}")
+        """Acknowledge all batches up to this one: they are part of a durable checkpoint."""
+        self.call("POST", f"/ack?batch={batch}")
 
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self._connection.call("GET", "/status")[1])
-        return status
+    def status(self) -> ServerStatus:
+        """Return how much is where."""
+        return msgspec.json.decode(self.call("GET", "/status").body, type=ServerStatus)
 
     def close(self) -> None:
-        self._connection.close()
+        """Close the connections."""
+        self._loop.run_until_complete(self._http.close())
+        self._loop.close()
+
+
+def _detail(body: bytearray) -> str:
+    try:
+        return msgspec.json.decode(body, type=ErrorBody).detail[:500]
+    except msgspec.DecodeError:
+        return bytes(body[:200]).decode(errors="replace")
 
 
 def groups_of(body: bytearray) -> list[Group]:
-    """The groups of a lease, as views into `body`. Raises ValueError if it is not whole."""
+    """Map the groups of a lease onto `body`. Raises ValueError if it is damaged."""
     groups, end = [], 0
     for start, after, header in scan(body):
         groups.append(read_group(body, start, header))
@@ -225,38 +116,38 @@ def groups_of(body: bytearray) -> list[Group]:
 
 
 class UpstreamClient(TrajectoryClient):
-    """The same over Atropos' own server, which keeps everything in memory and gives a batch once.
+    """The same over Atropos' own server, which keeps its state in memory and serves a batch once.
 
-    What `TrajectoryClient` promises beyond that does not hold here: a batch that is lost on the way, or with a crash of either
-    side, is gone. It knows one trainer, whose first /register counts.
+    A batch that is lost on the way, or with a crash of either side, is gone. The server knows one
+    trainer, whose first /register counts.
     """
 
     def __init__(self, find_url: FindUrl, token: str, patience_s: float) -> None:
         super().__init__(find_url, token, patience_s)
-        self._held: tuple[int, list[Group]] | None = (
-            None  # the last batch, in case it is asked for again
-        )
+        self._held: tuple[int, list[Group]] | None = None  # the last batch, for a repeated lease
         self._next_gid = 0
 
     def lease(
         self, batch: int, rank: int, world: int, oldest: int, version: int, wait_s: float
     ) -> list[Group] | None:
-        """The next batch; None: not there after `wait_s` seconds. Groups that are stale or malformed are left out, and logged.
+        """Return the next batch, None if it is not there after `wait_s` seconds.
 
-        Raises ValueError unless `world` is 1: that server gives a batch to one asker only.
+        Groups that are stale or malformed are logged and left out. Raises ValueError unless `world`
+        is 1, because the server serves each batch once.
         """
         if world != 1:
             raise ValueError(
-                f"trajectories.server=atropos serves one trainer rank, not {world}: choose trajectories.server=durable"
+                f"trajectories.server=atropos serves one trainer rank, not {world}: "
+                "choose trajectories.server=durable"
             )
         if self._held is not None and self._held[0] == batch:
             return self._held[1]
         deadline = time.monotonic() + wait_s
         while True:
-            served = json.loads(self._connection.call("GET", "/batch")[1]).get("batch")
-            groups = [
-                group for value in served or [] if (group := self._group(value, oldest)) is not None
-            ]
+            body = self.call("GET", "/batch").body
+            served = msgspec.json.decode(body, type=BatchAnswer).batch or []
+            found = (self._group(bytes(value), oldest) for value in served)
+            groups = [group for group in found if group is not None]
             if groups:
                 self._held = (batch, groups)
                 return groups
@@ -265,23 +156,26 @@ class UpstreamClient(TrajectoryClient):
             if not served:
                 time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
 
-    def _group(self, value: dict[str, Any], oldest: int) -> Group | None:
-        vocabulary = self._registered["vocab_size"] or ANY_VOCABULARY
+    def _group(self, body: bytes, oldest: int) -> Group | None:
+        known = self._registration
+        limits = Limits(known.vocab_size or UNLIMITED, known.max_token_len or UNLIMITED)
         try:
-            record = from_python(value, vocabulary, self._registered["max_token_len"] or ANY_LENGTH)
-        except Refused as error:
-            log.error(
-                "left out a malformed group of environment %s: %s", value.get("env_id"), error
-            )
+            (record,) = decode_json(body, False, limits)
+        except RequestError as error:
+            log.error("leaving out a malformed group: %s", error)
             return None
         if 0 <= record.oldest < oldest:
-            log.warning(
-                "left out a group of policy version %d, older than %d", record.oldest, oldest
-            )
+            log.warning("leaving out a group of version %d, older than %d", record.oldest, oldest)
             return None
         record.gid = self._next_gid
         self._next_gid += 1
-        return read_group(bytearray(record.header(0) + record.payload))
+        return read_group(bytearray(record.to_bytes()))
 
     def ack(self, batch: int) -> None:
-        """Nothing: that server forgets a batch when it gives it."""
+        """Do nothing: the server forgets a batch when it serves it."""
+
+    def status(self) -> ServerStatus:
+        """Return what Atropos' server tells: its step and queue."""
+        answer = msgspec.json.decode(self.call("GET", "/status").body, type=dict[str, int])
+        step, queued = answer["current_step"], answer["queue_size"]
+        return ServerStatus(step, queued, queued, 0, step, 0, 0, 0, 0, 0)

@@ -1,17 +1,20 @@
-"""The append-only journal on disk: what is in it survives whatever is killed.
+"""The append-only write-ahead journal on disk.
 
-Order of writes, for each commit:
-  1. records that arrive while the last commit is under way wait in memory; one thread writes all of them with one pwritev
+Order of writes of a commit:
+  1. records that arrive during the previous commit wait in memory; one thread writes them all with
+     one pwritev
   2. fdatasync
-  3. only then do their senders hear of them, in the order of the file: state in memory is always what a replay would give
-When a segment is full, the next one is begun:
-  1. the file is created, and its name made durable
-  2. its first record is a snapshot of all state, in the same commit as the records that come after
-  3. only when that commit is durable may older segments be retired (unlinked), in any order
+  3. only then are their senders answered, in the order of the file, so the state in memory always
+     equals what a replay would give
+Order of writes when a segment is full:
+  1. the next segment's file is created, and its name made durable
+  2. its first record is a snapshot of the whole state, in the same commit as the records after it
+  3. only when that commit is durable may older segments be unlinked, in any order
 
-So a crash leaves a whole journal and perhaps a torn end, which replay cuts off: nobody had been told of it. A record that is not
-intact although it had been durable is damage, and replay refuses it. A full disk leaves nothing half-written either: the file is
-cut back to its last durable end, the senders are told, and the next append tries again.
+A crash leaves a whole journal and perhaps a torn end, which replay cuts off: it was never
+acknowledged. A record that is not intact although it had been durable is damage, and replay refuses
+it. When the disk is full, the file is cut back to its last durable end, the senders get an error,
+and the next append tries again.
 """
 
 import asyncio
@@ -26,54 +29,64 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from atropos_hpc.contracts.wal_record import MAGIC, Header, Record, header_at, scan
 from atropos_hpc.runtime.run_dir import sync_directory
-from atropos_hpc.trajectories.wal_record import MAGIC, Header, Record, header_at, scan
 
 log = logging.getLogger(__name__)
 
-LOCK_WAIT_S = 20.0  # for the server that was here before to be gone
+LOCK_WAIT_S = 20.0  # for the previous server to exit
 SNAPSHOT_WAIT_S = 120.0
 MAX_BUFFERS = 512  # per pwritev; the kernel takes 1024
 
 
 class Place(NamedTuple):
+    """Where a record is."""
+
     segment: int
     offset: int
     size: int
 
 
 class Damaged(Exception):
-    """The journal cannot be trusted; the message says where, and what to do."""
+    """The journal is damaged; the message says where, and what to do."""
 
 
 class NotWritten(Exception):
-    """The journal could not be written (a full disk, a quota). Nothing was kept; a later append may succeed."""
+    """A record could not be written (full disk, quota), and is not in the journal.
+
+    A later append may succeed.
+    """
 
 
-Then = Callable[[Place], None]
-_Waiting = tuple[Record, Then, "asyncio.Future[None]"]
+Apply = Callable[[Place], None]
+_Pending = tuple[Record, Apply, "asyncio.Future[None]"]
 
 
 class Journal:
-    """The files of one directory. `replay` once, then `start` inside the event loop, then `append` and `read`."""
+    """The segments in one directory.
 
-    def __init__(self, directory: Path, segment_bytes: int) -> None:
+    Call `replay` once, then `start` inside the event loop, then `append` and `read`.
+    """
+
+    def __init__(
+        self, directory: Path, segment_bytes: int, lock_wait_s: float = LOCK_WAIT_S
+    ) -> None:
         self.directory, self.segment_bytes = directory, segment_bytes
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(directory / "lock")
+        self._lock = _lock(directory / "lock", lock_wait_s)
         self._files: dict[int, int] = {}  # segment -> fd
-        self._tail = (0, 0)  # segment that is written to, and its durable end
-        self._dirty = False  # something may lie beyond the durable end
-        self._pending: list[_Waiting] = []
+        self._tail = (0, 0)  # current segment, and its durable end
+        self._dirty = False  # whether the file may reach beyond its durable end
+        self._pending: list[_Pending] = []
         self._wake = threading.Condition()
         self._closed = False
-        self._failures = 0  # since the last write that succeeded
+        self._failures = 0  # since the last successful write
         self._thread: threading.Thread | None = None
 
     def replay(self) -> Iterator[tuple[Place, Header, memoryview]]:
-        """Every record in order, as (place, header, bytes of the record). Cuts off a torn end; raises Damaged.
+        """Yield (place, header, bytes) of every record in order.
 
-        The memoryview is valid until the next one is asked for.
+        Cuts off a torn end. Raises Damaged. Each memoryview is valid until the next is requested.
         """
         segments = sorted(int(path.stem) for path in self.directory.glob("*.journal"))
         for segment in segments:
@@ -93,20 +106,30 @@ class Journal:
                         self._refuse_damage(path, mapped, buffer, end, last=segment == segments[-1])
             if end < size:
                 log.warning(
-                    "%s: cut off %d bytes of an unfinished write at byte %d", path, size - end, end
+                    "%s: cutting off %d bytes of an unfinished write at byte %d",
+                    path,
+                    size - end,
+                    end,
                 )
                 os.ftruncate(fd, end)
             if segment == segments[-1]:
-                os.fsync(fd)  # a killed server may have written this without having made it durable
+                os.fsync(fd)  # a killed server may have written this and not synced it
             self._tail = (segment, end)
 
     @staticmethod
     def _refuse_damage(
         path: Path, mapped: mmap.mmap, buffer: memoryview, bad: int, last: bool
     ) -> None:
-        """A power cut may keep later records of a commit and lose earlier ones; what was durable before is not lost that way."""
+        """Raise Damaged if what follows `bad` shows that it had been durable.
+
+        A power cut may keep later records of a commit and lose earlier ones, but nothing that an
+        earlier commit made durable.
+        """
         where = f"{path} is damaged at byte {bad}"
-        advice = "restore it from a copy; or, to give up the groups that wait in it, move the directory away and resume from the checkpoint"
+        advice = (
+            "restore it from a copy; or, to give up the groups that wait in it, move the directory "
+            "away and resume from the checkpoint"
+        )
         if not last:
             raise Damaged(f"{where}: more segments follow; {advice}")
         at = mapped.find(MAGIC, bad + 1)
@@ -117,49 +140,53 @@ class Journal:
             at = mapped.find(MAGIC, at + 1)
 
     def start(self, snapshot: Callable[[], Record]) -> None:
-        """Begin to write. `snapshot` gives the state of all that was appended so far; it is called in the event loop."""
+        """Start the writing thread.
+
+        `snapshot` returns the state after all records so far; it is called in the event loop.
+        """
         self._snapshot, self._loop = snapshot, asyncio.get_running_loop()
         if not self._files:
-            self._begin(0)
+            self._begin_segment(0)
         self._thread = threading.Thread(
             target=self._write_until_closed, name="journal", daemon=True
         )
         self._thread.start()
 
-    def append(self, record: Record, then: Then) -> "asyncio.Future[None]":
-        """Done once `record` is durable. `then` is called before, in the event loop, in the order of the file.
+    def append(self, record: Record, apply: Apply) -> "asyncio.Future[None]":
+        """Return a future that is done once `record` is durable, or fails with NotWritten.
 
-        Ends with NotWritten where it could not be written, and then nothing was kept.
+        `apply` is called before it is done, in the event loop, in the order of the file.
         """
         done: asyncio.Future[None] = self._loop.create_future()
         with self._wake:
             if self._closed:
                 done.set_exception(NotWritten("the journal is being closed"))
                 return done
-            self._pending.append((record, then, done))
+            self._pending.append((record, apply, done))
             self._wake.notify()
         return done
 
     def read(self, place: Place) -> bytes:
-        """The record at `place`, as it lies in the file. Raises KeyError if its segment has been retired."""
+        """Return the record at `place`. Raises KeyError if its segment was retired."""
         data = os.pread(self._files[place.segment], place.size, place.offset)
         if len(data) != place.size:
             raise Damaged(
-                f"{self._path(place.segment)}: {len(data)} of {place.size} bytes at {place.offset}; was the file changed?"
+                f"{self._path(place.segment)}: read {len(data)} of {place.size} bytes at "
+                f"{place.offset}; was the file changed?"
             )
         return data
 
     def retire(self, live: Callable[[int], bool]) -> None:
-        """Unlink the segments of which `live` says that nothing in them is needed any more."""
+        """Unlink the segments that are not `live`."""
         current, end = self._tail
-        if end == 0:  # its snapshot, which would stand for the older ones, is not durable yet
+        if end == 0:  # the snapshot that replaces older segments is not durable yet
             return
         for segment in [s for s in self._files if s != current and not live(s)]:
             self._path(segment).unlink(missing_ok=True)
             os.close(self._files.pop(segment))
 
     def close(self) -> None:
-        """Write what is pending and stop. Blocks, while the event loop must go on: call it in another thread."""
+        """Write what is pending and stop. Blocks on the event loop: call it in another thread."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -183,31 +210,31 @@ class Journal:
             places: list[Place] = []
             try:
                 places = self._commit([record for record, _, _ in batch])
-            except Exception as failure:  # whatever it was, the senders must hear of it
+            except Exception as failure:  # whatever it is, the senders must get an error
                 self._failures += 1
-                if (
-                    self._failures & (self._failures - 1) == 0
-                ):  # the 1st, 2nd, 4th, 8th, ...: a full disk lasts
+                # Log the 1st, 2nd, 4th, 8th, ... failure: a full disk lasts.
+                if self._failures & (self._failures - 1) == 0:
                     log.error(
-                        "cannot write the journal in %s (%d times): %s",
+                        "cannot write the journal in %s (%d times): %s; senders retry",
                         self.directory,
                         self._failures,
                         failure,
                     )
                 error = NotWritten(
-                    f"the journal in {self.directory} cannot be written: {failure}; nothing was kept, send it again later"
+                    f"the journal in {self.directory} cannot be written: {failure}; "
+                    "nothing was stored, send it again later"
                 )
-            self._loop.call_soon_threadsafe(_tell, batch, places, error)
+            self._loop.call_soon_threadsafe(_finish, batch, places, error)
 
     def _commit(self, records: list[Record]) -> list[Place]:
         if self._dirty:
             self._cut_back()
         if self._tail[1] >= self.segment_bytes:
-            self._begin(self._tail[0] + 1)
+            self._begin_segment(self._tail[0] + 1)
         segment, durable = self._tail
         buffers: list[memoryview] = []
         places, at = [], durable
-        for record in [self._ask_for_snapshot(), *records] if durable == 0 else records:
+        for record in [self._take_snapshot(), *records] if durable == 0 else records:
             buffers += memoryview(record.header(durable)), memoryview(record.payload)
             places.append(Place(segment, at, record.size))
             at += record.size
@@ -220,7 +247,7 @@ class Journal:
                 self._cut_back()
             except OSError as error:
                 log.error(
-                    "cannot cut segment %d back to byte %d: %s; trying again before the next write",
+                    "cannot truncate segment %d to byte %d: %s; retrying before the next write",
                     segment,
                     durable,
                     error,
@@ -236,13 +263,13 @@ class Journal:
         os.fsync(self._files[segment])
         self._dirty = False
 
-    def _begin(self, segment: int) -> None:
+    def _begin_segment(self, segment: int) -> None:
         self._files[segment] = os.open(self._path(segment), os.O_RDWR | os.O_CREAT, 0o600)
         self._tail = (segment, 0)
         sync_directory(self.directory)
 
-    def _ask_for_snapshot(self) -> Record:
-        """From the event loop, behind the callbacks of all earlier commits: so it holds those, and nothing more."""
+    def _take_snapshot(self) -> Record:
+        """Call `snapshot` in the event loop, after `apply` of all earlier commits."""
         answer: concurrent.futures.Future[Record] = concurrent.futures.Future()
 
         def take() -> None:
@@ -258,17 +285,17 @@ class Journal:
         return self.directory / f"{segment:08d}.journal"
 
 
-def _tell(batch: list[_Waiting], places: list[Place], error: NotWritten | None) -> None:
-    """In the event loop: apply each record of a commit, then wake its sender."""
-    for index, (_, then, done) in enumerate(batch):
+def _finish(batch: list[_Pending], places: list[Place], error: NotWritten | None) -> None:
+    """Apply each record of a commit, then wake its sender. Runs in the event loop."""
+    for index, (_, apply, done) in enumerate(batch):
         failure: Exception | None = error
         if failure is None:
             try:
-                then(places[index])
-            except Exception as wrong:  # the others of this commit must not suffer
+                apply(places[index])
+            except Exception as wrong:  # the rest of the commit must be applied all the same
                 log.exception("a durable record could not be applied")
                 failure = wrong
-        if not done.done():  # its sender may have gone away
+        if not done.done():  # the sender may have been cancelled
             done.set_exception(failure) if failure else done.set_result(None)
 
 
@@ -284,10 +311,10 @@ def _write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
             buffers[first] = buffers[first][written:]
 
 
-def _lock(path: Path) -> int:
-    """Keep a second server of this machine off the journal. Where the filesystem has no locks, there is none."""
+def _lock(path: Path, wait_s: float) -> int:
+    """Lock out a second server on this machine, where the filesystem has locks."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    deadline = time.monotonic() + LOCK_WAIT_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,9 +323,10 @@ def _lock(path: Path) -> int:
             if time.monotonic() > deadline:
                 os.close(fd)
                 raise Damaged(
-                    f"{path.parent}: another trajectory server has had this open for {LOCK_WAIT_S:.0f} s; end it first"
+                    f"{path.parent}: another trajectory server has had this open for "
+                    f"{wait_s:.0f} s; stop it first"
                 ) from None
             time.sleep(0.1)
         except OSError as error:
-            log.warning("%s: no locks on this filesystem (%s)", path, error)
+            log.warning("%s: this filesystem has no locks (%s); going on without", path, error)
             return fd

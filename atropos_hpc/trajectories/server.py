@@ -2,343 +2,290 @@
 
     python -m atropos_hpc.trajectories.server --run-dir RUN
 
-It speaks Atropos' trajectory API, so that unmodified environments and trainers work with it, and two routes of its own for the
-learner: GET /lease and POST /ack. Every route but GET /health asks for the run's token, as a bearer or as the password of Basic
-authorization (Atropos environments can put user:password@ into their rollout_server_url).
+It speaks Atropos' trajectory API, so unmodified environments and trainers work with it. Posted
+groups may be JSON or binary records; GET /lease and POST /ack are for the learner. Every route but
+GET /health asks for the run's token.
 """
 
 import argparse
 import asyncio
-import base64
-import binascii
 import contextlib
 import ctypes
 import gc
-import hmac
 import logging
 import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import orjson
+import msgspec
 from aiohttp import web
-from isal import isal_zlib
 
-from atropos_hpc.contracts import group
-from atropos_hpc.contracts.group import Refused
 from atropos_hpc.contracts.members import TrajectoriesState
+from atropos_hpc.contracts.messages import (
+    AcknowledgeQuery,
+    EnvironmentRegistration,
+    ErrorBody,
+    LeaseQuery,
+    Registration,
+    StatusRequest,
+    Stored,
+    decode_body,
+    decode_query,
+)
+from atropos_hpc.contracts.scored_group import OPTIONAL_ARRAYS, RequestError
+from atropos_hpc.contracts.wal_record import CONTENT_TYPE
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.network import own_host
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct
+from atropos_hpc.runtime.token_check import authorized
+from atropos_hpc.trajectories.decode import decode_json, decode_records, to_json
+from atropos_hpc.trajectories.http_body import BodyReader
 from atropos_hpc.trajectories.journal import Damaged, Place
-from atropos_hpc.trajectories.service import Service
+from atropos_hpc.trajectories.service import Service, ServiceSettings
 
 log = logging.getLogger(__name__)
 
 NODE = "ATROPOS_HPC_NODE"
-BODIES = 8  # bodies of the greatest size allowed, that may be under way at once
-INFLATED = 2  # a body may inflate to this times what it may be on the wire
-CHUNK_BYTES = 1 << 20  # of an answer, between two looks at other requests
-DEPTH_S = 2.0  # between two reports of the queue's depth in the rendezvous
-BACKLOG = 1024
+CHUNK_BYTES = 1 << 20  # of an answer, between which other requests are served
+STATUS_S = 2.0  # between two updates of the queue depth in the member file
+BACKLOG = 1024  # connections that wait to be accepted
+CLOSE_S = 5.0  # for requests in progress at the end
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-GARBAGE = (
-    10_000  # objects that may come into cycles before they are looked for: some dozens of requests
+MAX_MMAP_THRESHOLD = 32 << 20  # glibc's maximum
+GC_THRESHOLD = 10_000  # allocations between two collections: some dozens of requests
+EXAMPLE_FIELDS = (
+    *("tokens", "masks", "scores", "generation_params", "messages", "images"),
+    *OPTIONAL_ARRAYS,
 )
-KEPT_BYTES = 32 << 20  # its maximum for the latter
-CLOSE_S = 5.0  # for requests under way at the end
-NO_EXAMPLE: dict[str, list[Any]] = {
-    name: []
-    for name in (
-        "tokens",
-        "masks",
-        "scores",
-        *group.FLOATS,
-        "generation_params",
-        "messages",
-        "images",
-    )
-}
+NO_EXAMPLE: dict[str, list[object]] = {name: [] for name in EXAMPLE_FIELDS}
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(service: Service, token: str, max_body_bytes: int) -> web.Application:
-    """The aiohttp application; `start` runs it."""
-    under_way = 0  # bytes of bodies that are being received
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The token first, then the route; every refusal is JSON that says what is wrong."""
-        if request.path != "/health" and not authorized(
-            request.headers.get("Authorization", ""), token
-        ):
-            return refusal(
-                request,
-                401,
-                "this run's token is needed: Authorization: Bearer <token>, or as the password of Basic",
-            )
-        try:
-            return await handler(request)
-        except Refused as error:
-            return refusal(request, error.status, str(error))
-        except web.HTTPException as error:
-            return refusal(
-                request, error.status, f"{request.method} {request.path}: {error.reason}"
-            )
-
-    def refusal(request: web.Request, status: int, why: str) -> web.Response:
-        service.refusals[status] += 1
-        count = service.refusals[status]
-        if (
-            status != 410 and count & (count - 1) == 0
-        ):  # the 1st, 2nd, 4th, 8th, ...: a flood must not fill the disk
-            log.warning(
-                "%s %s from %s refused (%d, number %d): %s",
-                request.method,
-                request.path,
-                request.remote,
-                status,
-                count,
-                why,
-            )
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        return web.json_response({"detail": why}, status=status, headers=headers)
-
-    async def read(request: web.Request) -> bytes:
-        nonlocal under_way
-        too_large = f"the body is larger than {max_body_bytes} bytes (trajectories.max_body_bytes)"
-        if (request.content_length or 0) > max_body_bytes:
-            raise Refused(413, too_large)
-        size = max_body_bytes if request.content_length is None else request.content_length
-        if under_way + size > BODIES * max_body_bytes:
-            raise Refused(429, f"{under_way} bytes are being received already: send it again later")
-        under_way += size
-        parts, received = [], 0  # request.read() would copy twice more
-        try:
-            async for part in request.content.iter_any():
-                parts.append(part)
-                received += len(part)
-                if received > max_body_bytes:
-                    raise Refused(413, too_large)
-        finally:
-            under_way -= size
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
-        return inflate(body, request.headers.get("Content-Encoding", ""), INFLATED * max_body_bytes)
-
-    def answer(value: Any) -> web.Response:
-        return web.Response(
-            body=value if isinstance(value, bytes) else orjson.dumps(value),
-            content_type="application/json",
-        )
-
-    async def stream(
-        request: web.Request, content_type: str, chunks: Iterable[bytes], length: int | None
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": content_type})
-        response.content_length = length
-        await response.prepare(request)
-        for chunk in chunks:
-            await response.write(chunk)
-            await asyncio.sleep(0)
-        await response.write_eof()
-        return response
-
-    def with_body(method: Callable[[bytes], Awaitable[Any]]) -> Handler:
-        async def handle(request: web.Request) -> web.Response:
-            return answer(await method(await read(request)))
-
-        return handle
-
-    def without_body(method: Callable[[], Any]) -> Handler:
-        async def handle(request: web.Request) -> web.Response:
-            return answer(method())
-
-        return handle
-
-    async def scored_data(request: web.Request) -> web.Response:
-        await service.store(await read(request), many=False)
-        return answer({"status": "received"})
-
-    async def scored_data_list(request: web.Request) -> web.Response:
-        count = await service.store(await read(request), many=True)
-        return answer({"status": "received", "groups_processed": count})
-
-    async def batch(request: web.Request) -> web.StreamResponse:
-        if service.ledger.registration is None:
-            return answer(
-                {
-                    "status": "error",
-                    "message": "Trainer not registered. Call /register first.",
-                    "batch": [],
-                }
-            )
-        places = await service.batch()
-        if places is None:
-            return answer({"batch": None})
-        return await stream(request, "application/json", _batch_json(service, places), None)
-
-    async def lease(request: web.Request) -> web.StreamResponse:
-        k, rank, world = (number(request, name) for name in ("batch", "rank", "world"))
-        oldest, version, wait_s = (
-            number(request, "oldest", 0),
-            number(request, "version", k),
-            number(request, "wait", 0, float),
-        )
-        places = await service.lease(k, rank, world, wait_s, oldest, version)
-        if places is None:
-            return web.Response(status=204)
-        return await stream(
-            request,
-            "application/octet-stream",
-            _records(service, places),
-            sum(place.size for place in places),
-        )
-
-    async def ack(request: web.Request) -> web.Response:
-        return answer(await service.acknowledge(number(request, "batch")))
-
-    async def reset_data(request: web.Request) -> web.Response:
-        await service.reset()
-        return web.Response(text="Reset successful")
-
-    app = web.Application(middlewares=[guard], client_max_size=max_body_bytes)
+    """Build the aiohttp application; `start` runs it."""
+    routes = Routes(service, token, max_body_bytes)
+    app = web.Application(middlewares=[routes.guard], client_max_size=max_body_bytes)
+    get, post, with_body = web.get, web.post, routes.with_body
     app.add_routes(
         [
-            web.get("/", without_body(lambda: {"message": "AtroposLib API"})),
-            web.get("/health", without_body(lambda: {"status": "ok"})),
-            web.get("/info", without_body(service.info)),
-            web.get("/wandb_info", without_body(service.wandb_info)),
-            web.get("/status", without_body(service.status)),
-            web.get(
-                "/latest_example", without_body(lambda: service.latest_example() or NO_EXAMPLE)
-            ),
-            web.get("/status-env", with_body(service.environment_status)),
-            web.get("/reset_data", reset_data),
-            web.get("/batch", batch),
-            web.get("/lease", lease),
-            web.post("/ack", ack),
-            web.post("/register", with_body(service.register)),
-            web.post("/register-env", with_body(service.register_environment)),
-            web.post("/disconnect-env", with_body(service.disconnect_environment)),
-            web.post("/scored_data", scored_data),
-            web.post("/scored_data_list", scored_data_list),
+            get("/", without_body(lambda: {"message": "AtroposLib API"})),
+            get("/health", without_body(lambda: {"status": "ok"})),
+            get("/info", without_body(service.info)),
+            get("/wandb_info", without_body(service.wandb_info)),
+            get("/status", without_body(service.status)),
+            get("/latest_example", without_body(lambda: service.latest_example() or NO_EXAMPLE)),
+            get("/status-env", with_body(StatusRequest, service.environment_status)),
+            get("/reset_data", routes.reset_data),
+            get("/batch", routes.batch),
+            get("/lease", routes.lease),
+            post("/ack", routes.acknowledge),
+            post("/register", with_body(Registration, service.register)),
+            post("/register-env", with_body(EnvironmentRegistration, service.register_environment)),
+            post("/disconnect-env", with_body(StatusRequest, service.disconnect_environment)),
+            post("/scored_data", routes.scored_data),
+            post("/scored_data_list", routes.scored_data_list),
         ]
     )
     return app
 
 
-def authorized(header: str, token: str) -> bool:
-    """Whether an Authorization header carries the token, as a bearer or as Basic's password."""
-    scheme, _, credentials = header.partition(" ")
-    if scheme.lower() == "basic":
+class Routes:
+    """The handlers of the routes that need more than a JSON body and a method of the service."""
+
+    def __init__(self, service: Service, token: str, max_body_bytes: int) -> None:
+        self.service, self.token = service, token
+        self.bodies = BodyReader(max_body_bytes)
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check the token, then call the route. Every error is answered with an ErrorBody."""
+        header = request.headers.get("Authorization", "")
+        if request.path != "/health" and not authorized(header, self.token):
+            how = "Authorization: Bearer <token>, or as the password of Basic"
+            return self._reject(request, 401, f"this run's token is needed: {how}")
         try:
-            credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
-        except (binascii.Error, ValueError):
-            return False
-    elif scheme.lower() != "bearer":
-        return False
-    return hmac.compare_digest(credentials.strip().encode(), token.encode())
+            return await handler(request)
+        except RequestError as error:
+            return self._reject(request, error.status, str(error))
+        except web.HTTPException as error:
+            detail = f"{request.method} {request.path}: {error.reason}"
+            return self._reject(request, error.status, detail)
 
+    def _reject(self, request: web.Request, status: int, detail: str) -> web.Response:
+        self.service.rejections[status] += 1
+        count = self.service.rejections[status]
+        # Log the 1st, 2nd, 4th, 8th, ... of each status, so that a flood does not fill the disk.
+        if status != 410 and count & (count - 1) == 0:
+            log.warning(
+                "rejected %s %s from %s (%d, number %d): %s",
+                request.method,
+                request.path,
+                request.remote,
+                status,
+                count,
+                detail,
+            )
+        response = json_response(ErrorBody(detail), status)
+        if status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
 
-def inflate(body: bytes, encoding: str, limit: int) -> bytes:
-    """Undo Content-Encoding. Never more than `limit` bytes come out, or are held on the way. Raises Refused (400, 413, 415)."""
-    if encoding.lower() in ("", "identity"):
-        return body
-    if encoding.lower() not in ("gzip", "x-gzip"):
-        raise Refused(415, f"content-encoding {encoding}: gzip or none is needed")
-    parts, room = [], limit
-    try:
-        while body:
-            member = isal_zlib.decompressobj(31)  # gzip's header and trailer
-            part = member.decompress(body, room + 1)
-            parts.append(part)
-            room -= len(part)
-            if room < 0:
-                raise Refused(413, f"the body inflates to more than {limit} bytes")
-            if not member.eof:
-                raise Refused(400, "gzip: the body is cut short")
-            body = member.unused_data
-    except (isal_zlib.error, EOFError, ValueError) as error:  # type: ignore[misc]
-        raise Refused(400, f"gzip: {error}") from None
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    def with_body(self, kind: type[T], method: Callable[[T], Awaitable[object]]) -> Handler:
+        """Make a handler that decodes the body as `kind` and answers with the method's result."""
 
+        async def handle(request: web.Request) -> web.Response:
+            return json_response(await method(decode_body(await self.bodies.read(request), kind)))
 
-def number(
-    request: web.Request,
-    name: str,
-    default: float | None = None,
-    kind: Callable[[str], float] = int,
-) -> Any:
-    """A number of the query string. Raises Refused (422)."""
-    text = request.query.get(name)
-    if text is None and default is not None:
-        return default
-    try:
-        value = kind(text or "")
-        if not 0 <= value < 2**53:
-            raise ValueError
-        return value
-    except ValueError:
-        raise Refused(422, f"{name}={text}: a number from 0 is needed in the query") from None
+        return handle
 
+    async def scored_data(self, request: web.Request) -> web.Response:
+        """POST /scored_data: one group."""
+        await self._store(request, many=False)
+        return json_response(Stored("received"))
 
-def _records(service: Service, places: list[Place]) -> Iterable[bytes]:
-    """The records at `places`, in chunks of about CHUNK_BYTES."""
-    parts: list[bytes] = []
-    for place in places:
-        parts.append(service.journal.read(place))
-        if sum(map(len, parts)) >= CHUNK_BYTES:
+    async def scored_data_list(self, request: web.Request) -> web.Response:
+        """POST /scored_data_list: groups."""
+        return json_response(Stored("received", await self._store(request, many=True)))
+
+    async def _store(self, request: web.Request, many: bool) -> int:
+        limits = self.service.limits()
+        body = await self.bodies.read(request)
+        if request.content_type == CONTENT_TYPE:
+            records = decode_records(body, limits)
+        else:
+            records = decode_json(body, many, limits)
+        await self.service.store(records)
+        return len(records)
+
+    async def batch(self, request: web.Request) -> web.StreamResponse:
+        """GET /batch, of Atropos' protocol."""
+        if self.service.state.registration is None:
+            message = "Trainer not registered. Call /register first."
+            return json_response({"status": "error", "message": message, "batch": []})
+        places = await self.service.batch()
+        if places is None:
+            return json_response({"batch": None})
+        return await stream(request, "application/json", self._batch_json(places), None)
+
+    def _batch_json(self, places: list[Place]) -> Iterable[bytes]:
+        for index, place in enumerate(places):
+            yield (b"," if index else b'{"batch":[') + to_json(self.service.journal.read(place))
+        yield b"]}"
+
+    async def lease(self, request: web.Request) -> web.StreamResponse:
+        """GET /lease: the records of one rank's groups, or 204 if they are not there in time."""
+        places = await self.service.lease(decode_query(request.query, LeaseQuery))
+        if places is None:
+            return web.Response(status=204)
+        length = sum(place.size for place in places)
+        return await stream(request, CONTENT_TYPE, self._records(places), length)
+
+    def _records(self, places: list[Place]) -> Iterable[bytes]:
+        """Yield the records at `places`, in chunks of about CHUNK_BYTES."""
+        parts: list[bytes] = []
+        for place in places:
+            parts.append(self.service.journal.read(place))
+            if sum(map(len, parts)) >= CHUNK_BYTES:
+                yield b"".join(parts)
+                parts = []
+        if parts:
             yield b"".join(parts)
-            parts = []
-    if parts:
-        yield b"".join(parts)
+
+    async def acknowledge(self, request: web.Request) -> web.Response:
+        """POST /ack."""
+        query = decode_query(request.query, AcknowledgeQuery)
+        return json_response(await self.service.acknowledge(query.batch))
+
+    async def reset_data(self, request: web.Request) -> web.Response:
+        """GET /reset_data, of Atropos' protocol."""
+        await self.service.reset()
+        return web.Response(text="Reset successful")
 
 
-def _batch_json(service: Service, places: list[Place]) -> Iterable[bytes]:
-    for index, place in enumerate(places):
-        yield (b"," if index else b'{"batch":[') + group.as_json(service.journal.read(place))
-    yield b"]}"
+def without_body(method: Callable[[], object]) -> Handler:
+    """Make a handler that answers with the method's result."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return json_response(method())
+
+    return handle
+
+
+def json_response(value: object, status: int = 200) -> web.Response:
+    """Answer with a message, or with JSON that is encoded already."""
+    body = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+async def stream(
+    request: web.Request, content_type: str, chunks: Iterable[bytes], length: int | None
+) -> web.StreamResponse:
+    """Answer in chunks, serving other requests between them."""
+    response = web.StreamResponse(headers={"Content-Type": content_type})
+    response.content_length = length
+    await response.prepare(request)
+    for chunk in chunks:
+        await response.write(chunk)
+        await asyncio.sleep(0)
+    await response.write_eof()
+    return response
+
+
+# --- the process
 
 
 def listen(run: RunDir, member: str, host: str) -> socket.socket:
-    """A bound socket on `host`: on the port that the member's previous process had if that is free, else on any."""
+    """Bind a socket on `host`: on the port of the member's previous process, if that is free."""
     try:
         known = read_struct(run.members / f"{member}.json", TrajectoriesState)
-        previous = (known.url or "").rpartition(":")[2] if known else ""
-    except Unreadable:  # damaged; this process will write it anew
+        previous = (known.url or "") if known else ""
+    except Unreadable:  # damaged; this process replaces it
         previous = ""
+    port = previous.rpartition(":")[2]
     family, _, _, _, address = socket.getaddrinfo(
         host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    for port in ([int(previous)] if previous.isdigit() else []) + [0]:
-        server = socket.socket(family, socket.SOCK_STREAM)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if port.isdigit():
         try:
-            server.bind((address[0], port))
-            return server
+            return _bound(family, address[0], int(port))
         except OSError as error:
-            server.close()
-            if port == 0:
-                raise OSError(f"cannot listen on {host} (cluster.host): {error}") from None
-            log.warning("port %d, which was ours, is taken (%s): taking another", port, error)
-    raise AssertionError("unreachable")
+            log.warning(
+                "port %s of the previous server is taken (%s): choosing another", port, error
+            )
+    try:
+        return _bound(family, address[0], 0)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} (cluster.host): {error}") from None
+
+
+def _bound(family: socket.AddressFamily, host: Any, port: int) -> socket.socket:
+    server = socket.socket(family, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+    except OSError:
+        server.close()
+        raise
+    return server
 
 
 def url_of(server: socket.socket, host: str) -> str:
+    """Return the URL of a bound socket."""
     return f"http://{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
 
 
 async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
-    """Serve `app` on a bound socket, until the returned runner's cleanup(). Inflating bodies is left to `inflate`, which has a limit."""
+    """Serve `app` on a bound socket, until the returned runner's cleanup()."""
     runner = web.AppRunner(
         app,
         access_log=None,
-        auto_decompress=False,
+        auto_decompress=False,  # `inflate` does it, with a limit
         handler_cancellation=False,
         shutdown_timeout=CLOSE_S,
     )
@@ -347,63 +294,72 @@ async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
     return runner
 
 
-async def tell_depth(
-    member: Member[TrajectoriesState], depth: Callable[[], dict[str, int]], end: "asyncio.Task[Any]"
+async def report_status(
+    member: Member[TrajectoriesState], status: Callable[[], dict[str, int]], end: asyncio.Task[Any]
 ) -> None:
-    """Until `end` has ended, keep the rendezvous told of the queue's depth."""
-    while not (await asyncio.wait([end], timeout=DEPTH_S))[0]:
-        await asyncio.to_thread(member.update_if_changed, **depth())
+    """Keep the queue's counts in the member file up to date, until `end` is done."""
+    while not (await asyncio.wait([end], timeout=STATUS_S))[0]:
+        await asyncio.to_thread(member.update_if_changed, **status())
 
 
 async def serve(run: RunDir, node: str) -> None:
-    """Be the run's trajectory server until TERM."""
+    """Run the trajectory server until SIGTERM."""
     config, token = run.config(), run.token()
     host = own_host(config.cluster.host)
     stop = asyncio.Event()
-    for number_ in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number_, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     process.tasks_on_request()
-    server = listen(
-        run, f"trajectories-{node}-0", host
-    )  # before Member, which overwrites the record of the port
+    # Before Member, which overwrites the record of the previous port.
+    server = listen(run, f"trajectories-{node}-0", host)
     member = Member(run, TrajectoriesState(), node)
+    settings = ServiceSettings(
+        config.trajectories.segment_bytes, config.model.max_length, config.staleness.max
+    )
     try:
-        service = Service(
-            run.trajectories, config.trajectories.segment_bytes, config.model.max_length
-        )
+        service = Service(run.trajectories, settings)
     except Damaged as error:
         log.error("%s", error)
         member.leave(state="ended", error=str(error))
         raise SystemExit(1) from None
+
+    def status() -> dict[str, int]:
+        counts = msgspec.structs.asdict(service.status())
+        return {
+            name: n for name, n in counts.items() if name in TrajectoriesState.__struct_fields__
+        }
+
     runner = await start(application(service, token, config.trajectories.max_body_bytes), server)
     url = url_of(server, host)
-    log.info("listening on %s", url)
-    await asyncio.to_thread(member.update, state="serving", url=url, **service.depth())
-    await tell_depth(member, service.depth, asyncio.create_task(stop.wait()))
-    log.info("ending")
+    log.info("trajectory server listening on %s", url)
+    await asyncio.to_thread(member.update, state="serving", url=url, **status())
+    await report_status(member, status, asyncio.create_task(stop.wait()))
+    log.info("trajectory server stopping")
     service.end_waits()
     await runner.cleanup()
     await service.close()
-    await asyncio.to_thread(member.leave, **service.depth())
+    await asyncio.to_thread(member.leave, **status())
 
 
-def keep_memory() -> None:
-    """Have glibc keep what is freed: bodies come and go, and to map each one's pages anew costs time. And have Python look for garbage
-    less often, and not among what was imported. Together a sixth of the CPU time of a group.
+def reduce_memory_churn() -> None:
+    """Have glibc keep freed memory, and Python collect garbage less often.
+
+    Request bodies come and go; mapping each one's pages anew takes time, and so does scanning what
+    was imported. Together that is a sixth of the CPU time of a group.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GARBAGE, 20, 50)
+    gc.set_threshold(GC_THRESHOLD, 20, 50)
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, MAX_MMAP_THRESHOLD)
 
 
 def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description: str) -> None:
-    """The process of a trajectory server, this one's or upstream's."""
+    """Run the process of a trajectory server: this one, or Atropos' own."""
     process.die_with_parent(signal.SIGKILL)
-    keep_memory()
+    reduce_memory_churn()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
@@ -412,4 +368,4 @@ def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description:
 
 
 if __name__ == "__main__":
-    main(serve, "A run's trajectory server.")
+    main(serve, "The trajectory server of a run.")

@@ -1,11 +1,13 @@
-"""A record: the unit in which groups and events lie in the journal, and travel in a lease.
+"""The binary record: the one encoding of a group from the environment worker to the learner.
 
     header   64 bytes, little-endian
     payload  padded to a multiple of 8 bytes
 
-The header carries two hashes (xxh3): of the payload, and of itself. The first recognises a group that is sent twice, the two
-together a record that was torn or damaged. It also says how much of its file was already durable when it was written: that tells
-damage from the harmless disorder in which a power cut may leave the records of a commit that nobody was promised.
+Groups and events lie in the write-ahead journal in this form, and leases carry it unchanged. The
+header holds two xxh3 hashes, of the payload and of the header. The payload's hash identifies a
+group that was sent twice; both together detect a torn or damaged record. `durable` says how much
+of the file was durable when the record was written. Replay needs it to tell damage from the
+reordering that a power cut may leave in a commit that was never acknowledged.
 """
 
 import struct
@@ -16,21 +18,24 @@ from typing import NamedTuple
 import xxhash
 
 GROUP, EVENT, SNAPSHOT = 1, 2, 3
+CONTENT_TYPE = "application/x-atropos-hpc-groups"  # an HTTP body of one or more group records
 MAGIC = b"ATJ1"
-UNKNOWN = -1  # env_id or oldest policy version that the sender did not tell
+UNKNOWN = -1  # env_id or oldest policy version that the sender did not give
 
 Buffer = bytes | bytearray | memoryview
 
-_HEAD = struct.Struct("<4sHHQ")  # magic, kind, flags, hash of what follows up to the payload
+_HEAD = struct.Struct("<4sHHQ")  # magic, kind, flags, hash of the rest of the header
 _BODY = struct.Struct("<QQQIIIIii")
 HEADER_BYTES = _HEAD.size + _BODY.size
 
 
 class Header(NamedTuple):
+    """The fields of a record's header."""
+
     kind: int  # GROUP, EVENT or SNAPSHOT
-    flags: int  # which optional arrays the payload holds
+    flags: int  # bit i: the payload holds the optional array OPTIONAL_ARRAYS[i]
     hash: int  # xxh3 of the payload
-    gid: int  # number of the group, rising in order of arrival
+    gid: int  # number of the group, in order of arrival
     durable: int  # the record's file was durable up to this offset when the record was written
     size: int  # bytes of payload, padding included
     meta_size: int  # bytes of JSON in the payload
@@ -42,7 +47,7 @@ class Header(NamedTuple):
 
 @dataclass(slots=True)
 class Record:
-    """A record that is not yet in a journal. `payload` is padded by `__post_init__`."""
+    """A record that is not yet in a journal. `__post_init__` pads and hashes `payload`."""
 
     kind: int
     payload: bytes
@@ -56,20 +61,25 @@ class Record:
     hash: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.payload += b"\0" * (-len(self.payload) % 8)
+        if padding := -len(self.payload) % 8:
+            self.payload += b"\0" * padding
         self.hash = xxhash.xxh3_64_intdigest(self.payload)
 
-    def tell_apart(self, number: int) -> None:
-        """Make this the `number`-th of several equal ones, with a hash of its own. What lies behind the payload's parts is never read."""
+    def disambiguate(self, number: int) -> None:
+        """Give the `number`-th of several equal groups a hash of its own.
+
+        The number is appended to the payload, behind everything that readers look at.
+        """
         self.payload += number.to_bytes(8, "little")
         self.hash = xxhash.xxh3_64_intdigest(self.payload)
 
     @property
     def size(self) -> int:
-        """Bytes in the journal."""
+        """Return the record's size in bytes, header included."""
         return HEADER_BYTES + len(self.payload)
 
-    def header(self, durable: int) -> bytes:
+    def header(self, durable: int = 0) -> bytes:
+        """Encode the header."""
         body = _BODY.pack(
             self.hash,
             self.gid,
@@ -83,28 +93,27 @@ class Record:
         )
         return _HEAD.pack(MAGIC, self.kind, self.flags, xxhash.xxh3_64_intdigest(body)) + body
 
+    def to_bytes(self) -> bytes:
+        """Encode the whole record."""
+        return self.header() + self.payload
+
 
 def header_at(buffer: Buffer, start: int) -> Header | None:
-    """The header at `start`, or None unless the whole record is there and intact."""
+    """Return the header at `start`, or None unless the whole record is there and intact."""
     if start + HEADER_BYTES > len(buffer):
         return None
     magic, kind, flags, seal = _HEAD.unpack_from(buffer, start)
-    if (
-        magic != MAGIC
-        or xxhash.xxh3_64_intdigest(buffer[start + _HEAD.size : start + HEADER_BYTES]) != seal
-    ):
+    body = buffer[start + _HEAD.size : start + HEADER_BYTES]
+    if magic != MAGIC or xxhash.xxh3_64_intdigest(body) != seal:
         return None
-    header = Header(kind, flags, *_BODY.unpack_from(buffer, start + _HEAD.size))
+    header = Header(kind, flags, *_BODY.unpack(body))
     payload = buffer[start + HEADER_BYTES : start + HEADER_BYTES + header.size]
-    return (
-        header
-        if len(payload) == header.size and xxhash.xxh3_64_intdigest(payload) == header.hash
-        else None
-    )
+    intact = len(payload) == header.size and xxhash.xxh3_64_intdigest(payload) == header.hash
+    return header if intact else None
 
 
 def scan(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int, Header]]:
-    """(start, end, header) of each record in order; stops before the first that is not whole and intact."""
+    """Yield (start, end, header) of each record in order, up to the first that is not intact."""
     while header := header_at(buffer, start):
         end = start + HEADER_BYTES + header.size
         yield start, end, header
