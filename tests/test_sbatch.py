@@ -216,7 +216,7 @@ def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
         f"run_dir={tmp_path / 'sweep'}",
         "launch.dry_run=true",
     ]
-    said, _, heavy = on_a_login_node(*arguments, *QUICK, *stand_in(tmp_path), cwd=tmp_path)
+    said, heavy = on_a_login_node(*arguments, *QUICK, *stand_in(tmp_path), cwd=tmp_path)
     assert heavy == "[]" and "#SBATCH hetjob" in said
     # what a real submission has in addition
     program = "import sys, submitit, atropos_hpc.launch.executor; print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
