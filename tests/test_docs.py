@@ -54,7 +54,7 @@ def test_commands_parse_and_compose(command: str) -> None:
     words = shlex.split(re.sub(r"\[--?\w+( \w+)?\]|\.\.\.$", "", command))
     program, arguments = Path(words[0]).name, words[1:]
     if program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert all("=" in word or word in targets for word in arguments), command
     elif program == "sbatch":
         assert (ROOT / arguments[0]).exists(), command
