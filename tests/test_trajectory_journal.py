@@ -128,6 +128,16 @@ def test_records_of_one_unfinished_commit_may_be_torn_in_any_order(tmp_path):
     assert replay(tmp_path) == [b"kept"]
 
 
+def test_a_journal_of_another_version_is_refused_and_not_cut_off(tmp_path):
+    write(tmp_path, b"first")
+    data = bytearray(segment(tmp_path).read_bytes())
+    data[3] = ord("1")
+    segment(tmp_path).write_bytes(data)
+    with pytest.raises(Damaged, match="another version"):
+        replay(tmp_path)
+    assert segment(tmp_path).read_bytes() == data
+
+
 def test_a_second_server_is_locked_out(tmp_path):
     first = Journal(tmp_path, ROOMY)
     with pytest.raises(Damaged, match="another trajectory server"):

@@ -1,7 +1,7 @@
-"""A group as environments produce it: Atropos' ScoredDataGroup, and the checks of its free-form fields.
+"""A group as environments produce it: Atropos' ScoredDataGroup, and checks of its free-form fields.
 
-`decode_json` of the trajectory server fills it from JSON; an environment worker from a Python group.
-`contracts.group` encodes it.
+The trajectory server fills it from JSON (`decode_json`), an environment worker from a Python group
+(`ScoredGroup.from_python`). `contracts.group` encodes it.
 """
 
 from collections.abc import Mapping

@@ -19,12 +19,12 @@ import xxhash
 
 GROUP, EVENT, SNAPSHOT = 1, 2, 3
 CONTENT_TYPE = "application/x-atropos-hpc-groups"  # an HTTP body of one or more group records
-MAGIC = b"ATJ1"
+MAGIC = b"ATJ2"  # the last byte is the version of the format
 UNKNOWN = -1  # env_id or oldest policy version that the sender did not give
 
 Buffer = bytes | bytearray | memoryview
 
-_HEAD = struct.Struct("<4sHHQ")  # magic, kind, flags, hash of the rest of the header
+_HEAD = struct.Struct("<4sHHQ")  # magic, kind, flags, seal: the hash of all but itself
 _BODY = struct.Struct("<QQQIIIIii")
 HEADER_BYTES = _HEAD.size + _BODY.size
 
@@ -91,11 +91,15 @@ class Record:
             self.env_id,
             self.oldest,
         )
-        return _HEAD.pack(MAGIC, self.kind, self.flags, xxhash.xxh3_64_intdigest(body)) + body
+        return _HEAD.pack(MAGIC, self.kind, self.flags, _seal(self.kind, self.flags, body)) + body
 
     def to_bytes(self) -> bytes:
         """Encode the whole record."""
         return self.header() + self.payload
+
+
+def _seal(kind: int, flags: int, body: Buffer) -> int:
+    return xxhash.xxh3_64_intdigest(body, seed=kind << 16 | flags)
 
 
 def header_at(buffer: Buffer, start: int) -> Header | None:
@@ -104,7 +108,7 @@ def header_at(buffer: Buffer, start: int) -> Header | None:
         return None
     magic, kind, flags, seal = _HEAD.unpack_from(buffer, start)
     body = buffer[start + _HEAD.size : start + HEADER_BYTES]
-    if magic != MAGIC or xxhash.xxh3_64_intdigest(body) != seal:
+    if magic != MAGIC or _seal(kind, flags, body) != seal:
         return None
     header = Header(kind, flags, *_BODY.unpack(body))
     payload = buffer[start + HEADER_BYTES : start + HEADER_BYTES + header.size]

@@ -1,4 +1,4 @@
-"""Adding two numbers of two digits, as an Atropos environment. See `addition` for the task itself."""
+"""Addition of two-digit numbers as an Atropos environment; `addition` describes the task."""
 
 import random
 from typing import Any
@@ -11,6 +11,8 @@ from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 
 class ArithmeticConfig(SingleTurnConfig):
+    """The environment's own config."""
+
     eval_problems: int = Field(
         default=500,
         ge=1,
@@ -25,7 +27,7 @@ class ArithmeticConfig(SingleTurnConfig):
 
 
 class ArithmeticEnv(SingleTurnEnv):
-    """One prompt, `group_size` sampled answers, reward 1 for a right one, 0 for any other. Right: within `tolerance` of the sum."""
+    """One prompt, `group_size` answers; reward 1 within `tolerance` of the sum, else 0."""
 
     name = "arithmetic"
     env_config_cls = ArithmeticConfig
@@ -47,7 +49,7 @@ class ArithmeticEnv(SingleTurnEnv):
         return await self.sampled(item.prompt, ANSWER_TOKENS, lambda node: node.tokens in right), []
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """One answer to each of some held-out problems, the same at every evaluation, sampled at temperature 1."""
+        """Sample one answer to each of some held-out problems, the same at every evaluation."""
         chosen = random.Random(0).sample(
             self.held_out, min(self.config.eval_problems, len(self.held_out))
         )

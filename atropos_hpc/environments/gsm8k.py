@@ -1,7 +1,9 @@
-"""School word problems in GSM8K's format (Cobbe et al., arXiv:2110.14168), with exact match on the final number as the reward.
+"""Word problems in GSM8K's format (Cobbe et al., arXiv:2110.14168).
 
-The problems come from a Hugging Face dataset (`dataset`, such as openai/gsm8k), or from JSON-lines files with the fields "question" and
-"answer" (`train_path`, `test_path`), whose answers end in "#### <number>". Without either, from the small sample beside this module.
+The reward is an exact match of the final number. The problems come from a Hugging Face dataset
+(`dataset`, such as openai/gsm8k), or from JSON-lines files with the fields "question" and "answer"
+(`train_path`, `test_path`), whose answers end in "#### <number>". By default they come from the
+small sample in this package.
 """
 
 import json
@@ -17,11 +19,16 @@ from pydantic import Field
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 SAMPLE = Path(__file__).parent / "data"
-SYSTEM_PROMPT = "Solve the problem step by step. On the last line write #### and then the answer, as a number and nothing else. For example: #### 42"
+SYSTEM_PROMPT = (
+    "Solve the problem step by step. On the last line write #### and then the answer, as a number "
+    "and nothing else. For example: #### 42"
+)
 NUMBER = re.compile(r"-?\d[\d,]{0,20}(?:\.\d{1,12})?(?:/\d{1,12})?")
 
 
 class GSM8KConfig(SingleTurnConfig):
+    """The environment's own config."""
+
     dataset: str | None = Field(
         default=None,
         description="Name or directory of a Hugging Face dataset with the splits train and test.",
@@ -34,12 +41,12 @@ class GSM8KConfig(SingleTurnConfig):
         default=None, description="JSON-lines file of held-out problems, instead of a dataset."
     )
     system_prompt: str = Field(
-        default=SYSTEM_PROMPT, description="What the model is told before the question."
+        default=SYSTEM_PROMPT, description="System prompt, before the question."
     )
     max_tokens: int = Field(
         default=512,
         ge=1,
-        description="Longest answer, tokens. Less, where max_token_length leaves less.",
+        description="Longest answer, tokens; shorter where max_token_length leaves less.",
     )
     eval_temperature: float = Field(
         default=0.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy."
@@ -47,12 +54,12 @@ class GSM8KConfig(SingleTurnConfig):
     eval_problems: int | None = Field(
         default=None,
         ge=1,
-        description="How many held-out problems an evaluation answers. None: all.",
+        description="Held-out problems that an evaluation answers. None: all.",
     )
 
 
 class GSM8KEnv(SingleTurnEnv):
-    """One question, `group_size` sampled solutions, reward 1 where the final number is right and 0 elsewhere."""
+    """One question, `group_size` solutions; reward 1 if the final number is right, else 0."""
 
     name = "gsm8k"
     env_config_cls = GSM8KConfig
@@ -73,7 +80,7 @@ class GSM8KEnv(SingleTurnEnv):
         return self.pending.pop()
 
     def prompt(self, question: str) -> str:
-        """The text that the model continues: by its chat template, or plain where it has none."""
+        """Return the prompt: by the model's chat template, or plain if it has none."""
         if self.tokenizer.chat_template is None:
             return f"{self.config.system_prompt}\n\nQuestion: {question}\nAnswer:"
         messages = [
@@ -85,7 +92,10 @@ class GSM8KEnv(SingleTurnEnv):
         )
 
     def tokens_left(self, prompt: str) -> int:
-        """How long an answer may get: BaseEnv drops a group with a sequence of max_token_length or more."""
+        """Return how long an answer may be.
+
+        BaseEnv drops a group with a sequence of max_token_length tokens or more.
+        """
         return min(
             self.config.max_tokens,
             self.config.max_token_length - 1 - len(self.tokenizer.encode(prompt)),
@@ -97,7 +107,7 @@ class GSM8KEnv(SingleTurnEnv):
         prompt = self.prompt(item["question"])
         left = self.tokens_left(prompt)
         if left < 1:
-            return None, []  # a question that is too long for this run's max_token_length
+            return None, []  # the question alone is too long
 
         def reward(node: Any) -> float:
             answer = self.tokenizer.decode(
@@ -108,7 +118,7 @@ class GSM8KEnv(SingleTurnEnv):
         return await self.sampled(prompt, left, reward), []
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """One answer to each held-out problem, or to the first `eval_problems` of them."""
+        """Answer each held-out problem once, or the first `eval_problems` of them."""
         await self.report_accuracy(self.held_out[: self.config.eval_problems], self._answers_right)
 
     async def _answers_right(self, problem: dict[str, str]) -> bool:
@@ -127,7 +137,10 @@ class GSM8KEnv(SingleTurnEnv):
 
 
 def final_number(text: str) -> str | None:
-    """The number that an answer comes to: after the last ####, else in the last \\boxed{}, else the last there is. None without any."""
+    """Return an answer's final number, None if there is none.
+
+    It comes after the last ####, else in the last \\boxed{}, else it is the last number.
+    """
     for marked in (text.rpartition("####"), text.rpartition("\\boxed{")):
         if marked[1]:
             found = NUMBER.search(marked[2])
@@ -137,11 +150,11 @@ def final_number(text: str) -> str | None:
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Whether `text` comes to the same number as GSM8K's `answer`, by value: 21.50 is 21.5, and 1,000 is 1000."""
+    """Return whether `text` has the final number of `answer`, by value: 21.50 is 21.5."""
     given, gold = final_number(text), final_number(answer)
     if given is None or gold is None:
         return False
-    # No timeouts: they need the main thread's alarm, and a number of bounded length is no danger.
+    # No timeouts: they need SIGALRM in the main thread, and numbers of bounded length are quick.
     gold_value, given_value = (
         parse(f"${gold}$", parsing_timeout=None),
         parse(f"${given}$", parsing_timeout=None),
@@ -150,7 +163,10 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def load_problems(config: GSM8KConfig) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training, held-out) problems as {"question", "answer"}. Raises ValueError when one has no final number."""
+    """Load (training, held-out) problems, each with "question" and "answer".
+
+    Raises ValueError for an answer without a final number.
+    """
     if config.dataset is not None:
         from datasets import load_dataset
 

@@ -1,11 +1,12 @@
-"""Make a base policy for the arithmetic environment: a Qwen3 of 0.1M parameters that adds badly, and its tokenizer.
+"""Make the base policy of the arithmetic environment: a Qwen3 of 0.1M parameters that adds badly.
 
     python -m atropos_hpc.environments.make_base --out base
 
-Runs in the trainer's Python environment, for half a minute of one core. The policy is fitted from scratch to the answers of a teacher that
-is mostly wrong (`addition.teacher`), until it knows the right answer some of the time. Then it is judged on the held-out problems and
-saved in Hugging Face's format, into a temporary directory that is renamed last: `--out` is whole or absent. The same seed gives
-the same bytes, whatever the number of cores.
+It runs in the trainer role's Python, for half a minute of one core. The policy is fitted from
+scratch to the answers of a teacher that is mostly wrong (`addition.teacher`), until it is right
+some of the time. It is evaluated on the held-out problems and saved with its tokenizer in Hugging
+Face's format, into a temporary directory that is renamed last: `--out` is complete or absent. The
+same seed gives the same bytes, whatever the number of cores.
 """
 
 import argparse
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = 256  # per step
 LEARNING_RATE = 2e-3
-JUDGE_EVERY = 5  # steps
+EVALUATE_EVERY = 5  # steps
 
 
 def make_tokenizer() -> "PreTrainedTokenizerFast":
-    """One token per character, loadable by AutoTokenizer. The newline ends a sequence."""
+    """Make the tokenizer: one token per character, for AutoTokenizer. A newline ends a sequence."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +59,7 @@ def make_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def make_model(seed: int) -> Any:
-    """The untrained policy, in float32."""
+    """Make the untrained policy, in float32."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -69,9 +70,9 @@ def make_model(seed: int) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # the smallest that vLLM's attention on a CPU has
+        head_dim=32,  # the smallest of vLLM's attention on CPUs
         max_position_embeddings=64,
-        initializer_range=0.1,  # the usual 0.02 is for far wider models: it takes this one twice the steps
+        initializer_range=0.1,  # 0.02 is for far wider models and takes twice the steps here
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=VOCABULARY.index(EOS),
@@ -88,15 +89,16 @@ def make_model(seed: int) -> Any:
 
 
 def answer_log_probs(model: Any, tokens: "torch.Tensor") -> "torch.Tensor":
-    """Log-probs that `model` gives the answers: tokens [B, 10] of prompt and answer -> [B, 4]."""
+    """Return log-probs of the answers: tokens [B, 10] of prompt and answer -> [B, 4]."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1]
     return logits.log_softmax(-1).gather(-1, tokens[:, PROMPT_TOKENS:, None]).squeeze(-1)
 
 
 def accuracy(model: Any, on: list[Problem]) -> tuple[float, float]:
-    """(sampled, greedy) accuracy on these problems.
+    """Return (sampled, greedy) accuracy.
 
-    Sampled is the probability of the right answer at temperature 1, averaged over the problems: what sampling would give in the mean.
+    Sampled accuracy is the mean probability of the right answer at temperature 1, which is the
+    expected accuracy of sampling.
     """
     import torch
 
@@ -112,15 +114,15 @@ def accuracy(model: Any, on: list[Problem]) -> tuple[float, float]:
 
 
 def fit(model: Any, seed: int, steps: int, until: float) -> None:
-    """Maximum likelihood on the teacher's answers to random training problems.
+    """Fit by maximum likelihood to the teacher's answers to random training problems.
 
-    Ends when the sampled accuracy on some training problems reaches `until`, or after `steps`. How fast a seed learns differs by a factor
-    of two; ending by accuracy gives policies that are alike.
+    It stops when the sampled accuracy on some training problems reaches `until`, or after `steps`.
+    Seeds differ by a factor of two in speed; stopping by accuracy gives similar policies.
     """
     import torch
 
     rng, training = random.Random(seed), problems(held_out=False)
-    judged = rng.sample(training, 500)
+    evaluated = rng.sample(training, 500)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     start = time.process_time()
     for step in range(1, steps + 1):
@@ -130,12 +132,12 @@ def fit(model: Any, seed: int, steps: int, until: float) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % JUDGE_EVERY == 0 or step == steps:
-            sampled, _ = accuracy(model, judged)
+        if step % EVALUATE_EVERY == 0 or step == steps:
+            sampled, _ = accuracy(model, evaluated)
             if step % 50 == 0 or step == steps or sampled >= until:
+                measured = f"loss {loss.item():.3f}, accuracy {sampled:.3f}"
                 print(
-                    f"step {step}: loss {loss.item():.3f}, accuracy {sampled:.3f}, {time.process_time() - start:.0f} CPU-s",
-                    flush=True,
+                    f"step {step}: {measured}, {time.process_time() - start:.0f} CPU-s", flush=True
                 )
             if sampled >= until:
                 return
@@ -146,13 +148,13 @@ def make_base(
 ) -> tuple[float, float]:
     """Write the base policy to `out` and return its (sampled, greedy) held-out accuracy.
 
-    Raises FileExistsError when `out` is there already: a base that runs have started from must not change under them.
+    Raises FileExistsError if `out` exists: runs may have started from it.
     """
     import torch
 
     if out.exists():
         raise FileExistsError(f"{out} exists already: remove it, or choose another --out")
-    torch.set_num_threads(1)  # sums in the same order everywhere
+    torch.set_num_threads(1)  # for the same order of summation everywhere
     torch.use_deterministic_algorithms(True)
     model = make_model(seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}", flush=True)
@@ -178,10 +180,11 @@ def make_base(
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to create")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--steps", type=int, default=1000, help=f"at most this many steps of {EXAMPLES} examples"
@@ -190,7 +193,7 @@ def main() -> None:
         "--until",
         type=float,
         default=0.36,
-        help="end at this accuracy, sampled at temperature 1, on training problems",
+        help="stop at this sampled accuracy on training problems",
     )
     arguments = parser.parse_args()
     make_base(arguments.out, arguments.seed, arguments.steps, arguments.until)

@@ -1,4 +1,7 @@
-"""What environments of one question and one answer share: groups from samples, held-out accuracy, and what is logged of both."""
+"""The common part of environments with one question and one answer.
+
+It samples groups, measures held-out accuracy, and logs both.
+"""
 
 import asyncio
 import time
@@ -8,27 +11,30 @@ from typing import Any, TypeVar
 from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
 
-AT_ONCE = 256  # evaluations that run at the same time
+CONCURRENT_EVALUATIONS = 256
 
 T = TypeVar("T")
 
 
 class SingleTurnConfig(BaseEnvConfig):
+    """The config of both."""
+
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature in training.")
-    seed: int = Field(default=0, description="Of the order in which training problems come.")
+    seed: int = Field(default=0, description="Seed of the order of training problems.")
 
 
 class SingleTurnEnv(BaseEnv):
-    """A subclass gives the problems, and calls these from its `collect_trajectories` and `evaluate`."""
+    """Base class; `collect_trajectories` and `evaluate` of a subclass call these methods."""
 
     async def setup(self) -> None:
+        """Start with empty metrics."""
         self.eval_metrics: list[tuple[str, float]] = []
         self.rewards: list[float] = []
 
     async def sampled(
         self, prompt: str, max_tokens: int, reward: Callable[[Any], float]
     ) -> ScoredDataGroup:
-        """`group_size` answers to a prompt, as a group; `reward` is given each one's node."""
+        """Sample `group_size` answers to a prompt; `reward` gets the node of each."""
         async with self.server.managed_server(tokenizer=self.tokenizer) as server:
             await server.completion(
                 prompt=prompt,
@@ -49,10 +55,14 @@ class SingleTurnEnv(BaseEnv):
     async def report_accuracy(
         self, problems: Sequence[T], answers_right: Callable[[T], Coroutine[Any, Any, bool]]
     ) -> None:
-        """Ask each problem once, and report eval/percent_correct, a share between 0 and 1."""
+        """Answer each problem once, and report eval/percent_correct, a fraction of 1."""
         start, right = time.time(), 0
-        for at in range(0, len(problems), AT_ONCE):
-            right += sum(await asyncio.gather(*map(answers_right, problems[at : at + AT_ONCE])))
+        for at in range(0, len(problems), CONCURRENT_EVALUATIONS):
+            right += sum(
+                await asyncio.gather(
+                    *map(answers_right, problems[at : at + CONCURRENT_EVALUATIONS])
+                )
+            )
         percent_correct = right / len(problems)
         self.eval_metrics.append(("eval/percent_correct", percent_correct))
         await self.evaluate_log(
@@ -60,6 +70,7 @@ class SingleTurnEnv(BaseEnv):
         )
 
     async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        """Log the metrics since the last call."""
         metrics = dict(wandb_metrics or {}) | dict(self.eval_metrics)
         if self.rewards:
             metrics["train/percent_correct"] = sum(self.rewards) / len(self.rewards)

@@ -1,10 +1,11 @@
-"""One environment worker: an Atropos environment class that generates and scores for a run until it is ended.
+"""One environment worker: an Atropos environment that generates and scores groups for a run.
 
     python -m atropos_hpc.rollout.env_worker --run-dir R --index I --environment KEY
-    python -m atropos_hpc.rollout.env_worker --check --target package.module:Class --config '{"field": value}'
+    python -m atropos_hpc.rollout.env_worker --check --target MODULE:CLASS --config '{"field": 1}'
 
-The second form starts nothing. It prints what is wrong with a target and its config, as a JSON list of {"key", "message"}, the keys
-within the environment's section; it must run in the rollout role's Python, where the environment can be imported.
+The second form starts nothing. It prints what is wrong with a target and its config as a JSON list
+of {"key", "message"}, with keys within the environment's section. Run it in the rollout role's
+Python, where the environment can be imported.
 """
 
 import argparse
@@ -33,14 +34,15 @@ from atropos_hpc.runtime.run_dir import RunDir
 log = logging.getLogger(__name__)
 
 
-class Sparse(logging.Filter):
-    """Lets a message of atroposlib through the first 3 times, and then each time its count has doubled: it has one for every group."""
+class RateLimit(logging.Filter):
+    """Pass a message the first 3 times, and then whenever its count has doubled."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[Any] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Count by the line that logs."""
         self.seen[record.lineno] += 1
         times = self.seen[record.lineno]
         if times > 3 and times & (times - 1):
@@ -52,20 +54,20 @@ class Sparse(logging.Filter):
 
 
 def quiet_atropos() -> None:
-    """BaseEnv logs its status ten times a second, and every dropped group."""
+    """Limit BaseEnv's log: it has its status ten times a second, and every dropped group."""
     logger = logging.getLogger("atroposlib.envs.base")
     logger.setLevel(logging.WARNING)
-    logger.addFilter(Sparse())
+    logger.addFilter(RateLimit())
 
 
 def seed_everything(seed: int) -> None:
-    """So that workers don't all draw the same items."""
+    """Seed the global generators, differently for each worker."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 async def work(run: RunDir, member: Member, index: int, key: str) -> None:
-    """Run the environment at that key until cancelled. Raises TargetError when it cannot be used as configured."""
+    """Run the environment at that key until cancelled. Raises TargetError."""
     from atropos_hpc.rollout import env_loader
     from atropos_hpc.rollout.env_adapter import as_member
 
@@ -76,13 +78,7 @@ async def work(run: RunDir, member: Member, index: int, key: str) -> None:
     quiet_atropos()
     environment, env_config, servers = env_loader.of_run(run, key, seed)
     name = environment_name(key) if config.more_environments else None
-    env = as_member(environment)(
-        env_config,
-        servers,
-        member=member,
-        token=run.token(),
-        label=name,
-    )
+    env = as_member(environment)(env_config, servers, member=member, token=run.token(), label=name)
     try:
         member.update(state="registering")
         await env.env_manager()
@@ -90,11 +86,10 @@ async def work(run: RunDir, member: Member, index: int, key: str) -> None:
         await env.leave()
 
 
-def live(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """Do the member's work, until it is done or TERM; returns the exit code."""
-    from atropos_hpc.rollout.env_loader import (
-        TargetError,  # here, for the import takes long: the member is seen while it does
-    )
+def run_member(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Run a member's work until it is done or SIGTERM, and return the exit code."""
+    # A slow import: here, so that the member is visible during it.
+    from atropos_hpc.rollout.env_loader import TargetError
 
     try:
         complete = asyncio.run(process.until_asked(work()))
@@ -108,6 +103,7 @@ def live(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
 
 
 def main() -> int:
+    """Run the worker's process, or the check."""
     process.die_with_parent(signal.SIGKILL)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,11 +122,8 @@ def main() -> int:
     if options.check:
         from atropos_hpc.rollout.env_loader import check_target
 
-        print(
-            json.dumps(
-                [asdict(problem) for problem in check_target(options.target, options.config)]
-            )
-        )
+        problems = check_target(options.target, options.config)
+        print(json.dumps([asdict(problem) for problem in problems]))
         return DONE
 
     process.log_to_stderr()
@@ -138,7 +131,7 @@ def main() -> int:
     member = Member(
         run, EnvironmentState(), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index
     )
-    return live(member, lambda: work(run, member, options.index, options.environment))
+    return run_member(member, lambda: work(run, member, options.index, options.environment))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Held-out accuracy while a run goes on: the environments' own `evaluate`, at the policy versions that are due.
+"""Held-out accuracy during a run: the environments' own `evaluate`, at the policy versions due.
 
     python -m atropos_hpc.rollout.evaluation --run-dir R
 
-One process per run. Due are the version that the run starts from (evaluation.before; the learner waits for this one, so
-that it is measured on just that version), every multiple of evaluation.every, and the last (evaluation.after). For each, in order:
-wait until all servers serve it or a later one, evaluate, and append a line to evaluations.jsonl. Training does not wait, so the line
-tells which versions really generated. Versions that training has passed meanwhile are left out, the last never. Versions that have
-a line already are left out too, so the process can be started again at any time. It ends with the last.
+There is one process per run. Due are the version that the run starts from (evaluation.before; the
+learner waits for it, so it is measured on exactly that version), every multiple of
+evaluation.every, and the last (evaluation.after). For each, in order, it waits until all servers
+serve that version or a later one, evaluates, and appends a line to evaluations.jsonl. Training does
+not wait, so the line says which versions generated. Versions that training has passed meanwhile are
+skipped, except the last; so are versions that have a line, which makes the process restartable.
 
-Of a run with several environments each is evaluated, one after the other. The accuracy is that of the first, and the others' metrics bear
-their names.
+In a run with several environments each is evaluated in turn. The accuracy is that of the first; the
+metrics of the others carry their names.
 """
 
 import argparse
@@ -20,7 +21,8 @@ import os
 import signal
 import sys
 import time
-from numbers import Number
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from msgspec.structs import replace
 from atropos_hpc.config import EvaluationConf, environment_name, environments
 from atropos_hpc.contracts.members import EvaluatorState, Wait
 from atropos_hpc.contracts.metrics import Evaluation
-from atropos_hpc.rollout.env_worker import live, quiet_atropos, seed_everything
+from atropos_hpc.rollout.env_worker import quiet_atropos, run_member, seed_everything
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records
@@ -40,10 +42,11 @@ POLL_S = 0.1
 
 
 def next_due(conf: EvaluationConf, served: int, last: int, done: set[int]) -> int | None:
-    """The version to evaluate next, given the one that is served now, or None when all is done.
+    """Return the version to evaluate next, None when all is done.
 
-    `last`: the run's last version. `done`: versions that have a line. The answer may lie ahead of `served`; of several that do not, it is
-    the newest, except that a run's first evaluation, with nothing done yet, is of what is served.
+    `served` is the version served now, `last` the run's last, `done` the versions that have a line.
+    The answer may be ahead of `served`. Of several that are not, it is the newest; but the first
+    evaluation of a run is of the version that is served.
     """
     if conf.before and not done:
         return min(served, last)
@@ -54,40 +57,38 @@ def next_due(conf: EvaluationConf, served: int, last: int, done: set[int]) -> in
     return max(reached) if reached else min(due, default=None)
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers among an environment's metrics, without those about training."""
-    found = {}
+def numbers(metrics: Mapping[str, object]) -> dict[str, float | None]:
+    """Return the finite numbers among an environment's metrics, except those about training."""
+    found: dict[str, float | None] = {}
     for name, value in metrics.items():
         if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # numpy's and torch's scalars
             value = value.item()
-        if (
-            isinstance(value, Number)
-            and not name.startswith("train")
-            and math.isfinite(float(value))  # type: ignore[arg-type]
-        ):
-            found[name] = float(value)  # type: ignore[arg-type]
+        if isinstance(value, Real) and not name.startswith("train") and math.isfinite(value):
+            found[name] = float(value)
     return found
 
 
 def as_evaluator(environment: type[Any]) -> type[Any]:
-    """The class with the run's servers, and with its metrics kept in `reported` instead of sent to Weights & Biases.
+    """Make the class that evaluates on the run's servers and keeps its metrics in `reported`.
 
-    Environments report by `evaluate_log`, or in `wandb_log`, which ends in BaseEnv's. `Reported` comes between an environment and
-    BaseEnv in the order of resolution, so it is what the environment's `super()` finds.
+    Environments report with `evaluate_log` or in `wandb_log`, which ends in BaseEnv's. `Reported`
+    is between an environment and BaseEnv in the MRO, so it is the environment's `super()`.
     """
     from atroposlib.envs.base import BaseEnv
 
     from atropos_hpc.rollout.vllm_client import VllmServer
 
     class Reported(BaseEnv):
-        reported: dict[str, Any]
+        reported: dict[str, object]
 
-        async def evaluate_log(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        async def evaluate_log(
+            self, metrics: dict[str, object], *args: object, **kwargs: object
+        ) -> None:
             self.reported |= metrics
             if self.config.data_dir_to_save_evals is not None:
                 await super().evaluate_log(metrics, *args, **kwargs)
 
-        async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+        async def wandb_log(self, wandb_metrics: dict[str, object] | None = None) -> None:
             self.reported |= wandb_metrics or {}
             await super().wandb_log(wandb_metrics)
 
@@ -98,8 +99,8 @@ def as_evaluator(environment: type[Any]) -> type[Any]:
     )
 
 
-async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
-    """One evaluation: its metrics, which versions generated, how many sequences. Raises what the environment raises, and TimeoutError."""
+async def evaluate(env: Any, version: int, timeout_s: float) -> Evaluation:
+    """Evaluate once. Raises what the environment raises, and TimeoutError."""
     from atropos_hpc.rollout.stamping import record_generations
 
     async def complete() -> None:
@@ -108,39 +109,26 @@ async def evaluate(env: Any, timeout_s: float) -> dict[str, Any]:
             await asyncio.gather(*env.eval_workers)
 
     env.reported = {}
-    with record_generations() as generations:
+    with record_generations() as sampled:
         await asyncio.wait_for(complete(), timeout_s)
-    kept = getattr(env, "eval_metrics", None)
-    if isinstance(
-        kept, list
-    ):  # most environments put (name, value) there, for their wandb_log to send
-        env.reported |= {
-            item[0]: item[1] for item in kept if isinstance(item, tuple | list) and len(item) == 2
-        }
+    pending = getattr(env, "eval_metrics", None)
+    if isinstance(pending, list):  # most environments put (name, value) there, for wandb_log
+        pairs = (item for item in pending if isinstance(item, tuple | list) and len(item) == 2)
+        env.reported |= {name: value for name, value in pairs}
     await env.wandb_log()
-    versions = [version for generation in generations for version in generation.versions]
-    return {
-        "served": (min(versions), max(versions)) if versions else None,
-        "metrics": numbers(env.reported),
-        "sequences": len(generations),
-    }
-
-
-def accuracy(metrics: dict[str, float], name: str) -> float | None:
-    """The metric that environment.metric names; None, with a warning, when the environment does not report it."""
-    if name not in metrics:
-        log.warning(
-            "environment.metric=%s is not among the environment's metrics: %s",
-            name,
-            ", ".join(sorted(metrics)) or "none",
-        )
-    return metrics.get(name)
+    versions = [version for each in sampled for version in each.versions]
+    return Evaluation(
+        version,
+        metrics=numbers(env.reported),
+        sequences=len(sampled),
+        served=(min(versions), max(versions)) if versions else None,
+    )
 
 
 class Evaluator:
     """The evaluations of one run."""
 
-    def __init__(self, run: RunDir, member: Member) -> None:
+    def __init__(self, run: RunDir, member: Member[EvaluatorState]) -> None:
         config = run.config()
         self.run, self.member, self.config = run, member, config
         self.metric = config.environment.metric
@@ -148,7 +136,7 @@ class Evaluator:
         self.last = config.trainer.steps
 
     def build(self) -> dict[str, Any]:
-        """Each environment, by its key. Raises TargetError when one cannot be used as configured."""
+        """Build each environment, by its key. Raises TargetError."""
         from atropos_hpc.rollout import env_loader
 
         seed_everything(self.config.seed)
@@ -161,7 +149,7 @@ class Evaluator:
         return built
 
     async def work(self) -> None:
-        """Until the last due version has been evaluated."""
+        """Evaluate until the last due version is done."""
         envs = self.build()
         for env in envs.values():
             await env.setup()
@@ -169,64 +157,78 @@ class Evaluator:
         pool.watch()
         try:
             while True:
-                served = pool.served_version()
-                done = {line.version for line in read_records(self.run.evaluations, Evaluation)}
-                due = None if served is None else next_due(self.conf, served, self.last, done)
-                if served is not None and due is None:
-                    return
-                if due is None or served is None or due > served:
+                served, due = pool.served_version(), None
+                if served is not None:
+                    done = {line.version for line in self._lines()}
+                    due = next_due(self.conf, served, self.last, done)
+                    if due is None:
+                        return
+                if served is None or due is None or due > served:
                     self._show_wait(due)
                     await asyncio.sleep(POLL_S)
                     continue
-                await self.line(envs, due)
+                await self.evaluate_all(envs, due)
         finally:
             await pool.close()
 
-    def _show_wait(self, due: int | None) -> None:
-        """Shown in the roster. It lasts as long as training takes, for which the supervisor has its own deadlines."""
-        what, whom = (
-            ("a vLLM server", "the node agents")
-            if due is None
-            else (f"policy version {due}", "the learner")
-        )
-        self.member.update_if_changed(state="idle")
-        self.member.show_wait(Wait(what, whom, time.time()))
+    def _lines(self) -> list[Evaluation]:
+        return read_records(self.run.evaluations, Evaluation)
 
-    async def line(self, envs: dict[str, Any], version: int) -> None:
-        """Evaluate, and append the line. One that failed gets a line with the error: it is not tried again."""
+    def _show_wait(self, due: int | None) -> None:
+        """Show the wait in the roster. It has no deadline: it lasts as long as training takes."""
+        what, from_whom = f"policy version {due}", "the learner"
+        if due is None:
+            what, from_whom = "a vLLM server", "the node agents"
+        self.member.update_if_changed(state="idle")
+        self.member.show_wait(Wait(what, from_whom, time.time()))
+
+    async def evaluate_all(self, envs: dict[str, Any], version: int) -> None:
+        """Evaluate all environments and append the line.
+
+        A failed evaluation is reported in the line, and not repeated.
+        """
         self.member.update(state=f"evaluating version {version}", waiting=None)
-        start = time.time()
-        line = Evaluation(version)
+        start, line = time.time(), Evaluation(version)
         for key, env in envs.items():
             try:
-                found = await evaluate(env, self.conf.timeout_s)
+                found = await evaluate(env, version, self.conf.timeout_s)
             except Exception as error:  # whatever the environment raises
-                log.exception("the evaluation of version %d failed on %s", version, key)
+                log.exception("evaluation of version %d failed on %s", version, key)
                 line = replace(line, error=f"{key}: {error!r}")
                 continue
-            log.info(
-                "version %d on %s: %s, by versions %s",
-                version,
-                key,
-                found["metrics"],
-                found["served"],
-            )
+            served, metrics = found.served, found.metrics
+            log.info("version %d on %s, generated by %s: %s", version, key, served, metrics)
             if key == "environment":
-                value = accuracy(found["metrics"], self.metric)
-                metrics = {**line.metrics, **found["metrics"]}
-                line = replace(line, **{**found, "metrics": metrics}, accuracy=value)
+                line = replace(
+                    line,
+                    accuracy=self._accuracy(found),
+                    metrics={**line.metrics, **metrics},
+                    sequences=found.sequences,
+                    served=served,
+                )
             else:
                 name = environment_name(key)
-                others = {f"{name}/{metric}": value for metric, value in found["metrics"].items()}
+                others = {f"{name}/{metric}": value for metric, value in metrics.items()}
                 line = replace(line, metrics={**line.metrics, **others})
-        known = read_records(self.run.evaluations, Evaluation)
-        if any(each.version == version for each in known):
-            return  # another node had taken the evaluation over
+        if any(each.version == version for each in self._lines()):
+            return  # another node has taken over
         now = time.time()
         append_record(self.run.evaluations, replace(line, wall_s=round(now - start, 3), time=now))
 
+    def _accuracy(self, found: Evaluation) -> float | None:
+        """Return the metric that environment.metric names; None if it is not reported."""
+        if self.metric not in found.metrics:
+            log.warning(
+                "environment.metric=%s is not among the environment's metrics (%s): this "
+                "evaluation has no accuracy",
+                self.metric,
+                ", ".join(sorted(found.metrics)) or "none",
+            )
+        return found.metrics.get(self.metric)
+
 
 def main() -> int:
+    """Run the evaluator's process."""
     process.die_with_parent(signal.SIGKILL)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,7 +238,7 @@ def main() -> int:
     process.log_to_stderr()
     run = RunDir(options.run_dir)
     member = Member(run, EvaluatorState(), os.environ.get("ATROPOS_HPC_NODE", "local"))
-    return live(member, lambda: Evaluator(run, member).work())
+    return run_member(member, lambda: Evaluator(run, member).work())
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ class Journal:
         )
         if not last:
             raise Damaged(f"{where}: more segments follow; {advice}")
+        if bad == 0 and mapped[:3] == MAGIC[:3] and mapped[3] != MAGIC[3]:
+            raise Damaged(f"{path} was written by another version of atropos_hpc: resume with that")
         at = mapped.find(MAGIC, bad + 1)
         while at >= 0:
             header = header_at(buffer, at)
