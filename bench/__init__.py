@@ -1,4 +1,4 @@
-"""Benchmarks. What they share with the tests (a private Slurm cluster, crash points) is in tests/."""
+"""Benchmarks. Code shared with the tests (Slurm cluster, crash points) is in tests/."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Run the benchmarks: `python -m bench` for all, `python -m bench NAME` for one (also `make bench NAME=...`).
+"""Run the benchmarks: `python -m bench [NAME]`, or `make bench [NAME=...]`.
 
-Each bench is a module of this package with `main() -> Result`. Its table is printed, and written with its bars to
-bench/results/NAME.json. Figures are ratios within one run: machines differ, and are shared.
-"""
+Each bench is a module of this package with `main() -> Result`. Its table is printed and written,
+with its bars, to bench/results/NAME.json. Bars are ratios within one run where possible, because
+machines differ and are shared."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def show(name: str, result: Result) -> None:
-    """Print the rows, then each bar with what was reached."""
+    """Print the rows, then each bar with the value."""
     console = Console()
     if result.rows:
         table = Table(title=name)
@@ -37,13 +37,12 @@ def show(name: str, result: Result) -> None:
             )
         console.print(table)
     for what, bar in result.bars.items():
-        console.print(
-            f"{'reached' if bar['ok'] else 'MISSED'}  {what}: {bar['value']:.4g} (bar {bar['bar']:.4g})"
-        )
+        verdict = "reached" if bar["ok"] else "MISSED"
+        console.print(f"{verdict}  {what}: {bar['value']:.4g} (bar {bar['bar']:.4g})")
 
 
 def run(name: str) -> bool:
-    """Run one bench in this process, and keep its result. True if every bar was reached."""
+    """Run a bench in this process and write its result. Returns whether every bar was reached."""
     start = time.monotonic()
     result: Result = importlib.import_module(f"bench.{name}").main()
     result.details["wall_s"] = round(time.monotonic() - start, 1)
@@ -56,7 +55,10 @@ def run(name: str) -> bool:
 
 
 def main(names: list[str]) -> int:
-    """0 if every bar of every named bench was reached. Several have a process each: one that fails takes no other along."""
+    """Return 0 if every bar of every named bench was reached.
+
+    Several benches run in a process each, so that one failure does not affect the others.
+    """
     known = [
         module.name
         for module in pkgutil.iter_modules(bench.__path__)

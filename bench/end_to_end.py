@@ -1,15 +1,18 @@
-"""A whole run against TRL's GRPOTrainer: wall time until the arithmetic policy answers 0.85 of the held-out problems.
+"""Compare a whole run with TRL's GRPOTrainer: wall time to a held-out accuracy of 0.85.
 
-Both sides start from the same base, take the same prompts in the same order, 32 of them by 8 samples a step, the same reward, AdamW with
-the same settings, KL and clip, in float32, on the same cores, one after the other. Ours is `experiment=arithmetic_cpu` as it stands:
-vLLM, environments, trajectory server and learner as processes of their own, one version of staleness allowed. TRL generates
-and trains in turn within one process (bench/trl/grpo.py), with transformers' own generation: it drives no vLLM on a CPU.
+Both sides start from the same base and take the same prompts in the same order, 32 by 8 samples per
+step, with the same reward, AdamW settings, KL and clip, in float32, on the same cores, one after
+the other. This side is `experiment=arithmetic_cpu`: vLLM, environments, trajectory server and
+learner are separate processes, and one version of staleness is allowed. TRL generates and trains in
+turn within one process (bench/trl/grpo.py) with transformers' generation, because it drives no vLLM
+on a CPU.
 
-The clock runs from the command on. Neither side evaluates while it runs: every KEEP-th version is kept, and judged afterwards by one and
-the same function, the mean probability of the right answer over all held-out problems. `make bench NAME=end_to_end` makes TRL's
-environment; it is no part of the trainer's.
+The clock starts with the command. Neither side evaluates during the run: every KEEP-th version is
+kept and judged afterwards by the same function, the mean probability of the right answer over all
+held-out problems. `make bench NAME=end_to_end` installs TRL's environment, which is separate from
+the trainer's.
 
-What bounds each side stands in the result too: seconds of a step by part, and CPU seconds by process.
+The result also has what bounds each side: seconds of a step by part, and CPU seconds by process.
 """
 
 import json
@@ -36,7 +39,7 @@ TICK_S, TIMEOUT_S = 0.5, 1800.0
 
 @dataclass
 class Side:
-    """What one side's run left: unix times of its start and of each step's end, the weights of some steps, and where its time went."""
+    """One side's run: Unix times of its start and of each step's end, weights, and times."""
 
     name: str
     start: float
@@ -46,11 +49,18 @@ class Side:
     cpu: dict[str, float]  # CPU seconds of the whole run, by process
 
 
-def run_ours(scratch: Path) -> Side:
-    """The experiment itself; every version that it publishes stays on disk."""
+def run_atropos_hpc(scratch: Path) -> Side:
+    """Run the experiment; every version that it publishes stays on disk."""
     directory = scratch / "ours"
-    overrides = [f"run_dir={directory}", f"seed={SEED}", f"trainer.steps={STEPS}", "policy.keep=1000", "evaluation.every=0",
-                 "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
+    overrides = [
+        f"run_dir={directory}",
+        f"seed={SEED}",
+        f"trainer.steps={STEPS}",
+        "policy.keep=1000",
+        "evaluation.every=0",
+        "evaluation.before=false",
+        "evaluation.after=false",
+    ]
     start, cpu = run([sys.executable, "-m", "atropos_hpc.train", *overrides], scratch / "ours.log")
     lines = read_records(RunDir(directory).metrics, StepMetrics)[1:]
     phases = {
@@ -74,7 +84,7 @@ def run_ours(scratch: Path) -> Side:
 
 
 def run_trl(scratch: Path, base: Path) -> Side:
-    """GRPOTrainer with what experiment=arithmetic_cpu says."""
+    """Run GRPOTrainer with the settings of experiment=arithmetic_cpu."""
     if not TRL.exists():
         raise FileNotFoundError(
             f"{TRL} is missing: `make bench NAME=end_to_end` makes TRL's environment"
@@ -83,10 +93,17 @@ def run_trl(scratch: Path, base: Path) -> Side:
     out.mkdir()
     conf = composed()
     options = {
-        "base": base, "out": out, "steps": STEPS, "keep": KEEP, "seed": SEED, "batch": conf.algorithm.batch_size,
-        "group": conf.environment.group_size, "learning-rate": conf.trainer.learning_rate, "kl": conf.algorithm.kl_coef,
+        "base": base,
+        "out": out,
+        "steps": STEPS,
+        "keep": KEEP,
+        "seed": SEED,
+        "batch": conf.algorithm.batch_size,
+        "group": conf.environment.group_size,
+        "learning-rate": conf.trainer.learning_rate,
+        "kl": conf.algorithm.kl_coef,
         "clip": conf.algorithm.clip_low,
-    }  # fmt: skip
+    }
     command = [
         str(TRL),
         str(Path(__file__).parent / "trl" / "grpo.py"),
@@ -102,7 +119,7 @@ def run_trl(scratch: Path, base: Path) -> Side:
 
 
 def composed() -> Any:
-    """The config of experiment=arithmetic_cpu."""
+    """Compose the config of experiment=arithmetic_cpu."""
     from hydra import compose, initialize_config_dir
 
     from atropos_hpc import train  # registers what the files build on
@@ -112,7 +129,7 @@ def composed() -> Any:
 
 
 def run(command: list[str], log: Path) -> tuple[float, dict[str, float]]:
-    """Run a command to its end. -> unix time of its start, CPU seconds of it and its descendants by program."""
+    """Run a command. Returns the Unix time of its start, and CPU seconds by program."""
     start = time.time()
     seen: dict[int, tuple[str, float]] = {}
     with log.open("w") as out:
@@ -139,7 +156,7 @@ def run(command: list[str], log: Path) -> tuple[float, dict[str, float]]:
 
 
 def descendants(root: int) -> dict[int, tuple[str, float]]:
-    """{pid: (program, CPU seconds so far)} of a process and all below it, from /proc."""
+    """Return {pid: (program, CPU seconds so far)} of a process and its descendants."""
     parents, found = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -165,8 +182,8 @@ def descendants(root: int) -> dict[int, tuple[str, float]]:
     return {pid: what for pid, what in found.items() if below(pid)}
 
 
-def judged(side: Side, base: Path) -> dict[int, float]:
-    """Held-out accuracy of each kept version."""
+def evaluate(side: Side, base: Path) -> dict[int, float]:
+    """Return the held-out accuracy of each kept version."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -214,8 +231,8 @@ def main() -> Result:
         base = Path(
             ensure(OmegaConf.to_object(composed().model), sys.executable, scratch / "make_base.log")
         )
-        sides = [run_trl(scratch, base), run_ours(scratch)]
-        curves = {side.name: judged(side, base) for side in sides}
+        sides = [run_trl(scratch, base), run_atropos_hpc(scratch)]
+        curves = {side.name: evaluate(side, base) for side in sides}
     rows = [row_of(side, curves[side.name]) for side in sides]
     details = {
         "seconds of a step": {s.name: s.parts for s in sides},

@@ -1,13 +1,14 @@
-"""For how long a live vLLM gives no token while it takes a new version, in each policy.update_mode.
+"""Measure how long a live vLLM generates no token while it loads a version, per update mode.
 
-A real server of the rollout role, with a Qwen3 of 60 M random parameters in bfloat16, answers STREAMS requests at a time, each for
-TOKENS tokens, and as soon as one has ended there is another. Meanwhile versions are published, followed and pushed as a node agent
-does. The stall of an update is the longest time, from its first request to a second after its last, in which no stream of any request
-got a token. Against it stands the engine's own load time: that of the one request of the update in which the engine applies the weights.
+A real server of the rollout role, with a Qwen3 of 60 M random parameters in bfloat16, serves
+STREAMS concurrent requests of TOKENS tokens, each followed by another. Meanwhile versions are
+published, followed and pushed as a node agent does. The stall of an update is the longest time
+without a token of any request, from its first request to a second after its last. It is compared
+with the engine's own load time: that of the request of the update in which the engine applies the
+weights.
 
-In mode wait the requests under way end before the weights are loaded, and new ones wait; in mode abort they are cut short. What that
-costs the run beyond the stall is not measured here.
-"""
+In mode wait, running requests end before the weights are loaded and new ones wait; in mode abort
+they are aborted. What that costs a run beyond the stall is not measured."""
 
 import asyncio
 import contextlib
@@ -47,16 +48,27 @@ def make_model(directory: Path) -> None:
     from atropos_hpc.environments.make_base import make_tokenizer
 
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
-    ))  # fmt: skip
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=32768,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
     model.bfloat16().save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
 
 
 def publish(store: PolicyStore, share: ShardBuffer, version: int) -> None:
-    """The next version: the same weights, a little moved."""
+    """Publish the next version: the same weights, slightly changed."""
     numbers = share.buffer[len(share.header) : share.size].view(np.uint16)
     numbers[version::41] ^= np.uint16(1)
     key = PolicyVersion(version=version, attempt=1)
@@ -67,7 +79,7 @@ def publish(store: PolicyStore, share: ShardBuffer, version: int) -> None:
 
 @contextlib.contextmanager
 def served(run: RunDir, log: Path) -> Iterator[str]:
-    """A server of this run, at the URL that is given."""
+    """Start a server of this run, and yield its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -83,7 +95,7 @@ def served(run: RunDir, log: Path) -> Iterator[str]:
 
 
 class Load:
-    """Requests without a break; `times` says when tokens came."""
+    """Send requests without pause; `times` has the arrival of every token."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, token: str) -> None:
         self.session, self.url, self.headers = session, url, {"Authorization": f"Bearer {token}"}
@@ -109,7 +121,7 @@ class Load:
                             self.times.append(time.monotonic())
 
     def longest_gap(self, begin: float, end: float) -> float:
-        """Between two tokens, whichever requests'."""
+        """Return the longest time between two tokens of any requests."""
         within = [time for time in self.times if begin <= time <= end]
         before = max((time for time in self.times if time < begin), default=begin)
         return float(max(np.diff([before, *within, end]))) if within else end - begin
@@ -190,7 +202,7 @@ async def measure(run: RunDir, url: str, log: Path, share: ShardBuffer, cache: P
 
 
 def tensors_in(path: Path) -> list[tuple[TensorSpec, Any]]:
-    """Each tensor of a safetensors file, and its bytes."""
+    """Return each tensor of a safetensors file, and its bytes."""
     data = np.fromfile(path, np.uint8)
     return [
         (TensorSpec(name, kind, shape), data[first:last])

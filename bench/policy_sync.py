@@ -1,17 +1,20 @@
-"""Weights through files, against what the disk can do.
+"""Measure weights through files, compared with what the disk can do.
 
-(1) Publishing all of a model of Qwen2.5-0.5B's shapes (988 MB of bf16) from two ranks, and reading it in place, against raw O_DIRECT
-    writing and reading of as many bytes by two processes, one of each after the other in every round. Beside it, prime-rl's way as it
-    is described: every tensor gathered on all ranks, its owner (balanced by bytes) keeps it, safetensors' save_file, rename, a marker
-    by rank 0; it syncs nothing, so its time is also given with an fsync of what it wrote. A publish counts from the snapshot that lies
-    in memory to latest.json.
-(2) Deltas at real updates: a 12 M Qwen3, fp32 master weights, AdamW, at three learning rates; sizes, the codec's rates on one core, and
-    200 versions read with random misses. How soon a version is served: a shared filesystem of 200 MB/s with 8 readers is simulated by
-    readers that each get an eighth of it (all reads of the store go through a limit); a version counts as served when the last of
-    READERS nodes has its verified copy and the engine's own reading of that copy has ended. The model is that of (1), with as many of
-    its elements changed as the smallest learning rate changed.
-(3) The learner's step with publishing on and off, in turn, where a publish takes as long as a step: the disk here is too quick for that,
-    so writes wait until a shared filesystem of that rate would have taken them.
+(1) Publish a model of Qwen2.5-0.5B's shapes (988 MB of bf16) in full from two ranks, and read it in
+    place. The reference is raw O_DIRECT writing and reading of as many bytes by two processes; both
+    run one after the other in every round. Beside it, prime-rl's way as it is documented: every
+    tensor is gathered on all ranks and kept by its owner (balanced by bytes), then safetensors'
+    save_file, a rename, and a marker by rank 0. It syncs nothing, so its time is also given with an
+    fsync. A publish counts from the snapshot in memory to latest.json.
+(2) Deltas at real updates: a 13 M Qwen3, fp32 master weights, AdamW, at three learning rates.
+    Sizes, the codec's rates on one core, and 200 versions read with random misses. For the time
+    until a version is served, a shared filesystem of 200 MB/s with 8 readers is simulated: each
+    reader gets an eighth of the rate. A version counts as served when the last of READERS nodes has
+    a verified copy and the engine has read that copy. The model is that of (1), with as many
+    elements changed as the smallest learning rate changed.
+(3) The learner's step with and without publishing, alternating, where a publish takes as long as a
+    step. The disk here is faster than that, so writes are delayed to the rate of a shared
+    filesystem.
 """
 
 import logging
@@ -53,15 +56,13 @@ from atropos_hpc.runtime.run_dir import RunDir, read_json, write_file
 from bench.result import Result
 
 RANKS, ROUNDS, GROUPS = 2, 5, 8
-TOKENS, WRITING = (
-    (4, 128),
-    0.8,
-)  # of a step in (3): sequences and tokens of each; the part of it that writing a version takes
+TOKENS = (4, 128)  # sequences of a step in (3), and tokens of each
+WRITING = 0.8  # of a step in (3), for writing a version
 LEARNING_RATES = {
     1e-6: 0.03,
     3e-6: 0.06,
     1e-5: 0.14,
-}  # and which share of a full version a delta may be
+}  # and the bar: a delta's part of a full version
 VERSIONS = 200
 SHARED_MB_S, SHARED_READERS, READERS = 200, 8, 2
 MEMORY = Path("/dev/shm")
@@ -69,7 +70,7 @@ HIDDEN, INNER, LAYERS, KEY_VALUE, VOCABULARY = 896, 4864, 24, 128, 151936  # Qwe
 
 
 def half_billion(mesh: Any) -> Any:
-    """A module of these shapes, sharded, in float32; its numbers are random."""
+    """Make a sharded float32 module of these shapes with random weights."""
     import torch
     from torch import nn
     from torch.distributed.fsdp import fully_shard
@@ -110,15 +111,15 @@ def half_billion(mesh: Any) -> Any:
 
 
 def on_disk() -> Path:
-    """Where runs are kept: on a disk, where /tmp may be memory."""
+    """Return a directory on a disk; /tmp may be in memory."""
     Path("runs").mkdir(exist_ok=True)
     return Path("runs").absolute()
 
 
-def note(result: Result, what: str, **figures: float) -> None:
-    """A row for each figure."""
+def note(result: Result, what: str, **values: float) -> None:
+    """Add a row for each value."""
     result.rows += [
-        {"what": what, "figure": name, "value": value} for name, value in figures.items()
+        {"what": what, "figure": name, "value": value} for name, value in values.items()
     ]
 
 
@@ -126,7 +127,7 @@ def note(result: Result, what: str, **figures: float) -> None:
 
 
 def raw_write(path: Path, data: Bytes) -> None:
-    """As the disk would have it: whole segments from memory, several at a time, past the cache; durable in the end."""
+    """Write whole segments in parallel, bypassing the page cache, and sync."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
     with ThreadPoolExecutor(4) as threads:
         list(
@@ -152,7 +153,7 @@ def raw_read(path: Path, data: Bytes) -> None:
 
 
 def gathered_and_saved(module: Any, directory: Path, rank: int, sync: bool) -> None:
-    """prime-rl's way."""
+    """Save as prime-rl does."""
     import torch.distributed as dist
     from safetensors.torch import save_file
 
@@ -176,7 +177,7 @@ def gathered_and_saved(module: Any, directory: Path, rank: int, sync: bool) -> N
 
 
 def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
-    """One of the two ranks of (1)."""
+    """Run one of the two ranks of (1)."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -201,7 +202,7 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
         dist.barrier()
         return time.monotonic() - start
 
-    def ours(version: int) -> None:
+    def publish(version: int) -> None:
         files = shares.write_full(store.begin(key_of(version)), shares.fill(shot))
         if rank == 0:
             store.commit(Manifest(version=key_of(version), kind="full", files=files))
@@ -210,10 +211,10 @@ def publish_rank(rank: int, root: Path, rounds: int, report: Any) -> None:
         nonlocal shot
         start = time.monotonic()
         shot = snapshot(module, reuse=shot)
-        row = {"snapshot": time.monotonic() - start, "publish": timed(lambda: ours(version))}
+        row = {"snapshot": time.monotonic() - start, "publish": timed(lambda: publish(version))}
         share, raw = shares.shard, root / f"raw-{rank}"
         target = aligned(share.size)
-        target[:] = 0  # the kernel has given it
+        target[:] = 0  # allocate its pages
         row["raw write"] = timed(lambda: raw_write(raw, share.buffer))
         row["raw read"] = timed(lambda: raw_read(raw, target))
         mine = sorted((root / f"{version}-1").glob("*.safetensors"))[rank]
@@ -280,14 +281,23 @@ def small_model() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=8192, hidden_size=320, intermediate_size=960, num_hidden_layers=8, num_attention_heads=5, num_key_value_heads=5,
-        head_dim=64, max_position_embeddings=512, tie_word_embeddings=True,
-    ))  # fmt: skip
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=8192,
+            hidden_size=320,
+            intermediate_size=960,
+            num_hidden_layers=8,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            head_dim=64,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 def training(learning_rate: float) -> Callable[[], ShardBuffer]:
-    """A function that makes a step, and gives the published weights after it."""
+    """Return a function that takes a step and returns the weights to publish."""
     import torch
 
     model = small_model()
@@ -312,7 +322,7 @@ def training(learning_rate: float) -> Callable[[], ShardBuffer]:
 
 
 def cpu_rate(work: Callable[[], Any], size: int, times: int = 5) -> float:
-    """GB of model per second of one core, at best."""
+    """Return the best rate on one core, in GB of the model per second."""
     best = float("inf")
     for _ in range(times):
         start = time.thread_time()
@@ -328,7 +338,7 @@ def publish_share(
     base: tuple[int, ShardBuffer] | None,
     in_full: bool,
 ) -> int:
-    """By one rank, as the learner does. Returns the bytes of the delta."""
+    """Publish from one rank, as the learner does. Returns the bytes of the delta."""
     directory = store.begin(key_of(version))
     file = "model-00001-of-00001.safetensors"
     changes: tuple[DeltaEntry, ...] = ()
@@ -359,7 +369,7 @@ def key_of(version: int) -> PolicyVersion:
 
 
 def real_updates(result: Result) -> float:
-    """Sizes, rates, and versions with misses. Returns the share of elements that the smallest rate changes."""
+    """Measure (2). Returns the part of the elements that the smallest rate changes."""
     import torch
 
     torch.set_num_threads(1)
@@ -442,7 +452,7 @@ def real_updates(result: Result) -> float:
 
 
 class Limited(node_cache.NodeCache):
-    """A node's copy that is read from the store at this node's part of a shared filesystem's rate, however many threads."""
+    """A node cache that reads at this node's part of a shared filesystem's rate."""
 
     rate = SHARED_MB_S * 1e6 / SHARED_READERS
 
@@ -458,12 +468,19 @@ class Limited(node_cache.NodeCache):
         time.sleep(max(0.0, done - time.monotonic()))
 
 
-def soonness(result: Result, changed: float) -> None:
-    """How soon the last reader serves a version, full and as a delta."""
+def time_to_serve(result: Result, changed: float) -> None:
+    """Measure the time until the last reader serves a version, full and as a delta."""
     tensors = [TensorSpec("embed_tokens", "BF16", (VOCABULARY, HIDDEN))]
     for layer in range(LAYERS):
-        sizes = {"q": (HIDDEN, HIDDEN), "k": (KEY_VALUE, HIDDEN), "v": (KEY_VALUE, HIDDEN), "o": (HIDDEN, HIDDEN), "gate": (INNER, HIDDEN),
-                 "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}  # fmt: skip
+        sizes = {
+            "q": (HIDDEN, HIDDEN),
+            "k": (KEY_VALUE, HIDDEN),
+            "v": (KEY_VALUE, HIDDEN),
+            "o": (HIDDEN, HIDDEN),
+            "gate": (INNER, HIDDEN),
+            "up": (INNER, HIDDEN),
+            "down": (HIDDEN, INNER),
+        }
         tensors += [
             TensorSpec(f"layers.{layer}.{name}", "BF16", shape) for name, shape in sizes.items()
         ]
@@ -491,7 +508,7 @@ def soonness(result: Result, changed: float) -> None:
             for node in nodes:
                 node.cache.close()
                 node.cache = limited = Limited(Path(cache), run.policy)
-                limited.rate = 1e12  # the version before is there already
+                limited.rate = 1e12  # for the version before, not measured
                 assert node.poll() is not None
                 limited.rate = SHARED_MB_S * 1e6 / SHARED_READERS
             start = time.monotonic()
@@ -516,14 +533,14 @@ def soonness(result: Result, changed: float) -> None:
 
 
 def serve(node: Follower) -> None:
-    """A node's agent, until the new version can be loaded."""
+    """Act as a node agent until the new version can be loaded."""
     while (newest := node.poll()) is None or newest.version.version != 1:
         time.sleep(0.01)
     _as_the_engine_reads(newest)
 
 
 def _as_the_engine_reads(version: LoadableVersion) -> None:
-    """Map the node's copy and compare its hash, which is what an engine does before it loads."""
+    """Map the node's copy and compare its hash, as an engine does before it loads."""
     for file in read_manifest(version.directory).files:
         assert xxh3(np.memmap(version.directory / file.file, np.uint8, "r")) == file.xxh3
 
@@ -533,7 +550,7 @@ def _as_the_engine_reads(version: LoadableVersion) -> None:
 
 @contextmanager
 def no_faster_than(bytes_per_s: float) -> Iterator[None]:
-    """Writes of shares take that long at least."""
+    """Delay writes of shards to this rate."""
     real, one, free_at = sharing._transfer, threading.Lock(), 0.0
 
     def limited(call: Any, fd: int, part: Bytes, offset: int) -> None:
@@ -552,7 +569,7 @@ def no_faster_than(bytes_per_s: float) -> Iterator[None]:
 
 
 def steps(result: Result) -> None:
-    """One rank on one thread."""
+    """Measure (3), with one rank on one thread."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -630,7 +647,7 @@ def main() -> Result:
     )
     full_publish(result)
     changed = real_updates(result)
-    soonness(result, changed)
+    time_to_serve(result, changed)
     steps(result)
     result.details["load after"] = os.getloadavg()
     return result

@@ -1,13 +1,14 @@
-"""A thousand members: what it costs them and the filesystem to find each other, and to stay seen.
+"""Measure what a thousand members cost to find each other and to be seen alive.
 
-The members, the leader and the readers of the roster are the real ones, all in this process: the members start within SPREAD_S, the
-leader looks every 0.1 s as the supervisor does, and each member looks at the roster every 0.1 s until it has seen all the others, and
-every second after that (which the roster's reader makes rarer by itself).
+Members, supervisor and readers of the roster are the real ones, all in this process. The members
+start within SPREAD_S. The supervisor looks every 0.1 s, as in a run. Each member looks at the
+roster every 0.1 s until it has seen all the others, then every second, which the roster's reader
+makes rarer by itself.
 
-An operation is a call that names a path or asks for a file's attributes: open, rename, stat, listing a directory, touching a file; what a
-metadata server sees of it. (Reads and writes of what is open come on top: at most two for each open.) One shortcut: a roster that one
-reader has parsed is not parsed again for the next.
-"""
+An operation is a call that names a path or asks for a file's attributes, which is what a metadata
+server sees: open, rename, stat, listing a directory, touching a file. Reads and writes of open
+files come on top, at most two per open. One shortcut: a roster that one reader has parsed is not
+parsed again for the next."""
 
 import functools
 import os
@@ -34,7 +35,7 @@ CALLS = {"open", "os.rename", "os.scandir", "os.listdir", "os.utime", "os.remove
 
 
 class Counted(RosterPublisher):
-    """The leader, with the calls for attributes counted, which the interpreter's audit does not see."""
+    """Count calls for attributes too, which the interpreter's audit hook does not see."""
 
     stats = 0
 
@@ -113,9 +114,15 @@ def measure(run: RunDir) -> Result:
         member._stop.set()
     size = run.roster.stat().st_size
     row = {
-        "members": MEMBERS, "operations to join": joined, "seconds to join": joined_s, "operations per member and second": steady,
-        "roster, bytes": size, "leader's share of a core": share, "a change is heard of after, s": heard_s, "alive": seen,
-    }  # fmt: skip
+        "members": MEMBERS,
+        "operations to join": joined,
+        "seconds to join": joined_s,
+        "operations per member and second": steady,
+        "roster, bytes": size,
+        "leader's share of a core": share,
+        "a change is heard of after, s": heard_s,
+        "alive": seen,
+    }
     result = Result([row], details={"load": os.getloadavg()})
     result.at_most("operations until a thousand members have seen each other", joined, 12_000)
     result.at_most("operations per member and second after that", steady, 1.0)

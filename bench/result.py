@@ -1,4 +1,4 @@
-"""What a bench returns."""
+"""The result of a bench."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass
 class Result:
-    """Rows of a table, and the bars that were set. numpy's numbers will do."""
+    """Rows of a table, and bars. Values may be numpy scalars."""
 
     rows: list[dict[str, Any]]
     bars: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -1,10 +1,11 @@
-"""What a submission costs beyond Slurm's own sbatch: a sweep of 50 heterogeneous jobs, on a private cluster.
+"""Measure what a submission costs beyond sbatch: a sweep of 50 heterogeneous jobs.
 
-Three things are timed by turns, on a cluster whose nodes are drained, so that no job starts: the launcher with 50 points, the launcher
-with one, and a shell loop that hands sbatch the very scripts which the launcher wrote. Overhead is read in two ways: queueing alone
-(pickling, script, table) beyond the time of its sbatch calls; and a further point, what 50 take longer than one, everything in it from
-composing and checks to the table, beyond a script of the loop. The rest is there once: Hydra's start, the questions to the cluster.
-"""
+Three things alternate on a private cluster whose nodes are drained, so that no job starts: the
+launcher with 50 points, the launcher with one, and a shell loop that passes sbatch the scripts that
+the launcher wrote. Overhead is read in two ways. Queueing alone: pickling, script and table, beyond
+the time of its sbatch calls. Per further point: what 50 take longer than one, from composing and
+checks to the table, beyond a script of the loop. The rest occurs once per command: Hydra's start,
+the queries to the cluster."""
 
 import getpass
 import json
@@ -22,12 +23,12 @@ from bench.result import Result
 POINTS = 50
 ROUNDS = 5
 
-# A submission as `python -m atropos_hpc.train -m` makes it, with its seconds and those spent in sbatch.
+# A submission by `python -m atropos_hpc.train -m`, with its seconds and those spent in sbatch.
 SUBMIT = """
 import json, sys, time
 from submitit.core import utils
 from atropos_hpc import train
-from atropos_hpc.launch import executor, sweep  # imported before the clock starts, as the interpreter is
+from atropos_hpc.launch import executor, sweep  # before the clock starts
 run_command, in_sbatch = utils.CommandFunction.__call__, []
 def timed(self, *args, **kwargs):
     start = time.perf_counter()
@@ -49,13 +50,14 @@ start = time.perf_counter()
 train.main()
 spent = time.perf_counter() - start
 heavy = sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "verl", "vllm"})
-print("MEASURED", json.dumps({"all": spent, "queueing": queueing[0], "sbatch": sum(in_sbatch), "heavy": heavy}))
+measured = {"all": spent, "queueing": queueing[0], "sbatch": sum(in_sbatch), "heavy": heavy}
+print("MEASURED", json.dumps(measured))
 """
 LOOP = 'for script in "$@"; do sbatch "$script" >/dev/null; done'
 
 
 def launcher(env: dict[str, str], sweep: Path, points: int, overrides: list[str]) -> dict[str, Any]:
-    """One submission through the launcher; its seconds."""
+    """Submit once through the launcher; return its seconds."""
     command = [
         sys.executable,
         "-c",
@@ -75,7 +77,7 @@ def launcher(env: dict[str, str], sweep: Path, points: int, overrides: list[str]
 
 
 def plain(env: dict[str, str], scripts: list[Path]) -> float:
-    """The same scripts by a loop in the shell; seconds."""
+    """Submit the same scripts in a shell loop; return its seconds."""
     start = time.perf_counter()
     subprocess.run(
         ["bash", "-ec", LOOP, "loop", *map(str, scripts)],
@@ -108,12 +110,18 @@ def main() -> Result:
             cluster.command("scancel", "-u", getpass.getuser())
             heavy.update(many["heavy"])
             further = (many["all"] - one["all"]) / (POINTS - 1)
-            rows.append({
-                f"launcher, {POINTS} points, s": many["all"], "launcher, 1 point, s": one["all"], "plain loop, s": by_hand,
-                "a further point, ms": 1000 * further, "a script of the loop, ms": 1000 * by_hand / POINTS,
-                "queueing, s": many["queueing"], "of it in sbatch, s": many["sbatch"],
-                "queueing beyond sbatch": many["queueing"] / many["sbatch"] - 1,
-            })  # fmt: skip
+            rows.append(
+                {
+                    f"launcher, {POINTS} points, s": many["all"],
+                    "launcher, 1 point, s": one["all"],
+                    "plain loop, s": by_hand,
+                    "a further point, ms": 1000 * further,
+                    "a script of the loop, ms": 1000 * by_hand / POINTS,
+                    "queueing, s": many["queueing"],
+                    "of it in sbatch, s": many["sbatch"],
+                    "queueing beyond sbatch": many["queueing"] / many["sbatch"] - 1,
+                }
+            )
 
     def median(column: str) -> float:
         return statistics.median(row[column] for row in rows)

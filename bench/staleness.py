@@ -1,8 +1,8 @@
-"""What overlapping generation and training buys: the same work strictly on-policy, and with two versions of staleness.
+"""Measure what overlapping generation and training gains: on-policy, and with staleness 2.
 
-Two whole runs of the arithmetic experiment, one after the other, equal but for `staleness.max`. Of the learner's time between its
-first and last step, which share does it wait for batches?
-"""
+Two runs of the arithmetic experiment, one after the other, that differ only in `staleness.max`. The
+result is the share of the learner's time, between its first and last step, that it waits for
+batches."""
 
 import subprocess
 import sys
@@ -19,9 +19,15 @@ WARM_UP = 5  # first steps, in which caches fill
 
 
 def run(staleness: int, directory: Path) -> dict[str, Any]:
-    """One run's figures over the steps after the warm-up."""
-    overrides = [f"run_dir={directory}", f"trainer.steps={STEPS}", f"staleness.max={staleness}", "evaluation.every=0",
-                 "evaluation.before=false", "evaluation.after=false"]  # fmt: skip
+    """Run once, and return the metrics of the steps after the warm-up."""
+    overrides = [
+        f"run_dir={directory}",
+        f"trainer.steps={STEPS}",
+        f"staleness.max={staleness}",
+        "evaluation.every=0",
+        "evaluation.before=false",
+        "evaluation.after=false",
+    ]
     subprocess.run(
         [sys.executable, "-m", "atropos_hpc.train", *overrides], check=True, timeout=1800
     )

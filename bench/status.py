@@ -1,7 +1,7 @@
 """Measure `atropos-hpc status --once` on a long run: 100,000 steps, 500 members with logs.
 
-CPU time of the whole command, interpreter included, against that of the same command on a run of 100 steps and 5 members.
-"""
+CPU time of the whole command, interpreter included, against that of the same command on a run of
+100 steps and 5 members."""
 
 import os
 import resource
@@ -59,7 +59,7 @@ def made(path: Path, steps: int, members: int) -> Path:
             ]
             state = AgentState(**common, servers=servers)
         write_struct(run.members / f"{name}.json", state, durable=False)
-        line = "2026-01-01 10:00:00,000 I atropos_hpc.rollout: all is well, as far as one can see from here\n"
+        line = "2026-01-01 10:00:00,000 I atropos_hpc.rollout: " + "nothing unusual " * 3 + "\n"
         (attempt / f"{name}.log").write_text(
             line * 400 + "2026-01-01 10:00:00,000 W atropos_hpc.rollout: something is odd\n"
         )

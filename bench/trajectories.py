@@ -1,16 +1,18 @@
-"""The trajectory server beside Atropos' own run-api, on the same groups, in one run.
+"""Compare the trajectory server with Atropos' run-api, on the same groups, in one run.
 
-(a) Push and pull: groups of 8 x 2048 tokens are posted, plain and gzipped, and taken again in batches of 64 sequences. Sequences per
-    CPU second of the server's process; the client's time does not count. Ours asks for the token and has each group on disk (fdatasync)
-    before it answers; it is pulled as the learner does, by /lease. Rounds of the two alternate. The best round of each counts: other
-    work on the machine takes caches and memory bandwidth, and makes CPU time only longer. The median of the rounds' ratios, and their
-    range, stand beside it.
-(b) /status-env and /status with 5000 groups in the queue: what every environment asks ten times a second. Milliseconds, as its client
-    sees them.
+(a) Push and pull: groups of 8 x 2048 tokens are posted, plain and gzipped, and pulled in batches of
+    64 sequences. The unit is sequences per CPU second of the server's process; the client's time
+    does not count. This server checks the token and syncs each group to disk (fdatasync) before it
+    answers; batches are pulled by /lease, as the learner does. Rounds of the two servers alternate
+    and the best round counts: other work on the machine takes caches and memory bandwidth and only
+    makes CPU time longer. The median of the rounds' ratios, and their range, are given as well.
+(b) /status-env and /status with 5000 groups in the queue, which every environment polls ten times
+    per second: milliseconds as its client sees them.
 (c) Memory per queued group of 8 x 2048: growth of the server's resident set.
-(d) What other requests wait while a batch of 1024 sequences is pulled: /status is asked without pause meanwhile. Milliseconds.
+(d) The wait of other requests while a batch of 1024 sequences is pulled: /status is requested
+    without pause meanwhile. Milliseconds.
 
-run-api comes from the rollout environment, ours from the one that runs this.
+run-api runs in the rollout environment, this server in the one that runs the bench.
 """
 
 import gzip
@@ -49,7 +51,19 @@ QUEUED = {"run-api": 100, "ours": 4000}  # groups over which memory is taken
 LARGE_BATCH = 1024
 STATUS_CALLS = 200
 NO_SPREAD = {"median": "", "least": "", "greatest": ""}
-PLACE = b"000000000000"  # what is different in each group
+PLACE = b"000000000000"  # replaced in each group
+
+PULL = """
+import http.client, sys, time
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=300)
+start = time.time()
+connection.request("GET", sys.argv[2], headers={"Authorization": "Bearer " + sys.stdin.read()})
+response = connection.getresponse()
+assert response.status == 200
+while response.read(1 << 20):
+    pass
+print(time.time() - start)
+"""
 
 
 @dataclass
@@ -92,7 +106,7 @@ class Server:
         return answer
 
     def cpu_s(self) -> float:
-        """Of all its threads, by the scheduler's clock: to the nanosecond, where /proc/PID/stat counts hundredths."""
+        """Return the CPU time of all threads, in the scheduler's nanoseconds."""
         threads = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
@@ -102,17 +116,27 @@ class Server:
         )
 
     def register(self, batch_size: int) -> None:
-        """A trainer, its first look at the (empty) queue, and an environment, on a server that has forgotten everything.
+        """Reset the server, then register a trainer and an environment.
 
-        On a new connection: run-api closes one that has been idle for 5 s, while it was the other's turn.
+        On a new connection: run-api closes those that were idle for 5 s, during the other's round.
         """
         self.connection.close()
         self.connection = self.connect()
         self.call("GET", "/reset_data")
-        self.call("POST", "/register", {
-            "wandb_group": "", "wandb_project": "", "batch_size": batch_size, "max_token_len": 1 << 20, "checkpoint_dir": "",
-            "save_checkpoint_interval": 0, "starting_step": 0, "num_steps": 1000,
-        })  # fmt: skip
+        self.call(
+            "POST",
+            "/register",
+            {
+                "wandb_group": "",
+                "wandb_project": "",
+                "batch_size": batch_size,
+                "max_token_len": 1 << 20,
+                "checkpoint_dir": "",
+                "save_checkpoint_interval": 0,
+                "starting_step": 0,
+                "num_steps": 1000,
+            },
+        )
         self.call("GET", "/batch")
         environment = {
             "max_token_length": LENGTH,
@@ -123,7 +147,7 @@ class Server:
         assert json.loads(self.call("POST", "/register-env", environment))["env_id"] == 0
 
     def pull(self, batch: int, sequences: int) -> None:
-        """Batch number `batch`, as a trainer gets it; then it is done with."""
+        """Pull a batch as a trainer does, and acknowledge it."""
         if self.token is None:
             assert (
                 sum(
@@ -181,7 +205,7 @@ def run_api(directory: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def ours(directory: Path) -> Iterator[Server]:
+def own_server(directory: Path) -> Iterator[Server]:
     run = RunDir(directory / "run")
     run.create()
     model = {"max_length": 1 << 20}
@@ -206,15 +230,21 @@ def ours(directory: Path) -> Iterator[Server]:
 
 
 def body(sequences: int, length: int) -> bytes:
-    """A group as JSON, as environments post it. `numbered` makes many of it."""
+    """Return a group as environments post it, in JSON; `numbered` varies it."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 150_000, (sequences, length))
     masks = np.where(np.arange(length) < length // 4, -100, tokens)
     log_probs = np.where(masks == -100, 1.0, -rng.random((sequences, length)))
-    return json.dumps({
-        "tokens": tokens.tolist(), "masks": masks.tolist(), "scores": rng.random(sequences).tolist(),
-        "inference_logprobs": log_probs.tolist(), "generation_params": {"group_id": PLACE.decode()}, "env_id": 0,
-    }).encode()  # fmt: skip
+    return json.dumps(
+        {
+            "tokens": tokens.tolist(),
+            "masks": masks.tolist(),
+            "scores": rng.random(sequences).tolist(),
+            "inference_logprobs": log_probs.tolist(),
+            "generation_params": {"group_id": PLACE.decode()},
+            "env_id": 0,
+        }
+    ).encode()
 
 
 def numbered(template: bytes, number: int) -> bytes:
@@ -222,7 +252,7 @@ def numbered(template: bytes, number: int) -> bytes:
 
 
 def push_and_pull(server: Server, bodies: list[bytes], gzipped: bool) -> float:
-    """Sequences per CPU second of the server."""
+    """Return sequences per CPU second of the server."""
     server.register(BATCH)
     spent, each_batch = 0.0, BATCH // SEQUENCES
     for batch in range(len(bodies) // each_batch):
@@ -235,7 +265,7 @@ def push_and_pull(server: Server, bodies: list[bytes], gzipped: bool) -> float:
 
 
 def call_ms(server: Server, method: str, path: str, body: Any = None) -> float:
-    """Median over STATUS_CALLS."""
+    """Return the median of STATUS_CALLS calls, in ms."""
     times = []
     for _ in range(STATUS_CALLS):
         before = time.perf_counter()
@@ -245,7 +275,7 @@ def call_ms(server: Server, method: str, path: str, body: Any = None) -> float:
 
 
 def at_depth(server: Server) -> tuple[float, float]:
-    """(/status-env, /status) in ms, with DEPTH groups queued."""
+    """Return the times of /status-env and /status in ms, with DEPTH groups queued."""
     server.register(1 << 19)
     template = body(SEQUENCES, 8)
     for start in range(0, DEPTH, 100):
@@ -256,7 +286,7 @@ def at_depth(server: Server) -> tuple[float, float]:
 
 
 def memory_per_group(server: Server, template: bytes, groups: int) -> float:
-    """Bytes of resident memory that a queued group takes, after so many that buffers have their size."""
+    """Return bytes of resident memory per queued group, once buffers have their size."""
     server.register(1 << 19)
     for number in range(groups // 2):
         server.call("POST", "/scored_data", numbered(template, number))
@@ -267,25 +297,20 @@ def memory_per_group(server: Server, template: bytes, groups: int) -> float:
 
 
 def waits_of_others(server: Server, template: bytes) -> tuple[list[float], float]:
-    """(ms of each /status asked while a large batch is pulled, s that the batch took)."""
+    """Return ms of each /status during the pull of a large batch, and s of that pull."""
     server.register(LARGE_BATCH)
     for number in range(LARGE_BATCH // SEQUENCES):
         server.call("POST", "/scored_data", numbered(template, number))
     taken: list[float] = []
 
     def pull() -> None:
-        # A process of its own: this one must not wait for itself.
+        # In another process, so that the two do not share an interpreter lock.
         path, token = (
             ("/batch" if server.token is None else "/lease?batch=0&rank=0&world=1"),
             server.token or "",
         )
-        program = (
-            "import http.client, sys, time; c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=300); t = time.time();"
-            "c.request('GET', sys.argv[2], headers={'Authorization': 'Bearer ' + sys.stdin.read()});"
-            "r = c.getresponse(); assert r.status == 200\nwhile r.read(1 << 20): pass\nprint(time.time() - t)"
-        )
         done = subprocess.run(
-            [sys.executable, "-c", program, str(server.port), path],
+            [sys.executable, "-c", PULL, str(server.port), path],
             input=token,
             capture_output=True,
             text=True,
@@ -309,7 +334,7 @@ def main() -> Result:
     with (
         tempfile.TemporaryDirectory() as scratch,
         run_api(Path(scratch)) as upstream,
-        ours(Path(scratch)) as mine,
+        own_server(Path(scratch)) as mine,
     ):
         servers = {"run-api": upstream, "ours": mine}
         ratios: dict[str, float] = {}
@@ -323,10 +348,16 @@ def main() -> Result:
             best = {name: max(found) for name, found in rates.items()}
             ratios[kind] = best["ours"] / best["run-api"]
             pairs = sorted(a / b for a, b in zip(rates["ours"], rates["run-api"], strict=True))
-            rows.append({
-                "what": f"sequences per CPU s, {kind}", **best, "ratio": ratios[kind],
-                "median": statistics.median(pairs), "least": pairs[0], "greatest": pairs[-1],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "what": f"sequences per CPU s, {kind}",
+                    **best,
+                    "ratio": ratios[kind],
+                    "median": statistics.median(pairs),
+                    "least": pairs[0],
+                    "greatest": pairs[-1],
+                }
+            )
         status = {name: at_depth(server) for name, server in servers.items()}
         for index, path in enumerate(("/status-env", "/status")):
             a, b = status["run-api"][index], status["ours"][index]
@@ -354,11 +385,19 @@ def main() -> Result:
                 for _ in range(1 if server is upstream else ROUNDS)
             ]
             longest[name] = sorted(max(waits) for waits, _ in found)
-            rows.append({
-                "what": f"longest wait beside a batch of {LARGE_BATCH}, ms; it took {statistics.median(s for _, s in found):.2f} s",
-                "run-api": "", "ours": "", name: statistics.median(longest[name]), "ratio": "", "median": "",
-                "least": longest[name][0], "greatest": longest[name][-1],
-            })  # fmt: skip
+            took = statistics.median(seconds for _, seconds in found)
+            rows.append(
+                {
+                    "what": f"longest wait beside a batch of {LARGE_BATCH} ({took:.2f} s), ms",
+                    "run-api": "",
+                    "ours": "",
+                    name: statistics.median(longest[name]),
+                    "ratio": "",
+                    "median": "",
+                    "least": longest[name][0],
+                    "greatest": longest[name][-1],
+                }
+            )
     result = Result(rows, details={"load": os.getloadavg()[1], "cpus": os.cpu_count()})
     result.at_least("sequences per CPU second over run-api's, plain", ratios["plain"], 28)
     result.at_least("sequences per CPU second over run-api's, gzip", ratios["gzip"], 20)

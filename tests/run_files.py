@@ -24,9 +24,13 @@ def activity(run: RunDir) -> list[ActivityLine]:
 
 
 def append_step(
-    run: RunDir, step: int, step_s: float = 1.0, phases: dict[str, float] | None = None,
-    time: float | None = None, **scalars: float,
-) -> None:  # fmt: skip
+    run: RunDir,
+    step: int,
+    step_s: float = 1.0,
+    phases: dict[str, float] | None = None,
+    time: float | None = None,
+    **scalars: float,
+) -> None:
     """Append a step to metrics.jsonl as the learner would."""
     when = 1000.0 + step if time is None else time
     append_record(run.metrics, StepMetrics(step, step, 0, when, step_s, phases or {}, {**scalars}))

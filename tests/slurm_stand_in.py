@@ -1,8 +1,9 @@
-"""A stand-in for both roles' Python, for tests of what happens around a run: no model, no server, steps of a fifth of a second.
+"""A stand-in for both roles' Python, for tests of what happens around a run.
 
-It understands the command lines that the supervisor and the checks use. The learner keeps the contracts that matter outside it:
-metrics.jsonl, checkpoints/latest.json, done.json, the request to stop, TERM, exit codes; it takes a step only while an agent is alive.
-"""
+It understands the command lines that the supervisor and the checks use, without a model or a
+server. Its learner has steps of a fifth of a second, taken while an agent is alive, and keeps the
+contracts that matter outside it: metrics.jsonl, checkpoints/latest.json, done.json, the stop
+request, TERM and USR2, exit codes. tests/test_stand_in.py compares it with the real roles."""
 
 import logging
 import os
@@ -40,8 +41,10 @@ def learner(path: Path) -> int:
     state = TrainerState(rank=rank, step=step, step_id=os.environ["ATROPOS_HPC_STEP"])
     member = Member(run, state, os.environ["ATROPOS_HPC_NODE"], rank)
     roster = RosterReader(run.roster)
-    print(f"rank {rank} of {os.environ['WORLD_SIZE']} ({os.environ['LOCAL_RANK']} of {os.environ['LOCAL_WORLD_SIZE']}) at "
-          f"{os.environ['ATROPOS_HPC_HOST']} starts at step {step}", flush=True)  # fmt: skip
+    variables = os.environ
+    local = f"{variables['LOCAL_RANK']} of {variables['LOCAL_WORLD_SIZE']}"
+    where = f"rank {rank} of {variables['WORLD_SIZE']} ({local}) at {variables['ATROPOS_HPC_HOST']}"
+    print(f"{where} starts at step {step}", flush=True)
     if rank == 0:
         write_file(
             run.metrics,

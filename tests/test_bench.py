@@ -1,13 +1,13 @@
-"""A sample of a bench: that it still starts and measures, not what."""
+"""A benchmark still starts and measures; its values are not checked."""
 
 from pathlib import Path
 
-from bench.trajectories import SEQUENCES, body, numbered, ours, push_and_pull, waits_of_others
+from bench.trajectories import SEQUENCES, body, numbered, own_server, push_and_pull, waits_of_others
 
 
 def test_the_trajectory_server_is_measured(tmp_path: Path) -> None:
     template = body(SEQUENCES, 16)
-    with ours(tmp_path) as server:
+    with own_server(tmp_path) as server:
         assert (
             push_and_pull(
                 server, [numbered(template, number) for number in range(16)], gzipped=False

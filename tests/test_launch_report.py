@@ -1,4 +1,4 @@
-"""A sweep's report, from run directories alone: what state a point is in, and which is the best."""
+"""The report of a sweep: the state of each point, and the best one."""
 
 import json
 import subprocess

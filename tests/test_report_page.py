@@ -1,4 +1,4 @@
-"""The report's page: what the series behind its figures say, and that the page stands alone. How it looks, a person has to judge."""
+"""The report: the series behind its plots, and that the page needs no other file."""
 
 import json
 import re
@@ -33,7 +33,7 @@ STEP_S = 10.0
 def made(
     path: Path, kl_coef: float = 0.001, seed: int = 0, steps: int = 40, lost_s: float = 0.0
 ) -> RunDir:
-    """A run whose second half was trained by a second attempt, `lost_s` later."""
+    """Make a run whose second half a second attempt trained, `lost_s` later."""
     run = RunDir(path)
     run.create()
     run.new_attempt()
@@ -67,7 +67,7 @@ def made(
 
 
 def drawn(directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The page, and each PNG's width and height in pixels."""
+    """Draw the report; return the page, and each PNG's width and height in pixels."""
     subprocess.run([*REPORT, str(directory)], check=True, stdout=subprocess.DEVNULL)
     out = directory / "report"
     sizes = {
@@ -115,10 +115,8 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
         "kl",
     } <= set(sizes)
     assert "compared: algorithm.kl_coef" in page and '<tr class="best"><td>0</td>' in page
-    assert (
-        f"python -m atropos_hpc.train algorithm.kl_coef=0 seed=0 run_dir=runs/again-{tmp_path.name}-0"
-        in page
-    )
+    command = "python -m atropos_hpc.train algorithm.kl_coef=0 seed=0 run_dir=runs/again-"
+    assert f"{command}{tmp_path.name}-0" in page
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -1,4 +1,4 @@
-"""What the policy says, kept by the learner and read by people: chosen from real groups, decoded by the model's own tokenizer."""
+"""Samples of the policy: chosen from real groups, decoded with the model's tokenizer."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def group(model: Path, answers: dict[str, float]) -> Group:
-    """One prompt's answers with their scores."""
+    """Return the answers to one prompt, with their scores."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -60,8 +60,13 @@ def test_the_best_and_the_worst_of_a_group_now_and_then(run: RunDir, tmp_path: P
     for version in range(12):
         metrics.sample(version, 500, [one])
     assert [(sample.version, sample.score) for sample in read_records(run.samples, Sample)] == [
-        (0, 1.0), (0, 0.0), (5, 1.0), (5, 0.0), (10, 1.0), (10, 0.0),
-    ]  # fmt: skip
+        (0, 1.0),
+        (0, 0.0),
+        (5, 1.0),
+        (5, 0.0),
+        (10, 1.0),
+        (10, 0.0),
+    ]
     found = samples.read(run, version=5, last=5)
     assert [str(sample.completion).strip() for sample in found] == ["640", "641"] and PROMPT in str(
         found[0].prompt

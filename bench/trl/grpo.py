@@ -1,12 +1,15 @@
-"""TRL's GRPOTrainer on the arithmetic task: the other side of bench/end_to_end.py, in an environment of its own.
+"""Run TRL's GRPOTrainer on the arithmetic task, for bench/end_to_end.py.
 
-    .venv-trl/bin/python bench/trl/grpo.py --base DIR --out DIR --steps N --batch N --group N --learning-rate X --kl X --clip X --seed N
+    .venv-trl/bin/python bench/trl/grpo.py --base DIR --out DIR --steps N --batch N --group N \\
+        --learning-rate X --kl X --clip X --seed N --keep N
 
-Everything that `experiment=arithmetic_cpu` fixes is the same here: base, reward, prompts and their order, batch, group size, AdamW, KL to
-the base, float32. One step is one generation of the whole batch and one forward and backward pass over all of it, which is the fastest
-that TRL has for sequences this short; it generates with transformers, since TRL drives no vLLM on a CPU. torch takes all cores.
+Everything that `experiment=arithmetic_cpu` sets is the same: base, reward, prompts and their order,
+batch, group size, AdamW, KL to the base, float32. A step is one generation of the whole batch and
+one forward and backward pass over it, the fastest that TRL offers for sequences this short. It
+generates with transformers, because TRL drives no vLLM on a CPU. torch uses all cores.
 
-Writes to --out: weights-<step>.safetensors every --keep steps, and times.json: {"start", "steps": {step: unix time}, "seconds": {part: s}}.
+Writes to --out: weights-<step>.safetensors every --keep steps, and times.json: {"start", "steps":
+{step: Unix time}, "seconds": {part: s}}.
 """
 
 import argparse
@@ -28,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from atropos_hpc.environments.addition import ANSWER_TOKENS, encode, problems  # of no third package
 
-# What a step's time goes to, by the methods of GRPOTrainer. `_get_per_token_logps_and_entropies` is called for the reference, and
-# once more inside the loss; what is left of a step is scoring, bookkeeping and the data loader.
+# Parts of a step, by methods of GRPOTrainer. `_get_per_token_logps_and_entropies` is called for the
+# reference and in the loss. The rest of a step is scoring, bookkeeping and the data loader.
 PARTS = {
     "_generate": "generation",
     "_calculate_rewards": "rewards",
@@ -42,8 +45,8 @@ def exact(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[
     return [float(ids == encode(right)) for ids, right in zip(completion_ids, answer, strict=True)]
 
 
-class Kept(TrainerCallback):
-    """The weights every few steps, and the time of every step. Writing a file of 0.4 MB is the only thing done on top of training."""
+class Recorder(TrainerCallback):
+    """Save the weights every few steps, 0.4 MB, and the time of every step."""
 
     def __init__(self, out: Path, every: int) -> None:
         self.out, self.every, self.times = out, every, {}
@@ -81,8 +84,16 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("steps", int), ("batch", int), ("group", int), ("keep", int), ("seed", int),
-                       ("learning-rate", float), ("kl", float), ("clip", float)):  # fmt: skip
+    for name, kind in (
+        ("steps", int),
+        ("batch", int),
+        ("group", int),
+        ("keep", int),
+        ("seed", int),
+        ("learning-rate", float),
+        ("kl", float),
+        ("clip", float),
+    ):
         parser.add_argument(f"--{name}", type=kind, required=True)
     asked = parser.parse_args()
     order, training = random.Random(asked.seed), problems(held_out=False)
@@ -90,13 +101,32 @@ def main() -> None:
         order.choice(training) for _ in range(asked.steps * asked.batch // asked.group)
     ]  # as the environment draws them
     conf = GRPOConfig(
-        output_dir=str(asked.out), seed=asked.seed, use_cpu=True, bf16=False, activation_checkpointing=False, report_to="none",
-        save_strategy="no", logging_steps=20, disable_tqdm=True, dataloader_pin_memory=False,
-        max_steps=asked.steps, per_device_train_batch_size=asked.batch, gradient_accumulation_steps=1, shuffle_dataset=False,
-        num_generations=asked.group, max_completion_length=ANSWER_TOKENS, temperature=1.0,
-        loss_type="dapo", scale_rewards="group", beta=asked.kl, epsilon=asked.clip,
-        learning_rate=asked.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-    )  # fmt: skip
+        output_dir=str(asked.out),
+        seed=asked.seed,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=20,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        max_steps=asked.steps,
+        per_device_train_batch_size=asked.batch,
+        gradient_accumulation_steps=1,
+        shuffle_dataset=False,
+        num_generations=asked.group,
+        max_completion_length=ANSWER_TOKENS,
+        temperature=1.0,
+        loss_type="dapo",
+        scale_rewards="group",
+        beta=asked.kl,
+        epsilon=asked.clip,
+        learning_rate=asked.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(asked.base, dtype="float32"),
         processing_class=AutoTokenizer.from_pretrained(asked.base),
@@ -108,11 +138,11 @@ def main() -> None:
     )
     seconds: Counter = Counter()
     timed(trainer, seconds)
-    kept = Kept(asked.out, asked.keep)
-    trainer.add_callback(kept)
+    recorder = Recorder(asked.out, asked.keep)
+    trainer.add_callback(recorder)
     trainer.train()
     (asked.out / "times.json").write_text(
-        json.dumps({"start": start, "steps": kept.times, "seconds": seconds})
+        json.dumps({"start": start, "steps": recorder.times, "seconds": seconds})
     )
 
 
