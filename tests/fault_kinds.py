@@ -240,7 +240,7 @@ def engines(server: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [
             pid
-            for pid in process.children_of(server)
+            for pid in process.descendants_of(server)
             if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
     return []

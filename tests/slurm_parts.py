@@ -13,7 +13,7 @@ import pytest
 from run_files import step_metrics
 from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
-from atropos_hpc.launch.slurm.commands import merged
+from atropos_hpc.launch.slurm.commands import merge_states
 from atropos_hpc.policy.node_cache import LOCK, PREFIX
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, read_json
@@ -67,7 +67,7 @@ class Submitted:
         until(f"step {step}", lambda: (self.steps() or [0])[-1] >= step, seconds, self.story)
 
     def state(self) -> str:
-        return merged(
+        return merge_states(
             [state for name, state in self.cluster.jobs().items() if name.split("+")[0] == self.job]
             or ["GONE"]
         )

@@ -81,7 +81,7 @@ def learner(path: Path) -> int:
 
 def agent(path: Path, index: str) -> int:
     from atropos_hpc.contracts.members import AgentState
-    from atropos_hpc.rollout.leader_failover import LeaderWatch
+    from atropos_hpc.rollout.leader_failover import LeaderFailover
     from atropos_hpc.runtime.membership import Member
     from atropos_hpc.runtime.run_dir import RunDir
 
@@ -92,7 +92,7 @@ def agent(path: Path, index: str) -> int:
     run = RunDir(path)
     member, watch = (
         Member(run, AgentState(), os.environ["ATROPOS_HPC_NODE"]),
-        LeaderWatch(run),
+        LeaderFailover(run),
     )
     print(
         f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}",
@@ -100,9 +100,9 @@ def agent(path: Path, index: str) -> int:
     )
     while not terms:
         time.sleep(0.2)
-        watch.look()
+        watch.poll()
     member.leave()
-    watch.last_look()
+    watch.await_certainty()
     return 0
 
 

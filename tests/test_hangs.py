@@ -16,7 +16,7 @@ from atropos_hpc.contracts.members import (
     Wait,
 )
 from atropos_hpc.launch.restart_policy import Action
-from atropos_hpc.launch.steps import Process, Step
+from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.runtime import membership, process, supervision
 from atropos_hpc.runtime.run_dir import RunDir
@@ -46,7 +46,7 @@ def member_program(run: RunDir, kind: str, then: str) -> list[str]:
         def here_it_hangs():
             {then}
         process.die_with_parent(signal.SIGKILL)
-        process.stacks_on_request()
+        process.dump_stacks_on_request()
         state = {state}(state="training")
         if {kind == "trainer"}:
             state.step = 3
@@ -76,7 +76,7 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
         "trainer": member_program(run, "trainer", HANGS[how]),
     }
     steps = [
-        Step(name, name, (Process(name, tuple(command), {"ATROPOS_HPC_NODE": "n"}),))
+        Step(name, name, (ProcessSpec(name, tuple(command), {"ATROPOS_HPC_NODE": "n"}),))
         for name, command in commands.items()
     ]
     conf = LaunchConf(

@@ -14,8 +14,8 @@ from run_parts import Started
 
 from atropos_hpc.observe import status
 from atropos_hpc.policy.weight_update import PROMPT_S
-from atropos_hpc.rollout.node_agent import HEALTH_EVERY_S, UNHEALTHY_S
-from atropos_hpc.runtime import supervision
+from atropos_hpc.rollout.managed_server import PROBE_EVERY_S, UNHEALTHY_S
+from atropos_hpc.runtime.hang_detection import HUNG_S
 from atropos_hpc.runtime.membership import BEAT_S, DEAD_S
 from atropos_hpc.runtime.run_dir import read_json
 
@@ -63,7 +63,7 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
     )
     pid, before = (
         started.pid(kind),
-        started.log(told_by).count(f"{name} has given no sign for too long"),
+        started.log(told_by).count(f"{name} has sent no heartbeat for too long"),
     )
     os.kill(pid, signal.SIGSTOP)
     since = time.monotonic()
@@ -75,8 +75,8 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
         )
 
     within(started, f"{name} in status", shown, since, BEAT_S + DEAD_S)
-    told = lambda: started.log(told_by).count(f"{name} has given no sign for too long") > before  # noqa: E731
-    within(started, f"{name} in the log", told, since, BEAT_S + DEAD_S + supervision.HUNG_S)
+    told = lambda: started.log(told_by).count(f"{name} has sent no heartbeat for too long") > before  # noqa: E731
+    within(started, f"{name} in the log", told, since, BEAT_S + DEAD_S + HUNG_S)
     started.until(f"the end of {name}", lambda: not Path(f"/proc/{pid}").exists(), 60)
     goes_on(started)
 
@@ -103,7 +103,7 @@ def stop_the_engine_and_follow(started: Started) -> None:
         "the server in the log",
         told,
         since,
-        max(UNHEALTHY_S + 2 * HEALTH_EVERY_S, PROMPT_S),
+        max(UNHEALTHY_S + 2 * PROBE_EVERY_S, PROMPT_S),
     )
     started.until("the end of the engine", lambda: not Path(f"/proc/{engine}").exists(), 60)
     goes_on(started)

@@ -16,9 +16,10 @@ from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.launch.slurm.commands import SlurmError
-from atropos_hpc.launch.steps import Process, Step
+from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.launch.sweep import Point
+from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 
 QUICK = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
@@ -34,7 +35,7 @@ sys.exit(75)
 
 def step(kind: str, *programs: str) -> Step:
     processes = (
-        Process(f"{kind}-{i}", (sys.executable, "-c", each), {"ATROPOS_HPC_NODE": kind})
+        ProcessSpec(f"{kind}-{i}", (sys.executable, "-c", each), {"ATROPOS_HPC_NODE": kind})
         for i, each in enumerate(programs)
     )
     return Step(kind, kind, tuple(processes))
@@ -104,7 +105,6 @@ def test_a_run_directory_that_is_away_for_a_moment_ends_nothing(run: RunDir) -> 
 def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(commands, "PAUSE_S", 0.01)
     answers = iter([SlurmError("scontrol: Unable to contact slurm controller"), "42"])
 
     def submit() -> str:
@@ -112,21 +112,20 @@ def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
             raise answer
         return answer
 
-    assert commands.insist(submit) == "42" and "Unable to contact" in caplog.text
-    monkeypatch.setattr(commands, "AWAY_S", 0.05)
+    assert commands.retry(submit, pause_s=0.01) == "42" and "Unable to contact" in caplog.text
 
     def refused() -> None:
         raise SlurmError("scontrol: Requested operation is presently disabled")
 
     with pytest.raises(SlurmError, match="disabled"):
-        commands.insist(refused)
+        commands.retry(refused, timeout_s=0.05, pause_s=0.01)
 
 
 def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(commands, "ask", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
+    monkeypatch.setattr(commands, "run_command", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
 
     def handler(*_: object) -> None:
         raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
@@ -135,7 +134,7 @@ def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
     try:
         with pytest.raises(SlurmError, match="requeue"):
             Point(0, [], Config(), tmp_path).requeue()
-        monkeypatch.setattr(commands, "ask", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1")
+        monkeypatch.setattr(commands, "run_command", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1")
         Point(0, [], Config(), tmp_path).requeue()  # Slurm was quicker
     finally:
         signal.signal(signal.SIGUSR2, previous)

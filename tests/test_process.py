@@ -81,7 +81,7 @@ def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
                 print("tidying", flush=True)
                 await asyncio.sleep(1)
                 print("tidy", flush=True)
-        print("complete" if asyncio.run(process.until_asked(work())) else "asked", flush=True)
+        print("complete" if asyncio.run(process.run_until_signal(work())) else "asked", flush=True)
     """
     log = tmp_path / "log"
     child = process.start(

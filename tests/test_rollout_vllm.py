@@ -33,7 +33,7 @@ from atropos_hpc.policy.store import PolicyStore  # noqa: E402
 from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
-from atropos_hpc.runtime.process import children_of  # noqa: E402
+from atropos_hpc.runtime.process import descendants_of  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
 
@@ -408,7 +408,7 @@ def test_nothing_is_left_of_a_server_that_is_killed(served: Served) -> None:
     """The last test of this file: it ends the server."""
     family = [served.pid]
     for pid in family:
-        family += children_of(pid)
+        family += [child for child in descendants_of(pid) if child not in family]
     names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in family}
     assert any("Engine" in name for name in names.values())
     os.kill(served.pid, signal.SIGKILL)

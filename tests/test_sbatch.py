@@ -1,4 +1,4 @@
-"""What is asked of Slurm, as text; and the decisions of the supervisor, as a table. No Slurm is needed."""
+"""What Slurm is given, as text. No Slurm is needed."""
 
 import os
 import subprocess
@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 from test_config import CONFIGS, composed, on_a_login_node
 
-from atropos_hpc.launch import restart_policy
-from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.launch.slurm.sbatch import Group
-from atropos_hpc.launch.steps import slurm_steps
+from atropos_hpc.launch.slurm.sbatch import Allocation
+from atropos_hpc.launch.steps import SlurmSteps
 
 
 def lines(text: str) -> list[list[str]]:
@@ -97,10 +95,12 @@ def test_every_site_renders(site: str) -> None:
     for component in lines(sbatch.script(config, "o", "c")):
         assert set(SITES[site]) <= set(component)
         assert site != "site_constraint" or not any("gpu" in option for option in component)
-    groups = {"trainer": Group(("a",), "7", 0), "rollout": Group(("b",), "8", 1)}
-    steps = slurm_steps(
-        config, Path("/run"), groups, {"a": "10.0.0.1", "b": "10.0.0.2"}, Path("/logs")
-    )
+    allocations = {
+        "trainer": Allocation(("a",), "7", 0),
+        "rollout": Allocation(("b",), "8", 1),
+    }
+    addresses = {"a": "10.0.0.1", "b": "10.0.0.2"}
+    steps = SlurmSteps(config, Path("/run"), allocations, addresses, Path("/logs")).all()
     agent = next(step for step in steps if step.kind == "agent").processes[0].command
     if config.cluster.container == "pyxis":
         assert "--container-image=image" in agent
@@ -117,12 +117,10 @@ def test_steps_name_their_nodes_counts_and_addresses() -> None:
                       "roles.rollout.nodes=2", "roles.rollout.cpus_per_task=12", "roles.rollout.srun=[--exact]")  # fmt: skip
     env = {"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "a b", "SLURM_JOB_NODELIST_HET_GROUP_1": "c d",
            "SLURM_JOB_ID_HET_GROUP_0": "7", "SLURM_JOB_ID_HET_GROUP_1": "8"}  # fmt: skip
-    groups = sbatch.granted(config, env, str.split)
+    allocations = sbatch.allocated_nodes(config, env, str.split)
     addresses = {name: f"10.0.0.{i}" for i, name in enumerate("abcd")}
-    steps = {
-        step.name: step
-        for step in slurm_steps(config, Path("/run"), groups, addresses, Path("/logs"))
-    }
+    built = SlurmSteps(config, Path("/run"), allocations, addresses, Path("/logs"))
+    steps = {step.name: step for step in built.all()}
     assert list(steps) == ["trajectories", "agent-0", "agent-1", "trainer"]
     assert steps["trajectories"].processes[0].variables["ATROPOS_HPC_HOST"] == "10.0.0.0"
     trainer, agent = steps["trainer"].processes[0].command, steps["agent-1"].processes[0].command
@@ -172,7 +170,7 @@ def test_a_job_of_another_size_than_the_config_is_refused(
     overrides: list[str], env: dict[str, str], key: str
 ) -> None:
     with pytest.raises(ValueError, match=key):
-        sbatch.granted(composed(*overrides), {"SLURM_JOB_ID": "7", **env}, str.split)
+        sbatch.allocated_nodes(composed(*overrides), {"SLURM_JOB_ID": "7", **env}, str.split)
 
 
 def test_nothing_of_a_surrounding_job_leaks_into_a_new_one() -> None:
@@ -184,27 +182,7 @@ def test_nothing_of_a_surrounding_job_leaks_into_a_new_one() -> None:
         "CUDA_VISIBLE_DEVICES": "0",
         "PATH": "p",
     }
-    assert sbatch.outside(env) == {"SLURM_CONF": "c", "PATH": "p"}
-
-
-def test_every_end_of_every_step_has_an_action() -> None:
-    for kind in ("trainer", "agent", "last agent", "trajectories"):
-        for code in (0, 1, 2, 75, -9):
-            for fate in (
-                None,
-                "preempted",
-                *(() if kind == "trajectories" else ("node lost", "cancelled")),
-            ):
-                for tries in (0, 1):
-                    assert isinstance(
-                        restart_policy.TABLE[
-                            kind,
-                            restart_policy.how_it_ended(
-                                kind, code, done=False, tries_left=tries, fate=fate
-                            ),
-                        ],
-                        Action,
-                    )
+    assert sbatch.submission_environment(env) == {"SLURM_CONF": "c", "PATH": "p"}
 
 
 def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:

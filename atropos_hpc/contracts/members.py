@@ -23,6 +23,9 @@ class Wait(msgspec.Struct, frozen=True):
 # --- member files, rendezvous/members/<name>.json
 
 
+STARTING_STATES = ("starting", "joining", "loading", "registering", "starting servers")
+
+
 class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
     """What every member says. The fields of the first block are set by `runtime.membership.Member`.
 
@@ -45,6 +48,11 @@ class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
     def kind(self) -> str:
         """The tag that names the state struct in JSON."""
         return str(self.__struct_config__.tag)
+
+    @property
+    def reported(self) -> bool:
+        """Whether the member has finished starting."""
+        return self.state not in STARTING_STATES
 
     @property
     def silent(self) -> bool:

@@ -121,7 +121,7 @@ def _gpus() -> list[str]:
 
 def _cluster(config: Config) -> Iterator[Finding]:
     area = "Slurm"
-    if not commands.is_here():
+    if not commands.is_installed():
         needed = config.launch.allocation != "local"
         yield Finding(area, False if needed else None, "no sbatch and srun here: runs of this machine only",
                       "run this on a login node of the cluster" if needed else "")  # fmt: skip

@@ -30,7 +30,7 @@ class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
         return {
             job: {
                 "JobID": job,
-                "State": commands.merged([state for state, _ in of]),
+                "State": commands.merge_states([state for state, _ in of]),
                 "NodeList": ",".join(nodes for _, nodes in of),
             }
             for job, of in jobs.items()
@@ -44,7 +44,7 @@ class SlurmhetJob(submitit_slurm.SlurmJob[core.R]):
 
     def _interrupt(self, timeout: bool = False) -> None:
         """Send the warning that Slurm sends before the time limit."""
-        commands.ask("scancel", "--batch", "--signal=USR2", self.job_id)
+        commands.run_command("scancel", "--batch", "--signal=USR2", self.job_id)
 
 
 class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
@@ -87,7 +87,7 @@ class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
         )
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        leaks = sorted(set(os.environ) - set(sbatch.outside(os.environ)))
+        leaks = sorted(set(os.environ) - set(sbatch.submission_environment(os.environ)))
         return [
             *(["env", *(f"--unset={name}" for name in leaks)] if leaks else []),
             "sbatch",

@@ -34,8 +34,8 @@ from atropos_hpc.launch import base_model, preflight, restart_policy
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.launch.slurm.rollout_job import RolloutJob
-from atropos_hpc.launch.slurm.slurm_job import Job, ours
-from atropos_hpc.launch.steps import Step, local_steps, slurm_steps, trainer_python
+from atropos_hpc.launch.slurm.slurm_job import Job, current_job
+from atropos_hpc.launch.steps import SlurmSteps, Step, local_steps, trainer_python
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
@@ -66,7 +66,7 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     action = _launch(config, run_dir)
     if action is Action.REQUEUE:
         try:
-            commands.insist(requeue)
+            commands.retry(requeue)
         except commands.SlurmError as error:
             print(
                 f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes",
@@ -166,7 +166,7 @@ def _job(config: Config) -> Job | None:
         raise ValueError(
             f"launch.allocation: {kind} needs a job: submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
         )
-    return ours(sbatch.granted(config, os.environ, commands.expand))
+    return current_job(sbatch.allocated_nodes(config, os.environ, commands.expand_nodes))
 
 
 def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
@@ -203,7 +203,7 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
         def watch(members: dict[str, AnyMember]) -> Action | None:
             console.show(members)
             activity.observe(members)
-            return rollout_job.look() if rollout_job is not None else None
+            return rollout_job.poll() if rollout_job is not None else None
 
         supervisor = Supervisor(run, config.launch, steps, watch, job)
         action = supervisor.supervise()
@@ -238,9 +238,10 @@ def _keep(path: Path, record: AttemptRecord | Summary) -> None:
 def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[Step]:
     if job is None:
         return local_steps(config, run.path)
-    nodes = "; ".join(f"{role} on {', '.join(group.nodes)}" for role, group in job.groups.items())
+    nodes = "; ".join(f"{role} on {', '.join(a.nodes)}" for role, a in job.allocations.items())
     log.info("job %s: %s", job.id, nodes)
-    return slurm_steps(config, run.path, job.groups, job.addresses(config.cluster.host), attempt)
+    addresses = job.addresses(config.cluster.host)
+    return SlurmSteps(config, run.path, job.allocations, addresses, attempt).all()
 
 
 def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
@@ -253,7 +254,7 @@ def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bo
     )
     records = [read_struct(path, AttemptStart) for path in attempts]
     starts = [(start.job, start.durable) for start in records if start is not None]
-    if not restart_policy.given_up(starts, config.launch.requeues):
+    if not restart_policy.requeued_too_often(starts, config.launch.requeues):
         return False
     log.error("Slurm has started this job %d times again, and each time it ended before a step after %d was durable "
               "(launch.requeues: %d): it is not run again", config.launch.requeues + 1, durable, config.launch.requeues)  # fmt: skip

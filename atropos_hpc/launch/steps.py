@@ -1,48 +1,39 @@
-"""What runs where: the steps of a run, and the processes of each.
+"""The steps of a run: which processes there are, and how each is started.
 
-A step is what is started, watched and restarted as one: all learner ranks are one (a collective lives and dies as a whole), each
-rollout node is one (a lost node ends nobody else), the trajectory server is one. On one machine a step's processes are the programs
+A step is started, watched and restarted as a whole. All learner ranks are one step, because a
+collective cannot go on without a rank; each rollout node is one, because a lost node ends nobody
+else; the trajectory server is one. On one machine the processes of a step are the programs
 themselves; on Slurm's nodes a step is one srun.
 """
 
-import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from atropos_hpc import resources
 from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.launch.slurm.sbatch import Group
+from atropos_hpc.launch.slurm.sbatch import Allocation, StepRequest
 from atropos_hpc.runtime.network import HOST
-from atropos_hpc.runtime.process import END_TASKS
+from atropos_hpc.runtime.process import END_TASKS, NODE, ProcessSpec
 
 PACKAGE_HOME = resources.HOME
 
 
 @dataclass(frozen=True)
-class Process:
-    """One process: its log's name, its command line, what it finds in its environment beside ours, and the signal that asks it to end."""
-
-    name: str
-    command: tuple[str, ...]
-    variables: Mapping[str, str] = field(default_factory=dict)
-    end_by: int = signal.SIGTERM
-
-
-@dataclass(frozen=True)
 class Step:
-    """Processes that are started and ended together. `kind` is what the supervisor's table goes by."""
+    """Processes that are started and ended together. `kind` is a value of restart_policy.Kind;
+    `nodes` are Slurm's names of the nodes that it runs on, () without Slurm."""
 
     name: str
-    kind: str  # trajectories | agent | trainer
-    processes: tuple[Process, ...]
-    nodes: tuple[str, ...] = ()  # Slurm's names of the nodes it runs on; none without Slurm
+    kind: str
+    processes: tuple[ProcessSpec, ...]
+    nodes: tuple[str, ...] = ()
 
 
 def trainer_python(config: Config) -> str:
-    """The trainer role's interpreter."""
+    """Return the trainer role's interpreter."""
     return config.roles.trainer.python or sys.executable
 
 
@@ -53,136 +44,107 @@ def rollout_python(config: Config) -> str:
 
 
 def local_steps(config: Config, run_dir: Path) -> list[Step]:
-    """The steps of a run on this machine; several nodes of a role become several sets of processes."""
+    """Return the steps of a run on this machine, with a set of processes per node of a role."""
     agents = []
     for i in range(config.roles.rollout.nodes):
-        agents.append(
-            Step(
-                f"agent-{i}",
-                "agent",
-                (Process(f"agent-{i}", _agent(config, run_dir, str(i)), _node(f"rollout{i}")),),
-            )
-        )
+        spec = ProcessSpec(f"agent-{i}", _agent(config, run_dir, i), {NODE: f"rollout{i}"})
+        agents.append(Step(spec.name, "agent", (spec,)))
     ranks, role = [], config.roles.trainer
-    for rank in range(role.nodes * role.ranks_per_node):
+    world = role.nodes * role.ranks_per_node
+    for rank in range(world):
         node, local = divmod(rank, role.ranks_per_node)
         variables = {
-            **_node(f"trainer{node}"),
-            "RANK": str(rank), "WORLD_SIZE": str(role.nodes * role.ranks_per_node),
-            "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
-        }  # fmt: skip
-        ranks.append(Process(f"trainer-{rank}", _learner(config, run_dir), variables))
+            NODE: f"trainer{node}",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
+        }
+        ranks.append(ProcessSpec(f"trainer-{rank}", _learner(config, run_dir), variables))
     return [_trajectories(config, run_dir), *agents, Step("trainer", "trainer", tuple(ranks))]
 
 
-def slurm_steps(
-    config: Config,
-    run_dir: Path,
-    groups: Mapping[str, Group],
-    addresses: Mapping[str, str],
-    logs: Path,
-) -> list[Step]:
-    """The steps of a run in a Slurm job, seen from its batch step: the trajectory server beside the supervisor, the rest by srun.
+@dataclass(frozen=True)
+class SlurmSteps:
+    """Builds the steps of a run in a Slurm job, as its batch step starts them.
 
-    `addresses`: of every node. A role that is not in `groups` has a job of its own.
+    `addresses`: of every node. A role without an allocation has a job of its own. `logs`: the
+    directory of the steps' logs.
     """
-    leader = addresses[groups["trainer"].nodes[0]]
-    steps = [_trajectories(config, run_dir, {HOST: leader})]
-    if "rollout" in groups:
-        steps += [
-            agent_step(config, run_dir, groups["rollout"], node, addresses, logs, i)
-            for i, node in enumerate(groups["rollout"].nodes)
-        ]
-    return [*steps, _trainer_step(config, run_dir, groups["trainer"], addresses, logs)]
 
+    config: Config
+    run_dir: Path
+    allocations: Mapping[str, Allocation]
+    addresses: Mapping[str, str]
+    logs: Path
 
-def agent_step(
-    config: Config,
-    run_dir: Path,
-    group: Group,
-    node: str,
-    addresses: Mapping[str, str],
-    logs: Path,
-    index: int,
-) -> Step:
-    """The node agent on one of Slurm's nodes."""
-    name, role, cluster = f"agent-{index}", config.roles.rollout, config.cluster
-    variables = {**_node(f"rollout{index}"), HOST: addresses[node]}
-    program = sbatch.program(
-        _agent(config, run_dir, str(index)), role, cluster.setup, cluster.container, variables
-    )
-    command = sbatch.srun(
-        name, group, [node], role, 1, cluster.container, f"{logs}/{name}.log", program
-    )
-    return Step(
-        name,
-        "agent",
-        (Process(f"{name}.srun", command, _node(f"rollout{index}"), END_TASKS),),
-        (node,),
-    )
+    def all(self) -> list[Step]:
+        """The trajectory server beside the supervisor, the rest by srun."""
+        leader = self.addresses[self.allocations["trainer"].nodes[0]]
+        rollout = self.allocations.get("rollout")
+        agents = [self.agent(node, i) for i, node in enumerate(rollout.nodes if rollout else ())]
+        return [_trajectories(self.config, self.run_dir, {HOST: leader}), *agents, self.trainer()]
 
+    def agent(self, node: str, index: int) -> Step:
+        """The node agent on one of Slurm's nodes."""
+        config, name = self.config, f"agent-{index}"
+        role, cluster, own_node = config.roles.rollout, config.cluster, {NODE: f"rollout{index}"}
+        command = _agent(config, self.run_dir, index)
+        variables = {**own_node, HOST: self.addresses[node]}
+        step = StepRequest(
+            name,
+            [node],
+            1,
+            f"{self.logs}/{name}.log",
+            sbatch.program(command, role, cluster.setup, cluster.container, variables),
+            cluster.container,
+        )
+        srun = sbatch.srun(step, self.allocations["rollout"], role)
+        spec = ProcessSpec(f"{name}.srun", srun, own_node, END_TASKS)
+        return Step(name, "agent", (spec,), (node,))
 
-def _trainer_step(
-    config: Config, run_dir: Path, group: Group, addresses: Mapping[str, str], logs: Path
-) -> Step:
-    role, cluster = config.roles.trainer, config.cluster
-    of_nodes = " ".join(addresses[node] for node in group.nodes)
-    variables = {
-        **_node("trainer$SLURM_NODEID"),
-        HOST: "${addresses[$SLURM_NODEID]}",
-        "RANK": "$SLURM_PROCID", "WORLD_SIZE": "$SLURM_NTASKS", "LOCAL_RANK": "$SLURM_LOCALID",
-        "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
-    }  # fmt: skip
-    setup = [*cluster.setup, f"addresses=({of_nodes})"]
-    program = sbatch.program(_learner(config, run_dir), role, setup, cluster.container, variables)
-    command = sbatch.srun(
-        "trainer",
-        group,
-        group.nodes,
-        role,
-        role.ranks_per_node,
-        cluster.container,
-        f"{logs}/trainer-%t.log",
-        program,
-    )
-    return Step(
-        "trainer", "trainer", (Process("trainer.srun", command, end_by=END_TASKS),), group.nodes
-    )
+    def trainer(self) -> Step:
+        """All learner ranks."""
+        config, allocation = self.config, self.allocations["trainer"]
+        role, cluster = config.roles.trainer, config.cluster
+        addresses = " ".join(self.addresses[node] for node in allocation.nodes)
+        variables = {
+            NODE: "trainer$SLURM_NODEID",
+            HOST: "${addresses[$SLURM_NODEID]}",
+            "RANK": "$SLURM_PROCID",
+            "WORLD_SIZE": "$SLURM_NTASKS",
+            "LOCAL_RANK": "$SLURM_LOCALID",
+            "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
+        }
+        setup = [*cluster.setup, f"addresses=({addresses})"]
+        command = _learner(config, self.run_dir)
+        step = StepRequest(
+            "trainer",
+            allocation.nodes,
+            role.ranks_per_node,
+            f"{self.logs}/trainer-%t.log",
+            sbatch.program(command, role, setup, cluster.container, variables),
+            cluster.container,
+        )
+        spec = ProcessSpec("trainer.srun", sbatch.srun(step, allocation, role), end_by=END_TASKS)
+        return Step("trainer", "trainer", (spec,), allocation.nodes)
 
 
 def _trajectories(
     config: Config, run_dir: Path, variables: Mapping[str, str] | None = None
 ) -> Step:
-    upstream = config.trajectories.server == "atropos"
-    python = (
-        rollout_python(config) if upstream else sys.executable
-    )  # upstream's API is part of atroposlib
-    module = (
-        "atropos_hpc.trajectories.atropos_compat" if upstream else "atropos_hpc.trajectories.server"
-    )
+    python, module = sys.executable, "atropos_hpc.trajectories.server"
+    if config.trajectories.server == "atropos":  # whose API is part of atroposlib
+        python, module = rollout_python(config), "atropos_hpc.trajectories.atropos_compat"
     command = (python, "-m", module, "--run-dir", str(run_dir))
-    return Step(
-        "trajectories",
-        "trajectories",
-        (Process("trajectories", command, {**_node("trainer0"), **(variables or {})}),),
-    )
+    spec = ProcessSpec("trajectories", command, {NODE: "trainer0", **(variables or {})})
+    return Step("trajectories", "trajectories", (spec,))
 
 
-def _agent(config: Config, run_dir: Path, index: str) -> tuple[str, ...]:
-    return (
-        rollout_python(config),
-        "-m",
-        "atropos_hpc.rollout.node_agent",
-        "--run-dir",
-        str(run_dir),
-        "--index",
-        index,
-    )
+def _agent(config: Config, run_dir: Path, index: int) -> tuple[str, ...]:
+    module = ("-m", "atropos_hpc.rollout.node_agent")
+    return (rollout_python(config), *module, "--run-dir", str(run_dir), "--index", str(index))
 
 
 def _learner(config: Config, run_dir: Path) -> tuple[str, ...]:
     return (trainer_python(config), "-m", "atropos_hpc.learner", "--run-dir", str(run_dir))
-
-
-def _node(name: str) -> dict[str, str]:
-    return {"ATROPOS_HPC_NODE": name}

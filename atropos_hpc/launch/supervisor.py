@@ -1,15 +1,16 @@
-"""The one process that starts a run's steps, watches them, restarts what may be restarted, and decides the end.
+"""The process that runs a run's steps: it starts, watches and restarts them, and decides the end.
 
-start every step
-until the run is over:
-    look at the members, and publish the roster; ask who hangs for its stacks, and end it
-    for each step that has ended: apply restart_policy.TABLE
-    start what is due again
-    once the run is to end early (a person's wish, Slurm's warning, preemption): wait for the learner, which saves
-end every process, whatever happened
+    start every step
+    until the run is over:
+        publish the roster; kill steps that hang
+        for each step that has ended: apply restart_policy.TABLE
+        start what is due
+        once the run is to end early (a signal, preemption): wait for the learner, which saves
+    end every process, whatever happened
 
-It is the same on one machine and in a Slurm job, where steps are srun's. The rollout job of a split run has one of its own, for its one
-node: it follows the roster instead of publishing it, and ends with the run.
+It is the same on one machine and in a Slurm job, where steps are srun's. Each rollout job of a
+split run has a supervisor of its own, for its one node: it follows the roster instead of publishing
+it, and ends with the run. The mechanics are in runtime/supervision.py.
 """
 
 import contextlib
@@ -17,8 +18,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from atropos_hpc.config import LaunchConf
 from atropos_hpc.contracts.members import (
     AgentState,
     AnyMember,
+    Done,
     EnvironmentState,
     EvaluatorState,
     RestartEvent,
@@ -36,95 +37,92 @@ from atropos_hpc.contracts.members import (
     TrajectoriesState,
 )
 from atropos_hpc.launch import restart_policy
-from atropos_hpc.launch.restart_policy import Action
+from atropos_hpc.launch.restart_policy import Action, Event, ExitFacts, Kind, Phase, RunEnding
 from atropos_hpc.launch.slurm.commands import SlurmError
 from atropos_hpc.launch.slurm.slurm_job import Job
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.membership import Member, RosterPublisher, post_request, withdraw_request
-from atropos_hpc.runtime.run_dir import RunDir, read_json
-from atropos_hpc.runtime.supervision import DUMP_S, Progress, Silence, waits
+from atropos_hpc.runtime.hang_detection import ProgressWatch, SilenceWatch, describe_waits
+from atropos_hpc.runtime.membership import (
+    Member,
+    RosterPublisher,
+    post_request,
+    withdraw_request,
+)
+from atropos_hpc.runtime.process import ProcessSpec
+from atropos_hpc.runtime.run_dir import RunDir, read_json, read_struct
+from atropos_hpc.runtime.supervision import (
+    Exit,
+    Limits,
+    ManagedProcess,
+    NotReady,
+    SupervisionEngine,
+)
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-SLURM_AWAY_S = 5.0  # between tries while Slurm does not answer
-FILES_AWAY_S = 600.0  # how long the run directory may be unusable: a full disk, a filesystem that is being repaired
-HEALTHY_S = 300.0  # a step that has run this long has made progress: its restarts are counted anew
-WHY = {
+UNUSABLE_S = 600.0  # how long the run directory may be unusable, by a full disk or repairs
+REASONS = {
     Action.REQUEUE: "Slurm takes the nodes",
     Action.STOP: "asked to stop",
     Action.FAIL: "the run cannot go on",
 }
 
-
-@dataclass
-class Running:
-    """A step and its processes now."""
-
-    step: Step
-    children: list[process.Child] = field(default_factory=list)
-    started: float = 0.0
-    due: float | None = (
-        0.0  # when to start it; None while it runs, and when it is not to be started any more
-    )
-    leave_by: float | None = (
-        None  # once one process has left in peace: until when the others may take to follow
-    )
-    restarts: int = 0  # since the last progress
-    progress: Any = None
-    hung: bool = False  # it was found hanging, and ended
-
-    @property
-    def wanted(self) -> bool:
-        """Does it run, or will it?"""
-        return bool(self.children) or self.due is not None
+Watch = Callable[[dict[str, AnyMember]], Action | None]
 
 
 class Supervisor:
-    """One supervision of one run. `watch` is called at every look, and may end the run; `job` is the Slurm job around us.
+    """One supervision of one run.
 
-    `leads`: publishes the roster. There is one supervisor that does.
+    `watch` is called at every look at the members and may end the run. `job` is the Slurm job that
+    this process is in. `leads`: publishes the roster, which one supervisor of a run does.
     """
 
     def __init__(
-        self, run: RunDir, launch: LaunchConf, steps: list[Step], watch: Callable[[dict[str, AnyMember]], Action | None],
-        job: Job | None = None, leads: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        run: RunDir,
+        launch: LaunchConf,
+        steps: Sequence[Step],
+        watch: Watch,
+        job: Job | None = None,
+        leads: bool = True,
+    ) -> None:
         self.run, self.launch, self.watch, self.job, self.leads = run, launch, watch, job, leads
-        self.steps = {step.name: Running(step) for step in steps}
-        self.leader = RosterPublisher(run)
-        self.events: list[RestartEvent] = []  # what died and what was done, for the summary
-        self.silence, self.learning = (
-            Silence(),
-            Progress(launch.start_timeout_s, launch.step_timeout_s),
+        self.engine = SupervisionEngine(run.logs, self._durable_step, self._is_done)
+        limits = Limits(
+            restarts=launch.restarts,
+            backoff_s=launch.backoff_s,
+            grace_s=launch.grace_s,
+            leave_s=launch.save_timeout_s,
         )
-        self.wishes = 0  # signals to stop, so far
+        self.steps = {step.name: step for step in steps}
+        for step in steps:
+            # A node agent passes requests for stack traces on, also from behind an srun.
+            managed = ManagedProcess(
+                step.name, step.kind, self._specs_of(step), limits, forwards_dumps=True
+            )
+            self.engine.add(managed)
+        self.roster = RosterPublisher(run)
+        self.events: list[RestartEvent] = []  # restarts, for the summary
+        self.silence = SilenceWatch()
+        self.progress = ProgressWatch(launch.start_timeout_s, launch.step_timeout_s)
+        self.ending = RunEnding(launch.save_timeout_s)
+        self.stop_signals = 0
         self.warned = False  # by Slurm, of the time limit
-        self.ending: Action | None = None  # how the run ends once the learner has saved
-        self.patience = 0.0  # until when it may take to save, monotonic
-        self.away_since: float | None = None  # the run directory, monotonic
+        self._unusable_since: float | None = None
 
     def supervise(self) -> Action:
-        """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL; no process of the run is left when it does.
+        """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL, when no process is left.
 
-        Raises OSError when the run directory has been unusable for FILES_AWAY_S.
+        Raises OSError when the run directory has been unusable for UNUSABLE_S.
         """
         process.adopt_orphans()
         if self.leads:
             withdraw_request(self.run, StopRequest)
-        previous = {
-            number: signal.signal(number, self._wish)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-        }
-        job = self.job.id if self.job else None
-        member: Member[SupervisorState] | Member[RolloutJobState]
-        if self.leads:
-            member = Member(self.run, SupervisorState(state="running", job=job), "trainer0")
-        else:
-            member = Member(
-                self.run, RolloutJobState(state="running", job=job), next(iter(self.steps))
-            )
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        member = self._member()
         end: Action | None = None
         try:
             while end is None:
@@ -133,321 +131,236 @@ class Supervisor:
         finally:
             member.update(state="ending")
             self._publish()
-            self._end_all()
+            self.engine.end_all(self.launch.grace_s, last=Kind.TRAJECTORIES.value)
             member.leave(outcome=end.name.lower() if end else None)
             self._publish()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return end
 
+    def _member(self) -> Member[SupervisorState] | Member[RolloutJobState]:
+        job = self.job.id if self.job else None
+        if self.leads:
+            return Member(self.run, SupervisorState(state="running", job=job), "trainer0")
+        return Member(self.run, RolloutJobState(state="running", job=job), next(iter(self.steps)))
+
     def _round(self) -> Action | None:
-        """One look at everything. While the run directory cannot be used, only what people and Slurm ask for is met."""
+        """One look at everything. While the run directory is unusable, only signals are handled."""
         try:
-            end = self._meet_wishes() or self._look()
+            end = self._handle_signals() or self._look()
         except OSError as error:
             now = time.monotonic()
-            if self.away_since is None:
+            if self._unusable_since is None:
                 log.error(
-                    "the run directory cannot be used: %s; it is tried again for %.0f s",
-                    error,
-                    FILES_AWAY_S,
+                    "cannot use the run directory: %s; trying again for %.0f s", error, UNUSABLE_S
                 )
-                self.away_since = now
-            if now - self.away_since > FILES_AWAY_S:
+                self._unusable_since = now
+            if now - self._unusable_since > UNUSABLE_S:
                 raise
             return None
-        self.away_since = None
+        self._unusable_since = None
         return end
 
     def _look(self) -> Action | None:
-        """Members, then steps: how the run ends, once that is decided."""
-        members = self.leader.publish() if self.leads else {}
+        """Look at members and steps. Returns how the run ends, once that is decided."""
+        members = self.roster.publish() if self.leads else {}
         end = self.watch(members)
         if end is Action.FINISH:
             return end
         if end is not None:
             self._begin_ending(end)
-        self._end_what_hangs(members)
-        for running in self.steps.values():
-            if (end := self._look_at(running)) is not None:
+        for managed in self.engine.processes:
+            managed.ready = managed.ready or self._has_reported(managed, members.values())
+        self._kill_hung(members)
+        for ended in self.engine.poll():
+            if (end := self._on_exit(ended)) is not None:
                 return end
-            if running.due is not None and time.monotonic() >= running.due:
-                self._start(running)
         return None
 
     def _publish(self) -> None:
-        """The roster, once more; at the end of a run it no longer matters whether it can be written."""
+        """Publish the roster once more; at the end of a run it may fail."""
         if self.leads:
             with contextlib.suppress(OSError):
-                self.leader.publish(at_once=True)
+                self.roster.publish(at_once=True)
 
     # --- steps
 
-    def _start(self, running: Running) -> None:
-        """Start all processes of a step. The step id tells this start's members from an earlier one's."""
-        if self.job is not None and running.step.nodes and running.started:
-            try:
-                self.job.end_step(running.step.name)  # its srun may have been killed without it
-            except SlurmError as error:  # Slurm does not answer; sooner or later it will
-                log.warning("%s is not started yet: %s", running.step.name, error)
-                running.due = time.monotonic() + SLURM_AWAY_S
-                return
-        running.progress, running.hung = self._progress(), False
-        identity = f"{running.step.name}-{time.time_ns()}"
-        for each in running.step.processes:
-            variables = {**each.variables, "ATROPOS_HPC_STEP": identity, "PYTHONUNBUFFERED": "1"}
-            log_path = self.run.logs / f"{each.name}.log"
-            running.children.append(
-                process.start(each.name, each.command, log_path, variables, end_by=each.end_by)
-            )
-        running.due, running.started, running.leave_by = None, time.monotonic(), None
-        where = f" on {', '.join(running.step.nodes)}" if running.step.nodes else ""
-        log.info(
-            "started %s%s, pid %s",
-            running.step.name,
-            where,
-            ", ".join(str(child.pid) for child in running.children),
+    def _specs_of(self, step: Step) -> Callable[[], Sequence[ProcessSpec]]:
+        started = False
+
+        def specs() -> Sequence[ProcessSpec]:
+            """What to start. Before a restart, kill what a killed srun has left of the step."""
+            nonlocal started
+            if self.job is not None and step.nodes and started:
+                try:
+                    self.job.end_step(step.name)
+                except SlurmError as error:
+                    raise NotReady(str(error)) from None
+            started = True
+            return step.processes
+
+        return specs
+
+    def _on_exit(self, ended: Exit) -> Action | None:
+        """Apply the restart policy. Returns how the run ends, if it ends now."""
+        step = self.steps[ended.managed.name]
+        names = [m.name for m in self.roster.members.values() if _belongs(m, step)]
+        self.roster.mark_ended(*names)
+        kind = self._kind_of(ended.managed)
+        cause = self.job.termination_cause(step.nodes) if self.job is not None else None
+        facts = ExitFacts(
+            ended.code,
+            hung=ended.hung,
+            done=self._is_done(),
+            restarts_left=ended.managed.life.restarts_left,
+            cause=cause,
+            slurm=self.job is not None,
         )
-
-    def _look_at(self, running: Running) -> Action | None:
-        """What has become of a step: None while it runs or may run again, or while the learner saves; else how the run ends."""
-        if all(child.poll() is None for child in running.children):  # there may be none
-            return None
-        done = bool(read_json(self.run.done))
-        died = self._first_dead(running, done)
-        if died is None:
-            return None
-        code = died.process.returncode
-        if code == process.STUCK:
-            self._shake_up(running)
-        self._clear_away(running, self.launch.grace_s if done or code == process.STOPPED else 0.5)
-        if self._progress() != running.progress or time.monotonic() - running.started > HEALTHY_S:
-            running.restarts = 0
-        fate = self.job.fate(running.step.nodes) if self.job is not None else None
-        ended = restart_policy.how_it_ended(
-            running.step.kind,
-            code,
-            done=done,
-            tries_left=self.launch.restarts - running.restarts,
-            fate=fate,
-        )
-        if (
-            ended == "crashed too often"
-            and self.job is not None
-            and (running.hung or code == process.STUCK)
-        ):
-            ended = "hung too often"
-        end = self._apply(running, died, ended)
-        running.children = []
-        return end
-
-    def _first_dead(self, running: Running, done: bool) -> process.Child | None:
-        """The process whose end is the end of its step; None while the step goes on: ranks leave in peace one after the other."""
-        ended = [child for child in running.children if child.poll() is not None]
-        failed = [child for child in ended if child.poll()]
-        if len(ended) < len(running.children) and (done or not failed):
-            now = time.monotonic()
-            running.leave_by = running.leave_by or now + self.launch.save_timeout_s
-            if now < running.leave_by:
-                return None
-        return (failed or ended)[0]
-
-    def _clear_away(self, running: Running, grace_s: float) -> None:
-        """End what is left of a step, and tell the others that its members are gone."""
-        process.end(running.children, grace_s)
-        process.end_orphans(child for other in self.steps.values() for child in other.children)
-        self.leader.mark_ended(
-            *(
-                name
-                for name, member in self.leader.members.items()
-                if _belongs(member, running.step)
-            )
-        )
-
-    def _apply(self, running: Running, died: process.Child, ended: str) -> Action | None:
-        """The table's answer to a step that has ended. What ends the run waits for the learner to save, where there still is one."""
-        kind, code = running.step.kind, died.process.returncode
-        others = [
-            other
-            for other in self.steps.values()
-            if other.step.kind == "agent" and other is not running and other.wanted
-        ]
-        action = restart_policy.TABLE[
-            "last agent" if kind == "agent" and not others else kind, ended
-        ]
-        if self.ending is not None and action is not Action.FINISH and kind != "trajectories":
-            if kind == "trainer" and code != process.STOPPED:
-                log.error(
-                    "the learner ended with exit code %d instead of saving; the end of its log:\n%s",
-                    code,
-                    process.tail(died.log),
-                )
-            return self.ending if kind == "trainer" else None
-        self._tell(died, ended, action)
-        if action is Action.RESTART:
-            running.due = time.monotonic() + process.backoff(
-                self.launch.backoff_s, running.restarts
-            )
-            running.restarts += 1
-        elif action is Action.FINISH or kind == "trainer":
+        event = restart_policy.classify(kind, facts)
+        action = restart_policy.TABLE[kind, event, self._phase(ended)]
+        self._log_exit(ended, event, action)
+        if ended.code == process.STUCK:
+            self._explain_wait_timeout(ended.managed)
+        if action is Action.RESTART_ALL:
+            for managed in self.engine.processes:
+                if managed.kind == Kind.AGENT.value:
+                    self.engine.recycle(managed)
+        if action in (Action.RESTART, Action.RESTART_ALL):
+            ended.managed.life.restart(time.monotonic())
+        elif action is Action.FINISH:
             return action
+        elif action is Action.END:
+            return self.ending.action
         elif action is not Action.DROP:
             self._begin_ending(action)
+            return None if self._learner_runs() else self.ending.action
         return None
 
-    def _tell(self, died: process.Child, ended: str, action: Action) -> None:
-        """Log what ended, how, and what is done about it; with the end of its log when it went wrong."""
+    def _kind_of(self, managed: ManagedProcess) -> Kind:
+        others = (m for m in self.engine.processes if m is not managed and m.active)
+        if managed.kind == Kind.AGENT.value and all(m.kind != managed.kind for m in others):
+            return Kind.LAST_AGENT
+        return Kind(managed.kind)
+
+    def _phase(self, ended: Exit) -> Phase:
+        if self.ending.action is not None:
+            return Phase.ENDING
+        return Phase.RUNNING if ended.ready else Phase.STARTING
+
+    def _log_exit(self, ended: Exit, event: Event, action: Action) -> None:
+        """Log what ended, how, and what is done about it; with the end of its log if it crashed."""
         if action is Action.FINISH:
             log.info("the learner is done")
             return
-        code = died.process.returncode
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
-        log.warning("%s %s (%s): %s", died.name, how, ended, action.value)
-        if action is Action.RESTART:
+        name = ended.child.name
+        log.warning("%s %s (%s): %s", name, ended.how, event.value, action.value)
+        if action in (Action.RESTART, Action.RESTART_ALL):
             self.events.append(
-                RestartEvent(time=time.time(), who=died.name, how=how, done=action.value)
+                RestartEvent(time=time.time(), who=name, how=ended.how, done=action.value)
             )
-        if action is Action.FAIL or (code > 0 and code != process.STOPPED):
-            for path in (died.log, _task_log(died.log)):
+        if action is Action.FAIL or ended.crashed:
+            for path in (ended.child.log, _task_log(ended.child.log)):
                 if path is not None:
                     log.error("the end of %s:\n%s", path, process.tail(path))
 
-    def _progress(self) -> Any:
-        """What grows as the run gets on: the newest durable step."""
+    def _durable_step(self) -> Any:
+        """The newest durable step, which grows as the run makes progress."""
         return read_json(self.run.checkpoints / "latest.json").get("step")
 
-    # --- what hangs
+    def _is_done(self) -> bool:
+        return read_struct(self.run.done, Done) is not None
 
-    def _end_what_hangs(self, members: dict[str, AnyMember]) -> None:
-        """Have each step that hangs tell its stacks, and end it; `_look_at` then sees to the rest."""
-        own = [
-            m
-            for m in members.values()
-            if isinstance(m, (TrainerState, AgentState, TrajectoriesState))
+    # --- hangs
+
+    def _has_reported(self, managed: ManagedProcess, members: Any) -> bool:
+        step = self.steps[managed.name]
+        return any(m.alive and m.reported and _belongs(m, step) for m in members)
+
+    def _kill_hung(self, members: dict[str, AnyMember]) -> None:
+        """Kill each step that hangs; its exit is handled as any other."""
+        own_kinds = (TrainerState, AgentState, TrajectoriesState)
+        own = [member for member in members.values() if isinstance(member, own_kinds)]
+        found: list[tuple[AnyMember, str]] = [
+            (member, "has sent no heartbeat for too long") for member in self.silence.hung(own)
         ]
-        found: dict[str, tuple[AnyMember, str]] = {
-            m.name: (m, "has given no sign for too long") for m in self.silence.hung(own)
-        }
-        ranks = [m for m in own if isinstance(m, TrainerState) and m.alive]
-        if (missing := self.learning.missing_s(ranks)) is not None:
-            found |= {
-                m.name: (
-                    m,
-                    f"has been in state {m.state}, step {m.step}, for {missing:.0f} s",
-                )
-                for m in ranks
-            }
-        for member, why in found.values():
-            running = next(
-                (r for r in self.steps.values() if r.children and _belongs(member, r.step)), None
-            )
-            if running is None or running.hung:
-                continue
-            log.error("%s %s: it tells its stacks in its log, and is ended", member.name, why)
-            self._tell_waits()
-            running.hung = True
-            self._ask_for_stacks([running])
-            for child in running.children:
-                child.signal(signal.SIGKILL)
+        ranks = [member for member in own if isinstance(member, TrainerState) and member.alive]
+        if (stalled_s := self.progress.stalled_s(ranks)) is not None:
+            for rank in ranks:
+                why = f"has been in state {rank.state}, step {rank.step}, for {stalled_s:.0f} s"
+                found.append((rank, why))
+        for member, why in found:
+            for managed in self.engine.processes:
+                if _belongs(member, self.steps[managed.name]) and managed.children:
+                    if self.engine.kill_hung(managed, f"{member.name} {why}"):
+                        self._log_waits()
 
-    def _shake_up(self, stuck: Running) -> None:
-        """The learner waited in vain: the others tell what they wait for, and their stacks; then the rollout nodes start anew, too."""
-        self._tell_waits()
-        others = [running for running in self.steps.values() if running is not stuck]
-        self._ask_for_stacks(others)
-        for running in others:
-            if running.step.kind == "agent":
-                for child in running.children:
-                    child.ask_to_end()
+    def _explain_wait_timeout(self, waited: ManagedProcess) -> None:
+        """Log who waits for whom, and have the processes that were waited for dump their stacks."""
+        self._log_waits()
+        self.engine.dump_stacks(m for m in self.engine.processes if m is not waited)
 
-    def _ask_for_stacks(self, steps: list[Running]) -> None:
-        """Under Slurm these processes are sruns, which pass the signal on. An agent passes it on to all on its node."""
-        for running in steps:
-            for child in running.children:
-                process.request_stacks(child.pid)
-        time.sleep(DUMP_S)
-
-    def _tell_waits(self) -> None:
-        for line in waits(self.leader.members.values(), time.time()):
+    def _log_waits(self) -> None:
+        for line in describe_waits(self.roster.members.values(), time.time()):
             log.error("%s", line)
 
     # --- ending early
 
-    def _wish(self, number: int, _frame: Any) -> None:
+    def _on_signal(self, number: int, _frame: Any) -> None:
         if number == signal.SIGUSR2:
             self.warned = True
         else:
-            self.wishes += 1
+            self.stop_signals += 1
 
-    def _meet_wishes(self) -> Action | None:
-        """A first signal asks the learner for a checkpoint and gives it time; a second one to stop ends the run at once."""
+    def _handle_signals(self) -> Action | None:
+        """The first signal asks the learner for a checkpoint; a second one ends the run at once."""
         if self.warned:
             self._begin_ending(Action.REQUEUE)
-        if self.wishes and self.ending is None:
-            self._begin_ending(Action.STOP)
-            if self.job is not None and self.job.fate(()) == "preempted":
-                self.ending = Action.REQUEUE
-        if self.ending is None:
-            return None
-        trainer = self.steps.get("trainer")
-        if trainer is None or not trainer.children:
-            return self.ending
-        if self.wishes > 1 or time.monotonic() > self.patience:
+        if self.stop_signals and self.ending.action is None:
+            cause = self.job.termination_cause(()) if self.job is not None else None
+            self._begin_ending(Action.REQUEUE if cause is Event.PREEMPTED else Action.STOP)
+        if not self._learner_runs():
+            return self.ending.action
+        if self.stop_signals > 1 or self.ending.expired(time.monotonic()):
             log.warning(
-                "the learner is not waited for any longer; a resume goes back to the last checkpoint that it wrote"
+                "ending without waiting for the learner to save: a resume starts from the last"
+                " checkpoint"
             )
-            return self.ending
+            return self.ending.action
         return None
 
-    def _begin_ending(self, action: Action) -> None:
-        """From now on the learner saves and leaves, and then the run ends that way. What was decided first stays."""
-        if self.ending is not None:
-            return
-        self.ending, self.patience = action, time.monotonic() + self.launch.save_timeout_s
-        if self.leads:
-            log.warning(
-                "%s: the learner saves a checkpoint, at most %.0f s (%s)",
-                WHY[action],
-                self.launch.save_timeout_s,
-                action.value,
-            )
-            try:
-                post_request(self.run, StopRequest())
-            except OSError as error:  # a full disk; a signal tells the learner the same
-                log.warning("cannot write the request to stop: %s", error)
-                for child in self.steps["trainer"].children:
-                    child.ask_to_end()
+    def _learner_runs(self) -> bool:
+        return any(m.kind == Kind.TRAINER.value and m.children for m in self.engine.processes)
 
-    def _end_all(self) -> None:
-        """Have every process of the run end, the trajectory server last; then what they may have left."""
-        for last in (False, True):
-            steps = [
-                running
-                for running in self.steps.values()
-                if (running.step.kind == "trajectories") == last
-            ]
-            process.end(
-                (child for running in steps for child in running.children), self.launch.grace_s
-            )
-        while process.end_orphans([]):
-            pass
+    def _begin_ending(self, action: Action) -> None:
+        """Have the learner save and leave, after which the run ends. The first decision stays."""
+        first = self.ending.request(action, time.monotonic())
+        if not first or not self.leads or not self._learner_runs():
+            return
+        log.warning(
+            "%s: the learner saves a checkpoint, for at most %.0f s; then: %s",
+            REASONS[action],
+            self.launch.save_timeout_s,
+            action.value,
+        )
+        try:
+            post_request(self.run, StopRequest())
+        except OSError as error:  # a full disk
+            log.warning("cannot write the request to stop: %s; sending a signal instead", error)
+            for managed in self.engine.processes:
+                if managed.kind == Kind.TRAINER.value:
+                    for child in managed.children:
+                        child.ask_to_end()
 
 
 def _belongs(member: AnyMember, step: Step) -> bool:
-    if step.kind == "agent":
-        node = step.processes[0].variables["ATROPOS_HPC_NODE"]
-        return member.node == node and isinstance(
-            member, (AgentState, EnvironmentState, EvaluatorState)
-        )
+    if step.kind == Kind.AGENT.value:
+        on_node = isinstance(member, (AgentState, EnvironmentState, EvaluatorState))
+        return on_node and member.node == step.processes[0].variables[process.NODE]
     return member.kind == step.kind
 
 
 def _task_log(srun_log: Path) -> Path | None:
-    """The log of the task that srun says went wrong first, where the process was an srun."""
+    """The log of the task that failed first according to srun, if this is the log of an srun."""
     name = srun_log.name.removesuffix(".srun.log")
     if name == srun_log.name:
         return None

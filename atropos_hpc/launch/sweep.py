@@ -51,10 +51,8 @@ class Point:
 
         Nothing happens when Slurm has requeued it already.
         """
-        if commands.restarted(
-            commands.records(
-                commands.ask("scontrol", "-o", "show", "job", os.environ["SLURM_JOB_ID"])
-            )[0]
+        if commands.was_restarted(
+            commands.show_job(os.environ["SLURM_JOB_ID"])[0]
         ):
             return
         try:
@@ -84,7 +82,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     names = sbatch.slot_names(launch.job_name, str(sweep_dir), len(points), slots)
     folder = sweep_dir / ".submitit"
     if launch.dry_run:
-        answers = commands.answers()
+        answers = commands.is_reachable()
         _refuse(points, answers, roles=False)
         return _dry_run(points, folder, names, answers)
     _refuse(points, True)
@@ -153,7 +151,7 @@ def _wait(points: list[Point], rows: list[SweepPoint]) -> Outcomes:
     ended = 0  # looks in a row: for a moment, a job that is requeued looks as if it had ended
     while True:
         time.sleep(LOOK_S if said else 0.0)
-        if not commands.answers():
+        if not commands.is_reachable():
             continue
         jobs = commands.known_states(row.job for row in rows)
         found = [report.point_status(row, jobs) for row in rows]

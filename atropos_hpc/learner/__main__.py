@@ -48,7 +48,7 @@ def variable(name: str, slurm: str, default: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Be one rank, from start to end."""
     process.die_with_parent(signal.SIGKILL)
-    process.stacks_on_request()
+    process.dump_stacks_on_request()
     parser = argparse.ArgumentParser(description="One rank of the learner.")
     parser.add_argument("--run-dir", type=Path, required=True)
     run = RunDir(parser.parse_args(arguments).run_dir)

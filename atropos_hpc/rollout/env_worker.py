@@ -92,7 +92,7 @@ def run_member(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) ->
     from atropos_hpc.rollout.env_loader import TargetError
 
     try:
-        complete = asyncio.run(process.until_asked(work()))
+        complete = asyncio.run(process.run_until_signal(work()))
     except TargetError as error:
         for problem in error.problems:
             log.error("%s", problem)

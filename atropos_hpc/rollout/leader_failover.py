@@ -1,5 +1,7 @@
-"""Who notices that the leader's node has died. Slurm may let the rest of the job run on without a batch step, for ever; only somebody
-inside can have it started again, and a node agent is.
+"""Failover when the leader's node dies: a node agent requeues the job.
+
+Slurm may let the rest of a job run on for ever without its batch step. Only a process inside the
+job can have it requeued then, and a node agent is one.
 """
 
 import logging
@@ -10,75 +12,76 @@ from atropos_hpc.contracts.members import SupervisorState
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.runtime.membership import RosterReader, RosterWatch
 from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
-SILENT_S = (
-    20.0  # without a new roster, which the supervisor writes every 2 s, before Slurm is asked
-)
-ASK_S = 10.0
-LAST_LOOK_S = 900.0  # Slurm itself may take minutes to notice a dead node (SlurmdTimeout)
+SILENT_S = 20.0  # without a new roster, which is written every 2 s, before Slurm is asked
+ASK_S = 10.0  # between two questions to Slurm
+LAST_LOOK_S = 900.0  # Slurm may take minutes to notice a dead node (SlurmdTimeout)
 
 
-class LeaderWatch:
-    """An agent's look at its leader, in a job that both are in. Does nothing elsewhere: a job without its leader goes by itself."""
+class LeaderFailover:
+    """An agent's watch over the supervisor of the job that both are in. A no-op in other jobs: a
+    job of rollout nodes only ends by itself."""
 
     def __init__(self, run: RunDir) -> None:
-        shared = "SLURM_STEP_ID" in os.environ and run.config().launch.allocation in (
-            "het",
-            "single",
-        )
-        self.job = os.environ["SLURM_JOB_ID"] if shared else None
+        shared = run.config().launch.allocation in ("het", "single")
+        in_step = "SLURM_STEP_ID" in os.environ and shared
+        self.job = os.environ["SLURM_JOB_ID"] if in_step else None
         self.roster = RosterReader(run.roster)
         self.watch, self._asked = RosterWatch(self.roster), 0.0
 
-    def look(self) -> bool:
-        """Have Slurm requeue the job if the supervisor is silent and, by Slurm's own word, its node is gone. True when that was done."""
+    def poll(self) -> bool:
+        """Requeue the job if the supervisor is silent and Slurm says that its node is gone. Returns
+        whether that was done."""
         if self.job is None:
             return False
         now = time.monotonic()
         if self.watch.silent_s() < SILENT_S or now - self._asked < ASK_S:
             return False
         self._asked = now
-        if not _is_lost(self.job):
+        if not _lost_leader(self.job):
             return False
-        log.error("the node of the supervisor is gone: job %s is requeued", self.job)
+        log.error("the supervisor's node is gone: requeueing job %s", self.job)
         try:
             commands.requeue(self.job)
-        except commands.SlurmError as error:  # also said when only the rest was left to requeue, or another agent was quicker
+        except commands.SlurmError as error:
+            # Also when only the rest of the job was left to requeue, or another agent was quicker.
             log.info("%s", error)
         return True
 
-    def last_look(self) -> None:
-        """Before the agent ends, which may leave nobody else in the job: stay until the supervisor is seen alive, is known to end the run
-        itself, or is lost and the job requeued.
-        """
-        beat, deadline = self.roster.read().beat, time.monotonic() + LAST_LOOK_S
-        while self.job is not None and time.monotonic() < deadline:
+    def await_certainty(self) -> None:
+        """Before the agent ends, which may leave nobody else in the job: wait until the supervisor
+        is seen alive, or ends the run itself, or is lost and the job requeued."""
+        if self.job is None:
+            return
+        beat = self.roster.read().beat
+        waiting = Waiting("a sign of life, or Slurm's word", "the supervisor", LAST_LOOK_S)
+        while not waiting.expired:
             leader = self.roster.members(SupervisorState, alive=False)
-            if (
-                self.roster.read().beat != beat
-                or not leader
-                or leader[0].state != "running"
-                or self.look()
-            ):
+            ending = not leader or leader[0].state != "running"
+            if ending or self.roster.read().beat != beat or self.poll():
                 return
             time.sleep(0.2)
 
 
-def _is_lost(job: str) -> bool:
-    """Does Slurm hold that the node of our job's batch step is gone, and has left us running? False when Slurm cannot be asked.
+def _lost_leader(job: str) -> bool:
+    """Whether Slurm says that the node of our job's batch step is gone while this step goes on.
+    False when Slurm does not answer.
 
-    With --no-kill it leaves the whole job as it is; without, it may requeue the leader alone, which then waits for us for ever.
+    With --no-kill Slurm leaves the whole job as it is. Without, it may requeue the leading
+    component alone, which then waits for this one for ever.
     """
     try:
-        leader = commands.records(commands.ask("scontrol", "-o", "show", "job", job))[0]
+        leader = commands.show_job(job)[0]
+        if leader["JobState"] == "PENDING":
+            return True
         host = leader.get("BatchHost", "")
-        gone = (
-            leader["JobState"] == "RUNNING"
-            and bool(host)
-            and (host not in commands.expand(leader["NodeList"]) or commands.unreachable([host]))
+        if leader["JobState"] != "RUNNING" or not host:
+            return False
+        return host not in commands.expand_nodes(leader["NodeList"]) or commands.is_unreachable(
+            [host]
         )
-        return gone or leader["JobState"] == "PENDING"
     except (commands.SlurmError, LookupError):
         return False

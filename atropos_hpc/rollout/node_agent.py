@@ -1,8 +1,9 @@
-"""The node agent: the one process per rollout node.
+"""The node agent: the one process per rollout node that runs all others there.
 
-It starts the node's vLLM servers, environment workers and (on the first node) the evaluator; starts again what has ended; follows
-the policy store and pushes each new version into every server; and tells the rendezvous which server serves which version. A server
-is listed only while it serves a published version, so nobody is ever sent to one that still has older weights than it should.
+It runs the node's vLLM servers, environment workers and (on the first node) the evaluator, follows
+the policy store, and pushes each new version into every server. Its member file lists the servers
+with the versions they serve. A server is listed only while it serves a published version, so no
+request goes to one with older weights than it should have.
 
     python -m atropos_hpc.rollout.node_agent --run-dir DIR --index I
 """
@@ -12,388 +13,233 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
-from atropos_hpc.config import (
-    environments,
-)
-from atropos_hpc.contracts.members import AgentState, RepublishRequest, ServerState, Wait
+from atropos_hpc.config import environments
+from atropos_hpc.contracts.members import AgentState, RepublishRequest
 from atropos_hpc.contracts.policy import PolicyVersion
-from atropos_hpc.policy.follower import Follower, LoadableVersion
+from atropos_hpc.launch import restart_policy
+from atropos_hpc.launch.restart_policy import Action, ExitFacts, Kind, Phase
+from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import PolicyStore
-from atropos_hpc.policy.weight_update import PushError, Stuck, push
-from atropos_hpc.rollout.leader_failover import LeaderWatch
+from atropos_hpc.rollout.leader_failover import LeaderFailover
+from atropos_hpc.rollout.managed_server import PROBE_TIMEOUT_S, ManagedServer, ServerContext
 from atropos_hpc.runtime import process
+from atropos_hpc.runtime.hang_detection import SilenceWatch
 from atropos_hpc.runtime.membership import Member, RosterReader, post_request
-from atropos_hpc.runtime.network import free_port, own_host
-from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, backoff
+from atropos_hpc.runtime.network import own_host
+from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.runtime.supervision import DUMP_S, Silence
+from atropos_hpc.runtime.supervision import Exit, Limits, ManagedProcess, SupervisionEngine
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-HEALTH_TIMEOUT_S = 5.0
-HEALTH_EVERY_S = 5.0
-ENGINE = (
-    "/is_sleeping"  # vLLM passes this on to its engine; /health answers although the engine hangs
-)
-UNHEALTHY_S = (
-    60.0  # a server that was up and has not answered for this long is ended, and started again
-)
-TAKE_OVER_S = 60.0  # nodes start at different times
-HEALTHY_S = 300.0  # a child that has run this long, or while a newer policy came, has got on: its restarts are counted anew
+LOOK_S = 1.0  # between two looks at the other members
+TAKE_OVER_S = 60.0  # before the evaluator is taken over, as nodes start at different times
 
 
-@dataclass
-class Kept:
-    """A child that is kept running."""
-
-    name: str
-    module: str
-    arguments: tuple[str, ...] = ()
-    child: process.Child | None = None
-    restarts: int = 0
-    due: float = 0.0
-    policy: LoadableVersion | None = None  # the newest version when it was started
-    finished: bool = False  # ended with success: not started again
-
-
-@dataclass
-class Server(Kept):
-    """A vLLM server: in `url` while the process lives, in the roster once `serves` is set."""
-
-    url: str = ""
-    up: bool = False
-    answered: float = 0.0  # when it last answered /health, monotonic
-    serves: LoadableVersion | None = None
-    updating: "asyncio.Task[None] | None" = None
-    watching: "asyncio.Task[None] | None" = None
-
-
-class Agent:
-    """One rollout node. Built from its own sections of the config."""
+class NodeAgent:
+    """One rollout node. `refused` says why the run cannot go on, once a process has shown that."""
 
     def __init__(self, run: RunDir, node: str, index: int) -> None:
-        config = run.config()
+        self.config = run.config()
         self.run, self.node, self.index = run, node, index
-        self.rollout, self.policy, self.launch = config.rollout, config.policy, config.launch
-        self.host = own_host(config.cluster.host)
-        evaluation = config.evaluation
-        self.token = run.token()
+        launch = self.config.launch
+        self.limits = Limits(restarts=launch.restarts, backoff_s=launch.backoff_s)
+        self.member = Member(run, AgentState(number=index), node)
+        store, cache = PolicyStore(run.policy), Path(self.config.policy.cache)
+        self.follower = Follower(store, cache, self.member.name, self._request_republish)
+        self.engine = SupervisionEngine(run.logs, lambda: self.follower.newest)
         self.servers = [
-            Server(f"server-{index}-{i}", "atropos_hpc.rollout.vllm_server")
-            for i in range(self.rollout.servers)
+            ManagedServer(f"server-{index}-{i}", self.limits)
+            for i in range(self.config.rollout.servers)
         ]
-        workers = [
+        self.others = self._workers()
+        self.engine.add(*(server.managed for server in self.servers), *self.others)
+        evaluation = self.config.evaluation
+        self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)
+        self.failover = LeaderFailover(run)
+        self.refused: str | None = None
+        self.new_version = asyncio.Event()  # the node has one that the servers do not have yet
+
+    def _workers(self) -> list[ManagedProcess]:
+        keys = [
             key
-            for key, environment in environments(config).items()
+            for key, environment in environments(self.config).items()
             for _ in range(environment.workers)
         ]
-        self.others = [
-            Kept(
+        return [
+            self._child(
                 f"environment-{number}",
+                Kind.ENVIRONMENT,
                 "atropos_hpc.rollout.env_worker",
                 ("--index", str(number), "--environment", key),
             )
-            for number, key in enumerate(workers, index * len(workers))
+            for number, key in enumerate(keys, self.index * len(keys))
         ]
-        self.evaluates = bool(
-            evaluation.before or evaluation.after or evaluation.every
-        )  # somebody has to
-        self.leader = LeaderWatch(run)
-        self.member = Member(run, AgentState(number=index), node)
-        self.follower = Follower(
-            PolicyStore(run.policy), Path(self.policy.cache), self.member.name, self.complain
-        )
-        self.refused: str | None = None
-        self.news = asyncio.Event()  # a version that the servers do not have yet
-        self.waits: Wait | None = None
+
+    def _child(
+        self, name: str, kind: Kind, module: str, arguments: tuple[str, ...] = ()
+    ) -> ManagedProcess:
+        command = (sys.executable, "-m", module, "--run-dir", str(self.run.path), *arguments)
+        spec = ProcessSpec(name, command)
+        return ManagedProcess(name, kind.value, lambda: [spec], self.limits)
 
     async def work(self) -> None:
-        """Until cancelled, or until a child says that starting it again is no use (`refused` then says why)."""
-        process.tasks_on_request(ask_all_for_stacks)
-        async with aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-        ) as self.http:
-            following, watching = (
-                asyncio.create_task(self.follow()),
-                asyncio.create_task(self.watch_others()),
+        """Run the node until cancelled, or until `refused` is set."""
+        process.dump_tasks_on_request(request_all_stacks)
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            context = ServerContext(
+                self.run,
+                own_host(self.config.cluster.host),
+                self.run.token(),
+                self.config.launch,
+                self.config.policy.update_mode,
+                self.engine,
+                self.follower,
+                http,
             )
+            for server in self.servers:
+                server.attach(context)
+            tasks = [
+                asyncio.create_task(self._follow()),
+                asyncio.create_task(self._watch_members()),
+            ]
             try:
                 while self.refused is None:
-                    for kept in [*self.servers, *self.others]:
-                        self.keep(kept)
-                    for server in self.servers:
-                        self.serve(server)
-                    self.report()
-                    for task in (following, watching):
+                    self._tick()
+                    for task in tasks:
                         if task.done():
                             task.result()
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self.news.wait(), TICK_S)
-                    self.news.clear()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self.new_version.wait(), TICK_S)
+                    self.new_version.clear()
             finally:
                 self.follower.stop()
-                following.cancel()
-                watching.cancel()
+                for task in tasks:
+                    task.cancel()
 
-    async def follow(self) -> None:
-        """Look for new versions at the store's interval."""
+    def _tick(self) -> None:
+        for ended in self.engine.poll():
+            self._on_exit(ended)
+        for server in self.servers:
+            server.tick()
+        self._report()
+
+    async def _follow(self) -> None:
+        """Poll the policy store."""
         newest = None
         while True:
             found = await asyncio.to_thread(self.follower.poll)
             if found != newest:
                 newest = found
-                self.news.set()
-            await asyncio.sleep(self.policy.poll_s)
+                self.new_version.set()
+            await asyncio.sleep(self.config.policy.poll_s)
 
-    def complain(self, version: PolicyVersion, why: str) -> None:
-        """Ask the learner to publish a version again."""
+    def _request_republish(self, version: PolicyVersion, why: str) -> None:
         request = RepublishRequest(version=version, why=f"{self.member.name}: {why}")
         try:
             post_request(self.run, request)
-        except OSError as error:  # a full disk: it is complained again
+        except OSError as error:  # a full disk; the follower asks again
             log.warning("cannot ask for policy version %s again: %s", version, error)
 
-    async def watch_others(self) -> None:
-        """Take the evaluator over when no node before this one is left; have a Slurm job started again when its first node dies; end
-        children that hang.
-        """
-        roster, since, silence = RosterReader(self.run.roster), time.monotonic(), Silence()
+    async def _watch_members(self) -> None:
+        """Kill children that hang, take the evaluator over when no node before this one is left,
+        and requeue a Slurm job whose first node has died."""
+        roster, silence = RosterReader(self.run.roster), SilenceWatch()
+        first_since = time.monotonic()
         while True:
-            await asyncio.to_thread(self.leader.look)
-            members = roster.read().members.values()
-            children = {
-                kept.child.pid: kept.child for kept in self.others if kept.child is not None
-            }
-            for member in silence.hung(
-                m for m in members if m.node == self.node and m.pid in children
-            ):
-                log.error(
-                    "%s has given no sign for too long: it tells its stacks in its log, and is ended",
-                    member.name,
-                )
-                process.request_stacks(member.pid)
-                await asyncio.sleep(DUMP_S)
-                children[member.pid].signal(signal.SIGKILL)
+            await asyncio.to_thread(self.failover.poll)
+            members = list(roster.read().members.values())
+            children = {m.pid: m for m in self.others if m.pid is not None}
+            own = [m for m in members if m.node == self.node and m.pid in children]
+            for member in own:
+                children[member.pid].ready = member.reported
+            for member in silence.hung(own):
+                why = f"{member.name} has sent no heartbeat for too long"
+                self.engine.kill_hung(children[member.pid], why)
             if not comes_first(self.index, roster.members(AgentState)):
-                since = time.monotonic()
-            if self.evaluates and (self.index == 0 or time.monotonic() - since > TAKE_OVER_S):
+                first_since = time.monotonic()
+            first_for_s = time.monotonic() - first_since
+            if self.evaluates and (self.index == 0 or first_for_s > TAKE_OVER_S):
                 self.evaluates = False
-                self.others.append(Kept("evaluator", "atropos_hpc.rollout.evaluation"))
-            await asyncio.sleep(1.0)
+                evaluator = self._child(
+                    "evaluator", Kind.EVALUATOR, "atropos_hpc.rollout.evaluation"
+                )
+                self.others.append(evaluator)
+                self.engine.add(evaluator)
+            await asyncio.sleep(LOOK_S)
 
-    # --- children
-
-    def keep(self, kept: Kept) -> None:
-        """Start what is due, notice what has ended, and decide whether to start it again."""
-        if kept.finished:
+    def _on_exit(self, ended: Exit) -> None:
+        """Apply the restart policy."""
+        for server in self.servers:
+            if server.managed is ended.managed:
+                server.ended()
+        managed, life = ended.managed, ended.managed.life
+        kind = Kind(managed.kind)
+        facts = ExitFacts(ended.code, hung=ended.hung, restarts_left=life.restarts_left)
+        event = restart_policy.classify(kind, facts)
+        phase = Phase.RUNNING if ended.ready else Phase.STARTING
+        action = restart_policy.TABLE[kind, event, phase]
+        if action is Action.DROP:
+            log.info("%s %s (%s)", managed.name, ended.how, event.value)
             return
-        if kept.child is None:
-            if time.monotonic() >= kept.due:
-                self.start(kept)
+        last_lines = process.tail(ended.child.log)
+        if action is Action.RESTART:
+            pause_s = life.restart(time.monotonic())
+            log.warning(
+                "%s %s after %.0f s (%s): restarting it in %.0f s%s",
+                managed.name,
+                ended.how,
+                ended.lived_s,
+                event.value,
+                pause_s,
+                f"; the end of its log:\n{last_lines}" if ended.crashed else "",
+            )
             return
-        code = kept.child.poll()
-        if code is None:
-            return
-        process.end([kept.child], 0.0)
-        process.end_orphans(
-            other.child for other in [*self.servers, *self.others] if other.child is not None
+        self.refused = (
+            f"{managed.name} {ended.how} ({event.value}) and is not restarted, after"
+            f" {life.restarts} restarts; the end of its log:\n{last_lines}"
         )
-        lived, kept.child = time.monotonic() - kept.child.started, None
-        if isinstance(kept, Server):
-            kept.up, kept.serves = False, None
-        if code == DONE and not isinstance(kept, Server):
-            kept.finished = True
-            log.info("%s has done its work", kept.name)
-            return
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
-        if lived > HEALTHY_S or (kept.policy is not None and self.follower.newest != kept.policy):
-            kept.restarts = 0
-        end_of_log = process.tail(self.run.logs / f"{kept.name}.log")
-        if code == REFUSED or kept.restarts >= self.launch.restarts:
-            self.refused = f"{kept.name} {how}, and is not started again after {kept.restarts} restarts; the end of its log:\n{end_of_log}"
-            return
-        pause = backoff(self.launch.backoff_s, kept.restarts)
-        log.warning(
-            "%s %s after %.0f s: started again in %.0f s%s",
-            kept.name,
-            how,
-            lived,
-            pause,
-            f"; the end of its log:\n{end_of_log}" if code > 0 and code != STOPPED else "",
-        )
-        kept.restarts += 1
-        kept.due = time.monotonic() + pause
 
-    def start(self, kept: Kept) -> None:
-        """Start a child in this role's Python, its log beside the others."""
-        arguments = [*kept.arguments]
-        if isinstance(kept, Server):
-            port = free_port(self.host)
-            kept.url = f"http://{self.host}:{port}"
-            arguments += ["--port", str(port)]
-        command = [sys.executable, "-m", kept.module, "--run-dir", str(self.run.path), *arguments]
-        kept.policy = self.follower.newest
-        kept.child = process.start(kept.name, command, self.run.logs / f"{kept.name}.log")
-        log.info("started %s, pid %d", kept.name, kept.child.pid)
-
-    # --- servers
-
-    def serve(self, server: Server) -> None:
-        """Watch a live server, and bring it to the newest version; each in a task of its own."""
-        if server.child is None:
-            return
-        now = time.monotonic()
-        idle = server.watching is None or server.watching.done()
-        if idle and (not server.up or now - server.answered > HEALTH_EVERY_S):
-            server.watching = asyncio.create_task(self.watch(server))
+    def _report(self) -> None:
+        """Write the member file when something has changed."""
+        servers = [server.state() for server in self.servers]
         newest = self.follower.newest
-        if (
-            server.up
-            and newest is not None
-            and server.serves != newest
-            and (server.updating is None or server.updating.done())
-        ):
-            server.updating = asyncio.create_task(self.update(server, newest))
-
-    async def watch(self, server: Server) -> None:
-        """Ask for its health. One that does not come up, or does not answer any more, is ended; `keep` then starts it again."""
-        child = server.child
-        assert child is not None
-        try:
-            updating = (
-                server.updating is not None and not server.updating.done()
-            )  # that has deadlines of its own
-            path = ENGINE if server.up and not updating else "/health"
-            async with self.http.get(
-                server.url + path, headers={"Authorization": f"Bearer {self.token}"}
-            ) as answer:
-                if answer.status == 200 or (
-                    path == ENGINE and answer.status < 500
-                ):  # it may be without that route, but it answers
-                    if not server.up:
-                        log.info(
-                            "%s is up at %s after %.0f s",
-                            server.name,
-                            server.url,
-                            time.monotonic() - child.started,
-                        )
-                    server.up, server.answered = True, time.monotonic()
-                    return
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            pass
-        silent = time.monotonic() - (server.answered if server.up else child.started)
-        if silent > (UNHEALTHY_S if server.up else self.launch.start_timeout_s):
-            await self.end_stuck(server.name, child, f"has not answered for {silent:.0f} s")
-        await asyncio.sleep(0.5)
-
-    async def end_stuck(self, name: str, child: process.Child, how: str) -> None:
-        """End a server that is of no use any more; `keep` then starts it again."""
-        log.error("%s %s: it tells its stacks in its log, and is ended", name, how)
-        for pid in (child.pid, *process.descendants_of(child.pid)):
-            process.request_stacks(pid)
-        await asyncio.sleep(DUMP_S)
-        child.signal(signal.SIGKILL)
-
-    async def update(self, server: Server, version: LoadableVersion) -> None:
-        """One push. A server that refuses keeps what it serves, and is asked again."""
-        child = server.child
-        try:
-            await push(
-                self.http,
-                server.url,
-                self.token,
-                version.directory,
-                version.version,
-                self.policy.update_mode,
-            )
-        except Stuck as error:
-            if child is not None and server.child is child:
-                await self.end_stuck(server.name, child, f"is stuck: {error}")
-            return
-        except PushError as error:
-            if self.follower.newest != version:
-                return  # the node has a newer one, and let this one's copy go
-            log.error(
-                "%s did not take a policy version, and keeps what it serves: %s", server.name, error
-            )
-            await asyncio.sleep(1.0)
-            return
-        if server.child is child:  # else it was restarted meanwhile, without these weights
-            server.serves = version
-            self.report()
-
-    def report(self) -> None:
-        """Tell the rendezvous, when something has changed."""
-        servers = [
-            ServerState(
-                name=s.name,
-                url=s.url,
-                version=s.serves.version.version if s.serves else None,
-                pid=s.child.pid if s.child else None,
-            )
-            for s in self.servers
-        ]
-        newest = self.follower.newest.version.version if self.follower.newest else None
-        children = {kept.name: kept.child.pid for kept in self.others if kept.child is not None}
-        self.note_wait()
-        state: dict[str, Any] = {
-            "waiting": self.waits,
-            "state": "serving" if all(s.version is not None for s in servers) else "starting servers",
-            "servers": servers, "policy": newest, "bad_policy": self.follower.failure, "children": children,
-        }  # fmt: skip
-        self.member.update_if_changed(**state)
-
-    def note_wait(self) -> None:
-        """The first server that serves nothing yet, and what for."""
-        lacking = next((server for server in self.servers if server.serves is None), None)
-        if lacking is None:
-            self.waits = None
-            return
-        if not lacking.up:
-            what, whom = "its start", lacking.name
-        elif self.follower.newest is None:
-            what, whom = "the first policy version", "the learner"
-        else:
-            what, whom = f"it to take policy version {self.follower.newest.version}", lacking.name
-        if self.waits is None or (self.waits.what, self.waits.from_whom) != (what, whom):
-            self.waits = Wait(what, whom, time.time())
-
-    def end(self, **state: Any) -> None:
-        """End every child; nothing of this node's stays behind."""
-        process.end(
-            (kept.child for kept in [*self.servers, *self.others] if kept.child is not None),
-            self.launch.grace_s,
+        serving = all(server.version is not None for server in servers)
+        self.member.update_if_changed(
+            state="serving" if serving else "starting servers",
+            servers=servers,
+            policy=newest.version.version if newest else None,
+            bad_policy=self.follower.failure,
+            children={m.name: m.pid for m in self.others if m.pid is not None},
         )
-        while process.end_orphans([]):
-            pass
+        waits = (server.wait() for server in self.servers)
+        self.member.show_wait(next((wait for wait in waits if wait is not None), None))
+
+    def end(self) -> None:
+        """End every process of the node."""
+        self.engine.end_all(self.config.launch.grace_s)
         self.follower.close()
-        self.member.leave(servers=[], **state)
-        self.leader.last_look()
+        self.member.leave(servers=[])
+        self.failover.await_certainty()
 
 
-def ask_all_for_stacks() -> None:
-    """All on this node: the servers with their engines, the workers, the evaluator."""
+def request_all_stacks() -> None:
+    """Request the stack traces of all processes on this node: servers, engines, workers."""
     for pid in process.descendants_of(os.getpid()):
         process.request_stacks(pid)
 
 
 def comes_first(index: int, agents: list[AgentState]) -> bool:
-    """Is no agent of a lower number alive?
+    """Whether no agent of a lower number is alive.
 
     >>> agents = [AgentState(number=1), AgentState(number=2)]
     >>> comes_first(1, agents), comes_first(2, agents)
@@ -403,25 +249,24 @@ def comes_first(index: int, agents: list[AgentState]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the agent; the exit code is 2 when restarting it would be no use."""
-    process.die_with_parent(signal.SIGTERM)
+    """Run the agent. The exit code is REFUSED when a restart would not help."""
+    process.die_with_parent()
     process.adopt_orphans()
     parser = argparse.ArgumentParser(description="The node agent of a rollout node.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--index", type=int, default=0, help="this rollout node's number")
     options = parser.parse_args(arguments)
     process.log_to_stderr()
-    agent = Agent(
-        RunDir(options.run_dir), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index
-    )
+    node = os.environ.get(process.NODE, "local")
+    agent = NodeAgent(RunDir(options.run_dir), node, options.index)
     try:
-        asyncio.run(process.until_asked(agent.work()))
+        asyncio.run(process.run_until_signal(agent.work()))
     finally:
         agent.end()
     if agent.refused is not None:
         log.error("%s", agent.refused)
         return REFUSED
-    return DONE
+    return STOPPED
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
 def bind_to_parent() -> None:
     """End with the process that started this one, and let those that this one starts do the same. Tell stacks on request."""
     process.die_with_parent(signal.SIGKILL)
-    process.stacks_on_request()
+    process.dump_stacks_on_request()
     os.environ[process.PARENT] = str(os.getpid())
 
 

@@ -1,10 +1,12 @@
 """Child processes that never outlive their parent.
 
-Each child leads a process group of its own, so that what it starts can be ended with it. Each child also asks the kernel for a
-signal when its parent dies (`die_with_parent`), so that a killed parent leaves nothing behind; and a parent that `adopt_orphans`
-is handed the grandchildren whose parent was killed, and ends them (`end_orphans`).
+Each child leads a process group of its own, so that what it starts can be killed with it. Each
+child asks the kernel for a signal when its parent dies (`die_with_parent`), so that a killed parent
+leaves nothing behind. A parent that calls `adopt_orphans` inherits the grandchildren whose parent
+was killed, and kills them (`end_orphans`).
 
-Every member writes its stacks into its log on USR1 (`stacks_on_request`); who finds that one hangs asks for them (`request_stacks`).
+Every member dumps its stack traces to its log on USR1 (`dump_stacks_on_request`); whoever finds
+that a member hangs requests them (`request_stacks`).
 """
 
 import asyncio
@@ -17,43 +19,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 log = logging.getLogger(__name__)
 
-DONE, REFUSED, STUCK, STOPPED = (
-    0,
-    2,
-    70,
-    75,
-)  # exit codes with which a member says how it ended; anything else is a crash
-SRUN_S = 5.0  # for an srun to kill its tasks
-KILLED_S = 30.0  # for the end of a process that was killed; a dead filesystem holds them for longer
+# Exit codes with which a member says how it ended; any other code is a crash.
+DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
-END_TASKS = signal.SIGUSR2  # what asks the tasks behind an srun to end: it hands this on, and takes TERM as an order to kill them
+# Asks the tasks behind an srun to end: srun forwards it, while TERM makes srun kill its tasks.
+END_TASKS = signal.SIGUSR2
 PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
+NODE = "ATROPOS_HPC_NODE"  # the name of this process's node in the run
+STEP_ID = "ATROPOS_HPC_STEP"  # tells one start of a process from the next
+SRUN_S = 5.0  # for an srun to kill its tasks
+KILLED_S = 30.0  # for a killed process to disappear; a dead filesystem holds it for longer
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 def log_to_stderr() -> None:
-    """A member's logging: one line format, to where its parent has put its log."""
+    """Set up a member's logging: one line format, to stderr, which its parent sends to its log."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process `number` when its parent ends. A no-op unless `start` started us.
+    """Make the kernel send this process `number` when its parent ends. A no-op unless `start`
+    started this process.
 
-    From here on END_TASKS is ignored: Slurm sends it to all processes of a step, and the parent asks its children by TERM.
+    END_TASKS is ignored from here on: Slurm sends it to all processes of a step, while the parent
+    asks its children to end by TERM.
     """
     parent = os.environ.get(PARENT)
     if parent is None:
         return
     signal.signal(END_TASKS, signal.SIG_IGN)
     _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if os.getppid() != int(parent):  # it died before we asked
+    if os.getppid() != int(parent):  # it died before prctl was called
         os.kill(os.getpid(), number)
 
 
@@ -62,14 +67,24 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+@dataclass(frozen=True)
+class ProcessSpec:
+    """How to start one process: its log's name, its command line, the environment variables it gets
+    beside the parent's, and the signal that asks it to end."""
+
+    name: str
+    command: tuple[str, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    end_by: int = signal.SIGTERM
+
+
 @dataclass
 class Child:
-    """One running child and the group it leads."""
+    """A running child and the process group that it leads."""
 
     name: str
     process: "subprocess.Popen[bytes]"
     log: Path
-    started: float
     end_by: int = signal.SIGTERM
 
     @property
@@ -77,18 +92,18 @@ class Child:
         return self.process.pid
 
     def ask_to_end(self) -> None:
-        """As it is to be asked: the whole group by TERM, an srun by END_TASKS."""
+        """Ask the whole group to end by TERM, or an srun by END_TASKS."""
         if self.end_by == signal.SIGTERM:
             self.signal(self.end_by)
         else:
             self.process.send_signal(self.end_by)
 
     def poll(self) -> int | None:
-        """The exit code (negative: the signal that ended it), or None while it runs."""
+        """The exit code (negative: the signal that killed it), or None while it runs."""
         return self.process.poll()
 
     def signal(self, number: int) -> None:
-        """To the whole group; nothing happens when all of it has ended."""
+        """Send a signal to the whole group, if anything of it still runs."""
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
@@ -103,7 +118,8 @@ def start(
     cwd: Path | None = None,
     end_by: int = signal.SIGTERM,
 ) -> Child:
-    """Start `command` with its output appended to `log`, in a group of its own, bound to this process's life."""
+    """Start `command` in a process group of its own, bound to this process's life. Its output is
+    appended to `log`; `env` is added to this process's environment."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             list(command),
@@ -114,96 +130,109 @@ def start(
             cwd=cwd,
             start_new_session=True,
         )
-    return Child(name, process, log, time.monotonic(), end_by)
+    return Child(name, process, log, end_by)
 
 
 def end(children: Iterable[Child], grace_s: float) -> None:
-    """Ask every child to end, KILL what is left after `grace_s`; returns when all have been reaped (or cannot be)."""
+    """Ask every child to end, and kill after `grace_s` seconds what is left of their groups.
+
+    Returns when all have been reaped, or cannot be.
+    """
     children = list(children)
     for child in children:
         if child.poll() is None:
             child.ask_to_end()
-    _wait_for(children, grace_s)
+    _await_exit(children, grace_s)
     sruns = [child for child in children if child.end_by == END_TASKS and child.poll() is None]
     for child in sruns:
-        child.signal(
-            signal.SIGTERM
-        )  # on which it kills its tasks; killed itself, it would leave them
-    _wait_for(sruns, SRUN_S)
+        child.signal(signal.SIGTERM)  # makes srun kill its tasks; a killed srun would leave them
+    _await_exit(sruns, SRUN_S)
     for child in children:
-        child.signal(signal.SIGKILL)  # also what a child that ended by itself has left in its group
+        child.signal(signal.SIGKILL)  # also kills what an ended child has left in its group
         try:
             child.process.wait(KILLED_S)
         except subprocess.TimeoutExpired:
             log.error(
-                "%s (pid %d) was killed %.0f s ago and has not ended: it is stuck in the kernel",
+                "%s (pid %d) was killed %.0f s ago and still exists: it is stuck in the kernel",
                 child.name,
                 child.pid,
                 KILLED_S,
             )
 
 
-def _wait_for(children: Iterable[Child], seconds: float) -> None:
-    """Until all have ended, or so long."""
+def _await_exit(children: Iterable[Child], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while any(child.poll() is None for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def end_orphans(known: Iterable[Child]) -> list[int]:
-    """Kill and reap adopted processes: children of this one that `start` did not start. Returns their pids."""
-    ours = {child.pid for child in known}
+    """Kill and reap adopted processes: children of this process that are not in `known`. Returns
+    their pids."""
+    spared = {child.pid for child in known}
     orphans = []
-    for pid in children_of(os.getpid()):
-        if pid in ours:
+    for orphan in psutil.Process().children():
+        if orphan.pid in spared:
             continue
         try:
-            os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + KILLED_S
-            while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if time.monotonic() < deadline:
-                orphans.append(pid)
-        except (ProcessLookupError, ChildProcessError):
+            orphan.kill()
+            orphan.wait(KILLED_S)
+            orphans.append(orphan.pid)
+        except (psutil.NoSuchProcess, psutil.TimeoutExpired):
             pass
     return orphans
 
 
-def children_of(pid: int) -> list[int]:
-    """The pids of `pid`'s direct children, by Linux's /proc."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            found += map(int, (task / "children").read_text().split())
-        except FileNotFoundError:  # a thread that ended meanwhile
-            pass
-    return found
+def descendants_of(pid: int) -> list[int]:
+    """The pids of `pid`'s children, their children, and so on; [] when it has ended."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def stacks_on_request() -> None:
-    """Have USR1 write the stacks of all threads to stderr, which is the member's log; also of one that is stuck in C."""
+def kill(pid: int) -> None:
+    """Kill one process, if it still runs."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def command_line(pid: int) -> str:
+    """The command line of a process; "" when it has ended or belongs to somebody else."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return ""
+
+
+def dump_stacks_on_request() -> None:
+    """Dump the stack traces of all threads to stderr on USR1, even while stuck in C code."""
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
 
 
-def tasks_on_request(then: Callable[[], None] | None = None) -> None:
-    """`stacks_on_request`, and those of the running event loop's tasks, if it still turns; then call `then`."""
+def dump_tasks_on_request(then: Callable[[], None] | None = None) -> None:
+    """Like `dump_stacks_on_request`, and dump the tasks of the running event loop too, provided it
+    still turns; then call `then`."""
 
-    def tell() -> None:
+    def dump() -> None:
         for task in asyncio.all_tasks():
             task.print_stack(limit=8, file=sys.stderr)
         if then is not None:
             then()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, dump)
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
 
 
 def request_stacks(pid: int) -> bool:
-    """Ask a process for its stacks, if it listens: USR1 would end one that does not. Returns whether it was asked."""
+    """Request a process's stack traces, if it handles USR1, which would kill it otherwise. Returns
+    whether they were requested."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
-        if caught >> (signal.SIGUSR1 - 1) & 1:
+        status = Path(f"/proc/{pid}/status").read_text()  # psutil does not show signal masks
+        handled = int(status.partition("SigCgt:")[2].split()[0], 16)
+        if handled >> (signal.SIGUSR1 - 1) & 1:
             os.kill(pid, signal.SIGUSR1)
             return True
     except (FileNotFoundError, ProcessLookupError):
@@ -211,64 +240,39 @@ def request_stacks(pid: int) -> bool:
     return False
 
 
-async def until_asked(work: Coroutine[Any, Any, None]) -> bool:
+async def run_until_signal(work: Coroutine[Any, Any, None]) -> bool:
     """Run `work` to its end, or cancel it on TERM, INT or END_TASKS, where these are not ignored.
 
     Returns whether it came to its end; raises what it raises.
     """
     task = asyncio.ensure_future(work)
-    tasks_on_request()
-    asked = False
+    dump_tasks_on_request()
+    cancelled = False
 
-    def ask() -> (
-        None
-    ):  # only once: Slurm and the parent may both ask, and a second cancel would break off the tidying up
-        nonlocal asked
-        if not asked:
-            asked = True
+    def cancel() -> None:
+        # Only once: both Slurm and the parent may send a signal, and a second cancellation would
+        # interrupt the cleanup.
+        nonlocal cancelled
+        if not cancelled:
+            cancelled = True
             task.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT, END_TASKS):
         if signal.getsignal(number) != signal.SIG_IGN:
-            asyncio.get_running_loop().add_signal_handler(number, ask)
+            asyncio.get_running_loop().add_signal_handler(number, cancel)
     try:
         await task
     except asyncio.CancelledError:
-        log.info("asked to end")
+        log.info("ending: received a signal to end")
         return False
     return True
 
 
-def descendants_of(pid: int) -> list[int]:
-    """The pids of `pid`'s children, their children, and so on."""
-    try:
-        return [found for child in children_of(pid) for found in (child, *descendants_of(child))]
-    except FileNotFoundError:
-        return []
-
-
-def backoff(base_s: float, restarts: int) -> float:
-    """Seconds before the next restart, after so many without progress.
-
-    >>> [backoff(1.0, n) for n in (0, 1, 2, 10)]
-    [1.0, 2.0, 4.0, 60.0]
-    """
-    return float(min(60.0, base_s * 2**restarts))
-
-
 def tail(path: Path, lines: int = 12) -> str:
-    """The last lines of a log, for a message to a person."""
+    """The last lines of a log, for a message."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 64_000))
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:
         return "(no log)"
-
-
-def kill(pid: int) -> None:
-    """KILL one process; nothing happens when it has ended already."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

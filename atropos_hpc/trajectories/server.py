@@ -309,7 +309,7 @@ async def serve(run: RunDir, node: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    process.tasks_on_request()
+    process.dump_tasks_on_request()
     # Before Member, which overwrites the record of the previous port.
     server = listen(run, f"trajectories-{node}-0", host)
     member = Member(run, TrajectoriesState(), node)

@@ -1,6 +1,6 @@
-"""Talking to Slurm: asking its commands, reading what they print, the states of jobs and nodes.
+"""Runs Slurm's commands and parses what they print: the states of jobs and nodes.
 
-Everything is asked of the controller (squeue, scontrol, sinfo), never of the accounting, which many sites lack.
+Only the controller is asked (squeue, scontrol, sinfo), never the accounting, which many sites lack.
 """
 
 import logging
@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 60.0
-AWAY_S, PAUSE_S = 120.0, 5.0  # a controller that fails over is away for about two minutes
 ENDED = {
     "COMPLETED",
     "FAILED",
@@ -32,11 +31,11 @@ ENDED = {
 
 
 class SlurmError(RuntimeError):
-    """A command of Slurm's failed; the message has what it said."""
+    """A Slurm command failed; the message has its error output."""
 
 
-def ask(*command: str, env: Mapping[str, str] | None = None) -> str:
-    """The output of one of Slurm's commands. Raises SlurmError."""
+def run_command(*command: str, env: Mapping[str, str] | None = None) -> str:
+    """Run a Slurm command and return its output. Raises SlurmError."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False, env=env
@@ -44,110 +43,126 @@ def ask(*command: str, env: Mapping[str, str] | None = None) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}") from None
     if done.returncode:
-        said = "; ".join(done.stderr.strip().splitlines()) or f"exit code {done.returncode}"
-        raise SlurmError(f"{shlex.join(command)}: {said}")
+        output = "; ".join(done.stderr.strip().splitlines()) or f"exit code {done.returncode}"
+        raise SlurmError(f"{shlex.join(command)}: {output}")
     return done.stdout.strip()
 
 
-def insist(call: Callable[[], T]) -> T:
-    """What `call` returns, tried again while it raises SlurmError; raises it after AWAY_S. For what a run cannot go on without."""
-    deadline = time.monotonic() + AWAY_S
+def try_command(*command: str) -> None:
+    """Run a Slurm command whose failure does not matter."""
+    try:
+        run_command(*command)
+    except SlurmError as error:
+        log.info("%s", error)
+
+
+def retry(call: Callable[[], T], timeout_s: float = 120.0, pause_s: float = 5.0) -> T:
+    """Return what `call` returns; call it again while it raises SlurmError, for `timeout_s`.
+
+    For what a run cannot go on without. A controller that fails over is away for two minutes.
+    """
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             return call()
         except SlurmError as error:
             if time.monotonic() > deadline:
                 raise
-            log.warning("%s; tried again in %.0f s", error, PAUSE_S)
-            time.sleep(PAUSE_S)
+            log.warning("%s; trying again in %.0f s", error, pause_s)
+            time.sleep(pause_s)
 
 
-def expand(nodelist: str) -> list[str]:
-    """The names in a node list such as n[0-3,7]."""
-    return (
-        ask("scontrol", "show", "hostnames", nodelist).split()
-        if nodelist and nodelist != "(null)"
-        else []
-    )
+def expand_nodes(nodelist: str) -> list[str]:
+    """The names in a node list such as n[0-3,7]. Raises SlurmError."""
+    if not nodelist or nodelist == "(null)":
+        return []
+    return run_command("scontrol", "show", "hostnames", nodelist).split()
 
 
-def records(text: str) -> list[dict[str, str]]:
-    """What `scontrol -o show` prints: one record per line, of words key=value.
+def parse_records(text: str) -> list[dict[str, str]]:
+    """Parse what `scontrol -o show` prints: one record per line, of words key=value.
 
-    >>> records("JobId=7 JobState=RUNNING Reason=None\\nJobId=8 JobState=PENDING")[1]["JobState"]
+    >>> text = "JobId=7 JobState=RUNNING Reason=None\\nJobId=8 JobState=PENDING"
+    >>> parse_records(text)[1]["JobState"]
     'PENDING'
     """
-    return [
-        dict(re.findall(r"(?:^|\s)([\w:/]+)=(\S*)", line))
-        for line in text.splitlines()
-        if line.strip()
-    ]
+    pairs = re.compile(r"(?:^|\s)([\w:/]+)=(\S*)")
+    return [dict(pairs.findall(line)) for line in text.splitlines() if line.strip()]
+
+
+def show_job(job: str) -> list[dict[str, str]]:
+    """The records of a job's components, the leader's first. Raises SlurmError."""
+    return parse_records(run_command("scontrol", "-o", "show", "job", job))
 
 
 # --- nodes and jobs
 
 
-def unreachable(nodes: Sequence[str]) -> bool:
-    """Has the controller lost any of these nodes? Raises SlurmError."""
-    states = ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
+def is_unreachable(nodes: Sequence[str]) -> bool:
+    """Whether the controller has lost any of these nodes. Raises SlurmError."""
+    states = run_command("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
     return any(state.endswith("*") or state.startswith("down") for state in states)
 
 
 def requeue(job: str) -> None:
-    """Have Slurm start the job around us again, all components of it, from the batch step on. Slurm lets it wait about two minutes.
+    """Requeue the job that this process is in, with all its components.
 
-    Nothing happens when that has been done already. Raises SlurmError.
+    Slurm lets it wait for about two minutes. A no-op if that was done already. Raises SlurmError.
     """
-    if not restarted(records(ask("scontrol", "-o", "show", "job", job))[0]):
-        ask("scontrol", "requeue", job)
+    if not was_restarted(show_job(job)[0]):
+        run_command("scontrol", "requeue", job)
 
 
-def restarted(job: Mapping[str, str]) -> bool:
-    """Has Slurm, by its record of the job around us, put it back in the queue since it started this batch step?
+def was_restarted(record: Mapping[str, str]) -> bool:
+    """Whether Slurm has requeued the job that this process is in since it started this batch step.
 
-    A preemption without grace shows by nothing else.
+    A preemption without grace time shows by nothing else.
     """
-    return int(job.get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    started = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return int(record.get("Restarts", "0")) > started
 
 
-def states(jobs: Iterable[str]) -> dict[str, str]:
-    """The state of each job that the controller still remembers; of several components or array tasks, the one that counts. One call.
+def job_states(jobs: Iterable[str]) -> dict[str, str]:
+    """The state of each job that the controller remembers, merged over components and array tasks.
 
-    Raises SlurmError when the controller does not answer.
+    Runs one command. Raises SlurmError when the controller does not answer.
     """
     wanted = set(jobs)
     if not wanted:
         return {}
     found: dict[str, list[str]] = {}
-    for line in ask("squeue", "--me", "-h", "--states=all", "-o", "%i|%T").splitlines():
+    listing = run_command("squeue", "--me", "-h", "--states=all", "-o", "%i|%T")
+    for line in listing.splitlines():
         name, state = line.split("|")
         number = re.split(r"[+_]", name)[0]
         if number in wanted:
             found.setdefault(number, []).append(state)
-    return {number: merged(of) for number, of in found.items()}
+    return {number: merge_states(states) for number, states in found.items()}
 
 
-def merged(of: Sequence[str]) -> str:
-    """The state of a job from its components': what still goes on comes before what has ended, and failure before success.
+def merge_states(states: Sequence[str]) -> str:
+    """Merge the states of a job's components: active ones win, then failures, then success.
 
-    >>> merged(["COMPLETED", "RUNNING"]), merged(["COMPLETED", "NODE_FAIL"]), merged(["COMPLETED"] * 2), merged(["PENDING"] * 2)
-    ('RUNNING', 'NODE_FAIL', 'COMPLETED', 'PENDING')
+    >>> merge_states(["COMPLETED", "RUNNING"]), merge_states(["COMPLETED", "NODE_FAIL"])
+    ('RUNNING', 'NODE_FAIL')
+    >>> merge_states(["COMPLETED"] * 2), merge_states(["PENDING"] * 2)
+    ('COMPLETED', 'PENDING')
     """
-    going = [state for state in of if state not in ENDED]
-    if going:
-        return "RUNNING" if "RUNNING" in going or len(going) < len(of) else going[0]
-    return next((state for state in of if state != "COMPLETED"), "COMPLETED")
+    active = [state for state in states if state not in ENDED]
+    if active:
+        return "RUNNING" if "RUNNING" in active or len(active) < len(states) else active[0]
+    return next((state for state in states if state != "COMPLETED"), "COMPLETED")
 
 
-def is_here() -> bool:
-    """Are Slurm's commands on this machine?"""
+def is_installed() -> bool:
+    """Whether Slurm's commands are on this machine."""
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
-def answers() -> bool:
-    """Is there a controller that answers?"""
+def is_reachable() -> bool:
+    """Whether a controller answers."""
     try:
-        return bool(ask("sinfo", "-h", "-o", "%R"))
+        return bool(run_command("sinfo", "-h", "-o", "%R"))
     except SlurmError:
         return False
 
@@ -158,7 +173,7 @@ def known_states(jobs: Iterable[str | None]) -> dict[str, str | None]:
     if not wanted or shutil.which("squeue") is None:
         return {}
     try:
-        found = states(wanted)
+        found = job_states(wanted)
     except SlurmError:
         return {}
     return {job: found.get(job) for job in wanted}

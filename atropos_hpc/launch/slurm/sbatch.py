@@ -1,7 +1,10 @@
-"""What is asked of Slurm, as text. Pure functions of the config and the environment: no process, no file, no clock.
+"""Everything that is given to Slurm, as text. Pure functions of the config and the environment.
 
-Order of use: `problems` and `script` (the login node: one sbatch call per run) -> `granted` (the batch step: which nodes each role got)
--> `srun` (the batch step: one command line per step), with an environment from which `clean` has taken the batch step's own counts.
+In order of use:
+
+1. `problems` and `script` (login node): one sbatch call per run
+2. `allocated_nodes` (batch step): the nodes of each role
+3. `srun` (batch step): one command line per step, to be run in a `step_environment`
 """
 
 import shlex
@@ -13,15 +16,15 @@ from typing import Any
 from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.validate import Problem
 
-ROLES = (
-    "trainer",
-    "rollout",
-)  # in het jobs the number of the component; the first is the leader, whose first node runs the batch step
+# In het jobs, the number of a role's component. The first one leads: its first node runs the batch
+# step.
+ROLES = ("trainer", "rollout")
 
 
 @dataclass(frozen=True)
-class Group:
-    """The nodes that a role has got: Slurm's names, the raw id of the (component's) job, and the het group's number."""
+class Allocation:
+    """The nodes allocated to a role: Slurm's names, the raw id of the (component's) job, and the
+    number of the het component."""
 
     nodes: tuple[str, ...]
     job: str
@@ -32,21 +35,25 @@ class Group:
 
 
 def script(config: Config, output: str, command: str, slot: str | None = None) -> str:
-    """The batch script of a run: all roles (het, single), or the trainer (split). `slot`: runs with the same one take turns.
+    """Return the sbatch script of a run: all roles (het, single), or the trainer (split).
 
-    `exec` and `trap` are there for --signal=B:USR2, which goes to one pid, the batch shell's: the program takes the shell's place, and
-    a USR2 that comes before the program listens is ignored instead of deadly.
+    Runs with the same `slot` take turns. `exec` and `trap` serve --signal=B:USR2, which goes to the
+    batch shell's pid alone: the program takes the shell's place, and a USR2 that comes before the
+    program handles it is ignored instead of deadly.
     """
     launch, name = config.launch, slot or config.launch.job_name
     common = {
-        "job_name": name, "time": launch.minutes, "output": output, "open_mode": "append", "requeue": True,
-        "signal": f"B:USR2@{launch.signal_s}", "dependency": "singleton" if slot else None, **config.cluster.sbatch,
-    }  # fmt: skip
+        "job_name": name,
+        **_common(config, output),
+        "dependency": "singleton" if slot else None,
+        **config.cluster.sbatch,
+    }
     if launch.allocation == "het":
-        # Slurm lets a component outlive a node only if it has two nodes or more, and wants the option for all or for none
+        # Slurm lets a component outlive a node only if it has two nodes or more, and wants the
+        # option for all components or for none.
         no_kill = {"no_kill": config.roles.trainer.nodes > 1 and config.roles.rollout.nodes > 1}
-        # a name of its own: of one name for both components, a singleton would wait for itself
         rollout = {
+            # A name of its own: with one name for both, a singleton would wait for itself.
             "job_name": f"{name}.rollout",
             **no_kill,
             **config.cluster.sbatch,
@@ -54,25 +61,40 @@ def script(config: Config, output: str, command: str, slot: str | None = None) -
         }
         sections = [{**common, **no_kill, **options(config, "trainer")}, rollout]
     elif launch.allocation == "single":
-        sections = [{**common, "no_kill": config.roles.rollout.nodes > 1, **widest(config)}]
+        no_kill = {"no_kill": config.roles.rollout.nodes > 1}
+        sections = [{**common, **no_kill, **merged_options(config)}]
     else:
         sections = [{**common, **options(config, "trainer")}]
     return _text(sections, "trap '' USR2", f"exec {command}")
 
 
 def rollout_script(config: Config, output: str, command: str) -> str:
-    """The rollout job of a split run: an array with one node per task, each of which Slurm requeues by itself when its node dies."""
+    """Return the sbatch script of the rollout job of a split run: an array with one node per task,
+    so that Slurm requeues a task by itself when its node dies."""
     rollout = options(config, "rollout")
     section = {
-        "job_name": f"{config.launch.job_name}.rollout", "array": f"0-{rollout.pop('nodes') - 1}", "nodes": 1,
-        "time": config.launch.minutes, "output": output, "open_mode": "append", "requeue": True,
-        "signal": f"B:USR2@{config.launch.signal_s}", **config.cluster.sbatch, **rollout,
-    }  # fmt: skip
+        "job_name": f"{config.launch.job_name}.rollout",
+        "array": f"0-{rollout.pop('nodes') - 1}",
+        "nodes": 1,
+        **_common(config, output),
+        **config.cluster.sbatch,
+        **rollout,
+    }
     return _text([section], "trap '' USR2", f"exec {command}")
 
 
+def _common(config: Config, output: str) -> dict[str, Any]:
+    return {
+        "time": config.launch.minutes,
+        "output": output,
+        "open_mode": "append",
+        "requeue": True,
+        "signal": f"B:USR2@{config.launch.signal_s}",
+    }
+
+
 def options(config: Config, role: str) -> dict[str, Any]:
-    """sbatch's options for a role; what the role leaves open, the cluster says."""
+    """Return sbatch's options for a role; the cluster's where the role has none."""
     conf: RoleConf = getattr(config.roles, role)
     cluster = config.cluster
     return {
@@ -89,8 +111,9 @@ def options(config: Config, role: str) -> dict[str, Any]:
     }
 
 
-def widest(config: Config) -> dict[str, Any]:
-    """Options of one homogeneous job that holds all roles: the nodes of both, each with the most that either asks for."""
+def merged_options(config: Config) -> dict[str, Any]:
+    """Return the options of one homogeneous job for all roles: the nodes of both, each with the
+    larger of what the roles ask for."""
     both = [options(config, role) for role in ROLES]
     confs = [config.roles.trainer, config.roles.rollout]
     merged = {
@@ -119,7 +142,7 @@ def _gpus(config: Config, conf: RoleConf) -> dict[str, Any]:
 
 
 def megabytes(mem: str) -> float:
-    """Slurm's spelling of memory.
+    """Parse Slurm's notation of memory.
 
     >>> megabytes("500"), megabytes("2G"), megabytes("2GB")
     (500.0, 2048.0, 2048.0)
@@ -147,17 +170,20 @@ def _option(key: str, value: Any) -> str:
 
 
 def slot_names(job_name: str, sweep: str, points: int, slots: int) -> list[str | None]:
-    """A job name per point of a sweep, `slots` different ones: jobs that share a name run one after another. 0 slots: no cap.
+    """Return a job name per point of a sweep, `slots` different ones: jobs that share a name run
+    one after another. 0 slots: no limit, no names.
 
-    >>> slot_names("kl", "/runs/a", 3, 2), slot_names("kl", "/runs/a", 2, 0)
-    (['kl-76a66ae4-0', 'kl-76a66ae4-1', 'kl-76a66ae4-0'], [None, None])
+    >>> slot_names("kl", "/runs/a", 3, 2)
+    ['kl-76a66ae4-0', 'kl-76a66ae4-1', 'kl-76a66ae4-0']
+    >>> slot_names("kl", "/runs/a", 2, 0)
+    [None, None]
     """
-    prefix = f"{job_name}-{zlib.crc32(sweep.encode()):08x}"  # another sweep's slots are its own
+    prefix = f"{job_name}-{zlib.crc32(sweep.encode()):08x}"  # no slots are shared
     return [f"{prefix}-{i % slots}" if slots else None for i in range(points)]
 
 
 def gpu_hours(config: Config) -> float:
-    """GPU-hours that a run asks for, at most: all nodes for the whole time limit."""
+    """Return the GPU-hours that a run may use: all nodes for the whole time limit."""
     count = 0
     for role in ROLES:
         asked = options(config, role)
@@ -169,41 +195,51 @@ def gpu_hours(config: Config) -> float:
 
 # --- checks
 
-# sbatch's options that have a key of their own
+# sbatch's options that have a config key of their own
 OWN_OPTIONS = {
-    "nodes": "roles.{role}.nodes", "ntasks_per_node": "roles.{role}.ranks_per_node", "cpus_per_task": "roles.{role}.cpus_per_task",
-    "gpus_per_node": "roles.{role}.gpus_per_node", "gres": "roles.{role}.gres", "mem": "roles.{role}.mem",
-    "partition": "roles.{role}.partition", "account": "roles.{role}.account", "qos": "roles.{role}.qos",
-    "constraint": "roles.{role}.constraint", "time": "launch.minutes", "signal": "launch.signal_s", "job_name": "launch.job_name",
-}  # fmt: skip
+    "nodes": "roles.{role}.nodes",
+    "ntasks_per_node": "roles.{role}.ranks_per_node",
+    "cpus_per_task": "roles.{role}.cpus_per_task",
+    "gpus_per_node": "roles.{role}.gpus_per_node",
+    "gres": "roles.{role}.gres",
+    "mem": "roles.{role}.mem",
+    "partition": "roles.{role}.partition",
+    "account": "roles.{role}.account",
+    "qos": "roles.{role}.qos",
+    "constraint": "roles.{role}.constraint",
+    "time": "launch.minutes",
+    "signal": "launch.signal_s",
+    "job_name": "launch.job_name",
+}
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """What an allocation on Slurm needs of the config, whatever the cluster."""
+    """Yield what is wrong with the config for any cluster."""
     launch = config.launch
     if launch.allocation == "local":
         for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
             if role.container:
                 yield Problem(
                     f"roles.{name}.container",
-                    "is started by Slurm; with launch.allocation=local, start the command inside it",
+                    "is started by Slurm only; with launch.allocation=local, run the command inside it",
                 )
         return
     if launch.signal_s >= 60 * launch.minutes:
         yield Problem(
             "launch.signal_s",
-            f"{launch.signal_s} s before the end is before the start of launch.minutes={launch.minutes}",
+            f"{launch.signal_s} s is not less than the time limit, launch.minutes={launch.minutes}",
         )
     if launch.signal_s < launch.save_timeout_s:
         yield Problem(
             "launch.signal_s",
-            f"{launch.signal_s} s are less than a checkpoint may take, launch.save_timeout_s={launch.save_timeout_s:g}",
+            f"{launch.signal_s} s is less than a checkpoint may take,"
+            f" launch.save_timeout_s={launch.save_timeout_s:g}",
         )
     gpus = config.cluster.gpus
     if gpus and not (gpus.startswith("--") and "{n}" in gpus):
         yield Problem(
             "cluster.gpus",
-            f"{gpus!r} is not an option of sbatch with {{n}} for the number, such as --gres=gpu:{{n}}",
+            f"{gpus!r} is not an sbatch option with {{n}} for the number, such as --gres=gpu:{{n}}",
         )
     for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
         for option in role.sbatch:
@@ -216,14 +252,16 @@ def problems(config: Config) -> Iterator[Problem]:
 
 # --- in the batch step
 
-# srun takes its options from these when they are not given, and a batch step holds the leader's values
-_COUNTS = {
-    "NTASKS", "NPROCS", "NNODES", "JOB_NUM_NODES", "NTASKS_PER_NODE", "TASKS_PER_NODE", "CPUS_PER_TASK", "CPUS_PER_GPU", "GPUS",
-    "GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS_PER_SOCKET", "GPU_BIND", "GPU_FREQ", "GRES", "MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU",
-    "MEM_BIND", "CPU_BIND", "CPU_BIND_TYPE", "CPU_BIND_LIST", "CPU_BIND_VERBOSE", "DISTRIBUTION", "HINT", "EXCLUSIVE", "EXACT", "OVERLAP",
-    "THREADS_PER_CORE", "NTASKS_PER_GPU", "NTASKS_PER_CORE", "NO_KILL", "OPEN_MODE", "UNBUFFEREDIO", "TIMELIMIT", "EXPORT_ENV",
-    "HET_GROUP", "KILL_BAD_EXIT", "TRES_PER_TASK",
-}  # fmt: skip
+# srun takes its options from these where none are given, and a batch step holds the leader's values.
+_COUNTS = set(
+    """
+    NTASKS NPROCS NNODES JOB_NUM_NODES NTASKS_PER_NODE TASKS_PER_NODE CPUS_PER_TASK CPUS_PER_GPU
+    GPUS GPUS_PER_NODE GPUS_PER_TASK GPUS_PER_SOCKET GPU_BIND GPU_FREQ GRES MEM_PER_NODE MEM_PER_CPU
+    MEM_PER_GPU MEM_BIND CPU_BIND CPU_BIND_TYPE CPU_BIND_LIST CPU_BIND_VERBOSE DISTRIBUTION HINT
+    EXCLUSIVE EXACT OVERLAP THREADS_PER_CORE NTASKS_PER_GPU NTASKS_PER_CORE NO_KILL OPEN_MODE
+    UNBUFFEREDIO TIMELIMIT EXPORT_ENV HET_GROUP KILL_BAD_EXIT TRES_PER_TASK
+    """.split()
+)
 _OTHERS = {
     "CUDA_VISIBLE_DEVICES",
     "GPU_DEVICE_ORDINAL",
@@ -235,11 +273,13 @@ _OTHERS = {
 }
 
 
-def clean(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment for srun: the job's identity stays; the batch step's own counts and the submitter's SRUN_*, SBATCH_* go.
+def step_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for srun: the job's identity without the batch step's own counts and
+    the submitter's SRUN_* and SBATCH_*.
 
-    >>> sorted(clean({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST_HET_GROUP_1": "n2", "SBATCH_QOS": "x", "RANK": "0"}))
-    ['SLURM_JOB_ID', 'SLURM_JOB_NODELIST_HET_GROUP_1']
+    >>> env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SBATCH_QOS": "x", "RANK": "0"}
+    >>> step_environment({**env, "SLURM_JOB_NODELIST_HET_GROUP_1": "n2"})
+    {'SLURM_JOB_ID': '7', 'SLURM_JOB_NODELIST_HET_GROUP_1': 'n2'}
     """
     drop = {f"SLURM_{name}" for name in _COUNTS} | _OTHERS
     return {
@@ -249,74 +289,94 @@ def clean(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def outside(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment for sbatch, without anything of a job around it, which would leak into the new one."""
+def submission_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for sbatch, without variables of a surrounding job, which would leak
+    into the new one."""
     leaks = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "CUDA_VISIBLE", "GPU_DEVICE", "ROCR_VISIBLE")
     return {
         key: value for key, value in env.items() if key == "SLURM_CONF" or not key.startswith(leaks)
     }
 
 
-def granted(
-    config: Config, env: Mapping[str, str], expand: Callable[[str], Sequence[str]]
-) -> dict[str, Group]:
-    """Which nodes each role got, from the batch step's environment. `expand`: a node list to names.
+def allocated_nodes(
+    config: Config, env: Mapping[str, str], expand_nodes: Callable[[str], Sequence[str]]
+) -> dict[str, Allocation]:
+    """Read each role's nodes from the batch step's environment. `expand_nodes` expands a node list.
 
-    Raises ValueError, naming the key, when the job is not of the kind or the size that the config says.
+    Raises ValueError, naming the key, when the job is not of the kind or the size of the config.
     """
     kind, roles, job = config.launch.allocation, config.roles, env["SLURM_JOB_ID"]
     if kind == "het":
         if env.get("SLURM_HET_SIZE") != "2":
             raise ValueError(
-                "launch.allocation: is het, but this is not a heterogeneous job of two components (trainer, rollout)"
+                "launch.allocation: is het, but this is not a heterogeneous job of two components"
+                " (trainer, rollout)"
             )
-        groups = {
-            role: Group(
-                tuple(expand(env[f"SLURM_JOB_NODELIST_HET_GROUP_{i}"])),
-                env[f"SLURM_JOB_ID_HET_GROUP_{i}"],
-                i,
-            )
-            for i, role in enumerate(ROLES)
-        }
+        allocations = {}
+        for i, role in enumerate(ROLES):
+            nodes = expand_nodes(env[f"SLURM_JOB_NODELIST_HET_GROUP_{i}"])
+            component = env[f"SLURM_JOB_ID_HET_GROUP_{i}"]
+            allocations[role] = Allocation(tuple(nodes), component, i)
     elif kind == "single":
-        nodes = tuple(expand(env["SLURM_JOB_NODELIST"]))
+        all_nodes = tuple(expand_nodes(env["SLURM_JOB_NODELIST"]))
         cut = roles.trainer.nodes
-        groups = {"trainer": Group(nodes[:cut], job), "rollout": Group(nodes[cut:], job)}
+        allocations = {
+            "trainer": Allocation(all_nodes[:cut], job),
+            "rollout": Allocation(all_nodes[cut:], job),
+        }
     else:
-        groups = {"trainer": Group(tuple(expand(env["SLURM_JOB_NODELIST"])), job)}
-    for role, group in groups.items():
-        if len(group.nodes) != (asked := getattr(roles, role).nodes):
+        allocations = {"trainer": Allocation(tuple(expand_nodes(env["SLURM_JOB_NODELIST"])), job)}
+    for role, allocation in allocations.items():
+        if len(allocation.nodes) != (asked := getattr(roles, role).nodes):
             raise ValueError(
-                f"roles.{role}.nodes: is {asked}, but this job has {len(group.nodes)} for it"
+                f"roles.{role}.nodes: is {asked}, but this job has {len(allocation.nodes)} for it"
             )
-    return groups
+    return allocations
 
 
-def srun(
-    name: str,
-    group: Group,
-    nodes: Sequence[str],
-    conf: RoleConf,
-    tasks_per_node: int,
-    container: str,
-    output: str,
-    program: str,
-) -> tuple[str, ...]:
-    """One step, with every count given. `program` is a shell script that each task runs; `container` is cluster.container.
+@dataclass(frozen=True)
+class StepRequest:
+    """A step to be started by srun. `program` is a shell script that each task runs; `output` is
+    the pattern of the tasks' logs; `container` is cluster.container."""
 
-    The step gets all GPUs and all memory that its job has on these nodes. --overlap: a step that is started again need not wait until
-    Slurm has put the dead one away.
+    name: str
+    nodes: Sequence[str]
+    tasks_per_node: int
+    output: str
+    program: str
+    container: str = ""
+
+
+def srun(step: StepRequest, allocation: Allocation, conf: RoleConf) -> tuple[str, ...]:
+    """Return the command line of a step, with every count given.
+
+    The step gets all GPUs and all memory that its job has on these nodes. With --overlap, a step
+    that is started again need not wait until Slurm has removed the dead one.
     """
-    het = [f"--het-group={group.het}"] if group.het is not None else []
-    flags = (
-        [f"--container-image={conf.container}"] if conf.container and container == "pyxis" else []
-    )
+    pyxis = conf.container and step.container == "pyxis"
     return (
-        "srun", *het, f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}",
-        f"--nodelist={','.join(nodes)}", f"--cpus-per-task={conf.cpus_per_task}", "--mem=0", "--overlap", "--unbuffered",
-        "--kill-on-bad-exit=1", "--wait=30", f"--job-name={name}", "--export=ALL", "--open-mode=append", f"--output={output}",
-        *flags, *conf.srun, "bash", "-c", program,
-    )  # fmt: skip
+        "srun",
+        *([f"--het-group={allocation.het}"] if allocation.het is not None else []),
+        f"--nodes={len(step.nodes)}",
+        f"--ntasks={len(step.nodes) * step.tasks_per_node}",
+        f"--ntasks-per-node={step.tasks_per_node}",
+        f"--nodelist={','.join(step.nodes)}",
+        f"--cpus-per-task={conf.cpus_per_task}",
+        "--mem=0",
+        "--overlap",
+        "--unbuffered",
+        "--kill-on-bad-exit=1",
+        "--wait=30",
+        f"--job-name={step.name}",
+        "--export=ALL",
+        "--open-mode=append",
+        f"--output={step.output}",
+        *([f"--container-image={conf.container}"] if pyxis else []),
+        *conf.srun,
+        "bash",
+        "-c",
+        step.program,
+    )
 
 
 def program(
@@ -326,17 +386,10 @@ def program(
     container: str,
     variables: Mapping[str, str],
 ) -> str:
-    """The shell script of a step's task: the site's and the role's setup lines, variables (whose values the shell expands), the command."""
-    prefix = (
-        [*shlex.split(container), conf.container] if conf.container and container != "pyxis" else []
-    )
+    """Return the shell script of a step's task: the setup lines of the site and the role, exports
+    (whose values the shell expands), and the command."""
+    wrapped = conf.container and container != "pyxis"
+    prefix = [*shlex.split(container), conf.container] if wrapped else []
     exports = [f'export {key}="{value}"' for key, value in variables.items()]
-    return "\n".join(
-        [
-            *cluster_setup,
-            *conf.setup,
-            "unset ATROPOS_HPC_PARENT",
-            *exports,
-            f"exec {shlex.join([*prefix, *command])}",
-        ]
-    )
+    last = f"exec {shlex.join([*prefix, *command])}"
+    return "\n".join([*cluster_setup, *conf.setup, "unset ATROPOS_HPC_PARENT", *exports, last])

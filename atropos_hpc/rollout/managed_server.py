@@ -1,0 +1,167 @@
+"""A vLLM server as its node agent sees it: started, probed, and brought to the newest version."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from atropos_hpc.config import LaunchConf
+from atropos_hpc.contracts.members import ServerState, Wait
+from atropos_hpc.policy.follower import Follower, LoadableVersion
+from atropos_hpc.policy.weight_update import PushError, Stuck, push
+from atropos_hpc.runtime.network import free_port
+from atropos_hpc.runtime.process import ProcessSpec
+from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.supervision import Limits, ManagedProcess, SupervisionEngine
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 5.0
+PROBE_EVERY_S = 5.0
+# vLLM passes this route on to its engine, while /health answers even though the engine hangs.
+ENGINE_ROUTE = "/is_sleeping"
+UNHEALTHY_S = 60.0  # without an answer, after which a server that was up is killed
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """What the servers of a node share."""
+
+    run: RunDir
+    host: str
+    token: str
+    launch: LaunchConf
+    update_mode: str  # policy.update_mode
+    engine: SupervisionEngine
+    follower: Follower
+    http: aiohttp.ClientSession
+
+
+class ManagedServer:
+    """One vLLM server. `serves` is the version that it serves; until then it is not listed."""
+
+    def __init__(self, name: str, limits: Limits) -> None:
+        self.managed = ManagedProcess(name, "server", self._specs, limits)
+        self.name, self.url = name, ""
+        self.serves: LoadableVersion | None = None
+        self._context: ServerContext | None = None
+        self._answered = self._probed = 0.0  # monotonic
+        self._probing: asyncio.Task[None] | None = None
+        self._updating: asyncio.Task[None] | None = None
+
+    def attach(self, context: ServerContext) -> None:
+        """Give the server what it needs to be started; call it before the engine's first poll."""
+        self._context = context
+
+    @property
+    def context(self) -> ServerContext:
+        assert self._context is not None, "attach comes first"
+        return self._context
+
+    def state(self) -> ServerState:
+        """The server's entry in the agent's member file."""
+        version = self.serves.version.version if self.serves else None
+        return ServerState(name=self.name, url=self.url, version=version, pid=self.managed.pid)
+
+    def wait(self) -> Wait | None:
+        """What has to happen before the server serves; None when it does."""
+        if self.serves is not None:
+            return None
+        newest, now = self.context.follower.newest, time.time()
+        if not self.managed.ready:
+            return Wait("its start", self.name, now, now + self.context.launch.start_timeout_s)
+        if newest is None:
+            return Wait("the first policy version", "the learner", now)
+        return Wait(f"it to load policy version {newest.version.version}", self.name, now)
+
+    def ended(self) -> None:
+        """Call when the process has ended: it serves nothing any more."""
+        self.serves = None
+
+    def _specs(self) -> Sequence[ProcessSpec]:
+        port = free_port(self.context.host)
+        self.url, self.serves = f"http://{self.context.host}:{port}", None
+        self._answered = time.monotonic()
+        arguments = ("--run-dir", str(self.context.run.path), "--port", str(port))
+        command = (sys.executable, "-m", "atropos_hpc.rollout.vllm_server", *arguments)
+        return [ProcessSpec(self.name, command)]
+
+    def tick(self) -> None:
+        """Probe the server and bring it to the newest version; each in a task of its own."""
+        if not self.managed.children:
+            return
+        probing = self._probing is not None and not self._probing.done()
+        due = not self.managed.ready or time.monotonic() - self._answered > PROBE_EVERY_S
+        if due and not probing:
+            self._probing = asyncio.create_task(self._probe())
+        newest = self.context.follower.newest
+        outdated = newest is not None and self.serves != newest
+        if self.managed.ready and newest is not None and outdated and not self._is_updating():
+            self._updating = asyncio.create_task(self._update(newest))
+
+    def _is_updating(self) -> bool:
+        return self._updating is not None and not self._updating.done()
+
+    async def _probe(self) -> None:
+        """Request the server's health. One that does not come up, or does not answer any more, is
+        killed; the engine starts it again."""
+        child = self.managed.children[0]
+        if await self._answers():
+            if self.managed.children != [child]:
+                return  # it was restarted meanwhile
+            if not self.managed.ready:
+                log.info("%s is up at %s", self.name, self.url)
+            self.managed.ready, self._answered = True, time.monotonic()
+            return
+        if self.managed.children != [child]:
+            return
+        silent_s = time.monotonic() - self._answered
+        limit = UNHEALTHY_S if self.managed.ready else self.context.launch.start_timeout_s
+        if silent_s > limit:
+            self._kill(f"has not answered for {silent_s:.0f} s")
+        await asyncio.sleep(0.5)
+
+    async def _answers(self) -> bool:
+        # An update has deadlines of its own, and keeps the engine busy.
+        route = ENGINE_ROUTE if self.managed.ready and not self._is_updating() else "/health"
+        headers = {"Authorization": f"Bearer {self.context.token}"}
+        try:
+            async with self.context.http.get(self.url + route, headers=headers) as answer:
+                # A server without that route answers, too.
+                return answer.status == 200 or (route == ENGINE_ROUTE and answer.status < 500)
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            return False
+
+    async def _update(self, newest: LoadableVersion) -> None:
+        """Push a version once. A server that refuses keeps what it serves, and is asked again."""
+        children, context = list(self.managed.children), self.context
+        try:
+            await push(
+                context.http,
+                self.url,
+                context.token,
+                newest.directory,
+                newest.version,
+                context.update_mode,
+            )
+        except Stuck as error:
+            if self.managed.children == children:
+                self._kill(f"is stuck: {error}")
+            return
+        except PushError as error:
+            if context.follower.newest != newest:
+                return  # the node has a newer version, and has removed this one's copy
+            log.error(
+                "%s did not load a policy version and keeps the one it serves: %s", self.name, error
+            )
+            await asyncio.sleep(1.0)
+            return
+        if self.managed.children == children:  # else it was restarted, without these weights
+            self.serves = newest
+
+    def _kill(self, why: str) -> None:
+        self.context.engine.kill_hung(self.managed, f"{self.name} {why}")
