@@ -1,4 +1,4 @@
-"""A process that hangs is found, tells its stacks in its log, and is ended; who waits for whom is told with it."""
+"""A process that hangs is found, dumps its stack traces to its log and is killed; the log says who waits for whom."""
 
 import os
 import sys
@@ -18,9 +18,10 @@ from atropos_hpc.contracts.members import (
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.runtime import membership, process, supervision
+from atropos_hpc.runtime import membership, process
+from atropos_hpc.runtime.hang_detection import ProgressWatch, SilenceWatch, describe_waits
+from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.runtime.supervision import Progress, Silence, waits
 
 # A member that is at step 3, and then does one of these
 HANGS = {
@@ -67,10 +68,8 @@ def run(tmp_path: Path) -> RunDir:
 
 @pytest.mark.parametrize("how", HANGS)
 def test_a_learner_that_hangs_is_named_dumped_and_ended(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+    run: RunDir, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    monkeypatch.setattr(membership.RosterPublisher, "dead_s", 1.5)
-    monkeypatch.setattr(supervision, "HUNG_S", 1.0)
     commands = {
         "agent": member_program(run, "agent", "time.sleep(600)"),
         "trainer": member_program(run, "trainer", HANGS[how]),
@@ -88,7 +87,9 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
     with membership.Member(run, EnvironmentState(), "n", beat_s=0.1).waiting(
         "a vLLM server", "the node agents"
     ):
-        end = Supervisor(run, conf, steps, lambda members: None).supervise()
+        supervisor = Supervisor(run, conf, steps, lambda members: None)
+        supervisor.roster.dead_s, supervisor.silence.hung_s = 1.5, 1.0
+        end = supervisor.supervise()
     assert end is Action.FAIL
     assert (
         "environment-n-0 has waited" in caplog.text
@@ -99,9 +100,12 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
             "those that were waited for tell their stacks"
         )
         return
-    named = {"gets no further": "state training, step 3", "is stopped": "no sign for too long"}[how]
+    named = {
+        "gets no further": "state training, step 3",
+        "is stopped": "no heartbeat for too long",
+    }[how]
     assert (
-        f"trainer-n-0 has {'been in ' if how == 'gets no further' else 'given '}{named}"
+        f"trainer-n-0 has {'been in ' if how == 'gets no further' else 'sent '}{named}"
         in caplog.text
     )
     if how == "gets no further":
@@ -125,9 +129,16 @@ def member(name: str = "trainer-n-0", **more: Any) -> TrainerState:
     return TrainerState(**{"name": name, "pid": 1, "state": "training", "step": 3, **more})
 
 
-def test_a_member_is_silent_only_while_it_gives_no_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "HUNG_S", 0.05)
-    silence = Silence()
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_member_hangs_when_it_is_silent_without_a_break() -> None:
+    clock = Clock()
+    silence = SilenceWatch(hung_s=90, clock=clock)
     for shown in (
         [member(alive=False)],
         [member()],
@@ -135,16 +146,17 @@ def test_a_member_is_silent_only_while_it_gives_no_sign(monkeypatch: pytest.Monk
         [member(alive=False, state="ended")],
     ):
         assert silence.hung(shown) == []
-        time.sleep(0.06)
+        clock.now += 91
     silence.hung([member(alive=False)])
-    time.sleep(0.06)
+    clock.now += 91
     assert silence.hung([member(alive=False, pid=2)]) == [], "it has been started again"
-    time.sleep(0.06)
+    clock.now += 91
     assert len(silence.hung([member(alive=False, pid=2)])) == 1
 
 
 def test_a_wait_is_no_hang_for_it_has_a_deadline_of_its_own() -> None:
-    progress = Progress(start_timeout_s=600, step_timeout_s=0.05)
+    clock = Clock()
+    progress = ProgressWatch(start_timeout_s=600, step_timeout_s=50, clock=clock)
     wait = Wait("batch 3", "the trajectory server", 0.0)
     for seen in (
         [member()],
@@ -154,14 +166,14 @@ def test_a_wait_is_no_hang_for_it_has_a_deadline_of_its_own() -> None:
         [member(step=4)],
         [],
     ):
-        assert progress.missing_s(seen) is None
-        time.sleep(0.06)
-    progress.missing_s([member()])
-    time.sleep(0.06)
-    assert (progress.missing_s([member()]) or 0) > 0.05
+        assert progress.stalled_s(seen) is None
+        clock.now += 51
+    progress.stalled_s([member()])
+    clock.now += 51
+    assert progress.stalled_s([member()]) == 51
 
 
-def test_who_waits_for_whom_is_told_in_words() -> None:
+def test_a_description_of_waits_names_who_waits_for_whom() -> None:
     wait = Wait("batch 3", "the trajectory server", 40.0)
     shown = [
         member(waiting=wait),
@@ -169,7 +181,7 @@ def test_who_waits_for_whom_is_told_in_words() -> None:
         member("server", alive=False),
         member("old", alive=False, state="ended", waiting=wait),
     ]
-    assert waits(shown, 100.0) == [
+    assert describe_waits(shown, 100.0) == [
         "trainer-n-0 has waited 60 s for batch 3 from the trajectory server",
-        "server gives no sign",
+        "server sends no heartbeat",
     ]

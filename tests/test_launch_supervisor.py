@@ -134,7 +134,9 @@ def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
     try:
         with pytest.raises(SlurmError, match="requeue"):
             Point(0, [], Config(), tmp_path).requeue()
-        monkeypatch.setattr(commands, "run_command", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1")
+        monkeypatch.setattr(
+            commands, "run_command", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1"
+        )
         Point(0, [], Config(), tmp_path).requeue()  # Slurm was quicker
     finally:
         signal.signal(signal.SIGUSR2, previous)

@@ -88,7 +88,9 @@ def check(config: Config, run_dir: Path) -> list[Problem]:
 def look() -> Cluster:
     """The cluster as it is now. Raises SlurmError."""
     nodes: dict[str, list[Nodes]] = {}
-    for line in commands.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f").splitlines():
+    for line in commands.run_command(
+        "sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f"
+    ).splitlines():
         partition, count, cpus, memory, gres, features = line.split("|")
         each = Nodes(
             int(count),
@@ -99,14 +101,18 @@ def look() -> Cluster:
         )
         nodes.setdefault(partition, []).append(each)
     partitions = {}
-    for record in commands.parse_records(commands.run_command("scontrol", "-o", "show", "partition")):
+    for record in commands.parse_records(
+        commands.run_command("scontrol", "-o", "show", "partition")
+    ):
         name = record["PartitionName"]
         partitions[name] = Partition(
             name, record["State"] == "UP", record["Default"] == "YES", minutes(record["MaxTime"]), _number(record["MaxNodes"]),
             tuple(nodes.get(name, ())), _names(record, "Allow"), _names(record, "Deny"),
         )  # fmt: skip
     conf = dict(
-        re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", commands.run_command("scontrol", "show", "config"), re.M)
+        re.findall(
+            r"^(\w+)\s*=\s*(.*?)\s*$", commands.run_command("scontrol", "show", "config"), re.M
+        )
     )
     return Cluster(partitions, conf.get("SchedulerType", ""), int(conf.get("MaxArraySize", "1001")))
 

@@ -290,9 +290,9 @@ class Supervisor:
                 found.append((rank, why))
         for member, why in found:
             for managed in self.engine.processes:
-                if _belongs(member, self.steps[managed.name]) and managed.children:
-                    if self.engine.kill_hung(managed, f"{member.name} {why}"):
-                        self._log_waits()
+                own_step = _belongs(member, self.steps[managed.name]) and managed.children
+                if own_step and self.engine.kill_hung(managed, f"{member.name} {why}"):
+                    self._log_waits()
 
     def _explain_wait_timeout(self, waited: ManagedProcess) -> None:
         """Log who waits for whom, and have the processes that were waited for dump their stacks."""

@@ -51,9 +51,7 @@ class Point:
 
         Nothing happens when Slurm has requeued it already.
         """
-        if commands.was_restarted(
-            commands.show_job(os.environ["SLURM_JOB_ID"])[0]
-        ):
+        if commands.was_restarted(commands.show_job(os.environ["SLURM_JOB_ID"])[0]):
             return
         try:
             signal.raise_signal(signal.SIGUSR2)

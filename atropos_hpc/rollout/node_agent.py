@@ -33,7 +33,7 @@ from atropos_hpc.runtime import process
 from atropos_hpc.runtime.hang_detection import SilenceWatch
 from atropos_hpc.runtime.membership import Member, RosterReader, post_request
 from atropos_hpc.runtime.network import own_host
-from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, ProcessSpec
+from atropos_hpc.runtime.process import REFUSED, STOPPED, ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Exit, Limits, ManagedProcess, SupervisionEngine
 

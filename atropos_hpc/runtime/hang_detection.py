@@ -35,9 +35,7 @@ def describe_waits(members: Iterable[MemberState], now: float) -> list[str]:
 class SilenceWatch:
     """Finds members that have been silent for too long, by this process's own clock."""
 
-    def __init__(
-        self, hung_s: float = HUNG_S, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, hung_s: float = HUNG_S, clock: Callable[[], float] = time.monotonic) -> None:
         self.hung_s, self._clock = hung_s, clock
         self._since: dict[tuple[str, int], float] = {}
 

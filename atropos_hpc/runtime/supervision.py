@@ -71,7 +71,7 @@ class Lifecycle:
     limits: Limits
     state: State = State.WAITING
     due: float = float("-inf")  # when to start
-    started_at: float | None = None
+    started_at: float = 0.0
     end_at: float = 0.0  # when dumping is over
     kill: bool = False  # whether the process is then killed, or only asked to end
     hung: bool = False  # whether this start was found to hang
@@ -106,7 +106,7 @@ class Lifecycle:
 
     def end(self, now: float, progress: object) -> None:
         """The process has ended. Progress since its start resets the count of restarts."""
-        healthy = now - (self.started_at or now) > self.limits.healthy_s
+        healthy = now - self.started_at > self.limits.healthy_s
         if healthy or progress != self.progress:
             self.restarts = 0
         self.state = State.ENDED
@@ -321,7 +321,7 @@ class SupervisionEngine:
         process.end(managed.children, life.limits.grace_s if peaceful else 0.5)
         managed.children = []
         process.end_orphans(self.running())
-        lived_s = now - (life.started_at or now)
+        lived_s = now - life.started_at
         life.end(now, progress)
         return Exit(managed, first, code, lived_s, managed.ready, life.hung)
 

@@ -36,7 +36,9 @@ from atropos_hpc.runtime.waiting import Waiting, wait_for
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0
-LEADER_S = 3600.0  # for the trainer job to make the run directory, where both were submitted by hand
+LEADER_S = (
+    3600.0  # for the trainer job to make the run directory, where both were submitted by hand
+)
 END_S = 30.0  # for the rollout job to end by itself before it is cancelled
 
 

@@ -254,13 +254,47 @@ def problems(config: Config) -> Iterator[Problem]:
 
 # srun takes its options from these where none are given, and a batch step holds the leader's values.
 _COUNTS = set(
-    """
-    NTASKS NPROCS NNODES JOB_NUM_NODES NTASKS_PER_NODE TASKS_PER_NODE CPUS_PER_TASK CPUS_PER_GPU
-    GPUS GPUS_PER_NODE GPUS_PER_TASK GPUS_PER_SOCKET GPU_BIND GPU_FREQ GRES MEM_PER_NODE MEM_PER_CPU
-    MEM_PER_GPU MEM_BIND CPU_BIND CPU_BIND_TYPE CPU_BIND_LIST CPU_BIND_VERBOSE DISTRIBUTION HINT
-    EXCLUSIVE EXACT OVERLAP THREADS_PER_CORE NTASKS_PER_GPU NTASKS_PER_CORE NO_KILL OPEN_MODE
-    UNBUFFEREDIO TIMELIMIT EXPORT_ENV HET_GROUP KILL_BAD_EXIT TRES_PER_TASK
-    """.split()
+    [
+        "NTASKS",
+        "NPROCS",
+        "NNODES",
+        "JOB_NUM_NODES",
+        "NTASKS_PER_NODE",
+        "TASKS_PER_NODE",
+        "CPUS_PER_TASK",
+        "CPUS_PER_GPU",
+        "GPUS",
+        "GPUS_PER_NODE",
+        "GPUS_PER_TASK",
+        "GPUS_PER_SOCKET",
+        "GPU_BIND",
+        "GPU_FREQ",
+        "GRES",
+        "MEM_PER_NODE",
+        "MEM_PER_CPU",
+        "MEM_PER_GPU",
+        "MEM_BIND",
+        "CPU_BIND",
+        "CPU_BIND_TYPE",
+        "CPU_BIND_LIST",
+        "CPU_BIND_VERBOSE",
+        "DISTRIBUTION",
+        "HINT",
+        "EXCLUSIVE",
+        "EXACT",
+        "OVERLAP",
+        "THREADS_PER_CORE",
+        "NTASKS_PER_GPU",
+        "NTASKS_PER_CORE",
+        "NO_KILL",
+        "OPEN_MODE",
+        "UNBUFFEREDIO",
+        "TIMELIMIT",
+        "EXPORT_ENV",
+        "HET_GROUP",
+        "KILL_BAD_EXIT",
+        "TRES_PER_TASK",
+    ]
 )
 _OTHERS = {
     "CUDA_VISIBLE_DEVICES",
@@ -388,8 +422,8 @@ def program(
 ) -> str:
     """Return the shell script of a step's task: the setup lines of the site and the role, exports
     (whose values the shell expands), and the command."""
-    wrapped = conf.container and container != "pyxis"
-    prefix = [*shlex.split(container), conf.container] if wrapped else []
+    image = conf.container if container != "pyxis" else None
+    prefix = [*shlex.split(container), image] if image else []
     exports = [f'export {key}="{value}"' for key, value in variables.items()]
     last = f"exec {shlex.join([*prefix, *command])}"
     return "\n".join([*cluster_setup, *conf.setup, "unset ATROPOS_HPC_PARENT", *exports, last])
