@@ -141,9 +141,7 @@ def export(options: argparse.Namespace) -> int:
     """See learner/export.py."""
     run = _run(options.run)
     try:
-        from atropos_hpc.learner.checkpoint import (
-            BadCheckpoint,  # needs torch, which a login node may not have
-        )
+        from atropos_hpc.learner.checkpoint_files import BadCheckpoint
         from atropos_hpc.learner.export import export as write
     except ImportError as error:
         print(

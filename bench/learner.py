@@ -115,7 +115,7 @@ def padded(groups: list[dict[str, Any]]) -> dict[str, Any]:
 def padded_batch(groups: list[Group], rows: int) -> Any:
     """The recipe's rows as a batch for the backend: the padding is made tokens of the sequences, so that the engine computes it too."""
     from atropos_hpc.config import AlgorithmConf
-    from atropos_hpc.learner.batch import make_batch
+    from atropos_hpc.learner.batch import BatchSettings, make_batch
 
     made = padded([as_lists(group) for group in groups])
     ids, prompt = made["input_ids"].numpy(), made["prompt_length"]
@@ -135,7 +135,7 @@ def padded_batch(groups: list[Group], rows: int) -> Any:
                 trained[i : i + GROUP].reshape(-1),
             )
         )
-    batch = make_batch(whole, AlgorithmConf(), ids.size, ids.shape[1], 0)
+    batch = make_batch(whole, BatchSettings(AlgorithmConf(), ids.size, ids.shape[1]), 0)
     from verl.utils import tensordict_utils
 
     options = {
@@ -193,7 +193,7 @@ def seconds_of_step(backend: Any, made: Callable[[], Any], recompute: bool) -> t
 def conversion() -> dict[str, Any]:
     """(b): a row of the table."""
     from atropos_hpc.config import AlgorithmConf
-    from atropos_hpc.learner.batch import make_batch
+    from atropos_hpc.learner.batch import BatchSettings, make_batch
 
     rng = random.Random(0)
     groups = groups_of([rng.randrange(200, 2001) for _ in range(1024)])
@@ -203,7 +203,7 @@ def conversion() -> dict[str, Any]:
         start = time.process_time()
         padded(lists)
         middle = time.process_time()
-        make_batch(groups, AlgorithmConf(), 16384, 4096, 0)
+        make_batch(groups, BatchSettings(AlgorithmConf(), 16384, 4096), 0)
         end = time.process_time()
         best = [min(best[0], middle - start), min(best[1], end - middle)]
     tokens = sum(len(group.tokens) for group in groups)
@@ -222,7 +222,7 @@ def conversion() -> dict[str, Any]:
 def step(backend: Any, kind: str) -> dict[str, Any]:
     """(a): a row of the table."""
     from atropos_hpc.config import AlgorithmConf
-    from atropos_hpc.learner.batch import make_batch
+    from atropos_hpc.learner.batch import BatchSettings, make_batch
 
     sizes = lengths(kind, SEQUENCES)
     groups, tokens = groups_of(sizes), sum(sizes)
@@ -230,7 +230,8 @@ def step(backend: Any, kind: str) -> dict[str, Any]:
         seconds_of_step(backend, partial(padded_batch, groups, rows), True) for rows in ROWS[kind]
     ]
     packed = [
-        partial(make_batch, groups, AlgorithmConf(), budget, 4096, 0) for budget in BUDGETS[kind]
+        partial(make_batch, groups, BatchSettings(AlgorithmConf(), budget, 4096), 0)
+        for budget in BUDGETS[kind]
     ]
     ours = [seconds_of_step(backend, made, False) for made in packed]
     (slow, slow_update), (fast, fast_update) = min(theirs), min(ours)

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
-from atropos_hpc.learner.batch import Batch, make_batch
+from atropos_hpc.learner.batch import Batch, BatchSettings, make_batch
+from atropos_hpc.learner.state import TrainState
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 VOCABULARY = 131
@@ -165,11 +167,10 @@ def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:
 
 def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
     """The batch of the backend's present step, dealt to the ranks group by group, with the log-probs that an update needs."""
-    groups, copies = (
-        make_groups(backend.step_count)[backend.data_rank :: backend.data_world],
-        backend.world // backend.data_world,
-    )
-    batch = make_batch(groups, backend._algorithm, tokens_per_micro_batch, MAX_LENGTH, 0, copies)
+    groups = make_groups(state_of(backend).version)[backend.data_rank :: backend.data_world]
+    replicas = backend.world // backend.data_world
+    settings = BatchSettings(backend._algorithm, tokens_per_micro_batch, MAX_LENGTH, replicas)
+    batch = make_batch(groups, settings, 0)
     batch.set_old_log_probs(backend.log_probs(batch))
     batch.set_reference_log_probs(backend.reference_log_probs(batch))
     return batch
@@ -177,7 +178,24 @@ def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
 
 def train(backend: Any, steps: int, tokens_per_micro_batch: int = 4096) -> list[dict[str, float]]:
     """That many steps; what each reported."""
-    return [backend.update(one_batch(backend, tokens_per_micro_batch)) for _ in range(steps)]
+    metrics = []
+    for _ in range(steps):
+        metrics.append(backend.update(one_batch(backend, tokens_per_micro_batch)))
+        state_of(backend).version += 1
+    return metrics
+
+
+def state_of(backend: Any) -> TrainState:
+    """The training state that goes with a backend; new ones start at version 0."""
+    state: TrainState = vars(backend).setdefault("state", TrainState())
+    return state
+
+
+def settings_of(
+    algorithm: AlgorithmConf | None = None, budget: int = 4096, max_length: int = MAX_LENGTH
+) -> BatchSettings:
+    """Settings of a batch on one rank."""
+    return BatchSettings(algorithm or AlgorithmConf(), budget, max_length)
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

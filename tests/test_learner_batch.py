@@ -9,12 +9,13 @@ import pytest
 pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
-from learner_ranks import make_groups, on_ranks, rows  # noqa: E402
+from learner_ranks import make_groups, on_ranks, rows, settings_of  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402
-from atropos_hpc.learner.advantages import group_relative  # noqa: E402
-from atropos_hpc.learner.batch import flatten, make_batch  # noqa: E402
+from atropos_hpc.learner.advantages import group_advantages  # noqa: E402
+from atropos_hpc.learner.batch import make_batch  # noqa: E402
+from atropos_hpc.learner.sequences import flatten  # noqa: E402
 
 
 def group_of(masks: list[list[int]], scores: list[float], **fields: object) -> Group:
@@ -40,7 +41,7 @@ def test_the_loss_mask_is_atropos_mask_and_nothing_else() -> None:
     assert flat.mask.tolist() == [True, True, False, False, True, True]
     assert flat.tokens.tolist() == [10, 11, 12, 13, 14, 15, 16, 10, 11]
     assert flat.first_tokens == 1
-    baseline = group_relative(group.scores)
+    baseline = group_advantages(group.scores)
     assert flat.advantages.tolist() == pytest.approx(
         [baseline[0]] * 2 + [0, 0] + [baseline[0]] + [baseline[2]]
     )
@@ -52,7 +53,7 @@ def test_flat_arrays_are_those_of_a_loop_over_tokens() -> None:
         flat = flatten(groups, AlgorithmConf())
         lengths, starts, tokens, mask, advantages = [], [], [], [], []
         for group in groups:
-            relative = group_relative(group.scores)
+            relative = group_advantages(group.scores)
             for i, (ids, trained) in enumerate(
                 zip(rows(group, group.tokens), rows(group, group.trained), strict=True)
             ):
@@ -81,22 +82,22 @@ def test_flat_arrays_are_those_of_a_loop_over_tokens() -> None:
 
 
 def test_equal_scores_and_lone_sequences_have_no_advantage() -> None:
-    assert (group_relative(np.full(15, 0.97)) == 0).all(), "in float32 this would be 0.19"
-    assert group_relative(np.array([3.0])).tolist() == [0.0]
-    assert group_relative(np.array([1.0, 0, 0, 0])) == pytest.approx(
+    assert (group_advantages(np.full(15, 0.97)) == 0).all(), "in float32 this would be 0.19"
+    assert group_advantages(np.array([3.0])).tolist() == [0.0]
+    assert group_advantages(np.array([1.0, 0, 0, 0])) == pytest.approx(
         [1.5, -0.5, -0.5, -0.5], rel=1e-5
     )
-    assert group_relative(np.array([1.0, 0, 0, 0]), normalize_by_std=False).tolist() == [
+    assert group_advantages(np.array([1.0, 0, 0, 0]), normalize_by_std=False).tolist() == [
         0.75,
         -0.25,
         -0.25,
         -0.25,
     ]
-    assert group_relative(np.array([1.0, 0, 0, 0]), "rloo") == pytest.approx(
+    assert group_advantages(np.array([1.0, 0, 0, 0]), "rloo") == pytest.approx(
         [1, -1 / 3, -1 / 3, -1 / 3]
     )
     with pytest.raises(ValueError, match=r"algorithm.advantage=gae.*grpo"):
-        group_relative(np.array([1.0, 2.0]), "gae")
+        group_advantages(np.array([1.0, 2.0]), "gae")
 
 
 def test_a_silenced_sequence_leaves_the_baseline_alone() -> None:
@@ -105,7 +106,7 @@ def test_a_silenced_sequence_leaves_the_baseline_alone() -> None:
     )
     advantages = flatten([group], AlgorithmConf()).advantages
     assert advantages[0] == 0 and advantages[1:] == pytest.approx(
-        group_relative(np.array([1.0, 0.0, 0.5]))[1:]
+        group_advantages(np.array([1.0, 0.0, 0.5]))[1:]
     )
 
 
@@ -119,7 +120,7 @@ def test_a_sequence_with_a_placeholder_among_its_log_probs_counts_as_without(
     group = group_of([[0, 1, 1], [0, 1, 1]], [1.0, 0.0], inference_logprobs=log_probs)
     behaviour = flatten([group], AlgorithmConf()).behaviour
     assert behaviour[:2].tolist() == [-0.5, -0.25] and np.isnan(behaviour[2:]).all()
-    batch = make_batch([group], AlgorithmConf(), 100, 100, 0)
+    batch = make_batch([group], settings_of(None, 100, 100), 0)
     assert batch.needs_log_probs
     batch.set_old_log_probs(batch.tensors["advantages"] * 0 - 7)
     assert (
@@ -132,7 +133,7 @@ def test_a_sequence_that_never_fits_is_refused_by_name_on_every_rank() -> None:
     def work(rank: int, world: int) -> None:
         groups = [group_of([[0] + [1] * 20], [1.0])] if rank else []
         with pytest.raises(ValueError, match=r"21 tokens.*trainer.tokens_per_micro_batch=20"):
-            make_batch(groups, AlgorithmConf(), 20, 64, 0)
+            make_batch(groups, settings_of(None, 20, 64), 0)
 
     on_ranks(2, work)
 
@@ -143,7 +144,7 @@ def test_statistics_are_of_all_ranks() -> None:
     second = group_of([[0, 1]] * 2, [1.0, 1.0])
 
     def work(rank: int, world: int) -> object:
-        batch = make_batch([[first, second], []][rank], AlgorithmConf(), 100, 4, version=5)
+        batch = make_batch([[first, second], []][rank], settings_of(None, 100, 4), 5)
         return len(batch.tensors), batch.trained_sequences, batch.statistics.metrics()
 
     (size, trained, metrics), (other_size, _, other_metrics) = on_ranks(2, work)
@@ -160,7 +161,7 @@ def test_statistics_are_of_all_ranks() -> None:
 
 
 def test_no_groups_at_all() -> None:
-    batch = make_batch([], AlgorithmConf(), 100, 4, 0)
+    batch = make_batch([], settings_of(None, 100, 4), 0)
     assert batch.trained_sequences == 0 and len(batch.tensors) == 1
     assert not any(np.isnan(value) for value in batch.statistics.metrics().values())
 
@@ -201,7 +202,7 @@ def test_a_groups_override_is_that_of_each_of_its_sequences_unless_they_say_othe
     group.overrides = [{}, {"set_advantage_to_zero": False}, {}]
     advantages = flatten([group], AlgorithmConf()).advantages
     assert advantages[[0, 2]].tolist() == [0, 0] and advantages[1] == pytest.approx(
-        group_relative(np.array([1.0, 0.0, 0.5]))[1]
+        group_advantages(np.array([1.0, 0.0, 0.5]))[1]
     )
 
 
@@ -211,10 +212,10 @@ def test_reference_log_probs_of_the_environment_come_before_the_models() -> None
         [1.0, 0.0],
         ref_logprobs=np.array([1, -0.5, -0.25, 1, -0.75, -0.5], np.float32),
     )
-    batch = make_batch([given], AlgorithmConf(), 100, 100, 0)
+    batch = make_batch([given], settings_of(None, 100, 100), 0)
     assert not batch.needs_reference
     assert batch.tensors["ref_log_prob"].values().tolist() == [-0.5, -0.25, -0.75, -0.5]
-    batch = make_batch([given, group_of([[0, 1]], [1.0])], AlgorithmConf(), 100, 100, 0)
+    batch = make_batch([given, group_of([[0, 1]], [1.0])], settings_of(None, 100, 100), 0)
     assert batch.needs_reference and "ref_log_prob" not in batch.tensors
     batch.set_reference_log_probs(batch.tensors["advantages"] * 0 - 7)
     assert batch.tensors["ref_log_prob"].values().tolist() == [-0.5, -0.25, -0.75, -0.5, -7]
@@ -258,20 +259,15 @@ def test_advantages_are_verls_for_the_whole_batch(name: str) -> None:
     ) and second == pytest.approx(of_groups[1], rel=1e-5)
 
 
-def test_the_kl_coefficient_follows_its_target_and_goes_on_from_a_checkpoint() -> None:
-    from atropos_hpc.learner.kl import Coefficient
+def test_the_kl_coefficient_follows_its_target() -> None:
+    from atropos_hpc.learner.kl import next_coefficient
 
     adapting = AlgorithmConf(kl_coef=0.1, kl_target=0.01, kl_horizon=1000, batch_size=100)
-    coefficient = Coefficient(adapting)
-    coefficient.update(1.0)
-    assert coefficient.value == pytest.approx(0.1 * 1.02), (
-        "far above: more, by a fifth of batch / horizon"
-    )
-    coefficient.update(None)
-    again = Coefficient(adapting, stored=coefficient.value)
-    again.update(0.0)
-    assert again.value == pytest.approx(0.1 * 1.02 * 0.98)
-    assert Coefficient(AlgorithmConf(kl_coef=0.3), stored=0.7).value == 0.3, "fixed: the config's"
+    raised = next_coefficient(adapting, 0.1, 1.0)
+    assert raised == pytest.approx(0.1 * 1.02), "far above: more, by a fifth of batch / horizon"
+    assert next_coefficient(adapting, raised, None) == raised
+    assert next_coefficient(adapting, raised, 0.0) == pytest.approx(0.1 * 1.02 * 0.98)
+    assert next_coefficient(AlgorithmConf(kl_coef=0.3), 0.3, 1.0) == 0.3, "fixed"
 
 
 def test_what_is_rejected_weighs_nothing_and_no_more_than_that() -> None:
@@ -282,7 +278,7 @@ def test_what_is_rejected_weighs_nothing_and_no_more_than_that() -> None:
     group = group_of(
         [[0, 1, 1], [0, 1, 1], [0, 1, 1]], [1.0, 0.0, 0.0], inference_logprobs=log_probs
     )
-    batch = make_batch([group], AlgorithmConf(old_log_probs="recompute"), 100, 100, 0)
+    batch = make_batch([group], settings_of(AlgorithmConf(old_log_probs="recompute"), 100, 100), 0)
     batch.set_old_log_probs(batch.tensors["advantages"] * 0 - 0.25)
     mask = batch.tensors["response_mask"].values().clone()
     metrics = correct(

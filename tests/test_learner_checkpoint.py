@@ -14,12 +14,13 @@ pytest.importorskip("verl")
 
 import learner_ranks  # noqa: E402
 import torch  # noqa: E402
-from learner_ranks import MAX_LENGTH, on_ranks, same, whole  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, whole  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
-from atropos_hpc.learner import checkpoint  # noqa: E402
+from atropos_hpc.learner import checkpoint, checkpoint_files  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import CheckpointFailed, Checkpoints  # noqa: E402
+from atropos_hpc.learner.state import TrainState  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir, read_json  # noqa: E402
 
 
@@ -51,12 +52,13 @@ def two_steps_saved(rank: int, world: int, path: Path, run: RunDir) -> Any:
     backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
     random.seed(rank)
     train(backend, 2)
-    assert checkpoints.durable() is None
+    state_of(backend).kl_coef = 0.25
+    assert checkpoints.newly_durable() is None
     at_save = weights_of(backend)
-    checkpoints.save(backend, {"gids": [1, 2], "note": "two"})
+    checkpoints.save(backend, state_of(backend))
     metrics = train(backend, 2)
     assert checkpoints.wait() == 2
-    assert checkpoints.durable() is None, "told once"
+    assert checkpoints.newly_durable() is None, "reported once"
     return at_save, metrics, weights_of(backend)
 
 
@@ -66,12 +68,12 @@ def resumed(
     """Goes on from the newest checkpoint for some steps, and saves, if asked."""
     random.seed(99)
     backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
-    progress = checkpoints.load_latest(backend)
-    assert progress == {"gids": [1, 2], "note": "two"}
-    loaded, start = weights_of(backend), backend.step_count
+    assert checkpoints.load_latest(backend, state_of(backend))
+    assert state_of(backend).kl_coef == 0.25
+    loaded, start = weights_of(backend), state_of(backend).version
     metrics = train(backend, steps)
     if save:
-        checkpoints.save(backend, progress)
+        checkpoints.save(backend, state_of(backend))
         checkpoints.wait()
     return loaded, metrics, weights_of(backend), start
 
@@ -106,12 +108,12 @@ def saved_at_zero(rank: int, world: int, path: Path, run: RunDir) -> Any:
     for save in (False, True):
         backend, checkpoints = backend_of(path), Checkpoints(run, keep=1)
         if save:
-            checkpoints.save(backend, {})
+            checkpoints.save(backend, state_of(backend))
             checkpoints.wait()
         train(backend, 2)
         ends.append(weights_of(backend))
     backend = backend_of(path)
-    checkpoints.load_latest(backend)
+    checkpoints.load_latest(backend, state_of(backend))
     train(backend, 2)
     return [*ends, weights_of(backend)]
 
@@ -123,7 +125,7 @@ def test_saving_before_the_first_step_changes_nothing(small_model: Path, run: Ru
 
 def another_rate(rank: int, world: int, path: Path, run: RunDir) -> float:
     backend = backend_of(path, learning_rate=0.5)
-    Checkpoints(run, keep=2).load_latest(backend)
+    Checkpoints(run, keep=2).load_latest(backend, state_of(backend))
     return train(backend, 1)[0]["lr"]
 
 
@@ -136,20 +138,20 @@ class Numbers:
     """A backend of one tensor, for what doesn't depend on models."""
 
     def __init__(self, step: int = 0) -> None:
-        self.step_count, self.values = step, torch.full((1000,), float(step))
+        self.values = torch.full((1000,), float(step))
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        self.values, self.step_count = state["values"], step
+        self.values = state["values"]
 
 
 def save_steps(rank: int, world: int, run: RunDir, steps: list[int], keep: int = 2) -> list[str]:
     checkpoints = Checkpoints(run, keep)
     for step in steps:
         numbers = Numbers(step)
-        checkpoints.save(numbers, {"step": step})  # type: ignore[arg-type]
+        checkpoints.save(numbers, TrainState(step))  # type: ignore[arg-type]
         numbers.values.fill_(-1)  # training goes on
         assert checkpoints.wait() == step
     checkpoints.close()
@@ -158,11 +160,11 @@ def save_steps(rank: int, world: int, run: RunDir, steps: list[int], keep: int =
 
 def load_numbers(rank: int, world: int, run: RunDir) -> Any:
     numbers = Numbers()
-    progress = Checkpoints(run, 2).load_latest(numbers)  # type: ignore[arg-type]
-    assert progress is None or (
-        (numbers.values == progress["step"]).all() and numbers.step_count == progress["step"]
-    )
-    return progress and progress["step"]
+    state = TrainState()
+    if not Checkpoints(run, 2).load_latest(numbers, state):  # type: ignore[arg-type]
+        return None
+    assert (numbers.values == state.version).all()
+    return state.version
 
 
 def test_the_newest_are_kept_and_what_is_no_use_goes(run: RunDir) -> None:
@@ -172,7 +174,9 @@ def test_the_newest_are_kept_and_what_is_no_use_goes(run: RunDir) -> None:
     (
         run.checkpoints / "step-8-0"
     ).mkdir()  # complete, but never named: left by a crash before latest.json
-    (run.checkpoints / "step-8-0" / "manifest.json").write_text('{"step": 8, "files": []}')
+    (run.checkpoints / "step-8-0" / "manifest.json").write_text(
+        '{"step": 8, "ranks": 1, "files": []}'
+    )
     assert on_ranks(1, load_numbers, run) == [3]
     assert on_ranks(1, save_steps, run, [3, 4])[0] == ["step-3-1", "step-4-0"], (
         "a second attempt at 3 is newer than the first"
@@ -182,7 +186,7 @@ def test_the_newest_are_kept_and_what_is_no_use_goes(run: RunDir) -> None:
 def save_with_milestones(rank: int, world: int, run: RunDir, steps: list[int]) -> list[str]:
     checkpoints = Checkpoints(run, keep=1, keep_every=4)
     for step in steps:
-        checkpoints.save(Numbers(step), {"step": step})  # type: ignore[arg-type]
+        checkpoints.save(Numbers(step), TrainState(step))  # type: ignore[arg-type]
         checkpoints.wait()
     checkpoints.close()
     return sorted(name for name in os.listdir(run.checkpoints) if name.startswith("step-"))
@@ -195,11 +199,11 @@ def test_milestones_stay_in_their_last_attempt(run: RunDir) -> None:
         "step-9-0",
     ]
     assert (
-        checkpoint.find(run.checkpoints, 8)[0].name == "step-8-1"
-        and checkpoint.find(run.checkpoints)[0].name == "step-9-0"
+        checkpoint_files.find(run.checkpoints, 8)[0].name == "step-8-1"
+        and checkpoint_files.find(run.checkpoints)[0].name == "step-9-0"
     )
     with pytest.raises(FileNotFoundError, match=r"step 6.*there are: 4, 8, 9"):
-        checkpoint.find(run.checkpoints, 6)
+        checkpoint_files.find(run.checkpoints, 6)
 
 
 def test_damage_is_noticed_and_an_older_one_taken(
@@ -227,8 +231,8 @@ def test_a_damaged_manifest_is_noticed_too(run: RunDir) -> None:
     manifest = run.checkpoints / "step-2-0" / "manifest.json"
     os.truncate(manifest, manifest.stat().st_size // 2)
     assert on_ranks(2, load_numbers, run) == [1, 1]
-    with pytest.raises(checkpoint.BadCheckpoint, match=r"step-2-0/manifest.json is not JSON"):
-        checkpoint.find(run.checkpoints, 2)
+    with pytest.raises(checkpoint_files.BadCheckpoint, match=r"step-2-0/manifest.json"):
+        checkpoint_files.find(run.checkpoints, 2)
 
 
 def crash_at(rank: int, world: int, run: RunDir, function: str, call: int) -> None:
@@ -250,10 +254,10 @@ def crash_at(rank: int, world: int, run: RunDir, function: str, call: int) -> No
 @pytest.mark.parametrize(
     "function, call, survives",
     [
-        ("write_json", 1, 5),  # before the manifest
+        ("write_struct", 1, 5),  # before the manifest
         ("sync_directory", 1, 5),
-        ("write_json", 2, 5),  # between manifest and latest.json
-        ("_retire", 1, 10),  # after latest.json
+        ("write_struct", 2, 5),  # between manifest and latest.json
+        ("remove_obsolete", 1, 10),  # after latest.json
     ],
 )
 def test_a_crash_leaves_the_last_durable_step(
@@ -277,11 +281,11 @@ def full_disk(rank: int, world: int, run: RunDir) -> Any:
 
     if rank == 1:
         checkpoint.FileSystemWriter.write_data = fails
-    checkpoints.save(Numbers(1), {"step": 1})  # type: ignore[arg-type]
+    checkpoints.save(Numbers(1), TrainState(1))  # type: ignore[arg-type]
     with pytest.raises(CheckpointFailed, match="step-1-0"):
         checkpoints.wait()
     checkpoint.FileSystemWriter.write_data = write
-    checkpoints.save(Numbers(2), {"step": 2})  # type: ignore[arg-type]
+    checkpoints.save(Numbers(2), TrainState(2))  # type: ignore[arg-type]
     return checkpoints.wait()
 
 

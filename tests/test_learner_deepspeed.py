@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from learner_ranks import MAX_LENGTH, on_ranks, same, train, whole  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, train, whole  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
@@ -97,7 +97,7 @@ def uninterrupted(rank: int, world: int, path: Path, runs: dict[int, RunDir]) ->
         backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=9)
         train(backend, 3, SMALL_BUDGET)
         at_save = weights_of(backend)
-        checkpoints.save(backend, {})
+        checkpoints.save(backend, state_of(backend))
         metrics = train(backend, 3, SMALL_BUDGET)
         assert checkpoints.wait() == 3
         made[stage] = at_save, metrics, weights_of(backend)
@@ -114,11 +114,11 @@ def resumed(
     made = []
     for run, stage, steps, save in chain:
         backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=9)
-        checkpoints.load_latest(backend)
+        checkpoints.load_latest(backend, state_of(backend))
         loaded = weights_of(backend)
         metrics = train(backend, steps, SMALL_BUDGET)
         if save:
-            checkpoints.save(backend, {})
+            checkpoints.save(backend, state_of(backend))
             checkpoints.wait()
         made.append((loaded, metrics, weights_of(backend)))
     return made
@@ -163,11 +163,11 @@ def test_resume_on_other_numbers_of_ranks_other_stages_and_the_other_backend(
 
 def saved_at_zero(rank: int, world: int, path: Path, run: RunDir, stage: int) -> Any:
     backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=1)
-    checkpoints.save(backend, {})
+    checkpoints.save(backend, state_of(backend))
     checkpoints.wait()
     train(backend, 2, SMALL_BUDGET)
     again = backend_of(path, stage)
-    checkpoints.load_latest(again)
+    checkpoints.load_latest(again, state_of(again))
     train(again, 2, SMALL_BUDGET)
     return weights_of(backend), weights_of(again)
 

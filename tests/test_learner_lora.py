@@ -10,16 +10,16 @@ pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
 import torch  # noqa: E402
-from learner_ranks import MAX_LENGTH, on_ranks, one_batch, train, whole  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, one_batch, state_of, train, whole  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.checkpoint.filesystem import FileSystemReader  # noqa: E402
 
 from atropos_hpc import config as schema  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, LoraConf, ModelConf, PolicyConf, TrainerConf  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
-from atropos_hpc.learner.__main__ import backend_class  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
+from atropos_hpc.learner.main import backend_class  # noqa: E402
 from atropos_hpc.learner.publisher import Publisher  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.manifest import verify  # noqa: E402
@@ -67,7 +67,7 @@ def two_steps_and_two_more(
     first = train(backend, 2)
     publishing = Publisher(run.policy, PolicyConf(), "bfloat16")
     publishing.publish(backend, 2)
-    checkpoints.save(backend, {})
+    checkpoints.save(backend, state_of(backend))
     publishing.wait()
     assert checkpoints.wait() == 2 and publishing.newest == 2
     batch = one_batch(backend)
@@ -85,7 +85,7 @@ def two_steps_and_two_more(
 
 def resumed(rank: int, world: int, path: Path, run: RunDir, stage: int) -> Any:
     backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=2)
-    checkpoints.load_latest(backend)
+    checkpoints.load_latest(backend, state_of(backend))
     return train(backend, 2), weights_of(backend)
 
 
@@ -150,7 +150,7 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(
         "bit-equal"
     )
     keys = FileSystemReader(run.checkpoints / "step-2-0").read_metadata().state_dict_metadata
-    assert all(".lora_" in key or key.startswith("random.") for key in keys), keys
+    assert all(".lora_" in key or key.startswith("train.") for key in keys), keys
 
 
 def test_peft_reads_what_is_published(small_model: Path, run: RunDir) -> None:

@@ -240,7 +240,7 @@ def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_st
     with trajectory_server(run):
         assert ended(run, learn(run)) == [2]
     log = (run.logs / "trainer-0.log").read_text()
-    assert "batch 0 was acknowledged" in log and "older than what was acknowledged" in log
+    assert "batch 0 was acknowledged" in log and "older than the acknowledged batches" in log
 
 
 @pytest.mark.parametrize("backend", ["verl", "deepspeed"])

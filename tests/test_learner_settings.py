@@ -12,7 +12,7 @@ pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
 import torch  # noqa: E402
-from learner_ranks import MAX_LENGTH, on_ranks, same, train, whole  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, train, whole  # noqa: E402
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig  # noqa: E402
 
 from atropos_hpc import validate  # noqa: E402
@@ -79,10 +79,10 @@ def with_each(rank: int, world: int, path: Path, run: RunDir) -> dict[str, Any]:
     for name, trainer in SETTINGS.items():
         backend, checkpoints = backend_of(path, **trainer), Checkpoints(run, keep=1)
         metrics = train(backend, 2, BUDGET)
-        checkpoints.save(backend, {})
+        checkpoints.save(backend, state_of(backend))
         assert checkpoints.wait() == 2
         again = backend_of(path, **trainer)
-        checkpoints.load_latest(again)
+        checkpoints.load_latest(again, state_of(again))
         made[name] = metrics + train(again, 1, BUDGET), whole(again.weights())
     return made
 
@@ -106,11 +106,11 @@ def another_optimizer(rank: int, world: int, path: Path, run: RunDir) -> Any:
     }
     backend, checkpoints = backend_of(path, optim=optim), Checkpoints(run, keep=1)
     metrics = train(backend, 3)
-    checkpoints.save(backend, {})
+    checkpoints.save(backend, state_of(backend))
     metrics += train(backend, 2)
     checkpoints.wait()
     again = backend_of(path, optim=optim)
-    checkpoints.load_latest(again)
+    checkpoints.load_latest(again, state_of(again))
     return (
         metrics,
         train(again, 2),

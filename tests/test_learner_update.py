@@ -19,6 +19,7 @@ from learner_ranks import (  # noqa: E402
     make_groups,
     on_ranks,
     rows,
+    settings_of,
     tiny_model,
 )
 
@@ -26,9 +27,10 @@ from atropos_hpc.config import AlgorithmConf, CorrectionConf, ModelConf, Trainer
 from atropos_hpc.contracts.group import Group  # noqa: E402
 from atropos_hpc.learner.backends import verl as backend_module  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
-from atropos_hpc.learner.batch import flatten, jagged, make_batch  # noqa: E402
+from atropos_hpc.learner.batch import jagged, make_batch  # noqa: E402
 from atropos_hpc.learner.importance import correct  # noqa: E402
 from atropos_hpc.learner.kl import penalize  # noqa: E402
+from atropos_hpc.learner.sequences import flatten  # noqa: E402
 
 
 def presets() -> dict[str, AlgorithmConf]:
@@ -403,7 +405,7 @@ def update_all(
     for name, conf in CASES.items():
         backend._algorithm = conf
         for limit in limits:
-            batch = make_batch(mine, conf, limit, MAX_LENGTH, 0)
+            batch = make_batch(mine, settings_of(conf, limit), 0)
             assert batch.needs_log_probs == (conf.old_log_probs == "recompute")
             if batch.needs_log_probs:
                 batch.set_old_log_probs(backend.log_probs(batch))
@@ -505,8 +507,7 @@ def three_steps(
         if with_log_probs:
             for group in groups:
                 group.inference_logprobs = np.full(len(group.tokens), -4.0, np.float32)
-        assert backend.step_count == step
-        batch = make_batch(groups, conf, 120, MAX_LENGTH, step)
+        batch = make_batch(groups, settings_of(conf, 120), step)
         if batch.needs_log_probs:
             batch.set_old_log_probs(backend.log_probs(batch))
         batch.set_reference_log_probs(backend.reference_log_probs(batch))
@@ -559,7 +560,7 @@ def bfloat16(rank: int, world: int, path: Any) -> Any:
             AlgorithmConf(),
             seed=0,
         )
-        batch = make_batch(make_groups(), AlgorithmConf(), 4096, MAX_LENGTH, 0)
+        batch = make_batch(make_groups(), settings_of(), 0)
         own = backend.log_probs(batch)
         batch.set_old_log_probs(own)
         batch.set_reference_log_probs(backend.reference_log_probs(batch))
@@ -594,7 +595,7 @@ def temperatures(rank: int, world: int, path: Any, group: Group) -> Any:
         seed=0,
         reference=False,
     )
-    batch = make_batch([group], AlgorithmConf(), 4096, MAX_LENGTH, 0)
+    batch = make_batch([group], settings_of(), 0)
     assert backend.reference_log_probs(batch) is None
     with pytest.raises(ValueError, match="old log-probs"):
         backend.update(batch)
@@ -624,7 +625,7 @@ def silent(rank: int, world: int, path: Any) -> tuple[int, str]:
     )
     group = make_group(random.Random(0), 3)
     group.trained[:] = False
-    batch = make_batch([group] if rank == 0 else [], AlgorithmConf(), 4096, MAX_LENGTH, 0)
+    batch = make_batch([group] if rank == 0 else [], settings_of(), 0)
     with pytest.raises(ValueError) as refusal:
         backend.update(batch)
     return backend.vocab_size, str(refusal.value)

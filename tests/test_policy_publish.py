@@ -13,7 +13,7 @@ pytest.importorskip("verl")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from learner_ranks import VOCABULARY, make_groups, on_ranks, tiny_model  # noqa: E402
+from learner_ranks import VOCABULARY, make_groups, on_ranks, settings_of, tiny_model  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -53,7 +53,7 @@ def trained_and_published(
         0,
         False,
     )
-    batch = make_batch(make_groups()[rank::world], AlgorithmConf(), 4096, 150, 0)
+    batch = make_batch(make_groups()[rank::world], settings_of(), 0)
     batch.set_old_log_probs(backend.log_probs(batch))
     backend.update(batch)
     backend.log_probs(batch)  # a forward alone leaves the root module's parameters whole

@@ -1,12 +1,14 @@
-"""Correcting for behaviour log-probs that differ from the learner's: stale versions, and engines that round differently.
+"""Importance weights for behaviour log-probs that differ from the learner's.
 
-The ratio learner / behaviour of every trained token, or of every sequence, becomes a weight of its policy loss: cut down to a threshold
-(truncated importance sampling, https://fengyao.notion.site/off-policy-rl), zero outside a range, or zero where a divergence is too large
-(rejection). The weights are verl's rollout correction; its rejection mask is taken as weights of zero, so that means are still over all
-tokens and sequences of the batch: a batch of which much is rejected makes a smaller step, and one of which all is, none.
+They differ because of stale policy versions, and because inference engines round differently. The
+ratio learner / behaviour of every trained token or sequence becomes a weight of its policy loss:
+truncated at a threshold (truncated importance sampling, https://fengyao.notion.site/off-policy-rl),
+zero outside a range, or zero where a divergence is too large (rejection). The weights are verl's
+rollout correction. Its rejection mask is applied as weights of zero, so means are still over all
+tokens and sequences of the batch: the more of a batch is rejected, the smaller the step.
 
-It needs the learner's own log-probs as the old ones (algorithm.old_log_probs=recompute). With the behaviour policy's as the old ones, the
-ratio stands in the policy loss itself.
+This needs the learner's own log-probs as the old ones (algorithm.old_log_probs=recompute). With the
+behaviour policy's as the old ones, the ratio is part of the policy loss itself.
 """
 
 import torch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 
 from atropos_hpc.config import CorrectionConf
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
-from atropos_hpc.learner.batch import Batch
+from atropos_hpc.learner.batch import Batch, from_jagged
 
 # isort: split
 from verl.trainer.ppo.rollout_corr_helper import (
@@ -24,10 +26,11 @@ from verl.trainer.ppo.rollout_corr_helper import (
 
 
 def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:
-    """Give the batch its weights, where the config asks for any. Collective. Needs old log-probs.
+    """Set the batch's importance weights, if the config asks for any. Needs old log-probs.
 
-    A sequence without behaviour log-probs has weight 1. Returns, over all ranks: importance_mean and importance_max (of the weights
-    as used), rejected_fraction (of tokens whose weight is 0), chi2_sequence (mean over sequences of the squared ratio, less 1).
+    A sequence without behaviour log-probs has weight 1. Returns, over all ranks: importance_mean and
+    importance_max (of the weights as used), rejected_fraction (of tokens with weight 0), and
+    chi2_sequence (mean over sequences of the squared ratio, minus 1). Collective.
     """
     if conf.weights == conf.rejection == "none":
         return {}
@@ -39,26 +42,25 @@ def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:
     behaviour = torch.where(behaviour.isnan(), old, behaviour)
     log_ratio = (old - behaviour) * mask
     weights = _weights(old, behaviour, mask, offsets, conf) if mask.any() else torch.zeros_like(old)
-    batch.tensors["rollout_is_weights"] = torch.nested.nested_tensor_from_jagged(weights, offsets)
+    batch.tensors["rollout_is_weights"] = from_jagged(weights, offsets)
 
     tokens, lengths = weights[mask.bool()].double(), offsets.diff()
-    of_sequence = torch.segment_reduce(log_ratio.double(), "sum", lengths=lengths)[
-        _with_tokens(mask, lengths)
-    ]
-    squares = (2 * of_sequence).clamp(max=2 * SAFETY_BOUND).exp()
+    per_sequence = torch.segment_reduce(log_ratio.double(), "sum", lengths=lengths)
+    per_sequence = per_sequence[_has_trained_tokens(mask, lengths)]
+    squares = (2 * per_sequence).clamp(max=2 * SAFETY_BOUND).exp()
     sums = torch.tensor(
         [len(tokens), tokens.sum(), (tokens == 0).sum(), len(squares), squares.sum()],
         dtype=torch.float64,
     )
-    greatest = tokens.max() if len(tokens) else torch.zeros((), dtype=torch.float64)
+    maximum = tokens.max() if len(tokens) else torch.zeros((), dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(sums)
-        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
-    number, total, rejected, sequences, squared = sums.tolist()
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    count, total, rejected, sequences, squared = sums.tolist()
     return {
-        "importance_mean": total / number,
-        "importance_max": float(greatest),
-        "rejected_fraction": rejected / number,
+        "importance_mean": total / count,
+        "importance_max": float(maximum),
+        "rejected_fraction": rejected / count,
         "chi2_sequence": squared / sequences - 1,
     }
 
@@ -70,24 +72,27 @@ def _weights(
     offsets: torch.Tensor,
     conf: CorrectionConf,
 ) -> torch.Tensor:
-    """verl's weights times its rejection mask, flat like the arguments. verl takes padded tensors [sequences, longest response]."""
+    """Return verl's weights times its rejection mask, flat like the arguments.
+
+    verl takes padded tensors, [sequences, longest response].
+    """
     padded = [
-        torch.nested.to_padded_tensor(torch.nested.nested_tensor_from_jagged(v, offsets), 0.0)
-        for v in (old, behaviour, mask)
+        torch.nested.to_padded_tensor(from_jagged(values, offsets), 0.0)
+        for values in (old, behaviour, mask)
     ]
-    weights, kept, _ = compute_rollout_correction_and_rejection_mask(
+    weights, accepted, _ = compute_rollout_correction_and_rejection_mask(
         *padded,
         rollout_is=None if conf.weights == "none" else conf.weights,
         rollout_is_threshold=conf.threshold,
         rollout_rs=None if conf.rejection == "none" else conf.rejection,
         rollout_rs_threshold=None if conf.rejection == "none" else conf.rejection_threshold,
     )
-    both = kept if weights is None else weights.batch["rollout_is_weights"] * kept
-    inside = torch.arange(both.shape[1]) < offsets.diff()[:, None]
-    flat: torch.Tensor = both[inside].to(old)
+    product = accepted if weights is None else weights.batch["rollout_is_weights"] * accepted
+    inside = torch.arange(product.shape[1]) < offsets.diff()[:, None]
+    flat: torch.Tensor = product[inside].to(old)
     return flat
 
 
-def _with_tokens(mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Which sequences have anything to train: fillers have not."""
+def _has_trained_tokens(mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return which sequences have a trained token; fillers have none."""
     return torch.segment_reduce(mask.double(), "sum", lengths=lengths) > 0

@@ -1,8 +1,9 @@
-"""The KL to the reference: its coefficient, and its place in the reward (algorithm.kl_in=reward).
+"""The KL to the reference: its coefficient, and its use as a penalty on the reward.
 
-In the reward it is taken off the scores before any baseline is: score - coefficient * sum over the trained tokens of
-kl(old log-prob, reference log-prob), as RLOO (arXiv 2402.14740) and verl's `apply_kl_penalty` do. Advantages that an environment gives are
-final, and see nothing of it.
+With algorithm.kl_in=reward, it is subtracted from the scores before the baseline is computed:
+score - coefficient * sum over the trained tokens of kl(old log-prob, reference log-prob), as RLOO
+(arXiv 2402.14740) and verl's `apply_kl_penalty` do. Advantages that an environment gives are final
+and are not changed.
 """
 
 from collections.abc import Sequence
@@ -14,43 +15,33 @@ import torch.distributed as dist
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
-from atropos_hpc.learner.batch import Batch, flatten
+from atropos_hpc.learner.batch import Batch, from_jagged
+from atropos_hpc.learner.sequences import flatten
 
 # isort: split
-from verl.trainer.ppo.core_algos import AdaptiveKLController, FixedKLController, kl_penalty
+from verl.trainer.ppo.core_algos import AdaptiveKLController, kl_penalty
 
 
-class Coefficient:
-    """The coefficient's value, from step to step: fixed, or steered so that the KL comes to algorithm.kl_target (arXiv 1909.08593)."""
+def next_coefficient(algorithm: AlgorithmConf, coefficient: float, kl: float | None) -> float:
+    """Return the coefficient after a step whose KL was `kl`: the mean over trained tokens, nats.
 
-    def __init__(self, algorithm: AlgorithmConf, stored: float | None = None) -> None:
-        """`stored`: the value that a checkpoint holds; of no account unless the coefficient adapts."""
-        self._sequences = algorithm.batch_size
-        self._controller: AdaptiveKLController | FixedKLController
-        if algorithm.kl_target is None:
-            self._controller = FixedKLController(algorithm.kl_coef)
-        else:
-            start = algorithm.kl_coef if stored is None else stored
-            self._controller = AdaptiveKLController(
-                start, algorithm.kl_target, algorithm.kl_horizon
-            )
-
-    @property
-    def value(self) -> float:
-        return float(self._controller.value)
-
-    def update(self, kl: float | None) -> None:
-        """After a step, with its KL: the mean over trained tokens, nats. None: the step had no reference."""
-        if kl is not None:
-            self._controller.update(kl, self._sequences)
+    It is constant, or adapts so that the KL approaches algorithm.kl_target (arXiv 1909.08593).
+    `kl` is None if the step had no reference.
+    """
+    if algorithm.kl_target is None or kl is None:
+        return coefficient
+    controller = AdaptiveKLController(coefficient, algorithm.kl_target, algorithm.kl_horizon)
+    controller.update(kl, algorithm.batch_size)
+    return float(controller.value)
 
 
 def penalize(
     batch: Batch, groups: Sequence[Group], algorithm: AlgorithmConf, coefficient: float
 ) -> dict[str, float]:
-    """With algorithm.kl_in=reward, compute the batch's advantages anew, from scores less the KL. `groups`: those it was made of.
+    """With algorithm.kl_in=reward, recompute the batch's advantages from scores less the KL.
 
-    Collective. Needs old and reference log-probs. Returns kl_penalty: what was taken off, mean over the trained sequences of all ranks.
+    `groups` are those that the batch was made of. Needs old and reference log-probs. Returns
+    kl_penalty: what was subtracted, mean over the trained sequences of all ranks. Collective.
     """
     if algorithm.kl_in != "reward":
         return {}
@@ -58,20 +49,21 @@ def penalize(
     old, reference, mask = (
         tensors[name].values() for name in ("old_log_probs", "ref_log_prob", "response_mask")
     )
-    each: torch.Tensor = kl_penalty(old.double(), reference.double(), algorithm.kl_estimator) * mask  # type: ignore[arg-type]
-    of_sequence = (
-        torch.segment_reduce(each, "sum", lengths=tensors["response_mask"].offsets().diff()).numpy()
-        * coefficient
+    per_token: torch.Tensor = kl_penalty(
+        old.double(),
+        reference.double(),
+        algorithm.kl_estimator,  # type: ignore[arg-type]
     )
-    penalties = np.zeros(len(batch.kept))
-    penalties[batch.kept] = of_sequence[: batch.kept.sum()]
-    advantages = torch.from_numpy(flatten(groups, algorithm, penalties, batch.copies).advantages)
+    lengths = tensors["response_mask"].offsets().diff()
+    per_sequence = torch.segment_reduce(per_token * mask, "sum", lengths=lengths) * coefficient
+    penalties = np.zeros(len(batch.included))
+    penalties[batch.included] = per_sequence.numpy()[: batch.included.sum()]
+    sequences = flatten(groups, algorithm, penalties, batch.replicas)
+    advantages = torch.from_numpy(sequences.advantages)
     own = tensors["advantages"]
     fillers = own.values()[len(advantages) :]
-    tensors["advantages"] = torch.nested.nested_tensor_from_jagged(
-        torch.cat([advantages, fillers]), own.offsets()
-    )
-    totals = torch.tensor([penalties.sum(), batch.kept.sum()], dtype=torch.float64)
+    tensors["advantages"] = from_jagged(torch.cat([advantages, fillers]), own.offsets())
+    totals = torch.tensor([penalties.sum(), batch.included.sum()], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(totals)
     return {"kl_penalty": float(totals[0] / totals[1].clamp(min=1))}

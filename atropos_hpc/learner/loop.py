@@ -1,35 +1,37 @@
-"""The training loop. One optimizer step is
+"""The training loop. One optimizer step:
 
-    1. wait for the batch that the trajectory server has formed for this policy version (leased ahead, while the step before ran)
-    2. turn groups into flat token arrays, with advantages
-    3. log-probs of the old policy and of the frozen reference, where the groups lack them; what these say about weights and rewards
-    4. update: forward, loss, backward, optimizer
-    5. publish the new version, in the background of the next step
-    6. checkpoint now and then, in the background; acknowledge the batches that the checkpoint before it already holds
-    7. write the figures
+1. Wait for the batch that the trajectory server has formed for this policy version. It was leased
+   ahead, during the previous step.
+2. Turn the groups into flat token arrays, with advantages.
+3. Compute log-probs of the old policy and of the frozen reference, where the groups lack them;
+   importance weights and the KL penalty follow from these.
+4. Update: forward, loss, backward, optimizer.
+5. Publish the new version, in the background of the next step.
+6. Every `checkpoint_every` steps, save a checkpoint in the background. Acknowledge the batches that
+   no resume needs any more.
+7. Write the metrics.
 
-Batch k is trained at policy version k and makes version k + 1. A learner that dies goes back to its last durable step s, and
-leases batches s, s+1, ... again, the same ones: no group is lost, and none counts twice in the weights that survive.
+Batch k is trained at policy version k and makes version k + 1. A learner that dies resumes from its
+last durable step s and leases batches s, s+1, ... again, the same ones: no group is lost, and none is
+trained on twice in the weights that survive.
 """
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import msgspec
-
-from atropos_hpc.config import AlgorithmConf, EvaluationConf, LaunchConf, ModelConf, TrainerConf
-from atropos_hpc.contracts.group import Group
+from atropos_hpc.config import Config, environment_name, environments
 from atropos_hpc.contracts.members import Done, TrainerState
+from atropos_hpc.contracts.messages import ServerStatus
 from atropos_hpc.contracts.metrics import Evaluation
 from atropos_hpc.learner.backends.base import Backend
-from atropos_hpc.learner.batch import make_batch
+from atropos_hpc.learner.batch import Batch, BatchSettings, make_batch
+from atropos_hpc.learner.batch_leaser import BatchLeaser, LeasedBatch
 from atropos_hpc.learner.checkpoint import Checkpoints
-from atropos_hpc.learner.collective import StopAsked, Together
+from atropos_hpc.learner.collective import Collective, StopRequested
 from atropos_hpc.learner.importance import correct
-from atropos_hpc.learner.kl import Coefficient, penalize
+from atropos_hpc.learner.kl import next_coefficient, penalize
 from atropos_hpc.learner.publisher import Publisher
+from atropos_hpc.learner.state import TrainState
 from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, read_records, write_struct
@@ -37,202 +39,163 @@ from atropos_hpc.trajectories.client import TrajectoryClient
 
 log = logging.getLogger(__name__)
 
-LEASE_WAIT_S = 5.0  # one long poll; a lease is asked for again until it is there
 
+@dataclass
+class TrainContext:
+    """What one learner rank trains with. `metrics` is rank 0's."""
 
-@dataclass(frozen=True)
-class Conf:
-    """The sections that the loop itself reads."""
+    config: Config
+    run: RunDir
+    member: Member[TrainerState]
+    backend: Backend
+    state: TrainState
+    client: TrajectoryClient
+    leaser: BatchLeaser
+    checkpoints: Checkpoints
+    publisher: Publisher
+    collective: Collective
+    metrics: MetricsWriter | None
+    phases: Phases = field(default_factory=Phases)
 
-    model: ModelConf
-    algorithm: AlgorithmConf
-    trainer: TrainerConf
-    evaluation: EvaluationConf
-    launch: LaunchConf
-    staleness_max: int
-    environments: tuple[str, ...] = ()  # names, where there are several
-
-
-class Batches:
-    """This rank's groups of each batch, leased in a thread, one batch ahead: share `rank` of `world`. `client` is the thread's own."""
-
-    def __init__(self, client: TrajectoryClient, rank: int, world: int, staleness_max: int) -> None:
-        self.client, self.rank, self.world, self.staleness_max = client, rank, world, staleness_max
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease")
-        self._leased: Future[tuple[list[Group], dict[str, Any]]] | None = None
-        self._closed = False
-
-    def ask(self, number: int, version: int) -> None:
-        """Start leasing batch `number`, to be trained at that version; the learner is at `version` now."""
-        self._leased = self._thread.submit(self._lease, number, version)
-
-    def ready(self) -> bool:
-        """Is the batch here (or has leasing it failed)?"""
-        assert self._leased is not None
-        return self._leased.done()
-
-    def take(self) -> tuple[list[Group], dict[str, Any]]:
-        """The groups, and the trajectory server's figures at that moment. Raises what leasing raised."""
-        assert self._leased is not None
-        return self._leased.result()
-
-    def _lease(self, number: int, version: int) -> tuple[list[Group], dict[str, Any]]:
-        oldest = number - self.staleness_max
-        while not self._closed:
-            groups = self.client.lease(
-                number, self.rank, self.world, oldest=oldest, version=version, wait_s=LEASE_WAIT_S
-            )
-            if groups is not None:
-                status = self.client.status() if self.rank == 0 else None
-                return groups, msgspec.structs.asdict(status) if status else {}
-        return [], {}
-
-    def close(self) -> None:
-        """Leave a lease under way to its end."""
-        self._closed = True
-        self._thread.shutdown(wait=False)
-
-
-def train(
-    conf: Conf,
-    run: RunDir,
-    backend: Backend,
-    client: TrajectoryClient,
-    batches: Batches,
-    checkpoints: Checkpoints,
-    publishing: Publisher,
-    metrics: MetricsWriter | None,
-    together: Together,
-    member: Member[TrainerState],
-    kl: Coefficient,
-) -> bool:
-    """From the backend's present step to the last. True: the run is complete; False: it was asked to stop, and has saved.
-
-    Collective. `metrics` is rank 0's. Raises TimeoutError when a batch does not come in time.
-    """
-    phases = Phases()
-    try:
-        publishing.publish(backend, backend.step_count)
-        _evaluated(run, 0, conf.evaluation.before and backend.step_count == 0, conf, together)
-        batches.ask(backend.step_count, backend.step_count)
-        patience = conf.launch.start_timeout_s
-        while (version := backend.step_count) < conf.trainer.steps:
-            member.update(state="training", step=version)
-            with phases("wait"):
-                together.wait(f"batch {version}", "the trajectory server", batches.ready, patience)
-                groups, server = batches.take()
-            patience = conf.launch.step_timeout_s
-            if version + 1 < conf.trainer.steps:
-                batches.ask(version + 1, version)
-            with phases("batch"):
-                budget, copies = (
-                    conf.trainer.tokens_per_micro_batch,
-                    backend.world // backend.data_world,
-                )
-                batch = make_batch(
-                    groups,
-                    conf.algorithm,
-                    budget,
-                    conf.model.max_length,
-                    version,
-                    copies,
-                    conf.environments,
-                )
-            with phases("log_probs"):
-                if batch.needs_log_probs:
-                    batch.set_old_log_probs(backend.log_probs(batch))
-                if batch.needs_reference:
-                    batch.set_reference_log_probs(backend.reference_log_probs(batch))
-                off_policy = correct(batch, conf.algorithm.correction)
-                penalty = penalize(batch, groups, conf.algorithm, kl.value)
-            with phases("update"):
-                updated = {
-                    **off_policy,
-                    **penalty,
-                    **backend.update(batch, kl.value),
-                    "kl_coef": kl.value,
-                }
-            kl.update(updated.get("kl_reference"))
-            with phases("publish"):
-                publishing.publish(backend, version + 1)
-            with phases("checkpoint"):
-                if (version + 1) % conf.trainer.checkpoint_every == 0:
-                    checkpoints.save(backend, {"kl_coef": kl.value})
-                _acknowledge(client, checkpoints.durable(), checkpoints.safe, backend.rank)
-            if metrics is not None:
-                metrics.sample(version, conf.trainer.steps, groups)
-                times = phases.take()
-                scalars = _scalars(
-                    batch.statistics.metrics(), updated, times, server, conf.staleness_max
-                )
-                metrics.write(version + 1, scalars, times)
-            together.check()
-        _save_now(backend, client, checkpoints, publishing, kl)
-        _evaluated(run, backend.step_count, conf.evaluation.after, conf, together)
-    except StopAsked:
-        log.info("asked to stop at step %d: saving", backend.step_count)
-        _save_now(backend, client, checkpoints, publishing, kl)
-        return False
-    finally:
-        batches.close()
-    if backend.rank == 0:
-        write_struct(run.done, Done(version=backend.step_count))
-    return True
-
-
-def _acknowledge(client: TrajectoryClient, durable: int | None, safe: int, rank: int) -> None:
-    """When a step has become durable, tell the trajectory server which batches nobody will go back to before."""
-    if durable is not None and safe > 0 and rank == 0:
-        client.ack(safe - 1)
-
-
-def _save_now(
-    backend: Backend,
-    client: TrajectoryClient,
-    checkpoints: Checkpoints,
-    publishing: Publisher,
-    kl: Coefficient,
-) -> None:
-    """Make the present step durable, and its version public, before anything else."""
-    publishing.wait()
-    if (
-        publishing.newest != backend.step_count
-    ):  # it failed: once more, now that nothing else is written
-        publishing.publish(backend, backend.step_count)
-        publishing.wait()
-    durable = checkpoints.wait()
-    if durable != backend.step_count:
-        checkpoints.save(backend, {"kl_coef": kl.value})
-        durable = checkpoints.wait()
-    _acknowledge(client, durable, checkpoints.safe, backend.rank)
-
-
-def _evaluated(run: RunDir, version: int, wanted: bool, conf: Conf, together: Together) -> None:
-    """Wait for the held-out evaluation of a version. Training before the first one would change what it evaluates."""
-    if wanted:
-        there = lambda: any(e.version == version for e in read_records(run.evaluations, Evaluation))  # noqa: E731
-        together.wait(
-            f"the evaluation of version {version}",
-            "the evaluator",
-            there,
-            conf.evaluation.timeout_s,
+    @property
+    def batch_settings(self) -> BatchSettings:
+        """The settings of every batch."""
+        config = self.config
+        names: tuple[str, ...] = ()
+        if config.more_environments:
+            names = tuple(map(environment_name, environments(config)))
+        return BatchSettings(
+            config.algorithm,
+            config.trainer.tokens_per_micro_batch,
+            config.model.max_length,
+            replicas=self.backend.world // self.backend.data_world,
+            environments=names,
         )
 
 
+def train(context: TrainContext) -> bool:
+    """Train from the present version to the last step. Collective.
+
+    Return True if the run is complete, False if it was asked to stop; it has saved in either case.
+    Raises TimeoutError when a batch does not come in time.
+    """
+    state, config = context.state, context.config
+    evaluation, launch = config.evaluation, config.launch
+    try:
+        context.publisher.publish(context.backend, state.version)
+        if evaluation.before and state.version == 0:
+            _await_evaluation(context, 0)  # training on would change what it evaluates
+        context.leaser.start(state.version, state.version)
+        timeout_s = launch.start_timeout_s
+        while state.version < config.trainer.steps:
+            _step(context, timeout_s)
+            timeout_s = launch.step_timeout_s
+            context.collective.check()
+        _save_now(context)
+        if evaluation.after:
+            _await_evaluation(context, state.version)
+    except StopRequested:
+        log.info("asked to stop at step %d: saving a checkpoint", state.version)
+        _save_now(context)
+        return False
+    finally:
+        context.leaser.close()
+    if context.backend.rank == 0:
+        write_struct(context.run.done, Done(version=state.version))
+    return True
+
+
+def _step(context: TrainContext, timeout_s: float) -> None:
+    """Make one optimizer step, and publish, save and report its outcome."""
+    state, phases, config = context.state, context.phases, context.config
+    version, steps = state.version, config.trainer.steps
+    context.member.update(state="training", step=version)
+    with phases("wait"):
+        source = "the trajectory server"
+        context.collective.wait(f"batch {version}", source, context.leaser.ready, timeout_s)
+        leased = context.leaser.take()
+    if version + 1 < steps:
+        context.leaser.start(version + 1, version)
+    with phases("batch"):
+        batch = make_batch(leased.groups, context.batch_settings, version)
+    scalars = _optimize(context, batch, leased)
+    state.version = version + 1
+    state.kl_coef = next_coefficient(config.algorithm, state.kl_coef, scalars.get("kl_reference"))
+    with phases("publish"):
+        context.publisher.publish(context.backend, state.version)
+    with phases("checkpoint"):
+        if state.version % config.trainer.checkpoint_every == 0:
+            context.checkpoints.save(context.backend, state)
+        _acknowledge(context, context.checkpoints.newly_durable())
+    if context.metrics is not None:
+        context.metrics.sample(version, steps, leased.groups)
+        times = phases.take()
+        scalars["staleness_limit"] = config.staleness.max
+        context.metrics.write(state.version, _scalars(batch, scalars, times, leased.server), times)
+
+
+def _optimize(context: TrainContext, batch: Batch, leased: LeasedBatch) -> dict[str, float]:
+    """Complete the batch with log-probs, and update the weights. Return the step's scalars."""
+    backend, state, algorithm = context.backend, context.state, context.config.algorithm
+    with context.phases("log_probs"):
+        if batch.needs_log_probs:
+            batch.set_old_log_probs(backend.log_probs(batch))
+        if batch.needs_reference:
+            batch.set_reference_log_probs(backend.reference_log_probs(batch))
+        importance = correct(batch, algorithm.correction)
+        penalty = penalize(batch, leased.groups, algorithm, state.kl_coef)
+    with context.phases("update"):
+        updated = backend.update(batch, state.kl_coef)
+    return {**importance, **penalty, **updated, "kl_coef": state.kl_coef}
+
+
+def _acknowledge(context: TrainContext, durable: int | None) -> None:
+    """When a step has become durable, acknowledge the batches that no resume needs any more."""
+    safe_step = context.checkpoints.safe_step
+    if durable is not None and safe_step > 0 and context.backend.rank == 0:
+        context.client.ack(safe_step - 1)
+
+
+def _save_now(context: TrainContext) -> None:
+    """Make the present step durable and its version public."""
+    version, publisher, checkpoints = context.state.version, context.publisher, context.checkpoints
+    publisher.wait()
+    if publisher.newest != version:  # it failed: retry now that nothing else is written
+        publisher.publish(context.backend, version)
+        publisher.wait()
+    durable = checkpoints.wait()
+    if durable != version:
+        checkpoints.save(context.backend, context.state)
+        durable = checkpoints.wait()
+    _acknowledge(context, durable)
+
+
+def _await_evaluation(context: TrainContext, version: int) -> None:
+    """Wait for the held-out evaluation of a version."""
+
+    def done() -> bool:
+        lines = read_records(context.run.evaluations, Evaluation)
+        return any(line.version == version for line in lines)
+
+    what, timeout_s = f"the evaluation of version {version}", context.config.evaluation.timeout_s
+    context.collective.wait(what, "the evaluator", done, timeout_s)
+
+
 def _scalars(
-    batch: dict[str, float],
-    updated: dict[str, float],
-    times: StepTimes,
-    server: dict[str, Any],
-    staleness_max: int,
+    batch: Batch, updated: dict[str, float], times: StepTimes, server: ServerStatus | None
 ) -> dict[str, float]:
-    """Return the scalars of one step."""
+    """Return the scalars of one step for the metrics."""
+    of_batch = batch.statistics.metrics()
+    queue = {}
+    if server is not None:
+        queue = {
+            "dropped_as_stale": server.stale,
+            "queued_sequences": server.queued_sequences,
+        }
     return {
-        "reward": batch.pop("reward_mean"),
-        **batch,
+        "reward": of_batch.pop("reward_mean"),
+        **of_batch,
         **updated,
-        "tokens_per_s": batch["tokens"] / times.step_s,
-        "staleness_limit": staleness_max,
-        "dropped_as_stale": server.get("stale", 0),
-        "queued_sequences": server.get("queued_sequences", 0),
+        "tokens_per_s": of_batch["tokens"] / times.step_s,
+        **queue,
     }

@@ -1,6 +1,7 @@
-"""The objective, as verl's actor config: which policy loss, clipping, aggregation, KL and entropy terms `ppo_loss` puts together.
+"""Translate `algorithm.*` into verl's actor config, from which `ppo_loss` assembles the objective.
 
-Every formula is verl's. What stands here is only the translation of `algorithm.*`, and what its values must be.
+Every formula is verl's: policy loss, clipping, aggregation, KL and entropy terms. Only the
+translation, and the checks of its values, are here.
 """
 
 from atropos_hpc.config import AlgorithmConf
@@ -11,7 +12,8 @@ from atropos_hpc.validate import LOSS_OPTIONS
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, PolicyLossConfig
 
-# bypass_mode and dro need options that `algorithm` doesn't have; geo_mean divides by the size of the micro-batch, whatever the batch is.
+# bypass_mode and dro need options that `algorithm` does not have; geo_mean divides by the size of
+# the micro-batch instead of that of the batch.
 LOSSES = tuple(sorted(set(POLICY_LOSS_REGISTRY) - {"bypass_mode", "dro", "geo_mean"}))
 AGGREGATIONS = (
     "token-mean",
@@ -26,52 +28,52 @@ KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")
 def objective(
     algorithm: AlgorithmConf, max_length: int, kl_coef: float | None = None
 ) -> FSDPActorConfig:
-    """What verl's `ppo_loss` reads. `max_length`: model.max_length, by which `seq-mean-token-sum-norm` divides (arXiv 2503.20783);
-    left to verl it would be the longest response of the micro-batch, and so depend on how sequences were packed. `kl_coef`: the
-    present coefficient, where it adapts; else algorithm.kl_coef.
+    """Return the config that verl's `ppo_loss` reads.
 
-    `ppo_loss` writes the batch's totals into the config: make one for each step. Raises ValueError naming the key.
+    `max_length` is model.max_length, by which `seq-mean-token-sum-norm` divides (arXiv 2503.20783).
+    verl's own default is the longest response of the micro-batch, which depends on the packing.
+    `kl_coef` is the present coefficient, where it adapts.
+
+    `ppo_loss` writes the batch's totals into the config, so every step needs a new one. Raises
+    ValueError naming the key.
     """
-    for key, value, known in (
-        ("loss", algorithm.loss, LOSSES),
-        ("aggregation", algorithm.aggregation, AGGREGATIONS),
-        ("kl_estimator", algorithm.kl_estimator, KL_ESTIMATORS),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"algorithm.{key}={value}: verl has no such one; use one of {', '.join(known)}"
-            )
-    for option in algorithm.loss_options:
-        if option not in LOSS_OPTIONS.get(algorithm.loss, ()):
-            raise ValueError(
-                f"algorithm.loss_options.{option}: algorithm.loss={algorithm.loss} has no such option"
-            )
-    in_loss = algorithm.kl_in == "loss" and algorithm.kl_coef != 0
-    of_policy = {
-        name: value
-        for name, value in algorithm.loss_options.items()
-        if hasattr(PolicyLossConfig, name)
-    }
-    of_actor = {
-        name: value for name, value in algorithm.loss_options.items() if name not in of_policy
-    }
+    _check(algorithm)
+    options = algorithm.loss_options
+    policy_options = {k: value for k, value in options.items() if hasattr(PolicyLossConfig, k)}
+    actor_options = {k: value for k, value in options.items() if k not in policy_options}
+    normalized = algorithm.aggregation == "seq-mean-token-sum-norm"
     return FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         use_dynamic_bsz=True,
-        policy_loss=PolicyLossConfig(loss_mode=algorithm.loss, **of_policy),
+        policy_loss=PolicyLossConfig(loss_mode=algorithm.loss, **policy_options),
         clip_ratio=algorithm.clip_low,
         clip_ratio_low=algorithm.clip_low,
         clip_ratio_high=algorithm.clip_high,
         clip_ratio_c=algorithm.clip_dual,
         loss_agg_mode=algorithm.aggregation,
-        loss_scale_factor=max_length
-        if algorithm.aggregation == "seq-mean-token-sum-norm"
-        else None,
-        use_kl_loss=in_loss,
+        loss_scale_factor=max_length if normalized else None,
+        use_kl_loss=algorithm.kl_in == "loss" and algorithm.kl_coef != 0,
         kl_loss_coef=algorithm.kl_coef if kl_coef is None else kl_coef,
         kl_loss_type=algorithm.kl_estimator,
         entropy_coeff=algorithm.entropy_coef,
         fsdp_config=FSDPEngineConfig(strategy="fsdp2", use_torch_compile=False),
-        **of_actor,
+        **actor_options,
     )
+
+
+def _check(algorithm: AlgorithmConf) -> None:
+    for key, value, allowed in (
+        ("loss", algorithm.loss, LOSSES),
+        ("aggregation", algorithm.aggregation, AGGREGATIONS),
+        ("kl_estimator", algorithm.kl_estimator, KL_ESTIMATORS),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"algorithm.{key}={value}: not supported; use one of {', '.join(allowed)}"
+            )
+    for option in algorithm.loss_options:
+        if option not in LOSS_OPTIONS.get(algorithm.loss, ()):
+            raise ValueError(
+                f"algorithm.loss_options.{option}: not an option of algorithm.loss={algorithm.loss}"
+            )

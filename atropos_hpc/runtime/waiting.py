@@ -62,6 +62,10 @@ class Waiting:
         """Call before each pause: show a long wait, and raise WaitTimeout after the deadline."""
         if self.expired:
             raise self.timeout()
+        self.show()
+
+    def show(self) -> None:
+        """Show a long wait. For collective waits, in which no process may raise by itself."""
         if self._member is not None and not self._shown and self.elapsed >= self._show_after_s:
             self._shown = True
             self._member.show_wait(self.record())

@@ -1,0 +1,28 @@
+"""The JSON files of checkpoints. Tensors lie beside them, as torch.distributed.checkpoint writes."""
+
+import msgspec
+
+
+class CheckpointFile(msgspec.Struct, frozen=True):
+    """A file of a checkpoint, with its size."""
+
+    file: str
+    bytes: int
+
+
+class CheckpointManifest(msgspec.Struct, frozen=True):
+    """checkpoints/step-<n>-<attempt>/manifest.json: the checkpoint after `step` optimizer steps.
+
+    `ranks` is the number of learner ranks that wrote it.
+    """
+
+    step: int
+    ranks: int
+    files: tuple[CheckpointFile, ...]
+
+
+class LatestCheckpoint(msgspec.Struct, frozen=True):
+    """checkpoints/latest.json: the newest durable checkpoint."""
+
+    step: int
+    directory: str

@@ -1,0 +1,140 @@
+"""Find, verify and remove checkpoint directories. Needs no torch and no other rank."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atropos_hpc.contracts.checkpoint import CheckpointManifest, LatestCheckpoint
+from atropos_hpc.runtime.run_dir import Unreadable, read_struct
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LATEST = "latest.json"
+_NAME = re.compile(r"step-(\d+)-(\d+)")
+
+
+class BadCheckpoint(Exception):
+    """A checkpoint that fails its checks: no manifest, or a file missing or of another size."""
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointDir:
+    """A checkpoint directory, complete or not. Later attempts at a step compare greater."""
+
+    step: int
+    attempt: int
+    path: Path = field(compare=False)
+
+    @classmethod
+    def make_path(cls, root: Path, step: int, attempt: int) -> "CheckpointDir":
+        """Describe the directory of that attempt at that step. It need not exist."""
+        return cls(step, attempt, root / f"step-{step}-{attempt}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has a manifest, which is written last."""
+        return (self.path / MANIFEST).exists()
+
+
+def list_checkpoints(root: Path) -> list[CheckpointDir]:
+    """Return all checkpoint directories, oldest first."""
+    return sorted(_directories(root))
+
+
+def find(root: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
+    """Return directory and manifest of the newest valid checkpoint, or of the last one of a step.
+
+    Raises FileNotFoundError, naming the steps that there are, and BadCheckpoint if it is damaged.
+    """
+    if step is None:
+        found = newest_valid(root)
+        if found is None:
+            raise FileNotFoundError(f"no checkpoint under {root} yet")
+        return found[0].path, found[1]
+    complete = [each for each in list_checkpoints(root) if each.complete] if root.is_dir() else []
+    matching = [each for each in complete if each.step == step]
+    if not matching:
+        steps = ", ".join(str(number) for number in sorted({each.step for each in complete}))
+        raise FileNotFoundError(
+            f"no checkpoint of step {step} under {root}; there are: {steps or 'none'}"
+        )
+    return matching[-1].path, verify(matching[-1].path)
+
+
+def newest_valid(root: Path) -> tuple[CheckpointDir, CheckpointManifest] | None:
+    """Return the checkpoint to resume from; None before the first.
+
+    It is the one that latest.json names. If that is damaged, the newest valid one before it is
+    returned, with a warning. Raises BadCheckpoint if none is valid.
+    """
+    latest = read_struct(root / LATEST, LatestCheckpoint)
+    if latest is None:
+        return None
+    if (match := _NAME.fullmatch(latest.directory)) is None:
+        raise BadCheckpoint(f"{root / LATEST} names {latest.directory!r}, which is no checkpoint")
+    newest = CheckpointDir.make_path(root, int(match[1]), int(match[2]))
+    older = [each for each in list_checkpoints(root) if each < newest]
+    failures: list[str] = []
+    for candidate in (newest, *reversed(older)):
+        try:
+            manifest = verify(candidate.path)
+        except BadCheckpoint as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            log.warning("going back to %s, because: %s", candidate.path.name, "; ".join(failures))
+        return candidate, manifest
+    raise BadCheckpoint(
+        f"no checkpoint under {root} is valid: {'; '.join(failures)}."
+        " To start afresh, use another run directory"
+    )
+
+
+def verify(path: Path) -> CheckpointManifest:
+    """Check that every file has the size in the manifest, and return the manifest."""
+    try:
+        manifest = read_struct(path / MANIFEST, CheckpointManifest)
+    except Unreadable as error:
+        raise BadCheckpoint(str(error)) from None
+    if manifest is None:
+        raise BadCheckpoint(f"{path}: no {MANIFEST}")
+    for entry in manifest.files:
+        try:
+            size = (path / entry.file).stat().st_size
+        except FileNotFoundError:
+            raise BadCheckpoint(f"{path / entry.file}: missing") from None
+        if size != entry.bytes:
+            raise BadCheckpoint(
+                f"{path / entry.file}: {size} bytes, the manifest says {entry.bytes}"
+            )
+    return manifest
+
+
+def remove_obsolete(root: Path, latest: CheckpointDir, keep: int, keep_every: int = 0) -> None:
+    """Remove checkpoints that nobody needs.
+
+    Kept are the newest `keep` complete ones up to `latest`, and the last attempt at each multiple of
+    `keep_every` steps. What is newer than `latest` belongs to an abandoned branch and is removed.
+    """
+    found = list_checkpoints(root)
+    complete = [each for each in found if each <= latest and each.complete]
+    milestones = {
+        each.step: each for each in complete if keep_every and each.step % keep_every == 0
+    }
+    kept = {latest, *complete[-max(1, keep) :], *milestones.values()}
+    for each in found:
+        if each not in kept:
+            (each.path / MANIFEST).unlink(missing_ok=True)
+            # Files that an NFS client holds open stay; the next save removes them.
+            shutil.rmtree(each.path, ignore_errors=True)
+
+
+def _directories(root: Path) -> Iterator[CheckpointDir]:
+    for name in os.listdir(root):
+        if match := _NAME.fullmatch(name):
+            yield CheckpointDir(int(match[1]), int(match[2]), root / name)

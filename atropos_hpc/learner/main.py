@@ -1,0 +1,222 @@
+"""One learner rank: `python -m atropos_hpc.learner --run-dir DIR`.
+
+RANK, WORLD_SIZE, ... or Slurm's variables are in its environment. The rank joins the others through
+the rendezvous, builds the backend, restores the last durable step, and trains. Exit codes:
+
+    0   the run is complete
+    75  it was asked to stop, and has saved a checkpoint
+    70  something it waited for did not come in time
+    2   the config cannot work, so a restart would fail as well
+    1   anything else
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atropos_hpc.config import Config
+from atropos_hpc.contracts.members import TrainerState
+from atropos_hpc.contracts.messages import Registration
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import Member, RosterReader
+from atropos_hpc.runtime.network import keep_to_interface, own_host
+from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
+from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.waiting import wait_for
+
+if TYPE_CHECKING:
+    from atropos_hpc.learner.loop import TrainContext
+
+log = logging.getLogger(__name__)
+
+GONE = (
+    "%s. The checkpoint that was restored is older than the acknowledged batches: newer checkpoints"
+    " are damaged or were removed. Restore one of them; or, to continue from this one with new groups,"
+    " move the run's trajectories/ away"
+)
+SERVER_TIMEOUT_S = 600.0  # how long the trajectory server may be unreachable
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one rank, and return its exit code."""
+    process.die_with_parent(signal.SIGKILL)
+    process.dump_stacks_on_request()
+    parser = argparse.ArgumentParser(description="One rank of the learner.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    run = RunDir(parser.parse_args(arguments).run_dir)
+    process.log_to_stderr()
+    config = run.config()
+    _set_environment(config)
+    rank = _variable("RANK", "SLURM_PROCID", "0")
+    step_id = os.environ.get("ATROPOS_HPC_STEP")
+    state = TrainerState(rank=rank, step_id=step_id)
+    member = Member(run, state, os.environ.get("ATROPOS_HPC_NODE", "local"), rank)
+    try:
+        return DONE if _train(run, config, member) else STOPPED
+    except ValueError:
+        log.exception("the config cannot work; not to be restarted")
+        return REFUSED
+    except TimeoutError:
+        log.exception("a wait has timed out")
+        return STUCK
+    except BaseException as error:
+        traceback.print_exc()
+        if getattr(error, "status", None) == HTTPStatus.GONE:
+            log.error(GONE, error)
+            return REFUSED
+        return 1
+    finally:
+        member.leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def backend_class(name: str) -> Any:
+    """Return the backend that trainer.backend names. Only its own library is imported."""
+    if name == "deepspeed":
+        from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend
+    from atropos_hpc.learner.backends.verl import VerlBackend
+
+    return VerlBackend
+
+
+def join(run: RunDir, member: Member[TrainerState], host: str, timeout_s: float) -> None:
+    """Make the default process group.
+
+    Rank 0 opens a store at a free port and announces it in its member file; the others read it
+    there. The step id distinguishes this start's rank 0 from an earlier one's. Raises TimeoutError.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, world = member.state.rank, _variable("WORLD_SIZE", "SLURM_NTASKS", "1")
+    # Ranks load and wait at different speeds; a lost rank ends the Slurm step anyway.
+    timeout = timedelta(seconds=timeout_s + 600)
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # Bound here because the store itself would listen on every interface.
+        listener = socket.create_server((host, 0), family=family)
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host,
+            port,
+            world,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listener.detach(),
+        )
+        member.update(state="joining", store=(host, port))
+    else:
+        roster, step_id = RosterReader(run.roster), member.state.step_id
+
+        def announced() -> tuple[str, int] | None:
+            ranks = roster.members(TrainerState)
+            stores = (m.store for m in ranks if m.rank == 0 and m.step_id == step_id)
+            return next((store for store in stores if store), None)
+
+        what = "the address of the process group's store"
+        address, port = wait_for(what, "trainer rank 0", announced, timeout_s, member=member)
+        store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _set_environment(config: Config) -> None:
+    """Set what libraries read from the environment when they are imported."""
+    if config.trainer.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
+    if Path(config.model.path or "").exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
+    """Join the other ranks and train. Return False if the run was asked to stop."""
+    import torch
+
+    from atropos_hpc.learner.loop import train
+
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    keep_to_interface(config.cluster.host)
+    join(run, member, own_host(config.cluster.host), config.launch.start_timeout_s)
+    member.update(state="loading")
+    context = _build_context(run, config, member)
+    try:
+        return train(context)
+    finally:
+        if context.metrics is not None:
+            context.metrics.close()
+
+
+def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) -> "TrainContext":
+    """Build the backend, restore the last durable step, and register with the trajectory server."""
+    from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
+    from atropos_hpc.learner.batch_leaser import BatchLeaser
+    from atropos_hpc.learner.checkpoint import Checkpoints
+    from atropos_hpc.learner.collective import Collective
+    from atropos_hpc.learner.loop import TrainContext
+    from atropos_hpc.learner.publisher import Publisher, ReaderLink, take_request
+    from atropos_hpc.learner.state import TrainState
+    from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
+    from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
+
+    trainer, rank = config.trainer, member.state.rank
+    backend = backend_class(trainer.backend)(config.model, trainer, config.algorithm, config.seed)
+    checkpoints = Checkpoints(run, trainer.keep_checkpoints, trainer.keep_checkpoints_every)
+    state = TrainState(kl_coef=config.algorithm.kl_coef)
+    checkpoints.load_latest(backend, state)
+    if config.algorithm.kl_target is None:
+        state.kl_coef = config.algorithm.kl_coef  # the config may have changed since the save
+    log.info("rank %d of %d starts at step %d", rank, backend.world, state.version)
+
+    Client = UpstreamClient if config.trajectories.server == "atropos" else TrajectoryClient
+    address = RosterReader(run.roster).trajectory_server
+    # One for the leasing thread, one for this one: a client is not thread-safe.
+    leasing, client = (Client(address, run.token(), SERVER_TIMEOUT_S) for _ in range(2))
+    metrics = None
+    if rank == 0:
+        registration = Registration(
+            batch_size=config.algorithm.batch_size,
+            max_token_len=config.model.max_length,
+            starting_step=state.version,
+            num_steps=trainer.steps,
+            vocab_size=backend.vocab_size,
+            checkpoint_dir=str(run.path / "environments"),
+            wandb_project=config.wandb.project,
+            wandb_group=config.wandb.group or "",
+        )
+        leasing.register(registration)
+        trackers = open_trackers(run, config.wandb, config.tensorboard, state.version)
+        metrics = MetricsWriter(run, trackers, state.version)
+    link = ReaderLink(partial(take_request, run), lambda alarm: member.update(alarm=alarm))
+    return TrainContext(
+        config=config,
+        run=run,
+        member=member,
+        backend=backend,
+        state=state,
+        client=client,
+        leaser=BatchLeaser(leasing, backend.data_rank, backend.data_world, config.staleness.max),
+        checkpoints=checkpoints,
+        publisher=Publisher(run.policy, config.policy, config.model.dtype, link),
+        collective=Collective(run, member),
+        metrics=metrics,
+    )
+
+
+def _variable(name: str, slurm: str, default: str) -> int:
+    """Return a number from torchrun's variable, else from Slurm's."""
+    return int(os.environ.get(name) or os.environ.get(slurm) or default)
