@@ -59,7 +59,9 @@ def goes_on(started: Started) -> None:
 def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
     """SIGSTOP to the member of that kind: shown as silent once it counts as dead, and ended HUNG_S later."""
     name = next(
-        m.name for m in status.read_status(started.run.path).members if m.name.startswith(kind)
+        m.member.name
+        for m in status.read_status(started.run.path).members
+        if m.member.name.startswith(kind)
     )
     pid, before = (
         started.pid(kind),
@@ -70,7 +72,7 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
 
     def shown() -> bool:
         return any(
-            m.name == name and m.state == "silent"
+            m.member.name == name and m.state == "silent"
             for m in status.read_status(started.run.path).members
         )
 

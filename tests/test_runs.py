@@ -56,9 +56,9 @@ def assert_the_story_can_be_read(started: Started, killed: str) -> None:
     assert (
         found.state == "complete"
         and found.step == found.steps
-        and (found.tokens_per_s.trainer or 0) > 0
+        and (found.trained_tokens_per_s or 0) > 0
     )
-    assert {member.kind for member in found.members} >= {
+    assert {shown.member.kind for shown in found.members} >= {
         "supervisor",
         "trajectories",
         "trainer",

@@ -76,7 +76,7 @@ def test_one_run_queued_running_requeued_stopped_and_resumed(
     run.reach(6)
     found = status(cluster, run.run.path)
     assert (found["state"], found["slurm"], found["job"]) == ("running", "RUNNING", run.job)
-    assert [member["kind"] for member in found["members"]] == [
+    assert [shown["member"]["kind"] for shown in found["members"]] == [
         "supervisor",
         "trajectories",
         "trainer",

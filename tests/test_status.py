@@ -82,14 +82,11 @@ def test_a_running_one(tmp_path: Path) -> None:
             check=True,
         ).stdout
     assert (found["state"], found["step"], found["steps"]) == ("running", 7, 10)
-    assert found["eta_s"] == pytest.approx(6) and found["tokens_per_s"]["trainer"] == pytest.approx(
-        50
-    )
+    assert found["eta_s"] == pytest.approx(6) and found["trained_tokens_per_s"] == pytest.approx(50)
     assert found["time_shares"] == {
-        "waiting for data": 0.5,
-        "training": 0.25,
-        "publishing": 0,
-        "checkpointing": 0.125,
+        "wait": 0.5,
+        "update": 0.25,
+        "checkpoint": 0.125,
         "other": 0.125,
     }
     assert (

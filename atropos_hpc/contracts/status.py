@@ -4,7 +4,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from atropos_hpc.contracts.members import Holder
+from atropos_hpc.contracts.members import AnyMember, Holder
+from atropos_hpc.contracts.metrics import EvaluationSummary
 
 RunState = Literal[
     "queued",
@@ -46,11 +47,13 @@ class SweepStatus(Struct, frozen=True):
     points: list[PointStatus]
 
 
-class ServerCount(Struct, frozen=True):
-    """The vLLM servers of a node agent."""
+class MemberStatus(Struct, frozen=True):
+    """A member as its file describes it, and what the age of that file says."""
 
-    serving: int
-    total: int
+    member: AnyMember
+    state: str  # the member's own, "silent" without a heartbeat, "gone" once the run has ended
+    age_s: float
+    silent_s: float  # since the last heartbeat
 
 
 class WaitStatus(Struct, frozen=True):
@@ -62,41 +65,6 @@ class WaitStatus(Struct, frozen=True):
     waited_s: float
 
 
-class MemberStatus(Struct):
-    """A process of the run, from its member file and that file's age."""
-
-    name: str
-    kind: str
-    node: str
-    host: str
-    state: str  # its own word, or "silent", or "gone" once its run has ended
-    age_s: float
-    silent_s: float  # since its last heartbeat
-    version: int | None = None  # the learner's, or the oldest that a server of the agent serves
-    servers: ServerCount | None = None
-    wait: WaitStatus | None = None
-    tokens_per_s: float | None = None
-    in_flight: int | None = None  # groups
-    sent: int | None = None  # groups
-    queued_sequences: int | None = None
-    error: str | None = None
-
-
-class EvaluationStatus(Struct, frozen=True):
-    """The last held-out evaluation."""
-
-    version: int
-    accuracy: float
-    sequences: int
-
-
-class QueueStatus(Struct, frozen=True):
-    """Work between the environments and the learner."""
-
-    sequences: int | None
-    groups_in_flight: int
-
-
 class VersionStatus(Struct, frozen=True):
     """Policy versions: the learner's, the newest published, durable, and the oldest served."""
 
@@ -104,13 +72,6 @@ class VersionStatus(Struct, frozen=True):
     published: int | None
     durable: int | None
     served: int | None
-
-
-class TokenRates(Struct, frozen=True):
-    """Tokens per second: trained over the last steps, generated over the last seconds."""
-
-    trainer: float | None
-    rollout: float | None
 
 
 class LogWarning(Struct, frozen=True):
@@ -136,12 +97,14 @@ class RunStatus(Struct, frozen=True):
     last_step_at: float | None
     eta_s: float | None
     seconds_per_step: float | None
-    metrics: dict[str, float | None]
-    evaluation: EvaluationStatus | None
-    queue: QueueStatus
+    metrics: dict[str, float | None]  # every scalar of the last step
+    evaluation: EvaluationSummary | None  # the last
+    queued_sequences: int | None  # for the learner
+    groups_in_flight: int
     versions: VersionStatus
-    tokens_per_s: TokenRates
-    time_shares: dict[str, float]  # of the learner's time; they add up to 1
+    trained_tokens_per_s: float | None  # over the last steps
+    generated_tokens_per_s: float | None  # over the last seconds
+    time_shares: dict[str, float]  # of the learner's time by phase; they add up to 1
     members: list[MemberStatus]
     waits: list[WaitStatus]
     warnings: list[LogWarning]

@@ -66,6 +66,12 @@ class History:
         """Return the seconds that each step spent in a phase."""
         return np.array([line.phases.get(name, 0.0) for line in self.lines], float)
 
+    def points(self, name: str) -> dict[int, float]:
+        """Return {step or version: value} of a metric, or of the held-out "accuracy"."""
+        if name == "accuracy":
+            return {each.version: accuracy for each, accuracy in self.evaluations}
+        return {line.step: v for line in self.lines if (v := line.get(name)) is not None}
+
     def final(self, name: str) -> float:
         """Average a metric over the last tenth of the steps; NaN where there is none."""
         values = self.scalar(name)

@@ -120,9 +120,7 @@ def _facts(run: History, row: PointStatus) -> dict[str, str | None]:
         "wall time": duration(summary.wall_s) if summary.wall_s else None,
         "process restarts": str(sum(not each.of_run for each in run.restarts)),
         "attempts": str(summary.attempts),
-        "of the learner's time waiting for data": f"{shares['waiting for data']:.0%}"
-        if shares
-        else None,
+        "of the learner's time waiting for data": f"{shares.get('wait', 0.0):.0%}",
     }
 
 

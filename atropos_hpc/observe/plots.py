@@ -17,30 +17,16 @@ Final = Callable[[History], float]  # a run's final value
 
 WIDTH, SIZE = 11.0, (5.4, 3.0)  # inches
 MAX_POINTS = 400  # of a curve; steps in between are averaged and their range is shaded
+FEW_POINTS = 15  # are marked
 BINS = 330
 BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d97b29", "#3a923a", "#c03d3e"
 GREY, PURPLE, LIGHT_BLUE, SAND, PALE = "#8a8a8a", "#8763b0", "#7aa6d6", "#e8c9a0", "#d4d4d4"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, "#845b53", "#d684bd", "#7f7f00", "#17a2b8", "#4c4c4c")
-PHASE_COLORS = {
-    "wait": SAND,
-    "batch": LIGHT_BLUE,
-    "log_probs": "#5588c7",
-    "update": BLUE,
-    "publish": GREEN,
-    "checkpoint": PURPLE,
-    "other": PALE,
-}
-STATE_COLORS = {
-    "generating": BLUE,
-    "serving": BLUE,
-    "training": BLUE,
-    "running": BLUE,
-    "evaluating version": PURPLE,
-    "loading": LIGHT_BLUE,
-    "idle": SAND,
-    "ended": "#f5f5f5",
-    "silent": RED,
-}
+PHASE_COLORS = {"wait": SAND, "batch": LIGHT_BLUE, "log_probs": "#5588c7", "update": BLUE}
+PHASE_COLORS |= {"publish": GREEN, "checkpoint": PURPLE, "other": PALE}
+STATE_COLORS = {"evaluating version": PURPLE, "loading": LIGHT_BLUE, "idle": SAND, "silent": RED}
+STATE_COLORS |= dict.fromkeys(("generating", "serving", "training", "running"), BLUE)
+STATE_COLORS |= {"ended": "#f5f5f5"}
 WAIT_COLORS = (SAND, "#dbb27c", "#cf9b58", "#f1dcc1")
 LABELS = {
     "wait": "waiting for data",
@@ -94,7 +80,7 @@ def draw_curve(axes: Axes, x: Values, y: Values, color: str, label: str | None =
         axes.plot(at, mean, color=color, linewidth=0.7, alpha=0.35)
         padded = np.pad(mean, (window // 2, window - 1 - window // 2), mode="edge")
         mean = np.convolve(padded, np.ones(window) / window, mode="valid")
-    marker = "o" if len(y) == 1 else None
+    marker = "o" if len(y) < FEW_POINTS else None
     axes.plot(at, mean, color=color, linewidth=1.6, label=label, marker=marker, markersize=3)
     return True
 
@@ -107,7 +93,7 @@ def _mark_restarts(axes: Axes, run: History, to_x: Callable[[float], float]) -> 
 # --- a run
 
 
-def curves(run: History, title: str, lines: Sequence[Line], unit: str = "") -> Figure | None:
+def curves(run: History, title: str, unit: str, lines: Sequence[Line]) -> Figure | None:
     """Draw metrics over steps."""
     figure, axes = _axes()
     drawn = [draw_curve(axes, run.steps, run.scalar(name), *rest) for name, *rest in lines]
@@ -125,13 +111,11 @@ def learning(run: History) -> Figure | None:
     if not drawn and not run.evaluations:
         return None
     if run.evaluations:
-        versions = [each.version for each, _ in run.evaluations]
-        accuracies = [accuracy for _, accuracy in run.evaluations]
-        style: dict[str, Any] = {"color": ORANGE, "marker": "o", "markersize": 4, "linewidth": 1.4}
-        axes.plot(versions, accuracies, label="accuracy, held out", **style)
-        last = (versions[-1], accuracies[-1])
-        offset: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(f"{last[1]:.3f}", last, fontsize=8, color=ORANGE, **offset)
+        versions = np.array([each.version for each, _ in run.evaluations], float)
+        accuracies = np.array([accuracy for _, accuracy in run.evaluations])
+        draw_curve(axes, versions, accuracies, ORANGE, "accuracy, held out")
+        label = f"{accuracies[-1]:.3f}  "
+        axes.text(versions[-1], accuracies[-1], label, fontsize=8, color=ORANGE, ha="right")
     _mark_restarts(axes, run, run.step_at)
     _finish(axes, "Reward and held-out accuracy")
     return figure
@@ -158,35 +142,35 @@ def environments(run: History) -> Figure | None:
         (name, CYCLE[index % len(CYCLE)], name.removeprefix("reward/"))
         for index, name in enumerate(names)
     ]
-    return curves(run, "Reward by environment", lines)
+    return curves(run, "Reward by environment", "", lines)
 
 
-CURVES: dict[str, tuple[str, Sequence[Line], str]] = {
-    "kl": ("KL to the reference", [("kl_reference", BLUE, "KL")], "nats per token"),
-    "entropy": ("Entropy of the policy", [("entropy", BLUE, "entropy")], "nats per token"),
+CURVES: dict[str, tuple[str, str, list[Line]]] = {
+    "kl": ("KL to the reference", "nats per token", [("kl_reference", BLUE, "KL")]),
+    "entropy": ("Entropy of the policy", "nats per token", [("entropy", BLUE, "entropy")]),
     "lengths": (
         "Lengths",
+        "tokens",
         [
             ("response_length_mean", BLUE, "response, mean"),
             ("length_mean", GREEN, "sequence, mean"),
             ("length_max", GREY, "sequence, longest"),
         ],
-        "tokens",
     ),
     "staleness": (
         "Staleness of the trained sequences",
+        "policy versions",
         [
             ("staleness_mean", BLUE, "mean"),
             ("staleness_max", GREY, "largest"),
             ("staleness_limit", RED, "limit"),
         ],
-        "policy versions",
     ),
-    "gradient": ("Gradient norm before clipping", [("grad_norm", BLUE, "norm")], ""),
+    "gradient": ("Gradient norm before clipping", "", [("grad_norm", BLUE, "norm")]),
     "off_policy": (
         "Distance to the behaviour policy",
-        [("clip_fraction", BLUE, "tokens clipped"), ("ppo_kl", ORANGE, "KL old to new")],
         "",
+        [("clip_fraction", BLUE, "tokens clipped"), ("ppo_kl", ORANGE, "KL old to new")],
     ),
 }
 
@@ -263,27 +247,22 @@ def _colored(row: str, shares: dict[str, Values]) -> list[tuple[str, str]]:
 def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figure | None]:
     """Draw every plot of a sweep, by name. `keys`: what the sweep compares."""
     groups = history.grouped(runs, keys)
-    kl, accuracy = (lambda run: run.final("kl_reference")), (lambda run: run.accuracy)
+    kl: Final = lambda run: run.final("kl_reference")  # noqa: E731
+    accuracy: Final = lambda run: run.accuracy  # noqa: E731
+    reward: Final = lambda run: run.final("reward")  # noqa: E731
+    nats = "nats per token"
     drawn = {
         "reward": compare(groups, keys, "reward", "Reward, training"),
-        "accuracy": compare_accuracy(groups, keys),
-        "kl": compare(groups, keys, "kl_reference", "KL to the reference", "nats per token"),
-        "entropy": compare(groups, keys, "entropy", "Entropy", "nats per token"),
+        "accuracy": compare(groups, keys, "accuracy", "Accuracy, held out"),
+        "kl": compare(groups, keys, "kl_reference", "KL to the reference", nats),
+        "entropy": compare(groups, keys, "entropy", "Entropy", nats),
     }
     for key in keys:
-        name = _short(key)
-        drawn[f"{name}_accuracy"] = against(
-            runs, key, accuracy, f"{name} against accuracy", "accuracy, held out"
-        )
-        drawn[f"{name}_kl"] = against(
-            runs, key, kl, f"{name} against KL to the reference", "nats per token"
-        )
-    for name, final, title, unit in (
-        ("accuracy", accuracy, "Final held-out accuracy, by seed", "accuracy"),
-        ("reward", lambda run: run.final("reward"), "Final reward, by seed", "reward"),
-        ("kl", kl, "Final KL to the reference, by seed", "nats per token"),
-    ):
-        drawn[f"final_{name}"] = final_values(groups, keys, final, title, unit)
+        drawn[f"{_short(key)}_accuracy"] = against(runs, key, accuracy, "accuracy, held out")
+        drawn[f"{_short(key)}_kl"] = against(runs, key, kl, f"KL to the reference, {nats}")
+    drawn["final_accuracy"] = final_values(groups, keys, accuracy, "held-out accuracy")
+    drawn["final_reward"] = final_values(groups, keys, reward, "reward")
+    drawn["final_kl"] = final_values(groups, keys, kl, f"KL to the reference, {nats}")
     return drawn
 
 
@@ -304,43 +283,23 @@ def compare(
     figure, axes = _axes()
     drawn = False
     for index, (values, runs) in enumerate(groups.items()):
-        steps = min(len(run.steps) for run in runs)
-        rows = np.array([run.scalar(name)[:steps] for run in runs])
-        if np.isfinite(rows).any():
+        points = [run.points(name) for run in runs]
+        common = sorted(set.intersection(*map(set, points)))
+        if common:
             color = CYCLE[index % len(CYCLE)]
-            _shade_range(axes, runs[0].steps[:steps], rows, color)
-            mean = rows.mean(0)
-            drawn |= draw_curve(axes, runs[0].steps[:steps], mean, color, _label(keys, values))
+            x, rows = (
+                np.array(common, float),
+                np.array([[of[at] for at in common] for of in points]),
+            )
+            if len(rows) > 1:
+                low, high = rows.min(0), rows.max(0)
+                axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+            drawn |= draw_curve(axes, x, rows.mean(0), color, _label(keys, values))
     _finish(axes, title, unit)
     return figure if drawn else None
 
 
-def compare_accuracy(groups: RunGroups, keys: Sequence[str]) -> Figure | None:
-    """Draw the held-out accuracy for each group, at the versions that all its seeds evaluated."""
-    figure, axes = _axes()
-    drawn = False
-    for index, (values, runs) in enumerate(groups.items()):
-        known = [{each.version: accuracy for each, accuracy in run.evaluations} for run in runs]
-        versions = sorted(set.intersection(*map(set, known)))
-        if versions:
-            drawn = True
-            x, color = np.array(versions, float), CYCLE[index % len(CYCLE)]
-            rows = np.array([[accuracies[v] for v in versions] for accuracies in known])
-            _shade_range(axes, x, rows, color)
-            style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 3}
-            axes.plot(x, rows.mean(0), linewidth=1.5, label=_label(keys, values), **style)
-    _finish(axes, "Accuracy, held out")
-    return figure if drawn else None
-
-
-def _shade_range(axes: Axes, x: Values, rows: Values, color: str) -> None:
-    if len(rows) > 1:
-        axes.fill_between(x, rows.min(0), rows.max(0), color=color, alpha=0.12, linewidth=0)
-
-
-def final_values(
-    groups: RunGroups, keys: Sequence[str], final: Final, title: str, unit: str
-) -> Figure | None:
+def final_values(groups: RunGroups, keys: Sequence[str], final: Final, name: str) -> Figure | None:
     """Draw the final values of each group: a dot per seed, their mean and range."""
     rows = []
     for key_values, runs in groups.items():
@@ -356,13 +315,11 @@ def final_values(
         axes.plot(float(np.mean(values)), y, "|", color=color, markersize=14, markeredgewidth=2.5)
     axes.set_yticks(range(len(rows)), [label for label, _ in reversed(rows)], fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    _finish(axes, title, x=unit)
+    _finish(axes, "Final values by seed", x=name)
     return figure
 
 
-def against(
-    runs: Sequence[History], key: str, final: Final, title: str, unit: str
-) -> Figure | None:
+def against(runs: Sequence[History], key: str, final: Final, name: str) -> Figure | None:
     """Draw final values over the values of a numeric key: a dot per run, a line through means."""
     points = [
         (float(x), y)
@@ -383,5 +340,5 @@ def against(
         axes.set_xscale("symlog" if linear else "log", **linear)
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
-    _finish(axes, title, unit, x=key)
+    _finish(axes, f"Final values against {_short(key)}", name, x=key)
     return figure

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from atropos_hpc.contracts.members import AttemptRecord, Done, Holder
-from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, SweepPoint
+from atropos_hpc.contracts.metrics import Evaluation, EvaluationSummary, StepMetrics, SweepPoint
 from atropos_hpc.contracts.status import PointStatus, RunState
 from atropos_hpc.runtime.membership import DEAD_S
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
@@ -172,10 +172,12 @@ def configured_steps(run: RunDir) -> int | None:
     return info.config.trainer.steps if info is not None else None
 
 
-def last_evaluation(run: RunDir) -> Evaluation | None:
+def last_evaluation(run: RunDir) -> EvaluationSummary | None:
     """Return the last evaluation that has an accuracy."""
-    found = last_records(run.evaluations, Evaluation, RECENT)
-    return next((each for each in reversed(found) if each.accuracy is not None), None)
+    for each in reversed(last_records(run.evaluations, Evaluation, RECENT)):
+        if each.accuracy is not None:
+            return EvaluationSummary(each.version, each.accuracy, each.sequences)
+    return None
 
 
 def mean(lines: Iterable[StepMetrics], name: str) -> float | None:

@@ -9,24 +9,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from atropos_hpc.contracts.members import AgentState, EnvironmentState, TrainerState
 from atropos_hpc.contracts.status import MemberStatus, RunStatus, Status, SweepStatus
 from atropos_hpc.observe.report import best, varying
+from atropos_hpc.observe.status import served_version
 
 MANY = 8  # members of one kind that are still shown one by one
 SHORT_WAIT_S = 1.0  # waits below are not shown
 STYLES = {
-    "running": "green",
-    "complete": "bold green",
-    "starting": "cyan",
-    "queued": "yellow",
-    "requeued": "yellow",
-    "stopped": "yellow",
-    "cancelled": "yellow",
-    "failed": "bold red",
-    "lost": "bold red",
-    "silent": "bold red",
-    "gone": "red",
-    "ended": "dim",
+    **{"running": "green", "complete": "bold green", "starting": "cyan", "ended": "dim"},
+    **dict.fromkeys(("queued", "requeued", "stopped", "cancelled"), "yellow"),
+    **dict.fromkeys(("failed", "lost", "silent", "gone"), "bold red"),
 }
 ADVICE = {
     "lost": "no process is left and no outcome was recorded: `atropos-hpc resume {run}` resumes "
@@ -92,24 +85,25 @@ def _head(status: RunStatus) -> RenderableType:
 
 
 def _metrics(status: RunStatus) -> Table:
-    metrics = {name: number(value) for name, value in status.metrics.items()}
-    evaluation, versions, queue = status.evaluation, status.versions, status.queue
+    def metric(name: str) -> str:
+        return number(status.metrics.get(name))
+
+    evaluation, versions = status.evaluation, status.versions
     accuracy = f"{evaluation.accuracy:.3f} at version {evaluation.version}" if evaluation else "-"
+    shares = status.time_shares.items()
     rows = {
-        "reward": f"{metrics['reward']}    held-out accuracy {accuracy}",
-        "KL to the reference": f"{metrics['kl']}    entropy {metrics['entropy']}    "
-        f"response length {metrics['response_length']} tokens",
-        "staleness": f"{metrics['staleness_mean']} versions on average, "
-        f"{metrics['staleness_max']} at most, {metrics['dropped_as_stale']} groups dropped",
+        "reward": f"{metric('reward')}    held-out accuracy {accuracy}",
+        "KL to the reference": f"{metric('kl_reference')}    entropy {metric('entropy')}    "
+        f"response length {metric('response_length_mean')} tokens",
+        "staleness": f"{metric('staleness_mean')} versions on average, {metric('staleness_max')} "
+        f"at most, {metric('dropped_as_stale')} groups dropped",
         "versions": f"learner {versions.learner}, published {number(versions.published)}, "
         f"served {number(versions.served)}, durable {versions.durable or 0}",
-        "queue": f"{number(queue.sequences)} sequences queued, "
-        f"{queue.groups_in_flight} groups in flight",
-        "tokens/s": f"trainer {number(status.tokens_per_s.trainer)}    "
-        f"rollout {number(status.tokens_per_s.rollout)}",
-        "learner's time": "  ".join(
-            f"{name} {share:.0%}" for name, share in status.time_shares.items()
-        ),
+        "queue": f"{number(status.queued_sequences)} sequences queued, "
+        f"{status.groups_in_flight} groups in flight",
+        "tokens/s": f"trainer {number(status.trained_tokens_per_s)}    "
+        f"rollout {number(status.generated_tokens_per_s)}",
+        "learner's time": "  ".join(f"{phase} {share:.0%}" for phase, share in shares),
     }
     grid = Table.grid(padding=(0, 2))
     for name, value in rows.items():
@@ -121,58 +115,65 @@ def _members(members: Sequence[MemberStatus]) -> Table:
     """Draw a line per member; of a kind with many, one line for all and those that need a look."""
     table = _table("member", "node", "state", "age", "last beat", "version", "")
     kinds = defaultdict(list)
-    for member in members:
-        kinds[member.kind].append(member)
-    for kind, all_of_kind in kinds.items():
-        shown = all_of_kind
-        if len(all_of_kind) > MANY:
-            table.add_row(*_kind_row(kind, all_of_kind))
-            shown = [member for member in all_of_kind if _needs_a_look(member)][:MANY]
-        for member in shown:
+    for shown in members:
+        kinds[shown.member.kind].append(shown)
+    for kind, every in kinds.items():
+        if len(every) > MANY:
+            table.add_row(*_kind_row(kind, every))
+            every = [shown for shown in every if _needs_a_look(shown)][:MANY]
+        for shown in every:
             table.add_row(
-                member.name,
-                member.host,
-                Text(member.state, style=STYLES.get(member.state, "")),
-                duration(member.age_s),
-                "" if member.state == "ended" else duration(member.silent_s),
-                "" if member.version is None else str(member.version),
-                _details([member]),
+                shown.member.name,
+                shown.member.host,
+                Text(shown.state, style=STYLES.get(shown.state, "")),
+                duration(shown.age_s),
+                "" if shown.state == "ended" else duration(shown.silent_s),
+                _versions([shown]),
+                _details([shown]),
             )
     return table
 
 
 def _kind_row(kind: str, members: Sequence[MemberStatus]) -> tuple[str, ...]:
-    counts = Counter(member.state for member in members).most_common(4)
-    versions = {member.version for member in members if member.version is not None}
-    span = sorted({min(versions), max(versions)}) if versions else []
-    present = [member for member in members if member.state not in ("ended", "gone")]
+    counts = Counter(shown.state for shown in members).most_common(4)
+    silent = [shown.silent_s for shown in members if shown.state not in ("ended", "gone")]
     return (
         f"{kind} x {len(members)}",
-        f"{len({member.node for member in members})} nodes",
+        f"{len({shown.member.node for shown in members})} nodes",
         ", ".join(f"{count} {state}" for state, count in counts),
-        duration(max(member.age_s for member in members)),
-        duration(max((member.silent_s for member in present), default=0.0)),
-        "-".join(map(str, span)),
+        duration(max(shown.age_s for shown in members)),
+        duration(max(silent, default=0.0)),
+        _versions(members),
         _details(members),
     )
 
 
-def _needs_a_look(member: MemberStatus) -> bool:
-    troubled = member.state in ("silent", "starting", "starting servers")
-    return troubled or bool(member.error) or member.wait is not None
+def _needs_a_look(shown: MemberStatus) -> bool:
+    troubled = shown.state in ("silent", "starting", "starting servers")
+    return troubled or bool(shown.member.error) or shown.member.waiting is not None
+
+
+def _versions(members: Sequence[MemberStatus]) -> str:
+    """Return the range of the versions that the members train or serve."""
+    states = [shown.member for shown in members]
+    versions = [m.step if isinstance(m, TrainerState) else served_version(m) for m in states]
+    known = [version for version in versions if version is not None]
+    return "-".join(map(str, sorted({min(known), max(known)}))) if known else ""
 
 
 def _details(members: Sequence[MemberStatus]) -> str:
     """Describe servers, groups in flight and errors."""
+    agents = [each.member for each in members if isinstance(each.member, AgentState)]
+    workers = [each.member for each in members if isinstance(each.member, EnvironmentState)]
     details = []
-    servers = [member.servers for member in members if member.servers is not None]
-    if total := sum(each.total for each in servers):
-        details.append(f"{sum(each.serving for each in servers)} of {total} servers serve")
-    if in_flight := sum(member.in_flight or 0 for member in members):
+    if servers := [server for agent in agents for server in agent.servers]:
+        serving = sum(server.version is not None for server in servers)
+        details.append(f"{serving} of {len(servers)} servers serve")
+    if in_flight := sum(worker.in_flight or 0 for worker in workers):
         details.append(f"{in_flight} groups in flight")
-    if sent := sum(member.sent or 0 for member in members):
+    if sent := sum(worker.sent or 0 for worker in workers):
         details.append(f"{sent:,} sent")
-    details += [member.error for member in members if member.error][:1]
+    details += [shown.member.error for shown in members if shown.member.error][:1]
     return ", ".join(details)
 
 
