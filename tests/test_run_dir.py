@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from atropos_hpc.contracts.members import Done
 from atropos_hpc.runtime import run_dir
 from atropos_hpc.runtime.run_dir import (
     RunDir,
+    Unreadable,
     append_line,
     read_json,
     read_lines,
+    read_struct,
     write_file,
     write_json,
+    write_struct,
 )
 
 
@@ -70,3 +74,23 @@ def test_each_attempt_has_its_logs_and_latest_points_at_the_newest(tmp_path: Pat
     first, second = run.new_attempt(), run.new_attempt()
     assert (first.name, second.name) == ("attempt-0", "attempt-1")
     assert run.logs.resolve() == second.resolve()
+
+
+def test_a_struct_is_none_before_it_is_written_and_validated_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "done.json"
+    assert read_struct(path, Done) is None
+    path.write_text("{}\n")
+    assert read_struct(path, Done) is None
+    write_struct(path, Done(version=3))
+    assert read_struct(path, Done) == Done(version=3)
+    for wrong in ('{"version": "three"}', '{"version": 3', "[]"):
+        path.write_text(wrong)
+        with pytest.raises(Unreadable, match=r"done\.json is not a valid Done"):
+            read_struct(path, Done)
+
+
+def test_a_run_directory_of_the_previous_layout_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.run_json, {"version": "0.1.0", "id": "x", "config": {"trainer": {"steps": 3}}})
+    with pytest.raises(Unreadable, match=r"made by atropos_hpc 0\.1\.0, .* another layout"):
+        run.info()

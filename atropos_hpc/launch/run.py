@@ -1,9 +1,9 @@
 """From a config to a finished run: check, lock the run directory, make the model, supervise, sum up.
 
-On one machine all of a run is here. In a Slurm job this is its batch step, and the roles' steps run on the job's nodes.
+On one machine all of a run is here. In a Slurm job this is the batch step, and the roles' steps run
+on the job's nodes.
 """
 
-import json
 import logging
 import os
 import secrets
@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 import atropos_hpc
@@ -48,101 +49,95 @@ from atropos_hpc.runtime.run_dir import (
     read_struct,
     write_struct,
 )
+from atropos_hpc.runtime.waiting import Waiting
 from atropos_hpc.validate import Problem
 
 log = logging.getLogger(__name__)
 
 EXIT = {Action.FINISH: 0, Action.FAIL: 1, Action.STOP: 75, Action.REQUEUE: 75}
-OLD_MEMBERS_S = 20.0  # how long what is left of a killed run may take to notice and end
-OLD_LOCK_S = 300.0  # how long a filesystem may hold the lock of a node that has died
+OLD_MEMBERS_S = 20.0  # for the members of a killed supervisor to notice that and end
+OLD_LOCK_S = 300.0  # for a filesystem to release the lock of a node that has died
 ROLLOUT_KINDS = ("rollout_job", "agent", "environment", "evaluator")
 
 
-def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
-    """Run to the end, or resume and run to the end. Returns train.py's exit code.
+class Refusal(Exception):
+    """The run cannot start. `problems` says why."""
 
-    `requeue` has Slurm start this job again; called last, when nothing of the run is left here and its lock is free.
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = problems
+
+
+def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
+    """Start or resume a run and stay until its end. Returns train.py's exit code.
+
+    `requeue` makes Slurm start this job again. It is called last, when no process of the run is
+    left here and its lock is free.
     """
-    action = _launch(config, run_dir)
+    try:
+        action = _launch(config, RunDir(run_dir))
+    except Refusal as refusal:
+        print("The config was refused; nothing was started.", file=sys.stderr)
+        for problem in refusal.problems:
+            print(f"  {problem}", file=sys.stderr)
+        return 2
     if action is Action.REQUEUE:
         try:
             commands.retry(requeue)
         except commands.SlurmError as error:
             print(
-                f"the job cannot be requeued ({error}); submitted again with run_dir={run_dir}, it resumes",
+                f"cannot requeue the job ({error}); submit it again with run_dir={run_dir} to"
+                " resume the run",
                 file=sys.stderr,
             )
     return EXIT[action] if isinstance(action, Action) else action
 
 
-def _launch(config: Config, run_dir: Path) -> Action | int:
-    """How the run ended, or an exit code if it did not start."""
-    run = RunDir(run_dir)
+def _launch(config: Config, run: RunDir) -> Action | int:
+    """Return how the run ended, or an exit code if it did not start. Raises Refusal."""
     try:
-        job = _job(config)
+        job, known = _job(config), run.info()
     except commands.SlurmError as error:
-        return _refused([Problem("cluster", str(error))])
-    except ValueError as error:
-        key, _, message = str(error).partition(": ")
-        return _refused([Problem(key, message)])
-    try:
-        known = run.info()
+        raise Refusal(Problem("cluster", str(error))) from None
     except Unreadable as error:
-        return _refused([Problem("run_dir", str(error))])
+        raise Refusal(Problem("run_dir", str(error))) from None
     try:
         with ExitStack() as stack:
             if known:
-                stack.enter_context(
-                    _held(run)
-                )  # before the slow checks: a second start is told at once who holds it
-            found = preflight.check(config, run_dir, known)
-            if found:
-                return _refused(found)
+                # Before the slow checks, so that a second start is refused at once.
+                stack.enter_context(_locked(run))
+            if problems := preflight.check(config, run.path, known):
+                raise Refusal(*problems)
             if config.launch.dry_run:
                 return _dry_run(config, run)
             if not known:
                 run.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_held(run))
+                stack.enter_context(_locked(run))
             return _run(config, run, job)
     except Timeout:
         holder = read_struct(run.holder, Holder) or Holder()
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
         who = f"{holder.what}, pid {holder.pid} on {holder.host}, since {since}"
-        print(f"{run_dir} is in use by {who}; nothing was started.", file=sys.stderr)
+        print(f"{run.path} is in use by {who}; nothing was started.", file=sys.stderr)
         return 2
 
 
-def _refused(found: list[Problem]) -> int:
-    print("The config was refused; nothing was started.", file=sys.stderr)
-    for problem in found:
-        print(f"  {problem}", file=sys.stderr)
-    return 2
-
-
 def _dry_run(config: Config, run: RunDir) -> int:
-    """Show what a run on this machine would start."""
+    """Print what a run on this machine would start."""
     for step in local_steps(config, run.path):
-        for each in step.processes:
-            print(
-                " ".join(
-                    [
-                        *(f"{name}={value}" for name, value in each.variables.items()),
-                        shlex.join(each.command),
-                    ]
-                )
-            )
+        for spec in step.processes:
+            variables = [f"{name}={value}" for name, value in spec.variables.items()]
+            print(" ".join([*variables, shlex.join(spec.command)]))
     print("Nothing was started (launch.dry_run).")
     return 0
 
 
 @contextmanager
-def _held(run: RunDir) -> Iterator[None]:
-    """Hold the run's lock; the kernel gives it back when this process ends, however it ends."""
-    job = os.environ.get("SLURM_JOB_ID")
-    ours = (
-        job is not None and (read_struct(run.holder, Holder) or Holder()).job == job
-    )  # this job, before Slurm started it again
-    with FileLock(run.lock, timeout=OLD_LOCK_S if ours else 0, fallback_to_soft=False):
+def _locked(run: RunDir) -> Iterator[None]:
+    """Hold the run's lock; the kernel releases it when this process ends, however it ends."""
+    job, previous = os.environ.get("SLURM_JOB_ID"), read_struct(run.holder, Holder)
+    requeued = job is not None and previous is not None and previous.job == job
+    with FileLock(run.lock, timeout=OLD_LOCK_S if requeued else 0, fallback_to_soft=False):
         holder = Holder(
             what="atropos_hpc.train",
             host=socket.gethostname(),
@@ -157,20 +152,23 @@ def _held(run: RunDir) -> Iterator[None]:
 def _job(config: Config) -> Job | None:
     """The Slurm job that this process is the batch step of; None for a run on this machine.
 
-    Raises ValueError, "key: message", when there is none and there should be, or when it is not what the config says.
+    Raises Refusal when there is no job, or one that does not match the config.
     """
     kind = config.launch.allocation
     if kind == "local":
         return None
     if "SLURM_JOB_ID" not in os.environ:
-        raise ValueError(
-            f"launch.allocation: {kind} needs a job: submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
-        )
-    return current_job(sbatch.allocated_nodes(config, os.environ, commands.expand_nodes))
+        how = "submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
+        raise Refusal(Problem("launch.allocation", f"{kind} needs a job: {how}"))
+    try:
+        allocations = sbatch.allocated_nodes(config, os.environ, commands.expand_nodes)
+    except ValueError as error:
+        key, _, message = str(error).partition(": ")
+        raise Refusal(Problem(key, message)) from None
+    return current_job(allocations)
 
 
 def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
-    started = time.time()
     run.create()
     attempt = run.new_attempt()
     split = config.launch.allocation == "split"
@@ -183,7 +181,7 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
             return 0
         run.done.unlink(missing_ok=True)
         log.info("run directory %s", run.path)
-        if _given_up(config, run, attempt, job):
+        if _requeued_too_often(config, run, attempt, job):
             return 1
         try:
             config.model.path = base_model.ensure(
@@ -191,44 +189,54 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
             )
             _write_run_json(config, run)
             steps = _steps(config, run, job, attempt)
-            rollout_job = (
-                RolloutJob(config, run) if split and config.launch.submit_rollout else None
-            )
+            submit = split and config.launch.submit_rollout
+            rollout_job = RolloutJob(config, run) if submit else None
         except (RuntimeError, OSError) as error:
-            log.error("%s", error)
+            log.error("cannot start the run: %s", error)
             return 1
+        return _supervise(config, run, Supervision(console, steps, job, rollout_job, attempt))
 
-        activity = ActivityRecorder(run)
 
-        def watch(members: dict[str, AnyMember]) -> Action | None:
-            console.show(members)
-            activity.observe(members)
-            return rollout_job.poll() if rollout_job is not None else None
+@dataclass(frozen=True)
+class Supervision:
+    """What one attempt at a run is supervised with."""
 
-        supervisor = Supervisor(run, config.launch, steps, watch, job)
-        action = supervisor.supervise()
-        if rollout_job is not None and action is not Action.REQUEUE:
-            rollout_job.end(at_once=action is not Action.FINISH)
-        record = AttemptRecord(
-            started=started,
-            ended=time.time(),
-            outcome=action.name.lower(),
-            events=supervisor.events,
-        )
-        _keep(attempt / "attempt.json", record)
-        summary = summarize(run)
-        _keep(run.summary, summary)
-        console.end(action.name.lower(), summary)
-        if config.wandb.mode == "offline" and action is not Action.REQUEUE:
-            log.info(
-                "to send this run to W&B, from a machine with a network: wandb sync %s",
-                run.path / "wandb" / "offline-run-*",
-            )
+    console: Console
+    steps: list[Step]
+    job: Job | None
+    rollout_job: RolloutJob | None
+    attempt: Path  # its logs
+
+
+def _supervise(config: Config, run: RunDir, parts: Supervision) -> Action:
+    """Supervise the run to its end and write what came of it."""
+    started, activity = time.time(), ActivityRecorder(run)
+
+    def watch(members: dict[str, AnyMember]) -> Action | None:
+        parts.console.show(members)
+        activity.observe(members)
+        return parts.rollout_job.poll() if parts.rollout_job is not None else None
+
+    supervisor = Supervisor(run, config.launch, parts.steps, watch, parts.job)
+    action = supervisor.supervise()
+    if parts.rollout_job is not None and action is not Action.REQUEUE:
+        parts.rollout_job.end(at_once=action is not Action.FINISH)
+    outcome = action.name.lower()
+    record = AttemptRecord(
+        started=started, ended=time.time(), outcome=outcome, events=supervisor.events
+    )
+    _write_record(parts.attempt / "attempt.json", record)
+    summary = summarize(run)
+    _write_record(run.summary, summary)
+    parts.console.end(outcome, summary)
+    if config.wandb.mode == "offline" and action is not Action.REQUEUE:
+        offline = run.path / "wandb" / "offline-run-*"
+        log.info("to upload this run to W&B, on a machine with a network: wandb sync %s", offline)
     return action
 
 
-def _keep(path: Path, record: AttemptRecord | Summary) -> None:
-    """Write what is only told afterwards: a full disk does not change how a run has ended."""
+def _write_record(path: Path, record: AttemptRecord | Summary) -> None:
+    """Write a record of how the run ended; a full disk does not change how it has ended."""
     try:
         write_struct(path, record)
     except OSError as error:
@@ -244,8 +252,8 @@ def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[
     return SlurmSteps(config, run.path, job.allocations, addresses, attempt).all()
 
 
-def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
-    """Note this start, and tell whether Slurm has started the run too often without progress."""
+def _requeued_too_often(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
+    """Record this start; return whether Slurm has started the run too often without progress."""
     durable = read_json(run.checkpoints / "latest.json").get("step", 0)
     write_struct(attempt / "start.json", AttemptStart(job=job.id if job else None, durable=durable))
     attempts = sorted(
@@ -254,15 +262,21 @@ def _given_up(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bo
     )
     records = [read_struct(path, AttemptStart) for path in attempts]
     starts = [(start.job, start.durable) for start in records if start is not None]
-    if not restart_policy.requeued_too_often(starts, config.launch.requeues):
+    requeues = config.launch.requeues
+    if not restart_policy.requeued_too_often(starts, requeues):
         return False
-    log.error("Slurm has started this job %d times again, and each time it ended before a step after %d was durable "
-              "(launch.requeues: %d): it is not run again", config.launch.requeues + 1, durable, config.launch.requeues)  # fmt: skip
+    log.error(
+        "Slurm has started this job %d times again without a durable step after step %d"
+        " (launch.requeues: %d): giving up",
+        requeues + 1,
+        durable,
+        requeues,
+    )
     return True
 
 
 def _write_run_json(config: Config, run: RunDir) -> None:
-    """What every member reads. A resumed run keeps its id, date and first command; its config may differ in what may differ."""
+    """Write run.json. A resumed run keeps its id, date and first command."""
     known = run.info()
     info = RunInfo(
         config,
@@ -275,15 +289,13 @@ def _write_run_json(config: Config, run: RunDir) -> None:
 
 
 def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:
-    """Members of a supervisor that was killed notice it and end; give them time, then end them, and clear the rendezvous.
-
-    Members of the kinds `spared` belong to another job, and stay.
-    """
-    deadline = time.monotonic() + OLD_MEMBERS_S
-    while (left := _alive_here(run, spared)) and time.monotonic() < deadline:
+    """Clear the rendezvous of an earlier attempt. Members of a killed supervisor notice that and
+    end; kill those that do not. Members of the kinds `spared` belong to another job and stay."""
+    waiting = Waiting("the end of an earlier attempt", "its members", OLD_MEMBERS_S)
+    while (left := _old_pids(run, spared)) and not waiting.expired:
         time.sleep(0.2)
     for pid in left:
-        log.warning("ending pid %d, left from an earlier attempt", pid)
+        log.warning("killing pid %d, which is left from an earlier attempt", pid)
         process.kill(pid)
     for path in run.members.glob("*.json"):
         if not path.name.startswith(spared):
@@ -291,20 +303,17 @@ def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:
     write_struct(run.roster, Roster())
 
 
-def _alive_here(run: RunDir, spared: tuple[str, ...]) -> list[int]:
-    """Pids on this machine of members of this run: by their record, and only if their command line names the run directory."""
+def _old_pids(run: RunDir, spared: tuple[str, ...]) -> list[int]:
+    """Pids on this machine of members of this run, according to their member files. Only those
+    whose command line names the run directory: pids are reused."""
     found = []
     for path in run.members.glob("*.json"):
         try:
-            state: dict[str, Any] = json.loads(path.read_text())
-            command = Path(f"/proc/{state['pid']}/cmdline").read_bytes()
-        except (OSError, ValueError):
+            member = msgspec.json.decode(path.read_bytes(), type=AnyMember)
+        except (OSError, msgspec.MsgspecError):
             continue
-        here = (
-            state["host"] == socket.gethostname()
-            and state["pid"] != os.getpid()
-            and state["kind"] not in spared
-        )
-        if here and str(run.path).encode() in command:
-            found.append(state["pid"])
+        here = member.host == socket.gethostname() and member.pid != os.getpid()
+        is_old = here and member.kind not in spared
+        if is_old and str(run.path) in process.command_line(member.pid):
+            found.append(member.pid)
     return found

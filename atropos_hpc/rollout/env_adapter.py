@@ -79,7 +79,7 @@ class RunEnvironment(BaseEnv):
         self.http = HttpClient(
             self._trajectory_server,
             token,
-            show=lambda what: self._show_wait(what, "the trajectory server"),
+            member=member,
         )
         self.member, self.counts = member, Counts()
         self.label = label  # written into each group, in a run with several environments

@@ -6,11 +6,12 @@ carries the run's token, and backs off exponentially between attempts.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import aiohttp
+
+from atropos_hpc.runtime.waiting import ShowsWait, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ class Answer:
 class HttpClient:
     """A connection pool to the trajectory server. Belongs to one event loop.
 
-    `find_url` returns where the server is, None while it is in no roster. `show` is called with a
-    description when a request has to be retried, and with None when it was answered.
+    `find_url` returns where the server is, None while it is in no roster. Requests that have to be
+    retried are shown in the member file of `member`.
     """
 
     def __init__(
@@ -54,13 +55,13 @@ class HttpClient:
         find_url: Callable[[], str | None],
         token: str,
         patience_s: float = PATIENCE_S,
-        show: Callable[[str | None], None] = lambda what: None,
+        member: ShowsWait | None = None,
     ) -> None:
-        self.find_url, self.patience_s, self.show = find_url, patience_s, show
+        self.find_url, self.patience_s, self.member = find_url, patience_s, member
         self.outages = 0  # how often the server became unreachable; it may have been restarted
         self._headers = {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
-        self._unreachable = self._shown = False
+        self._unreachable = False
 
     async def send(self, request: Request, patience_s: float | None = None) -> Answer:
         """Send a request, retrying while the server is unreachable or overloaded.
@@ -69,34 +70,30 @@ class HttpClient:
         attempt.
         """
         patience_s = self.patience_s if patience_s is None else patience_s
-        began, pause, what = time.monotonic(), FIRST_PAUSE_S, f"{request.method} {request.path}"
-        while True:
-            url = self.find_url()
-            failure = "no trajectory server is in the roster"
-            if url is not None:
-                try:
-                    answer = await self._attempt(url, request)
-                    self._reached()
-                    if answer.status < 500 and answer.status != 429:
-                        return answer
-                    if answer.status == 500 and not request.retry_500:
-                        return answer
-                    text = bytes(answer.body[:200]).decode(errors="replace")
-                    failure = f"status {answer.status}: {text}"
-                except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                    failure = f"{type(error).__name__}: {error}"
-                    self.outages += not self._unreachable
-                    self._unreachable = True
-            waited = max(0.0, time.monotonic() - began - request.wait_s)
-            where = f"trajectory server {url or '(none listens)'}"
-            if waited >= patience_s:
-                raise TimeoutError(
-                    f"{where} did not answer {what} for {waited:.0f} s; last error: {failure}"
-                )
-            self._show_retry(what)
-            log.warning("%s: retrying %s, for %.0f s: %s", where, what, waited, failure)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        what, pause = f"an answer to {request.method} {request.path}", FIRST_PAUSE_S
+        limit = patience_s + request.wait_s
+        with Waiting(what, "the trajectory server", limit, self.member) as waiting:
+            while True:
+                url = self.find_url()
+                failure = "it is not in the roster"
+                if url is not None:
+                    try:
+                        answer = await self._attempt(url, request)
+                        self._unreachable = False
+                        if not _is_retried(answer.status, request):
+                            return answer
+                        text = bytes(answer.body[:200]).decode(errors="replace")
+                        failure = f"{url}: status {answer.status}: {text}"
+                    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                        failure = f"{url}: {type(error).__name__}: {error}"
+                        self.outages += not self._unreachable
+                        self._unreachable = True
+                if waiting.expired or patience_s == 0:
+                    raise waiting.timeout(failure)
+                waiting.check()
+                log.warning("retrying %s after %.0f s: %s", what, waiting.elapsed, failure)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
 
     async def _attempt(self, url: str, request: Request) -> Answer:
         if self._session is None or self._session.closed:
@@ -114,18 +111,13 @@ class HttpClient:
                 body += chunk
             return Answer(response.status, body, url)
 
-    def _reached(self) -> None:
-        self._unreachable = False
-        if self._shown:
-            self._shown = False
-            self.show(None)
-
-    def _show_retry(self, what: str) -> None:
-        if not self._shown:
-            self._shown = True
-            self.show(f"an answer to {what}")
-
     async def close(self) -> None:
         """Close the connections."""
         if self._session:
             await self._session.close()
+
+
+def _is_retried(status: int, request: Request) -> bool:
+    if status == 500:
+        return request.retry_500
+    return status > 500 or status == 429
