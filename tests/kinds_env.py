@@ -1,4 +1,4 @@
-"""An environment that asks for generations in each of the ways that Atropos' environments do, in turn."""
+"""An environment that generates in turn in each way that Atropos environments do."""
 
 import itertools
 from typing import Any
@@ -74,7 +74,10 @@ class KindsEnv(BaseEnv):
         return of_nodes(nodes)
 
     def retokenized(self, prompt: str, texts: list[str]) -> ScoredDataGroup:
-        """As environments do that know the text only: no log-probs, and token ids that need not be those sampled."""
+        """Tokenize again, as environments do that have the text only.
+
+        There are no log-probs, and the token ids may differ from those sampled.
+        """
         start = self.tokenizer.encode(prompt)
         outputs = [[*self.tokenizer.encode(text), self.tokenizer.eos_token_id] for text in texts]
         return ScoredDataGroup(

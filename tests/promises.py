@@ -1,25 +1,30 @@
-"""What DESIGN promises of a run, whatever befell it: read from its journal, metrics and checkpoints after it has ended with success."""
+"""The design's invariants, checked on a run that ended with success, whatever happened to it.
+
+They are read from its journal, metrics and checkpoints.
+"""
 
 import math
 from collections import Counter
 from dataclasses import dataclass
 
-import orjson
 from run_files import evaluations, step_metrics
 from run_parts import Started
 
 from atropos_hpc.contracts.group import Group, read_group
-from atropos_hpc.contracts.wal_record import EVENT, GROUP, HEADER_BYTES, scan
+from atropos_hpc.contracts.wal_record import EVENT, GROUP, scan
 from atropos_hpc.runtime.run_dir import RunDir, read_json
+from atropos_hpc.trajectories import events
 
-BATCH, STALENESS = 64, 1  # of the runs that are looked at
-WORST_ACCURACY = 0.28  # the base policy has 0.38; five standard deviations of 300 answers below is a policy that was harmed
-WORST_MISMATCH = 0.3  # mean |log-prob of the server - of the learner|; with the right weights it stays below 0.05
+BATCH, STALENESS = 64, 1  # of the runs that are checked
+# The base policy has 0.38; five standard deviations of 300 answers below, the policy was harmed.
+WORST_ACCURACY = 0.28
+# Mean |log-prob of the server - of the learner|; with the right weights it stays below 0.05.
+WORST_MISMATCH = 0.3
 
 
 @dataclass
 class History:
-    """All that the journal tells."""
+    """The contents of the journal."""
 
     groups: dict[int, Group]
     hashes: Counter[int]
@@ -33,24 +38,21 @@ def history(started: Started) -> History:
     found = History({}, Counter(), {}, [], [])
     for path in sorted(started.run.trajectories.glob("*.journal")):
         data = bytearray(path.read_bytes())
-        for start, _, header in scan(data):
+        for start, end, header in scan(data):
             if header.kind == GROUP:
                 found.groups[header.gid] = read_group(data, start, header)
                 found.hashes[header.hash] += 1
             elif header.kind == EVENT:
-                event = orjson.loads(
-                    bytes(data[start + HEADER_BYTES : start + HEADER_BYTES + header.meta_size])
-                )
-                if event["event"] == "batch":
-                    if event["batch"] != len(found.batches):
-                        found.problems.append(
-                            f"batch {event['batch']} was formed after batch {len(found.batches) - 1}"
-                        )
-                    found.batches[event["batch"]] = event["groups"]
-                elif event["event"] == "drop":
-                    found.dropped += event["groups"]
-                elif event["event"] == "reset":
-                    found.problems.append("the journal was reset")
+                match events.read_event(header, memoryview(data)[start:end]):
+                    case events.BatchFormed(number, gids, _):
+                        if number != len(found.batches):
+                            before = len(found.batches) - 1
+                            found.problems.append(f"batch {number} was formed after {before}")
+                        found.batches[number] = gids
+                    case events.GroupsDropped(gids):
+                        found.dropped += gids
+                    case events.Reset():
+                        found.problems.append("the journal was reset")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the rollout tests share: a run directory, a roster, a published version, child processes, and a stand-in for a vLLM server."""
+"""Shared parts of the rollout tests: run directories, rosters, versions, fake vLLM servers."""
 
 import asyncio
 import dataclasses
@@ -102,7 +102,7 @@ def publish(run: RunDir, weights: Path, version: int, attempt: int = 1) -> Path:
 
 
 def publish_delta(run: RunDir, old: Path, new: Path, version: int) -> None:
-    """What turns the safetensors file `old` (the version before) into `new`, as a published version."""
+    """Publish the delta from the safetensors file `old` (the version before) to `new`."""
     before, after = (np.fromfile(path, np.uint8) for path in (old, new))
     starts = [
         (name, first, last, WIDTHS[kind])

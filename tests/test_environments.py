@@ -1,4 +1,4 @@
-"""The environments that come with the project: their tasks, rewards and data; and the base policy of the arithmetic one."""
+"""The included environments: tasks, rewards and data; the arithmetic one's base policy."""
 
 import json
 import random

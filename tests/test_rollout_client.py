@@ -1,4 +1,4 @@
-"""The pool of servers against small HTTP servers of our own: what happens when one dies, hangs, refuses, or leaves the roster."""
+"""The pool of servers, against HTTP servers that die, hang, reject, or leave the roster."""
 
 import asyncio
 import json

@@ -23,10 +23,17 @@ def test_arguments_follow_the_config() -> None:
         rollout, ModelConf(path="models/a", max_length=4096), "127.0.0.1", 8123, seed=7
     )
     for flag, value in {
-        "--model": "models/a", "--port": "8123", "--tensor-parallel-size": "4", "--gpu-memory-utilization": "0.8", "--seed": "7",
-        "--max-model-len": "4096", "--max-num-seqs": "64", "--dtype": "bfloat16",
-        "--weight-transfer-config": '{"backend": "disk"}', "--middleware": "atropos_hpc.runtime.token_check.TokenGuard",
-    }.items():  # fmt: skip
+        "--model": "models/a",
+        "--port": "8123",
+        "--tensor-parallel-size": "4",
+        "--gpu-memory-utilization": "0.8",
+        "--seed": "7",
+        "--max-model-len": "4096",
+        "--max-num-seqs": "64",
+        "--dtype": "bfloat16",
+        "--weight-transfer-config": '{"backend": "disk"}',
+        "--middleware": "atropos_hpc.runtime.token_check.TokenGuard",
+    }.items():
         assert line[line.index(flag) + 1] == value
     assert "--enable-scale-out" in line
     assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--trust-remote-code"} & set(line)

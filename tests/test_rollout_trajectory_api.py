@@ -1,4 +1,4 @@
-"""Atropos' own API tests, where they lie in the installed package, against our trajectory server."""
+"""Atropos' own API tests, from the installed package, against this trajectory server."""
 
 import os
 import subprocess
@@ -12,8 +12,9 @@ pytestmark = pytest.mark.vllm
 atroposlib = pytest.importorskip("atroposlib")
 
 FILES = ("test_api_legacy.py", "test_api_compression.py", "test_api_messages_handling.py")
-MISMATCHED = "posts advantages of another length than the tokens, which upstream takes and serves; here it is a 422"
-# Where ours and upstream's tests part, and why
+# Atropos' server accepts and serves it
+MISMATCHED = "posts advantages of another length than the tokens, which is a 422 here"
+# The tests that fail here, and why
 EXCEPTIONS = {
     "test_sft_batch_processing": MISMATCHED,
     "test_messages_with_numeric_strings_as_content": MISMATCHED,

@@ -49,7 +49,7 @@ ROLLOUT = {
 
 
 class Served:
-    """A running server and the run it belongs to; what it starts with is `base`, `other` are other weights of the same shape."""
+    """A running server and its run. It starts with `base`; `other` has the same shapes."""
 
     def __init__(self, run: RunDir, url: str, pid: int, base: Path, other: Path) -> None:
         self.run, self.url, self.pid, self.base, self.other = run, url, pid, base, other
@@ -149,12 +149,12 @@ def test_pushed_weights_are_served_exactly_and_with_their_version(served: Served
     assert changed[2] == f"{version}-1"
     assert changed[1] != at_start[1]
     version = served.push(served.base)
-    # The same weights give the same numbers as when they were loaded at the start, bit by bit, the tied output layer included.
+    # The same numbers, bit by bit, as with the weights loaded at the start, tied layers included.
     assert served.greedy() == (*at_start[:2], f"{version}-1")
 
 
 def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_path: Path) -> None:
-    """By a follower, out of its own copy in memory. These deltas change everything, which the learner would publish in full."""
+    """A follower applies them to its copy in memory. These deltas change every weight."""
     served.push(served.other)
     other = served.greedy()[:2]
     served.push(served.base)
@@ -317,7 +317,7 @@ def test_every_route_but_health_asks_for_the_token(served: Served) -> None:
 
 
 def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) -> None:
-    """A real trajectory server, a real worker, this test as the learner: two batches of 20 sequences, strictly on-policy."""
+    """A trajectory server and a worker, with this test as the learner of two on-policy batches."""
     run = served.run
     version = served.push(served.base)
     arguments = ("--run-dir", str(run.path))

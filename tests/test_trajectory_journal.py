@@ -1,4 +1,4 @@
-"""The journal: what a torn end, damage and a full disk leave; and what is retired."""
+"""The journal: torn ends, damage, full disks, and retired segments."""
 
 import asyncio
 import errno
@@ -103,7 +103,7 @@ def test_damage_in_an_earlier_segment_is_refused(tmp_path):
 
 
 def test_records_of_one_unfinished_commit_may_be_torn_in_any_order(tmp_path):
-    """A power cut may keep the later pages of a commit and lose the earlier; nobody had been promised any of them."""
+    """A power cut may keep later pages of a commit and lose earlier ones; none was acknowledged."""
     write(tmp_path, b"kept")
     places = []
 
@@ -185,7 +185,10 @@ def test_a_full_disk_keeps_nothing_half_written_and_heals(tmp_path, monkeypatch,
 
 
 def test_what_a_failed_commit_left_cannot_come_back(tmp_path, monkeypatch):
-    """The write succeeds, the sync fails, and so does cutting back; the next record ends just where a left one begins."""
+    """The write succeeds, the sync and the truncation fail.
+
+    The next record ends exactly where a left-over one begins.
+    """
 
     def broken(*arguments):
         raise OSError(errno.EIO, "Input/output error")

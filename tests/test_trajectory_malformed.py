@@ -1,4 +1,7 @@
-"""Bad requests: to every route, of many kinds, and generated. Each gets a 4xx that names what is wrong, and changes nothing."""
+"""Bad requests of many kinds to every route, listed and generated.
+
+Each gets a 4xx that names what is wrong, and changes nothing.
+"""
 
 import copy
 import gzip
@@ -23,9 +26,11 @@ NAN, INF = float("nan"), float("inf")
 NUMBERS = [-1, 1.5, 2**31, 2**63, 2**64, 10**40, -(10**40), NAN, INF, -INF]
 OTHERS: list[Any] = [None, True, "x", "", "1e5", [], {}, [[]], [1], {"a": 1}, [None], "\0", [[[1]]]]
 NOT_JSON = [
-    b"", b" ", b"{", b"}", b"[", b"nonsense", b"\xff\xfe", b"\0", b"'single'", b"{'a': 1}", b'{"a" 1}', b'{"a": }', b"{]", b"[}", b"[1,]",
-    b'{"a": 1,}', b"NaN NaN", b"tru", b'"unfinished', b"\xef\xbb\xbf", b"[" * 5000, b'{"a":' * 5000, b"{" * 5000, b"01", b"1.", b"--1",
-    b'"\\ud800', b"\x80abc", b"<html></html>", b"a=1&b=2", b"//comment", b"/* */ {}", b"undefined", b"None", b"+1", b"0x10", b".5", b"\\",
+    b"", b" ", b"{", b"}", b"[", b"nonsense", b"\xff\xfe", b"\0", b"'single'", b"{'a': 1}",
+    b'{"a" 1}', b'{"a": }', b"{]", b"[}", b"[1,]", b'{"a": 1,}', b"NaN NaN", b"tru", b'"unfinished',
+    b"\xef\xbb\xbf", b"[" * 5000, b'{"a":' * 5000, b"{" * 5000, b"01", b"1.", b"--1", b'"\\ud800',
+    b"\x80abc", b"<html></html>", b"a=1&b=2", b"//comment", b"/* */ {}", b"undefined", b"None",
+    b"+1", b"0x10", b".5", b"\\",
 ]  # fmt: skip
 WRONG_WHOLES = [
     b"null",
@@ -44,7 +49,7 @@ WRONG_WHOLES = [
 
 
 class Server:
-    """A service with some state, and one connection to it. `state` is all that a refused request must not change."""
+    """A service with some state, and a connection to it."""
 
     def __init__(self, service: Service, port: int) -> None:
         self.service, self.port = service, port
@@ -62,6 +67,7 @@ class Server:
         return response.status, text
 
     def state(self) -> Any:
+        """All that a rejected request must not change."""
         state, journal = self.service.state, self.service.journal
         presence = self.service.pacing.presence.items()
         seen = {env_id: (p.in_flight, p.delivered) for env_id, p in presence}
@@ -72,7 +78,7 @@ class Server:
     def refuses(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> str:
-        """The refusal's words, after having seen to it that it is one and that nothing has changed."""
+        """Check that a request is rejected and changes nothing; return the detail."""
         before = self.state()
         status, text = self.call(method, path, body, headers)
         assert 400 <= status < 500 and status not in (401, 404), (
@@ -192,9 +198,16 @@ def test_sixty_kinds_of_bad_queries(server: Server) -> None:
                     f"{key}={value if key == name else known}" for key, known in good.items()
                 )
                 assert name in server.refuses("GET", f"/lease?{query}")
-    for query, named in (("", "batch"), ("rank=0&world=1", "batch"), ("batch=0&rank=0", "world"), ("batch=0&world=1", "rank"),
-                         ("batch=0&rank=1&world=1", "rank"), ("batch=0&rank=0&world=0", "world"), ("batch=7&rank=0&world=1", "batch"),
-                         ("batch=0&rank=0&world=99999999", "world")):  # fmt: skip
+    for query, named in (
+        ("", "batch"),
+        ("rank=0&world=1", "batch"),
+        ("batch=0&rank=0", "world"),
+        ("batch=0&world=1", "rank"),
+        ("batch=0&rank=1&world=1", "rank"),
+        ("batch=0&rank=0&world=0", "world"),
+        ("batch=7&rank=0&world=1", "batch"),
+        ("batch=0&rank=0&world=99999999", "world"),
+    ):
         assert named in server.refuses("GET", f"/lease?{query}")
     for value in {*wrong, "1", "77"} - whole:
         assert "batch" in server.refuses("POST", f"/ack?batch={value}")
@@ -302,9 +315,16 @@ def _finite(value: Any) -> bool:
 
 
 ANYTHING = st.one_of(
-    st.sampled_from([*NUMBERS, *OTHERS]), st.integers(-200, 1200), st.floats(), st.text(max_size=5),
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3), max_leaves=6),
-)  # fmt: skip
+    st.sampled_from([*NUMBERS, *OTHERS]),
+    st.integers(-200, 1200),
+    st.floats(),
+    st.text(max_size=5),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3),
+        max_leaves=6,
+    ),
+)
 
 
 @st.composite

@@ -117,7 +117,10 @@ def test_term_ends_a_server_at_once_though_leases_wait(tmp_path):
 
 
 def test_killed_under_load_nothing_answered_is_lost_or_doubled(tmp_path):
-    """Four senders and a learner, the server killed again and again: each group ends in exactly one batch, and batches never change."""
+    """Four senders, a learner, and a server that is killed again and again.
+
+    Each group ends in exactly one batch, and batches never change.
+    """
     run = make_run(tmp_path / "run")
     senders, each, batch_size = 4, 60, 8
     batches, failures = {}, []

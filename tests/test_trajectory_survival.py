@@ -104,7 +104,7 @@ def test_acknowledged_segments_go_and_the_state_stays(tmp_path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_history_is_replayed_to_the_state_it_left(tmp_path, seed):
-    """Random requests, with small segments and restarts between: memory after a replay is memory before it."""
+    """Random requests with small segments: a restart leaves the state as it was."""
     dice = random.Random(seed)
     left = {}
 

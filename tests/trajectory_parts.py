@@ -1,4 +1,4 @@
-"""What the trajectory tests share: groups, a service behind real HTTP in this process, a server in a process of its own."""
+"""Shared parts of the trajectory tests: groups, a service behind HTTP, a server process."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ TOKEN = "a-token"
 def group(
     number: int, sequences: int = 4, length: int = 6, version: int | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A ScoredData whose first token ids tell its number; the first two tokens of each sequence are masked."""
+    """A ScoredData whose first token id is its number; each sequence has two masked tokens."""
     tokens = [[number, row, *range(2, length)] for row in range(sequences)]
     value = {
         "tokens": tokens,
@@ -161,7 +161,7 @@ def with_service(
     max_body_bytes: int = 1 << 20,
     **settings: Any,
 ) -> None:
-    """Run `story` against a service over `directory`. Called again, it is a restart of the server."""
+    """Run `story` against a service over `directory`. A second call is a restart."""
 
     async def run() -> None:
         service = Service(directory, ServiceSettings(**{"segment_bytes": 1 << 20} | settings))

@@ -1,7 +1,9 @@
-"""Pytest plugin under which Atropos' published API tests meet our trajectory server: `-p upstream_api`, in the rollout environment.
+"""Pytest plugin that runs Atropos' published API tests against this trajectory server.
 
-Those tests start `python -m atroposlib.cli.run_api` on localhost:8000 and talk to it through requests, without a token. Here the
-start gives a trajectory server of a fresh run, on a free port, and every request to localhost:8000 goes there, with that run's token.
+Use it with `-p upstream_api` in the rollout environment. Those tests start
+`python -m atroposlib.cli.run_api` on localhost:8000 and send requests without a token. The plugin
+starts a trajectory server of a new run on a free port instead, and sends every request to
+localhost:8000 there, with that run's token.
 """
 
 import subprocess
