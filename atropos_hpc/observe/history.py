@@ -1,4 +1,4 @@
-"""The history of a run as arrays, for the report's plots. Reads whole files: not for a live view."""
+"""The history of a run as arrays, for the report's plots. Reads whole files."""
 
 import math
 import re
@@ -79,6 +79,10 @@ class History:
         last = last[np.isfinite(last)]
         return float(last.mean()) if len(last) else math.nan
 
+    def values(self, keys: Iterable[str]) -> list[ConfigValue]:
+        """Return the config's values of some keys."""
+        return [self.config.get(key) for key in keys]
+
     @property
     def accuracy(self) -> float:
         """The accuracy of the last held-out evaluation; NaN before the first."""
@@ -93,7 +97,8 @@ def read(path: Path) -> History:
     """Read the history of the run in a directory."""
     run = RunDir(path)
     info = run.info()
-    activity: list[ActivityLine] = read_records(run.activity, ActivityLine)  # type: ignore[arg-type]
+    kind: Any = ActivityLine
+    activity: list[ActivityLine] = read_records(run.activity, kind)
     evaluations = read_records(run.evaluations, Evaluation)
     return History(
         path,
@@ -178,17 +183,22 @@ def flatten(config: Any, prefix: str = "") -> dict[str, ConfigValue]:
     }
 
 
+def short_key(key: str) -> str:
+    """Return the last part of a dotted key."""
+    return key.rpartition(".")[2]
+
+
 def compared_keys(runs: Sequence[History]) -> list[str]:
-    """Return the keys whose values differ between runs, except those that tell repetitions apart."""
+    """Return the keys whose values differ between runs, except those of NOT_COMPARED."""
     keys = sorted({key for run in runs for key in run.config if not NOT_COMPARED.match(key)})
     return [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
 
 
 def grouped(runs: Iterable[History], keys: Sequence[str]) -> RunGroups:
-    """Group runs by their values of `keys`, in order; the runs of one group differ in their seed."""
+    """Group runs by their values of `keys`; the runs of one group differ in their seed."""
     groups: RunGroups = {}
     for run in runs:
-        groups.setdefault(tuple(run.config.get(key) for key in keys), []).append(run)
+        groups.setdefault(tuple(run.values(keys)), []).append(run)
 
     def order(values: tuple[ConfigValue, ...]) -> list[tuple[bool, Any]]:
         return [(isinstance(v, str), -1 if v is None else v) for v in values]

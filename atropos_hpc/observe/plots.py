@@ -258,22 +258,22 @@ def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figur
         "entropy": compare(groups, keys, "entropy", "Entropy", nats),
     }
     for key in keys:
-        drawn[f"{_short(key)}_accuracy"] = against(runs, key, accuracy, "accuracy, held out")
-        drawn[f"{_short(key)}_kl"] = against(runs, key, kl, f"KL to the reference, {nats}")
+        drawn[f"{history.short_key(key)}_accuracy"] = against(
+            runs, key, accuracy, "accuracy, held out"
+        )
+        drawn[f"{history.short_key(key)}_kl"] = against(
+            runs, key, kl, f"KL to the reference, {nats}"
+        )
     drawn["final_accuracy"] = final_values(groups, keys, accuracy, "held-out accuracy")
     drawn["final_reward"] = final_values(groups, keys, reward, "reward")
     drawn["final_kl"] = final_values(groups, keys, kl, f"KL to the reference, {nats}")
     return drawn
 
 
-def _short(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
 def _label(keys: Sequence[str], values: Sequence[ConfigValue]) -> str:
     """Name a group of runs."""
     pairs = zip(keys, values, strict=True)
-    return ", ".join(f"{_short(key)} {value}" for key, value in pairs) or "all points"
+    return ", ".join(f"{history.short_key(key)} {value}" for key, value in pairs) or "all points"
 
 
 def compare(
@@ -340,5 +340,5 @@ def against(runs: Sequence[History], key: str, final: Final, name: str) -> Figur
         axes.set_xscale("symlog" if linear else "log", **linear)
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
-    _finish(axes, f"Final values against {_short(key)}", name, x=key)
+    _finish(axes, f"Final values against {history.short_key(key)}", name, x=key)
     return figure

@@ -22,7 +22,7 @@ PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 COLUMNS = ["", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory"]
 
-# State of each job in the queue; None: Slurm has forgotten it. A job that is missing was not asked for.
+# Job id -> state in the queue; None: Slurm has forgotten it. Jobs not queried are missing.
 JobStates = Mapping[str, str | None]
 QueryJobs = Callable[[Iterable[str | None]], JobStates]
 

@@ -1,4 +1,4 @@
-"""The status of a run, or of each point of a sweep, from files: on a login node, during and after it.
+"""The status of a run, or of each point of a sweep, from files, during a run and after it.
 
   1. Tell whether the directory is a run's or a sweep's.
   2. Of a run, read the last lines of its metrics, the member files, and the ends of the logs.
