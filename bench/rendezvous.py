@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from atropos_hpc.contracts.members import AgentState, Roster, ServerState
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.runtime import membership
 from atropos_hpc.runtime.membership import Member, RosterPublisher, RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
@@ -104,7 +105,9 @@ def measure(run: RunDir) -> Result:
     seen = sum(member.alive for member in leader.members.values())
 
     begin = time.monotonic()
-    members[7].update(servers=[ServerState(url="http://a", version=1)])
+    members[7].update(
+        servers=[ServerState(url="http://a", version=PolicyVersion(version=1, attempt=1))]
+    )
     while not rosters[11].servers():
         time.sleep(0.01)
     heard_s = time.monotonic() - begin

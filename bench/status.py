@@ -22,6 +22,7 @@ from atropos_hpc.contracts.members import (
     Wait,
 )
 from atropos_hpc.contracts.metrics import StepMetrics
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.runtime.run_dir import RunDir, write_json, write_struct
 from bench.result import Result
 
@@ -54,7 +55,11 @@ def made(path: Path, steps: int, members: int) -> Path:
         state: AnyMember = EnvironmentState(**common, in_flight=32, sent=12345, tokens_per_s=100.0)
         if kind == "agent":
             servers = [
-                ServerState(name=f"server-{index}-{n}", url="http://127.0.0.1:1", version=steps)
+                ServerState(
+                    name=f"server-{index}-{n}",
+                    url="http://127.0.0.1:1",
+                    version=PolicyVersion(version=steps, attempt=1),
+                )
                 for n in range(8)
             ]
             state = AgentState(**common, servers=servers)

@@ -49,7 +49,10 @@ def make_run(path: Path, **sections: dict[str, Any]) -> RunDir:
 
 def list_servers(run: RunDir, versions: dict[str, int]) -> None:
     """A roster with one node agent that has these servers, URL -> version."""
-    servers = [ServerState(url=url, version=version) for url, version in versions.items()]
+    servers = [
+        ServerState(url=url, version=PolicyVersion(version=version, attempt=1))
+        for url, version in versions.items()
+    ]
     write_struct(run.roster, Roster(members={"agent-a-0": AgentState(servers=servers)}))
 
 

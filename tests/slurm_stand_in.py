@@ -60,7 +60,9 @@ def learner(path: Path) -> int:
             print(f"rank {rank} saves at step {step}", flush=True)
             if rank == 0:
                 time.sleep(0.5)
-                write_json(run.checkpoints / "latest.json", {"step": step})
+                write_json(
+                    run.checkpoints / "latest.json", {"step": step, "directory": f"step-{step}-0"}
+                )
             member.leave()
             return 75
         if rank == 0 and roster.members(AgentState):
@@ -69,11 +71,13 @@ def learner(path: Path) -> int:
             line = StepMetrics(step, step, run.attempt(), time.time(), STEP_S, {}, scalars)
             append_record(run.metrics, line)
             if step % conf.checkpoint_every == 0:
-                write_json(run.checkpoints / "latest.json", {"step": step})
+                write_json(
+                    run.checkpoints / "latest.json", {"step": step, "directory": f"step-{step}-0"}
+                )
         elif rank:
             step = max((line.step for line in read_records(run.metrics, StepMetrics)), default=0)
     if rank == 0:
-        write_json(run.checkpoints / "latest.json", {"step": step})
+        write_json(run.checkpoints / "latest.json", {"step": step, "directory": f"step-{step}-0"})
         write_json(run.done, {"version": step})
     member.leave()
     return 0

@@ -14,6 +14,7 @@ from atropos_hpc.contracts.members import (
     TrainerState,
     TrajectoriesState,
 )
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.runtime import membership
 from atropos_hpc.runtime.membership import (
     SMALL_RUN,
@@ -44,13 +45,16 @@ def published(run: RunDir) -> Roster:
 def test_members_appear_in_the_roster_with_their_state(run: RunDir) -> None:
     publisher, roster = RosterPublisher(run), RosterReader(run.roster)
     assert roster.members(AgentState) == []
-    servers = [ServerState(url="http://a", version=3), ServerState(url="http://b")]
+    servers = [
+        ServerState(url="http://a", version=PolicyVersion(version=3, attempt=1)),
+        ServerState(url="http://b"),
+    ]
     agent = Member(run, AgentState(servers=servers), "n0")
     server = Member(run, TrajectoriesState(url="http://t"), "n1")
     publisher.publish()
     assert roster.servers() == {"http://a": 3}
     assert roster.trajectory_server() == "http://t"
-    agent.update(servers=[ServerState(url="http://b", version=4)])
+    agent.update(servers=[ServerState(url="http://b", version=PolicyVersion(version=4, attempt=1))])
     publisher.publish()
     assert roster.servers() == {"http://b": 4}
     agent.leave()
@@ -167,7 +171,9 @@ def test_in_a_large_run_a_change_is_seen_between_scans_and_scans_are_rare(
     assert len(roster.members(AgentState)) == 300
     scans: list[float] = []
     monkeypatch.setattr(publisher, "_scan", scans.append)
-    members[7].update(servers=[ServerState(url="http://a", version=3)])
+    members[7].update(
+        servers=[ServerState(url="http://a", version=PolicyVersion(version=3, attempt=1))]
+    )
     Member(run, TrajectoriesState(url="http://t"), "n0")
     publisher.publish()
     assert roster.servers() == {"http://a": 3} and roster.trajectory_server() == "http://t"

@@ -21,6 +21,7 @@ from atropos_hpc.contracts.metrics import (
     RestartMark,
     SweepPoint,
 )
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.observe import history, plots
 from atropos_hpc.observe.timeline import ActivityRecorder
@@ -178,7 +179,7 @@ def test_activity_samples_states_and_notes_restarts(tmp_path: Path) -> None:
     run.create()
     run.new_attempt()
     recorder = ActivityRecorder(run)
-    servers = [ServerState(name="server-0-0", pid=7, version=3)]
+    servers = [ServerState(name="server-0-0", pid=7, version=PolicyVersion(version=3, attempt=1))]
     agent = AgentState(name="agent-0", pid=1, state="serving", servers=servers)
     wait = Wait("policy version 12, served by all", "x", 0)
     waiting = worker("environment-1", 3, waiting=wait)

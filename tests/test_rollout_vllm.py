@@ -325,7 +325,13 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     with contextlib.ExitStack() as stack:
         stack.enter_context(leader(run))
         agent = Member(
-            run, AgentState(servers=[ServerState(url=served.url, version=version)]), "local"
+            run,
+            AgentState(
+                servers=[
+                    ServerState(url=served.url, version=PolicyVersion(version=version, attempt=1))
+                ]
+            ),
+            "local",
         )
         stack.callback(agent.leave)
         stack.enter_context(
@@ -347,7 +353,13 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
                 assert group.policy_versions == [(step, step)] * 4
                 kinds[group.generation_params["kind"]] = group
             served.push(served.base)
-            agent.update(servers=[ServerState(url=served.url, version=served.version)])
+            agent.update(
+                servers=[
+                    ServerState(
+                        url=served.url, version=PolicyVersion(version=served.version, attempt=1)
+                    )
+                ]
+            )
     assert set(kinds) == {"managed", "tokens", "completion", "chat", "turns"}
     for kind in ("managed", "tokens", "turns"):
         group = kinds[kind]
@@ -383,7 +395,13 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
     run.secret.write_text(served.token)
     with leader(run):
         agent = Member(
-            run, AgentState(servers=[ServerState(url=served.url, version=version)]), "local"
+            run,
+            AgentState(
+                servers=[
+                    ServerState(url=served.url, version=PolicyVersion(version=version, attempt=1))
+                ]
+            ),
+            "local",
         )
         with module(
             "atropos_hpc.rollout.evaluation", "--run-dir", str(run.path), log=tmp_path / "log"
@@ -392,7 +410,13 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
                 assert evaluator.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)
             served.push(served.base)
-            agent.update(servers=[ServerState(url=served.url, version=served.version)])
+            agent.update(
+                servers=[
+                    ServerState(
+                        url=served.url, version=PolicyVersion(version=served.version, attempt=1)
+                    )
+                ]
+            )
             assert evaluator.wait(60) == 0
         agent.leave()
     lines = evaluations(run)

@@ -25,6 +25,7 @@ from atropos_hpc.contracts.members import (
     TrainerState,
 )
 from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, SweepPoint
+from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.observe import report, status, status_view
 from atropos_hpc.runtime.membership import DEAD_S, Member
 from atropos_hpc.runtime.run_dir import (
@@ -70,7 +71,10 @@ def shown(run: RunDir) -> dict[str, Any]:
 def test_a_running_one(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
     append_record(run.evaluations, Evaluation(4, accuracy=0.5, sequences=10))
-    servers = [ServerState(name="server-0-0", version=6), ServerState(name="server-0-1")]
+    servers = [
+        ServerState(name="server-0-0", version=PolicyVersion(version=6, attempt=1)),
+        ServerState(name="server-0-1"),
+    ]
     agent = Member(run, AgentState(servers=servers), "rollout0")
     trainer = Member(run, TrainerState(step=7, state="training"), "trainer0")
     with trainer.waiting("batch 7", "the trajectory server"):
@@ -127,7 +131,7 @@ def test_one_whose_processes_are_gone_is_lost_and_says_how_to_go_on(tmp_path: Pa
     run = made(tmp_path, pid=int(died.stdout))
     member = Member(run, TrainerState(state="training"), "trainer0")
     member._stop.set()  # as KILL would: no word of goodbye
-    write_json(run.checkpoints / "latest.json", {"step": 5})
+    write_json(run.checkpoints / "latest.json", {"step": 5, "directory": "step-5-0"})
     assert shown(run)["state"] == "lost" and [m["state"] for m in shown(run)["members"]] == ["gone"]
     drawn = subprocess.run(
         [*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True

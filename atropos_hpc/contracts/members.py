@@ -90,7 +90,7 @@ class ServerState(msgspec.Struct, kw_only=True):
 
     name: str = ""
     url: str = ""
-    version: int | None = None
+    version: PolicyVersion | None = None
     pid: int | None = None
 
 
@@ -100,7 +100,7 @@ class AgentState(MemberState, tag="agent"):
 
     number: int = 0
     servers: list[ServerState] = []
-    policy: int | None = None
+    policy: PolicyVersion | None = None
     bad_policy: str | None = None
     children: dict[str, int] = {}
 

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 import atropos_hpc
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.checkpoint import LatestCheckpoint
 from atropos_hpc.contracts.members import (
     AnyMember,
     AttemptRecord,
@@ -45,7 +46,6 @@ from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
-    read_json,
     read_struct,
     write_struct,
 )
@@ -254,7 +254,8 @@ def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[
 
 def _requeued_too_often(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
     """Record this start; return whether Slurm has started the run too often without progress."""
-    durable = read_json(run.checkpoints / "latest.json").get("step", 0)
+    latest = read_struct(run.checkpoints / "latest.json", LatestCheckpoint)
+    durable = latest.step if latest else 0
     write_struct(attempt / "start.json", AttemptStart(job=job.id if job else None, durable=durable))
     attempts = sorted(
         (run.path / "logs").glob("attempt-*/start.json"),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import LaunchConf
+from atropos_hpc.contracts.checkpoint import LatestCheckpoint
 from atropos_hpc.contracts.members import (
     AgentState,
     AnyMember,
@@ -50,7 +51,7 @@ from atropos_hpc.runtime.membership import (
     withdraw_request,
 )
 from atropos_hpc.runtime.process import ProcessSpec
-from atropos_hpc.runtime.run_dir import RunDir, read_json, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, read_struct
 from atropos_hpc.runtime.supervision import (
     Exit,
     Limits,
@@ -263,9 +264,10 @@ class Supervisor:
                 if path is not None:
                     log.error("the end of %s:\n%s", path, process.tail(path))
 
-    def _durable_step(self) -> Any:
+    def _durable_step(self) -> int | None:
         """The newest durable step, which grows as the run makes progress."""
-        return read_json(self.run.checkpoints / "latest.json").get("step")
+        latest = read_struct(self.run.checkpoints / "latest.json", LatestCheckpoint)
+        return latest.step if latest else None
 
     def _is_done(self) -> bool:
         return read_struct(self.run.done, Done) is not None

@@ -57,8 +57,8 @@ class BatchSettings:
 class Batch:
     """The input of a backend. Every rank has the same number of sequences, B.
 
-    If `needs_log_probs` is set, some rank lacks old log-probs, and all ranks must call the backend's
-    `log_probs` and `set_old_log_probs`; likewise for `needs_reference`.
+    If `needs_log_probs` is set, some rank lacks old log-probs, and all ranks must call the
+    backend's `log_probs` and `set_old_log_probs`; likewise for `needs_reference`.
     """
 
     tensors: TensorDict  # jagged, see `jagged`

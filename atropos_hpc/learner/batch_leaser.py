@@ -1,4 +1,4 @@
-"""Lease this rank's groups of each batch from the trajectory server, one batch ahead of training."""
+"""Lease this rank's groups of each batch from the trajectory server, one batch ahead."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class LeasedBatch(NamedTuple):
 
 
 class BatchLeaser:
-    """Leases in a thread, for which `client` is reserved. This rank trains part `rank` of `world`."""
+    """Leases part `rank` of `world` of each batch in a thread, which alone uses `client`."""
 
     def __init__(self, client: TrajectoryClient, rank: int, world: int, staleness_max: int) -> None:
         self.client, self.rank, self.world = client, rank, world

@@ -52,8 +52,8 @@ class CheckpointFailed(Exception):
 class Checkpoints:
     """The checkpoints of one run. Every method but `close` is collective.
 
-    The newest `keep` complete ones are kept, and those at multiples of `keep_every` steps (0: none).
-    `timeout_s` bounds every wait for other ranks and for the disk.
+    The newest `keep` complete ones are kept, and those at multiples of `keep_every` steps (0:
+    none). `timeout_s` bounds every wait for other ranks and for the disk.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Checkpoints:
     def newly_durable(self) -> int | None:
         """Return the step that has become durable since the last call, if any. Does not wait.
 
-        All ranks get the same answer. Raises CheckpointFailed, on every rank, once, if a save failed
-        on any.
+        All ranks get the same answer. Raises CheckpointFailed, on every rank, once, if a save
+        failed on any.
         """
         self._settle(block=False)
         step, self._newly_durable = self._newly_durable, None

@@ -118,8 +118,8 @@ def verify(path: Path) -> CheckpointManifest:
 def remove_obsolete(root: Path, latest: CheckpointDir, keep: int, keep_every: int = 0) -> None:
     """Remove checkpoints that nobody needs.
 
-    Kept are the newest `keep` complete ones up to `latest`, and the last attempt at each multiple of
-    `keep_every` steps. What is newer than `latest` belongs to an abandoned branch and is removed.
+    Kept are the newest `keep` complete ones up to `latest`, and the last attempt at each multiple
+    of `keep_every` steps. What is newer than `latest` belongs to an abandoned branch and goes too.
     """
     found = list_checkpoints(root)
     complete = [each for each in found if each <= latest and each.complete]

@@ -42,8 +42,8 @@ class Collective:
     def wait(self, what: str, from_whom: str, ready: Callable[[], bool], timeout_s: float) -> None:
         """Wait until `ready()` is true on all ranks.
 
-        Raises StopRequested when the run is to stop, and TimeoutError after `timeout_s` seconds, both
-        on all ranks.
+        Raises StopRequested when the run is to stop, and TimeoutError after `timeout_s` seconds,
+        both on all ranks.
         """
         with Waiting(what, from_whom, timeout_s, self.member) as waiting:
             while True:

@@ -28,8 +28,8 @@ from verl.trainer.ppo.rollout_corr_helper import (
 def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:
     """Set the batch's importance weights, if the config asks for any. Needs old log-probs.
 
-    A sequence without behaviour log-probs has weight 1. Returns, over all ranks: importance_mean and
-    importance_max (of the weights as used), rejected_fraction (of tokens with weight 0), and
+    A sequence without behaviour log-probs has weight 1. Returns, over all ranks: importance_mean
+    and importance_max (of the weights as used), rejected_fraction (of tokens with weight 0), and
     chi2_sequence (mean over sequences of the squared ratio, minus 1). Collective.
     """
     if conf.weights == conf.rejection == "none":

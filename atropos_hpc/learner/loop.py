@@ -12,8 +12,8 @@
 7. Write the metrics.
 
 Batch k is trained at policy version k and makes version k + 1. A learner that dies resumes from its
-last durable step s and leases batches s, s+1, ... again, the same ones: no group is lost, and none is
-trained on twice in the weights that survive.
+last durable step s and leases batches s, s+1, ... again, the same ones: no group is lost, and none
+is trained on twice in the weights that survive.
 """
 
 import logging

@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 GONE = (
     "%s. The checkpoint that was restored is older than the acknowledged batches: newer checkpoints"
-    " are damaged or were removed. Restore one of them; or, to continue from this one with new groups,"
-    " move the run's trajectories/ away"
+    " are damaged or were removed. Restore one of them; or, to continue from this one with new"
+    " groups, move the run's trajectories/ away"
 )
 SERVER_TIMEOUT_S = 600.0  # how long the trajectory server may be unreachable
 

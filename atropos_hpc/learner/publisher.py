@@ -5,7 +5,7 @@ Then, in a background thread on every rank:
 
 1. Check that the store has space for the version.
 2. Write it. policy.sync=full: all files. policy.sync=delta: what has changed; all files as well at
-   every policy.anchor_every-th version, at the first one, and when too much has changed for a delta.
+   every policy.anchor_every-th version, at the first one, and when a delta would be too large.
 3. Name it in latest.json, and retire old versions.
 4. Until the next version: retry if the publish failed (full disk), and publish the version again,
    in full, if a reader asks for that.

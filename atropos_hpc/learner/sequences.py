@@ -54,8 +54,8 @@ def flatten(
 ) -> Sequences:
     """Return the groups' trained sequences, in order.
 
-    A group's own token-level advantages replace those from its scores. `set_advantage_to_zero`, of a
-    sequence or of the group, sets a sequence's advantages to zero in either case and leaves the
+    A group's own token-level advantages replace those from its scores. `set_advantage_to_zero`, of
+    a sequence or of the group, sets a sequence's advantages to zero in either case and leaves the
     baseline unchanged. `penalties`, one per sequence of the groups, are subtracted from the scores.
     `replicas` is the number of ranks that hold each group.
 
@@ -170,8 +170,8 @@ def _overridden(group: Group, key: str, default: object = None) -> list[object]:
 def _temperatures(group: Group) -> NDArray[np.float64]:
     """Return the sampling temperature of each sequence, [G].
 
-    Atropos' order of precedence: the sequence's override, the group's, the generation parameters, 1.
-    Greedy decoding (0) has no distribution to train; its sequences are treated as samples at 1.
+    Atropos' order of precedence: the sequence's override, the group's, the generation parameters,
+    1. Greedy decoding (0) has no distribution to train; its sequences count as samples at 1.
     """
     generated = (group.generation_params or {}).get("temperature")
     values = _overridden(group, "temperature", generated)

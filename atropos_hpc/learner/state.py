@@ -48,7 +48,7 @@ def seed_generators(*entropy: int) -> None:
 
 
 def _rng_state() -> torch.Tensor:
-    """Return the generators' state as JSON in a uint8 tensor. Unlike a pickle it is safe to read."""
+    """Return the generators' state as JSON in a uint8 tensor, which is safe to read."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     state = {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from atropos_hpc.contracts.checkpoint import LatestCheckpoint
 from atropos_hpc.contracts.members import (
     AgentState,
     AnyMember,
@@ -22,6 +23,7 @@ from atropos_hpc.contracts.members import (
     TrajectoriesState,
 )
 from atropos_hpc.contracts.metrics import StepMetrics, SweepPoint
+from atropos_hpc.contracts.policy import LatestPolicy
 from atropos_hpc.contracts.status import (
     LogWarning,
     MemberStatus,
@@ -33,7 +35,7 @@ from atropos_hpc.contracts.status import (
 )
 from atropos_hpc.observe import report
 from atropos_hpc.runtime.membership import DEAD_S
-from atropos_hpc.runtime.run_dir import RunDir, last_records, read_json, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
 KINDS = [
     "supervisor",
@@ -75,6 +77,8 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
     served = [v for member in members if (v := served_version(member)) is not None]
     queues = [m.queued_sequences for m in members if isinstance(m, TrajectoriesState)]
     evaluation = report.last_evaluation(run)
+    published = read_struct(run.policy / "latest.json", LatestPolicy)
+    durable = read_struct(run.checkpoints / "latest.json", LatestCheckpoint)
     pace = report.steady(lines)
     return RunStatus(
         run_dir=str(run.path),
@@ -94,8 +98,8 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
         groups_in_flight=sum(worker.in_flight or 0 for worker in workers),
         versions=VersionStatus(
             learner=last.version if last else 0,
-            published=read_json(run.policy / "latest.json").get("version"),
-            durable=read_json(run.checkpoints / "latest.json").get("step"),
+            published=published.version if published else None,
+            durable=durable.step if durable else None,
             served=min(served, default=None),
         ),
         trained_tokens_per_s=report.rate(lines, "tokens"),
@@ -138,7 +142,7 @@ def read_members(run: RunDir, active: bool) -> list[MemberStatus]:
 def served_version(member: AnyMember) -> int | None:
     """Return the oldest version that a server of an agent serves."""
     servers = member.servers if isinstance(member, AgentState) else []
-    return min((s.version for s in servers if s.version is not None), default=None)
+    return min((s.version.version for s in servers if s.version is not None), default=None)
 
 
 def _wait(member: AnyMember) -> WaitStatus:

@@ -2,9 +2,9 @@
 
 One optimizer step leaves most bf16 weights unchanged (over 97 % at a learning rate of 1e-6), and
 moves most of the others to a neighbouring number. So a delta records which elements changed and by
-how much their bit patterns, taken as unsigned integers, changed. It is exact for every dtype and bit
-pattern, including NaN payloads and -0.0. Bytes of the same meaning are grouped and compressed by
-zstd, whose entropy coder does the rest.
+how much their bit patterns, taken as unsigned integers, changed. It is exact for every dtype and
+bit pattern, including NaN payloads and -0.0. Bytes of the same meaning are grouped and compressed
+by zstd, whose entropy coder does the rest.
 
 A chunk covers up to CHUNK elements of one width. It is stored as two zstd frames:
 

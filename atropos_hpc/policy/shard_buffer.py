@@ -1,4 +1,4 @@
-"""One rank's shard of a published model: whole tensors, in one buffer laid out as a safetensors file.
+"""One rank's shard of a published model: whole tensors, laid out as a safetensors file.
 
 The buffer is written, hashed and compared with the next version without a copy in between. It is
 page-aligned and its header is a whole number of blocks, so a large shard can be written past the

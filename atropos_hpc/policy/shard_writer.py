@@ -8,7 +8,7 @@
 3. All ranks learn of all files, or that some rank failed; a failed publish leaves no file. Rank 0
    adds transformers' index, or the adapter's config.
 
-An adapter is owned by rank 0 and written as PEFT would. The manifest is the policy store's business.
+An adapter is owned by rank 0 and written as PEFT would. The policy store writes the manifest.
 Host memory per rank is the snapshot and one shard buffer; two buffers with deltas.
 """
 

@@ -183,7 +183,7 @@ class PolicyStore:
 def _with_bases(
     versions: Iterable[PolicyVersion], manifests: Mapping[PolicyVersion, Manifest]
 ) -> set[PolicyVersion]:
-    """Return the versions and, of deltas, what they are made from, as far as there are manifests."""
+    """Return those versions that have manifests and, of deltas, what they are made from."""
     needed: set[PolicyVersion] = set()
     for start in versions:
         version: PolicyVersion | None = start

@@ -64,7 +64,7 @@ class ManagedServer:
 
     def state(self) -> ServerState:
         """The server's entry in the agent's member file."""
-        version = self.serves.version.version if self.serves else None
+        version = self.serves.version if self.serves else None
         return ServerState(name=self.name, url=self.url, version=version, pid=self.managed.pid)
 
     def wait(self) -> Wait | None:
@@ -76,7 +76,7 @@ class ManagedServer:
             return Wait("its start", self.name, now, now + self.context.launch.start_timeout_s)
         if newest is None:
             return Wait("the first policy version", "the learner", now)
-        return Wait(f"it to load policy version {newest.version.version}", self.name, now)
+        return Wait(f"it to load policy version {newest.version}", self.name, now)
 
     def ended(self) -> None:
         """Call when the process has ended: it serves nothing any more."""

@@ -217,7 +217,7 @@ class NodeAgent:
         self.member.update_if_changed(
             state="serving" if serving else "starting servers",
             servers=servers,
-            policy=newest.version.version if newest else None,
+            policy=newest.version if newest else None,
             bad_policy=self.follower.failure,
             children={m.name: m.pid for m in self.others if m.pid is not None},
         )

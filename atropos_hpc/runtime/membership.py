@@ -303,9 +303,9 @@ class RosterReader:
         return [m for m in members if isinstance(m, kind) and (m.alive or not alive)]
 
     def servers(self) -> dict[str, int]:
-        """URL -> policy version, of every vLLM server that accepts requests now."""
+        """URL -> number of the policy version, of every vLLM server that accepts requests now."""
         return {
-            server.url: server.version
+            server.url: server.version.version
             for agent in self.members(AgentState)
             for server in agent.servers
             if server.version is not None
