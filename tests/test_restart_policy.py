@@ -81,7 +81,7 @@ def rendered(kinds: tuple[Kind, ...]) -> str:
     lines += ["|---" * (len(kinds) + 1) + "|"]
     for event in Event:
         cells = [cell(kind, event) for kind in kinds]
-        lines.append(f"| {event.value} | " + " | ".join(cells) + " |")
+        lines.append(f"| {event.label}: {event.value} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

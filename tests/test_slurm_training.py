@@ -333,7 +333,7 @@ def test_however_it_ends_no_process_is_left(clear: Cluster, tmp_path: Path, end:
     )
     run.leaves_nothing()
     if killed:
-        assert run.state() == "FAILED" and "crashed too often" in run.log("supervisor")
+        assert run.state() == "FAILED" and "(crash limit)" in run.log("supervisor")
     else:
         assert saved(run) == run.steps()[-1] >= 3
     assert run.steps() == list(range(1, len(run.steps()) + 1))

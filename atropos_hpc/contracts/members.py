@@ -1,7 +1,7 @@
 """Member files, the roster, requests, and the records that the supervisor keeps of a run.
 
-A member is a process that takes part in a run. It describes itself in rendezvous/members/<name>.json:
-one state struct per kind of member. The supervisor collects the member files in the roster.
+A member is a process that takes part in a run. It describes itself in a file of its own,
+rendezvous/members/<name>.json: one state struct per kind of member. The supervisor collects the member files in the roster.
 """
 
 from typing import ClassVar
@@ -12,7 +12,7 @@ from atropos_hpc.contracts.policy import PolicyVersion
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """What a member waits for. `since` and `deadline` are Unix times; the wait fails at `deadline`."""
+    """What a member waits for. Times are Unix times; the wait fails at `deadline`."""
 
     what: str
     from_whom: str
@@ -29,8 +29,8 @@ STARTING_STATES = ("starting", "joining", "loading", "registering", "starting se
 class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
     """What every member says. The fields of the first block are set by `runtime.membership.Member`.
 
-    `state` is one or two words about the present activity; "ended" is final. `alive` is valid in the
-    roster only: the supervisor's judgement by the heartbeat.
+    `state` is one or two words about the present activity; "ended" is final. `alive` is valid in
+    the roster only: the supervisor's judgement by the heartbeat.
     """
 
     name: str = ""
@@ -96,7 +96,7 @@ class ServerState(msgspec.Struct, kw_only=True):
 
 class AgentState(MemberState, tag="agent"):
     """A node agent. `policy` is the newest version in the node's cache, `bad_policy` says why the
-    newest published one cannot be used, `children` has the pids of workers and evaluator by name."""
+    newest published one cannot be used, `children` has the pids of workers and evaluator."""
 
     number: int = 0
     servers: list[ServerState] = []

@@ -44,17 +44,22 @@ class Event(Enum):
     """How a process has ended."""
 
     COMPLETED = "its work is done"
-    STOPPED = "ended as asked, exit code 75"
-    REFUSED = "refused its config, exit code 2"
-    WAIT_TIMEOUT = "a wait timed out, exit code 70"
+    STOPPED = "exit code 75"
+    REFUSED = "its config cannot work, exit code 2"
+    WAIT_TIMEOUT = "exit code 70"
     CRASHED = "any other exit code"
-    KILLED = "killed by a signal"
-    HUNG = "hung, and was killed"
-    CRASH_LIMIT = "more than `launch.restarts` of these without progress"
-    HANG_LIMIT = "the same after a hang or a wait timeout, under Slurm"
-    NODE_LOST = "Slurm has lost its node"
-    PREEMPTED = "Slurm preempts or requeues the job"
-    CANCELLED = "its job or het component was cancelled"
+    KILLED = "by a signal"
+    HUNG = "killed because it hung"
+    CRASH_LIMIT = "more than `launch.restarts` failures without progress"
+    HANG_LIMIT = "the same, the last one a hang or wait timeout, under Slurm"
+    NODE_LOST = "according to Slurm"
+    PREEMPTED = "or requeued by Slurm"
+    CANCELLED = "its job or its het component"
+
+    @property
+    def label(self) -> str:
+        """The event in words, for logs and docs."""
+        return self.name.lower().replace("_", " ")
 
 
 class Phase(Enum):

@@ -1,4 +1,4 @@
-"""From a config to a finished run: check, lock the run directory, make the model, supervise, sum up.
+"""From a config to a finished run: check, lock the directory, make the model, supervise, sum up.
 
 On one machine all of a run is here. In a Slurm job this is the batch step, and the roles' steps run
 on the job's nodes.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from atropos_hpc import resources
 from atropos_hpc.config import Config
-from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.launch.slurm.sbatch import Allocation, StepRequest
+from atropos_hpc.launch.slurm.sbatch import Allocation
+from atropos_hpc.launch.slurm.srun import StepRequest, program, srun
 from atropos_hpc.runtime.network import HOST
 from atropos_hpc.runtime.process import END_TASKS, NODE, ProcessSpec
 
@@ -96,11 +96,11 @@ class SlurmSteps:
             [node],
             1,
             f"{self.logs}/{name}.log",
-            sbatch.program(command, role, cluster.setup, cluster.container, variables),
+            program(command, role, cluster.setup, cluster.container, variables),
             cluster.container,
         )
-        srun = sbatch.srun(step, self.allocations["rollout"], role)
-        spec = ProcessSpec(f"{name}.srun", srun, own_node, END_TASKS)
+        command_line = srun(step, self.allocations["rollout"], role)
+        spec = ProcessSpec(f"{name}.srun", command_line, own_node, END_TASKS)
         return Step(name, "agent", (spec,), (node,))
 
     def trainer(self) -> Step:
@@ -123,10 +123,10 @@ class SlurmSteps:
             allocation.nodes,
             role.ranks_per_node,
             f"{self.logs}/trainer-%t.log",
-            sbatch.program(command, role, setup, cluster.container, variables),
+            program(command, role, setup, cluster.container, variables),
             cluster.container,
         )
-        spec = ProcessSpec("trainer.srun", sbatch.srun(step, allocation, role), end_by=END_TASKS)
+        spec = ProcessSpec("trainer.srun", srun(step, allocation, role), end_by=END_TASKS)
         return Step("trainer", "trainer", (spec,), allocation.nodes)
 
 

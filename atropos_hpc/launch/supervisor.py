@@ -254,7 +254,7 @@ class Supervisor:
             log.info("the learner is done")
             return
         name = ended.child.name
-        log.warning("%s %s (%s): %s", name, ended.how, event.value, action.value)
+        log.warning("%s %s (%s): %s", name, ended.how, event.label, action.value)
         if action in (Action.RESTART, Action.RESTART_ALL):
             self.events.append(
                 RestartEvent(time=time.time(), who=name, how=ended.how, done=action.value)

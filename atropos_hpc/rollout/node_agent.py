@@ -189,7 +189,7 @@ class NodeAgent:
         phase = Phase.RUNNING if ended.ready else Phase.STARTING
         action = restart_policy.TABLE[kind, event, phase]
         if action is Action.DROP:
-            log.info("%s %s (%s)", managed.name, ended.how, event.value)
+            log.info("%s %s (%s)", managed.name, ended.how, event.label)
             return
         last_lines = process.tail(ended.child.log)
         if action is Action.RESTART:
@@ -199,13 +199,13 @@ class NodeAgent:
                 managed.name,
                 ended.how,
                 ended.lived_s,
-                event.value,
+                event.label,
                 pause_s,
                 f"; the end of its log:\n{last_lines}" if ended.crashed else "",
             )
             return
         self.refused = (
-            f"{managed.name} {ended.how} ({event.value}) and is not restarted, after"
+            f"{managed.name} {ended.how} ({event.label}) and is not restarted, after"
             f" {life.restarts} restarts; the end of its log:\n{last_lines}"
         )
 

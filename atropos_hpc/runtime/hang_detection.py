@@ -1,7 +1,7 @@
 """Detects members that hang, and describes who waits for whom.
 
 Every wait has a deadline of its own and fails with a message. Two cases escape that:
-  - a member that stops sending heartbeats (suspended, stuck in a filesystem or in C): `SilenceWatch`
+  - a member that stops sending heartbeats (suspended, stuck in a filesystem): `SilenceWatch`
   - a learner that sends heartbeats, waits for nobody and makes no progress: `ProgressWatch`
 """
 

@@ -242,8 +242,10 @@ class SupervisionEngine:
                 self._start(managed)
 
     def kill_hung(self, managed: ManagedProcess, why: str) -> bool:
-        """Make a process dump its stack traces, then kill it; `poll` reports its end. `why` names it
-        in the log. Returns False when that is under way already."""
+        """Make a process dump its stack traces, then kill it; `poll` reports its end.
+
+        `why` names it in the log. Returns False when that is under way already.
+        """
         if not managed.life.intervene(self.clock(), kill=True):
             return False
         log.error("%s: dumping its stack traces to its log, then killing it", why)

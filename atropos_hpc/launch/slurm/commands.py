@@ -168,7 +168,7 @@ def is_reachable() -> bool:
 
 
 def known_states(jobs: Iterable[str | None]) -> dict[str, str | None]:
-    """Return the state of each job, None where the controller has forgotten it; {} if unreachable."""
+    """Return the state of each job, None where it was forgotten; {} without a controller."""
     wanted = [job for job in jobs if job]
     if not wanted or shutil.which("squeue") is None:
         return {}

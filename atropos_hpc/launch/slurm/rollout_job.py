@@ -92,7 +92,7 @@ class RolloutJob:
         return Action.STOP if cancelled else Action.FAIL
 
     def end(self, at_once: bool) -> None:
-        """Cancel the job; unless `at_once`, first wait until its tasks have noticed the run's end."""
+        """Cancel the job; unless `at_once`, first wait for its tasks to notice the run's end."""
         waiting = Waiting("the end of the rollout job", "its tasks", 0 if at_once else END_S)
         with contextlib.suppress(commands.SlurmError):
             while not waiting.expired and any(

@@ -1,10 +1,9 @@
-"""Everything that is given to Slurm, as text. Pure functions of the config and the environment.
+"""The sbatch script of a run, as text, and the nodes that it gets.
 
-In order of use:
+Pure functions of the config and the environment.
 
-1. `problems` and `script` (login node): one sbatch call per run
-2. `allocated_nodes` (batch step): the nodes of each role
-3. `srun` (batch step): one command line per step, to be run in a `step_environment`
+`problems` and `script` serve the login node: one sbatch call per run. `allocated_nodes` serves the
+batch step, which then starts the steps of the run (srun.py).
 """
 
 import shlex
@@ -221,7 +220,7 @@ def problems(config: Config) -> Iterator[Problem]:
             if role.container:
                 yield Problem(
                     f"roles.{name}.container",
-                    "is started by Slurm only; with launch.allocation=local, run the command inside it",
+                    "is for Slurm only; with launch.allocation=local, run the command inside it",
                 )
         return
     if launch.signal_s >= 60 * launch.minutes:
@@ -250,77 +249,7 @@ def problems(config: Config) -> Iterator[Problem]:
                 )
 
 
-# --- in the batch step
-
-# srun takes its options from these where none are given, and a batch step holds the leader's values.
-_COUNTS = set(
-    [
-        "NTASKS",
-        "NPROCS",
-        "NNODES",
-        "JOB_NUM_NODES",
-        "NTASKS_PER_NODE",
-        "TASKS_PER_NODE",
-        "CPUS_PER_TASK",
-        "CPUS_PER_GPU",
-        "GPUS",
-        "GPUS_PER_NODE",
-        "GPUS_PER_TASK",
-        "GPUS_PER_SOCKET",
-        "GPU_BIND",
-        "GPU_FREQ",
-        "GRES",
-        "MEM_PER_NODE",
-        "MEM_PER_CPU",
-        "MEM_PER_GPU",
-        "MEM_BIND",
-        "CPU_BIND",
-        "CPU_BIND_TYPE",
-        "CPU_BIND_LIST",
-        "CPU_BIND_VERBOSE",
-        "DISTRIBUTION",
-        "HINT",
-        "EXCLUSIVE",
-        "EXACT",
-        "OVERLAP",
-        "THREADS_PER_CORE",
-        "NTASKS_PER_GPU",
-        "NTASKS_PER_CORE",
-        "NO_KILL",
-        "OPEN_MODE",
-        "UNBUFFEREDIO",
-        "TIMELIMIT",
-        "EXPORT_ENV",
-        "HET_GROUP",
-        "KILL_BAD_EXIT",
-        "TRES_PER_TASK",
-    ]
-)
-_OTHERS = {
-    "CUDA_VISIBLE_DEVICES",
-    "GPU_DEVICE_ORDINAL",
-    "ROCR_VISIBLE_DEVICES",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-}
-
-
-def step_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for srun: the job's identity without the batch step's own counts and
-    the submitter's SRUN_* and SBATCH_*.
-
-    >>> env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SBATCH_QOS": "x", "RANK": "0"}
-    >>> step_environment({**env, "SLURM_JOB_NODELIST_HET_GROUP_1": "n2"})
-    {'SLURM_JOB_ID': '7', 'SLURM_JOB_NODELIST_HET_GROUP_1': 'n2'}
-    """
-    drop = {f"SLURM_{name}" for name in _COUNTS} | _OTHERS
-    return {
-        key: value
-        for key, value in env.items()
-        if key not in drop and not key.startswith(("SRUN_", "SBATCH_"))
-    }
+# --- environments and nodes
 
 
 def submission_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -366,64 +295,3 @@ def allocated_nodes(
                 f"roles.{role}.nodes: is {asked}, but this job has {len(allocation.nodes)} for it"
             )
     return allocations
-
-
-@dataclass(frozen=True)
-class StepRequest:
-    """A step to be started by srun. `program` is a shell script that each task runs; `output` is
-    the pattern of the tasks' logs; `container` is cluster.container."""
-
-    name: str
-    nodes: Sequence[str]
-    tasks_per_node: int
-    output: str
-    program: str
-    container: str = ""
-
-
-def srun(step: StepRequest, allocation: Allocation, conf: RoleConf) -> tuple[str, ...]:
-    """Return the command line of a step, with every count given.
-
-    The step gets all GPUs and all memory that its job has on these nodes. With --overlap, a step
-    that is started again need not wait until Slurm has removed the dead one.
-    """
-    pyxis = conf.container and step.container == "pyxis"
-    return (
-        "srun",
-        *([f"--het-group={allocation.het}"] if allocation.het is not None else []),
-        f"--nodes={len(step.nodes)}",
-        f"--ntasks={len(step.nodes) * step.tasks_per_node}",
-        f"--ntasks-per-node={step.tasks_per_node}",
-        f"--nodelist={','.join(step.nodes)}",
-        f"--cpus-per-task={conf.cpus_per_task}",
-        "--mem=0",
-        "--overlap",
-        "--unbuffered",
-        "--kill-on-bad-exit=1",
-        "--wait=30",
-        f"--job-name={step.name}",
-        "--export=ALL",
-        "--open-mode=append",
-        f"--output={step.output}",
-        *([f"--container-image={conf.container}"] if pyxis else []),
-        *conf.srun,
-        "bash",
-        "-c",
-        step.program,
-    )
-
-
-def program(
-    command: Sequence[str],
-    conf: RoleConf,
-    cluster_setup: Sequence[str],
-    container: str,
-    variables: Mapping[str, str],
-) -> str:
-    """Return the shell script of a step's task: the setup lines of the site and the role, exports
-    (whose values the shell expands), and the command."""
-    image = conf.container if container != "pyxis" else None
-    prefix = [*shlex.split(container), image] if image else []
-    exports = [f'export {key}="{value}"' for key, value in variables.items()]
-    last = f"exec {shlex.join([*prefix, *command])}"
-    return "\n".join([*cluster_setup, *conf.setup, "unset ATROPOS_HPC_PARENT", *exports, last])

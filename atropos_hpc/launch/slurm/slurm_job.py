@@ -1,5 +1,5 @@
-"""The Slurm job that this process is the batch step of: its nodes per role, their addresses, and why
-a step has ended.
+"""The Slurm job that this process is the batch step of: its nodes per role, their addresses, and
+why a step has ended.
 
 Exit codes of srun decide nothing here: srun returns 0 for aborted steps and for dead nodes.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from atropos_hpc.launch.restart_policy import Event
-from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch.slurm import commands, srun
 from atropos_hpc.launch.slurm.commands import SlurmError
 from atropos_hpc.launch.slurm.sbatch import Allocation
 from atropos_hpc.runtime.waiting import Waiting, WaitTimeout
@@ -94,7 +94,7 @@ class Job:
 def current_job(allocations: Mapping[str, Allocation]) -> Job:
     """The job that this process is in. Removes the batch step's own counts from the environment,
     which from here on is one for the job's steps."""
-    for name in set(os.environ) - set(sbatch.step_environment(os.environ)):
+    for name in set(os.environ) - set(srun.step_environment(os.environ)):
         del os.environ[name]
     return Job(os.environ["SLURM_JOB_ID"], allocations)
 
