@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import msgspec
 from rich.console import Console as Terminal
 from rich.logging import RichHandler
 from rich.progress import (
@@ -23,7 +22,7 @@ from rich.table import Table
 from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, Summary
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.run_dir import RunDir, decode_records
 
 T = TypeVar("T")
 
@@ -39,16 +38,22 @@ OUTCOMES: dict[str, str] = {
     "fail": "failed",
     "requeue": "saved; Slurm starts it again",
 }
-SUMMARY_ROWS = ("accuracy_before", "accuracy_after", "steps", "sequences", "tokens", "wall_s",
-                "restarts")  # fmt: skip
+SUMMARY_ROWS = [
+    "accuracy_before",
+    "accuracy_after",
+    "steps",
+    "sequences",
+    "tokens",
+    "wall_s",
+    "restarts",
+]
 
 
 class Tail(Generic[T]):
     """Read the new whole lines of a growing JSON-lines file. Starts over if the file shrank."""
 
     def __init__(self, path: Path, kind: type[T]) -> None:
-        self.path, self._offset = path, 0
-        self._decoder = msgspec.json.Decoder(kind)
+        self.path, self.kind, self._offset = path, kind, 0
 
     def read(self) -> list[T]:
         try:
@@ -61,7 +66,7 @@ class Tail(Generic[T]):
             return []
         whole = data.rpartition(b"\n")[0]
         self._offset += len(whole) + 1 if whole else 0
-        return [self._decoder.decode(line) for line in whole.splitlines() if line]
+        return decode_records(self.path, whole.splitlines(), self.kind)
 
 
 class Console:
@@ -142,10 +147,8 @@ class Console:
         table = Table(title=f"run {OUTCOMES[outcome]}", show_header=False)
         for name in SUMMARY_ROWS:
             value = getattr(summary, name)
-            shown = (
-                "-" if value is None else f"{value:{'.3f' if isinstance(value, float) else ','}}"
-            )
-            table.add_row(name, shown)
+            form = ".3f" if isinstance(value, float) else ","
+            table.add_row(name, "-" if value is None else format(value, form))
         self.terminal.print(table)
 
 

@@ -115,7 +115,9 @@ def learning(run: History) -> Figure | None:
         accuracies = np.array([accuracy for _, accuracy in run.evaluations])
         draw_curve(axes, versions, accuracies, ORANGE, "accuracy, held out")
         label = f"{accuracies[-1]:.3f}  "
-        axes.text(versions[-1], accuracies[-1], label, fontsize=8, color=ORANGE, ha="right")
+        axes.text(
+            versions[-1], accuracies[-1], label, fontsize=8, color=ORANGE, ha="right", va="bottom"
+        )
     _mark_restarts(axes, run, run.step_at)
     _finish(axes, "Reward and held-out accuracy")
     return figure
