@@ -159,48 +159,38 @@ def export(options: argparse.Namespace) -> int:
 
 
 def validate(options: argparse.Namespace) -> int:
-    """Compose and check as `atropos_hpc.train` would with these overrides. 2: said what is wrong."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """Report everything that `atropos_hpc.train` would refuse with these overrides."""
+    from atropos_hpc.launch import hydra_api, preflight, sizing
+    from atropos_hpc.validate import refuse
 
-    from atropos_hpc.config import Config
-    from atropos_hpc.launch import preflight, sizing
-    from atropos_hpc.train import CONFIGS, explain
-
-    given = any(override.startswith("run_dir=") for override in options.overrides)
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = OmegaConf.to_object(
-                compose("config", [*options.overrides, *([] if given else ["run_dir=runs/new"])])
-            )
-    except (HydraException, OmegaConfBaseException) as error:
-        print(explain(error), file=sys.stderr)
-        return 2
-    assert isinstance(config, Config)
+        config = hydra_api.compose(options.overrides, options.config_dir)
+    except hydra_api.ERRORS as error:
+        return refuse(hydra_api.problems(error), VALIDATED)
     run_dir = Path(config.run_dir).absolute()
-    previous = RunDir(run_dir).info()
     found = preflight.check(
         config,
         run_dir,
-        previous,
+        RunDir(run_dir).info(),
         on_slurm=config.launch.allocation != "local",
         imports=True,
     )
-    for problem in found:
-        print(problem, file=sys.stderr)
-    print(f"{len(found)} to change" if found else "nothing wrong was found")
     if (estimate := sizing.told(config)) is not None:
         print(f"memory, estimated: {estimate}")
-    return 2 if found else 0
+    if found:
+        return refuse(found, VALIDATED)
+    print("nothing wrong was found")
+    return 0
+
+
+VALIDATED = "This config would be refused."
 
 
 def doctor(options: argparse.Namespace) -> int:
     """What works here, what is missing, and how to get it."""
     from atropos_hpc.launch import doctor as launch
 
-    return launch.examine(options.overrides)
+    return launch.examine(options.overrides, options.config_dir)
 
 
 def templates(options: argparse.Namespace) -> int:
@@ -323,6 +313,7 @@ def _overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train"
     )
+    parser.add_argument("--config-dir", type=Path, help="a directory of further config files")
 
 
 # the function of a command, what it is for, and what adds its arguments

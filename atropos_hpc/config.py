@@ -1,233 +1,375 @@
-"""The typed config of a run.
+"""Declare every config key of a run: its type, default, help text and allowed values.
 
-Every value's default and meaning stands here and in configs/; Hydra merges files and command line into these classes, so that an
-unknown key or a wrong type is refused while composing. What a type cannot say, atropos_hpc.validate does.
+Hydra merges the files of configs/ and the command line into these classes, so an unknown key or a
+wrong type is refused while composing. `atropos_hpc.validate` checks what the declarations say, and
+which keys contradict one another. `python docs/make_config.py` writes docs/config.md and the
+comments of configs/ from here. This module imports neither Hydra nor OmegaConf.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, get_origin
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
 
-MISSING = "???"  # OmegaConf's marker of a value that has to be given
+from atropos_hpc.config_launch import ClusterConf as ClusterConf
+from atropos_hpc.config_launch import LaunchConf as LaunchConf
+from atropos_hpc.config_launch import RoleConf as RoleConf
+from atropos_hpc.config_launch import RolesConf as RolesConf
+from atropos_hpc.schema import MISSING, key, section
 
 
 @dataclass
 class LoraConf:
-    rank: int = 0
-    alpha: int = 16
-    targets: List[str] = field(default_factory=list)
+    """Train a LoRA adapter (arXiv 2106.09685) instead of all weights. Only the adapter is published
+    and checkpointed."""
+
+    rank: int = key(0, "rank of the adapter's matrices; 0 trains all weights", ge=0)
+    alpha: int = key(16, "the adapter's output is scaled by alpha / rank", ge=1)
+    targets: List[str] = key(
+        [],
+        "name suffixes of the linear layers to adapt, such as q_proj; empty: every linear layer "
+        "but the output layer",
+    )
 
 
 @dataclass
 class ModelConf:
-    path: Optional[str] = None
-    make: Optional[str] = None
-    make_options: Dict[str, Any] = field(default_factory=dict)
-    max_length: int = 2048
-    dtype: str = "bfloat16"
-    attention: str = "sdpa"
-    trust_remote_code: bool = False
-    lora: LoraConf = field(default_factory=LoraConf)
+    """A causal language model in Hugging Face format."""
+
+    path: Optional[str] = key(
+        None, "directory or Hugging Face Hub name; null: the model that `make` creates"
+    )
+    make: Optional[str] = key(
+        None,
+        "Python module that creates the model: run as `python -m MODULE --out DIR ...` by the "
+        "trainer's interpreter; the result is cached by content",
+    )
+    make_options: Dict[str, Any] = key({}, "options of `make`, passed as --key=value")
+    max_length: int = key(
+        2048,
+        "maximum length of prompt plus completion, tokens; longer sequences are refused, never "
+        "truncated",
+        ge=2,
+    )
+    dtype: str = key(
+        "bfloat16",
+        "data type of computation and serving; the learner's master weights are always float32",
+        choices=("bfloat16", "float32"),
+    )
+    attention: str = key(
+        "sdpa",
+        "attention implementation of the learner",
+        choices=("sdpa", "flash_attention_2", "eager"),
+    )
+    trust_remote_code: bool = key(False, "run Python code that comes with the model")
+    lora: LoraConf = section(LoraConf)
 
 
 @dataclass
 class EnvironmentConf:
-    target: str = MISSING
-    config: Dict[str, Any] = field(default_factory=dict)
-    group_size: int = 8
-    workers: int = 1
-    concurrency: int = 32
-    request_timeout_s: float = 600.0
-    metric: str = "eval/percent_correct"
-    weight: float = 1.0
-    min_batch_allocation: float = 0.0
+    """Any Atropos environment class, unmodified."""
+
+    target: str = key(MISSING, "environment class: package.module:Class or path/to/file.py:Class")
+    config: Dict[str, Any] = key(
+        {}, "fields of the environment's own config class; fields that other keys set are refused"
+    )
+    group_size: int = key(8, "sequences per prompt", ge=2)
+    workers: int = key(1, "worker processes per rollout node", ge=1)
+    concurrency: int = key(32, "groups in flight per worker", ge=1)
+    request_timeout_s: float = key(
+        600.0, "timeout of one generation request, over all servers tried, seconds", gt=0
+    )
+    metric: str = key(
+        "eval/percent_correct",
+        "the environment's evaluation metric that is reported as the run's accuracy",
+    )
+    weight: float = key(
+        1.0, "fraction of the generated groups, relative to the other environments", gt=0
+    )
+    min_batch_allocation: float = key(
+        0.0,
+        "minimum fraction of every batch; a batch waits for it as long as the environment delivers",
+        ge=0,
+    )
 
 
 @dataclass
 class CorrectionConf:
-    weights: str = "none"
-    threshold: str = "2.0"
-    rejection: str = "none"
-    rejection_threshold: str = "none"
+    """Correct for the difference between the servers' log-probs and the learner's. Needs
+    old_log_probs=recompute."""
+
+    weights: str = key(
+        "none", "importance weights, learner / servers", choices=("none", "token", "sequence")
+    )
+    threshold: str = key(
+        "2.0",
+        'truncate weights above this value; a range such as "0.5_2.0" sets weights outside it to 0',
+    )
+    rejection: str = key(
+        "none",
+        "mask tokens or sequences that differ too much, by verl's names: token_k1, seq_mean_k3, "
+        "...; several separated by commas",
+    )
+    rejection_threshold: str = key(
+        "none",
+        "threshold of each rejection, separated by commas; for a k1 a range of ratios such as "
+        '"0.5_2.0"',
+    )
 
 
 @dataclass
 class AlgorithmConf:
-    advantage: str = "grpo"
-    normalize_by_std: bool = True
-    loss: str = "vanilla"
-    loss_options: Dict[str, float] = field(default_factory=dict)
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_dual: float = 3.0
-    aggregation: str = "token-mean"
-    kl_coef: float = 0.001
-    kl_estimator: str = "k3"
-    kl_in: str = "loss"
-    kl_target: Optional[float] = None
-    kl_horizon: int = 10000
-    entropy_coef: float = 0.0
-    old_log_probs: str = "behaviour"
-    correction: CorrectionConf = field(default_factory=CorrectionConf)
-    batch_size: int = 256
+    """GRPO (DeepSeekMath, arXiv 2402.03300): group-relative advantages, a clipped policy loss and a KL
+    penalty towards the frozen reference model."""
+
+    advantage: str = key(
+        "grpo",
+        "advantage estimator, by verl's name; token-level advantages of the environment take "
+        "precedence",
+        choices=("grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"),
+    )
+    normalize_by_std: bool = key(
+        True, "divide advantages by the group's standard deviation (grpo, grpo_passk)"
+    )
+    loss: str = key(
+        "vanilla",
+        "policy loss, by verl's name; clip_cov and kl_cov select tokens within each micro-batch",
+        choices=("vanilla", "gspo", "cispo", "sapo", "gpg", "clip_cov", "kl_cov"),
+    )
+    loss_options: Dict[str, float] = key(
+        {},
+        "options of the loss: sapo has tau_pos, tau_neg; clip_cov has clip_cov_ratio, clip_cov_lb, "
+        "clip_cov_ub; kl_cov has kl_cov_ratio, ppo_kl_coef",
+    )
+    clip_low: float = key(0.2, "clip ratios below 1 - clip_low", ge=0)
+    clip_high: float = key(0.2, "clip ratios above 1 + clip_high", ge=0)
+    clip_dual: float = key(
+        3.0,
+        "bound of the loss for negative advantages (dual-clip PPO, arXiv 1912.09729)",
+        ge=1,
+    )
+    aggregation: str = key(
+        "token-mean",
+        "reduction of token losses to one value",
+        choices=(
+            "token-mean",
+            "seq-mean-token-sum",
+            "seq-mean-token-mean",
+            "seq-mean-token-sum-norm",
+        ),
+    )
+    kl_coef: float = key(
+        0.001, "weight of the KL to the reference model; the KL is reported even if this is 0", ge=0
+    )
+    kl_estimator: str = key(
+        "k3",
+        "estimator of the KL (http://joschu.net/blog/kl-approx.html)",
+        choices=("k1", "k2", "k3", "abs"),
+    )
+    kl_in: str = key(
+        "loss",
+        "where the KL penalty is applied; reward: subtracted from the scores before the baseline",
+        choices=("loss", "reward"),
+    )
+    kl_target: Optional[float] = key(
+        None,
+        "adapt kl_coef to reach this KL, nats per token (arXiv 1909.08593); null: kl_coef is "
+        "constant",
+        gt=0,
+    )
+    kl_horizon: int = key(10000, "horizon of the adaptation of kl_coef, sequences", ge=1)
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", ge=0)
+    old_log_probs: str = key(
+        "behaviour",
+        "denominator of the ratio: the log-probs of the servers (behaviour), or the learner's own, "
+        "at the cost of one more forward pass (recompute)",
+        choices=("behaviour", "recompute"),
+    )
+    correction: CorrectionConf = section(CorrectionConf)
+    batch_size: int = key(256, "sequences per optimizer step, over all ranks", ge=1)
 
 
 @dataclass
 class TrainerConf:
-    backend: str = "verl"
-    steps: int = 100
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    tokens_per_micro_batch: int = 16384
-    gradient_checkpointing: bool = True
-    offload: bool = False
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
-    keep_checkpoints_every: int = 0
-    threads: Optional[int] = None
-    fsdp_config: Dict[str, Any] = field(default_factory=dict)
-    optim: Dict[str, Any] = field(default_factory=dict)
-    deepspeed: Dict[str, Any] = field(default_factory=dict)
+    """verl's FSDP2 engine, one process per rank."""
+
+    backend: str = key("verl", "training backend", choices=("verl", "deepspeed"))
+    steps: int = key(100, "optimizer steps; each produces one policy version", ge=1)
+    learning_rate: float = key(1e-6, "learning rate after warm-up", ge=0)
+    warmup_steps: int = key(0, "steps of linear warm-up", ge=0)
+    schedule: str = key(
+        "constant",
+        "learning rate after warm-up; cosine decays to 0 at the last step",
+        choices=("constant", "cosine"),
+    )
+    weight_decay: float = key(0.01, "weight decay of the optimizer", ge=0)
+    grad_clip: float = key(1.0, "maximum gradient norm", gt=0)
+    tokens_per_micro_batch: int = key(
+        16384, "tokens per rank and micro-batch; at least model.max_length", ge=1
+    )
+    gradient_checkpointing: bool = key(
+        True, "recompute activations in the backward pass instead of storing them"
+    )
+    offload: bool = key(False, "keep parameters and optimizer state in host memory between uses")
+    checkpoint_every: int = key(
+        20, "steps between checkpoints: at most this much work is lost with the learner", ge=1
+    )
+    keep_checkpoints: int = key(2, "number of newest complete checkpoints to keep", ge=1)
+    keep_checkpoints_every: int = key(
+        0, "also keep checkpoints at multiples of this many steps; 0: none", ge=0
+    )
+    threads: Optional[int] = key(None, "CPU threads per rank; null: torch's default", ge=1)
+    fsdp_config: Dict[str, Any] = key(
+        {},
+        "further settings of verl's engine, by verl's names, such as reshard_after_forward, "
+        "fsdp_size, mixed_precision: {reduce_dtype: bf16}, ulysses_sequence_parallel_size",
+    )
+    optim: Dict[str, Any] = key(
+        {},
+        "further settings of the optimizer, by verl's names, such as optimizer, optimizer_impl, "
+        "betas, min_lr_ratio, num_cycles, override_optimizer_config",
+    )
+    deepspeed: Dict[str, Any] = key(
+        {}, "DeepSpeed's own JSON config, for backend=deepspeed; what other keys set is refused"
+    )
 
 
 @dataclass
 class RolloutConf:
-    servers: int = 1
-    tensor_parallel: int = 1
-    memory_utilization: float = 0.9
-    kv_cache_bytes: Optional[int] = None
-    max_sequences: int = 256
-    enforce_eager: bool = False
-    arguments: List[str] = field(default_factory=list)
-    variables: Dict[str, str] = field(default_factory=dict)
+    """vLLM servers on a rollout node."""
+
+    servers: int = key(1, "vLLM servers per node", ge=1)
+    tensor_parallel: int = key(1, "devices per server", ge=1)
+    memory_utilization: float = key(
+        0.9, "fraction of each device's memory that a server may use", gt=0, le=1
+    )
+    kv_cache_bytes: Optional[int] = key(
+        None, "size of the KV cache, bytes; null: derived from memory_utilization", ge=1
+    )
+    max_sequences: int = key(256, "maximum number of concurrent sequences per server", ge=1)
+    enforce_eager: bool = key(False, "disable graph capture")
+    arguments: List[str] = key([], "further command-line arguments of vLLM's server")
+    variables: Dict[str, str] = key({}, "further environment variables of the servers")
 
 
 @dataclass
 class StalenessConf:
-    max: int = 1
+    """Train while the next batches are generated, with a bound on how far behind they may be."""
+
+    max: int = key(
+        1, "maximum staleness of a trained sequence, policy versions; 0: strictly on-policy", ge=0
+    )
 
 
 @dataclass
 class PolicyConf:
-    sync: str = "full"
-    anchor_every: int = 16
-    keep: int = 2
-    max_bytes: Optional[int] = None
-    update_mode: str = "keep"
-    poll_s: float = 0.5
-    cache: str = "/dev/shm"
+    """Publication of new weights by the learner to the servers."""
+
+    sync: str = key(
+        "full",
+        "content of a published version: all weights, or a lossless delta to the previous version",
+        choices=("full", "delta"),
+    )
+    anchor_every: int = key(
+        16,
+        "with sync=delta, publish a full version every `anchor_every` versions; a server that "
+        "starts reads the newest full version and the deltas since",
+        ge=1,
+    )
+    keep: int = key(2, "published versions to keep on disk, with the versions they depend on", ge=1)
+    max_bytes: Optional[int] = key(
+        None,
+        "maximum size of the policy store, bytes; a version that exceeds it is not published, and "
+        "an alarm is raised; null: the free space of the filesystem",
+        ge=1,
+    )
+    update_mode: str = key(
+        "keep",
+        "requests in flight while a server loads a new version: continue them, let them finish "
+        "first, or abort them",
+        choices=("keep", "wait", "abort"),
+    )
+    poll_s: float = key(0.5, "interval at which node agents look for new versions, seconds", gt=0)
+    cache: str = key(
+        "/dev/shm",
+        "directory of a rollout node's copy of the newest version, shared by its servers; needs "
+        "space for two versions",
+    )
 
 
 @dataclass
 class TrajectoriesConf:
-    server: str = "durable"
-    max_body_bytes: int = 64 << 20
-    segment_bytes: int = 256 << 20
+    """Transport of scored groups from the environments to the learner."""
+
+    server: str = key(
+        "durable",
+        "durable: the journalled trajectory server; atropos: the in-memory run-api of Atropos, "
+        "for one trainer rank",
+        choices=("durable", "atropos"),
+    )
+    max_body_bytes: int = key(
+        64 << 20,
+        "maximum size of a request body, bytes; twice that when decompressed",
+        ge=1 << 16,
+    )
+    segment_bytes: int = key(
+        256 << 20,
+        "size of a journal segment, bytes; a full segment is deleted once its groups are durable "
+        "in checkpoints",
+        ge=1 << 20,
+    )
 
 
 @dataclass
 class EvaluationConf:
-    every: int = 0
-    before: bool = True
-    after: bool = True
-    timeout_s: float = 1800.0
+    """Held-out evaluation, on the same servers, by the environment's own evaluate()."""
+
+    every: int = key(0, "policy versions between evaluations during training; 0: none", ge=0)
+    before: bool = key(True, "evaluate the initial policy before training starts")
+    after: bool = key(True, "evaluate the final policy")
+    timeout_s: float = key(
+        1800.0, "timeout of the evaluations before and after training, seconds", gt=0
+    )
 
 
 @dataclass
 class WandbConf:
-    mode: str = "disabled"
-    project: str = "atropos_hpc"
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    tags: List[str] = field(default_factory=list)
+    """Weights & Biases."""
 
-
-@dataclass
-class ClusterConf:
-    name: str = "local"
-    host: Optional[str] = None
-    partition: Optional[str] = None
-    account: Optional[str] = None
-    qos: Optional[str] = None
-    gpus: str = "--gpus-per-node={n}"
-    container: str = "pyxis"
-    setup: List[str] = field(default_factory=list)
-    sbatch: Dict[str, Any] = field(default_factory=dict)
-    shared: List[str] = field(default_factory=list)
-
-
-@dataclass
-class LaunchConf:
-    allocation: str = "local"
-    job_name: str = "atropos"
-    minutes: int = 60
-    signal_s: int = 180
-    requeues: int = 3
-    submit_rollout: bool = True
-    wait: bool = False
-    dry_run: bool = False
-    restarts: int = 5
-    backoff_s: float = 1.0
-    start_timeout_s: float = 900.0
-    step_timeout_s: float = 1800.0
-    save_timeout_s: float = 120.0
-    grace_s: float = 10.0
-
-
-@dataclass
-class RoleConf:
-    nodes: int = 1
-    ranks_per_node: int = 1
-    cpus_per_task: int = 1
-    gpus_per_node: int = 0
-    gres: Optional[str] = None
-    mem: Optional[str] = None
-    partition: Optional[str] = None
-    account: Optional[str] = None
-    qos: Optional[str] = None
-    constraint: Optional[str] = None
-    sbatch: Dict[str, Any] = field(default_factory=dict)
-    srun: List[str] = field(default_factory=list)
-    python: Optional[str] = None
-    container: Optional[str] = None
-    setup: List[str] = field(default_factory=list)
-
-
-@dataclass
-class RolesConf:
-    trainer: RoleConf = field(default_factory=RoleConf)
-    rollout: RoleConf = field(default_factory=RoleConf)
+    mode: str = key("disabled", "whether to log", choices=("disabled", "offline", "online"))
+    project: str = key("atropos_hpc", "project")
+    entity: Optional[str] = key(None, "entity; null: the account's default")
+    group: Optional[str] = key(
+        None, "group; null: the name of the sweep, if the run is part of one"
+    )
+    tags: List[str] = key([], "tags")
 
 
 @dataclass
 class Config:
-    run_dir: str = MISSING
-    seed: int = 0
-    model: ModelConf = field(default_factory=ModelConf)
-    environment: EnvironmentConf = field(default_factory=EnvironmentConf)
-    more_environments: Dict[str, EnvironmentConf] = field(default_factory=dict)
-    algorithm: AlgorithmConf = field(default_factory=AlgorithmConf)
-    trainer: TrainerConf = field(default_factory=TrainerConf)
-    rollout: RolloutConf = field(default_factory=RolloutConf)
-    staleness: StalenessConf = field(default_factory=StalenessConf)
-    policy: PolicyConf = field(default_factory=PolicyConf)
-    trajectories: TrajectoriesConf = field(default_factory=TrajectoriesConf)
-    evaluation: EvaluationConf = field(default_factory=EvaluationConf)
-    wandb: WandbConf = field(default_factory=WandbConf)
-    tensorboard: bool = False
-    cluster: ClusterConf = field(default_factory=ClusterConf)
-    launch: LaunchConf = field(default_factory=LaunchConf)
-    roles: RolesConf = field(default_factory=RolesConf)
+    """The config of a run."""
 
-
-def lookup(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        config = config[part] if isinstance(config, dict) else getattr(config, part)
-    return config
+    run_dir: str = key(
+        MISSING,
+        "run directory; given again, the run in it is resumed. The points of a multirun become "
+        "subdirectories. Default: a new directory named after the date",
+    )
+    seed: int = key(0, "seed of the base model, the environments' sampling and the learner")
+    model: ModelConf = section(ModelConf)
+    environment: EnvironmentConf = section(EnvironmentConf)
+    more_environments: Dict[str, EnvironmentConf] = key(
+        {}, "further environments by name, each a map with the keys of `environment`"
+    )
+    algorithm: AlgorithmConf = section(AlgorithmConf)
+    trainer: TrainerConf = section(TrainerConf)
+    rollout: RolloutConf = section(RolloutConf)
+    staleness: StalenessConf = section(StalenessConf)
+    policy: PolicyConf = section(PolicyConf)
+    trajectories: TrajectoriesConf = section(TrajectoriesConf)
+    evaluation: EvaluationConf = section(EvaluationConf)
+    wandb: WandbConf = section(WandbConf)
+    tensorboard: bool = key(False, "also write the metrics as TensorBoard files to RUN/tensorboard")
+    cluster: ClusterConf = section(ClusterConf)
+    launch: LaunchConf = section(LaunchConf)
+    roles: RolesConf = section(RolesConf)
 
 
 def environments(config: Config) -> dict[str, EnvironmentConf]:
@@ -240,38 +382,5 @@ def environments(config: Config) -> dict[str, EnvironmentConf]:
 
 
 def environment_name(key: str) -> str:
-    """What the environment at that key is called in figures: the last part of its key."""
+    """Return the name of an environment in metrics: the last part of its key."""
     return key.rpartition(".")[2]
-
-
-def keys(config: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the config, groups included."""
-    for name, declared in config.__dataclass_fields__.items():
-        yield f"{prefix}{name}"
-        if hasattr(declared.type, "__dataclass_fields__"):
-            yield from keys(declared.type, f"{prefix}{name}.")
-
-
-def keys_beside(key: str) -> Iterator[str]:
-    """All that a mistaken key may have meant: every dotted key, and those of the section that it was to be in, where a map holds it."""
-    yield from keys()
-    if key.startswith("more_environments."):
-        yield from keys(EnvironmentConf, f"{key.rpartition('.')[0]}.")
-
-
-def leaves(config: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that holds a value and not a group."""
-    for name, declared in config.__dataclass_fields__.items():
-        if hasattr(declared.type, "__dataclass_fields__"):
-            yield from leaves(declared.type, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def open_sections(config: Any = Config, prefix: str = "") -> Iterator[str]:
-    """The dotted keys below which any key may be added."""
-    for name, declared in config.__dataclass_fields__.items():
-        if get_origin(declared.type) is dict:
-            yield f"{prefix}{name}"
-        if hasattr(declared.type, "__dataclass_fields__"):
-            yield from open_sections(declared.type, f"{prefix}{name}.")

@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import StepMetrics
+from atropos_hpc.launch import hydra_api
 from atropos_hpc.runtime.run_dir import RunDir, read_records
 from bench.result import Result
 
@@ -118,14 +120,9 @@ def run_trl(scratch: Path, base: Path) -> Side:
     )
 
 
-def composed() -> Any:
+def composed() -> Config:
     """Compose the config of experiment=arithmetic_cpu."""
-    from hydra import compose, initialize_config_dir
-
-    from atropos_hpc import train  # registers what the files build on
-
-    with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
-        return compose("config", [f"seed={SEED}"])
+    return hydra_api.compose([f"seed={SEED}", "experiment=arithmetic_cpu"])
 
 
 def run(command: list[str], log: Path) -> tuple[float, dict[str, float]]:
@@ -222,15 +219,12 @@ def row_of(side: Side, curve: dict[int, float]) -> dict[str, Any]:
 
 
 def main() -> Result:
-    from omegaconf import OmegaConf
 
     from atropos_hpc.launch.base_model import ensure
 
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        base = Path(
-            ensure(OmegaConf.to_object(composed().model), sys.executable, scratch / "make_base.log")
-        )
+        base = Path(ensure(composed().model, sys.executable, scratch / "make_base.log"))
         sides = [run_trl(scratch, base), run_atropos_hpc(scratch)]
         curves = {side.name: evaluate(side, base) for side in sides}
     rows = [row_of(side, curves[side.name]) for side in sides]

@@ -44,7 +44,7 @@ def main() -> Result:
         "trainer.checkpoint_every=40",
         f"trainer.steps={STEPS}",
         "environment.config.tolerance=3",
-        "+environment.config.ensure_scores_are_not_same=false",
+        "environment.config.ensure_scores_are_not_same=false",
         "model.make_options.seed=0",
         "cluster.shared=[/]",
         "roles.rollout.cpus_per_task=4",

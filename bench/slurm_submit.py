@@ -28,7 +28,7 @@ SUBMIT = """
 import json, sys, time
 from submitit.core import utils
 from atropos_hpc import train
-from atropos_hpc.launch import executor, sweep  # before the clock starts
+from atropos_hpc.launch import submitit_api, sweep  # before the clock starts
 run_command, in_sbatch = utils.CommandFunction.__call__, []
 def timed(self, *args, **kwargs):
     start = time.perf_counter()

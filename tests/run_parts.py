@@ -34,6 +34,7 @@ class Started:
             "-m",
             "atropos_hpc.train",
             f"run_dir={self.run.path}",
+            "experiment=arithmetic_cpu",
             f"trainer.steps={steps}",
             *QUICK,
             *overrides,

@@ -41,6 +41,7 @@ def stand_in(directory: Path) -> list[str]:
         (model / "config.json").write_text("{}")
         (model / "tokenizer.json").write_text("{}")
     return [
+        "experiment=arithmetic_cpu",
         f"roles.trainer.python={python}",
         f"roles.rollout.python={python}",
         f"model.path={model}",

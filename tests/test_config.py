@@ -1,6 +1,5 @@
 """Mistakes are refused before anything starts: one readable message, the key, the nearest valid one, exit code 2."""
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -8,27 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from atropos_hpc import validate
-from atropos_hpc.config import Config
+from atropos_hpc.config import Config, TrainerConf
 from atropos_hpc.launch import hydra_api
-from atropos_hpc.train import CONFIGS
-
-FIRST_FILES = {  # a group's first file explains every value of the section; the rest stand in config.yaml itself
-    "model": "hugging_face", "environment": "atropos", "algorithm": "grpo", "trainer": "verl", "rollout": "vllm",
-    "staleness": "bounded", "cluster": "local", "launch": "local",
-}  # fmt: skip
+from atropos_hpc.launch.hydra_api import CONFIGS
+from atropos_hpc.validate import Refused
 
 
 def composed(*overrides: str) -> Config:
-    hydra_api.register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", overrides=["run_dir=/nowhere", *overrides]))
-    assert isinstance(config, Config)
-    return config
+    """Compose a change of the demo, unless an experiment is given."""
+    given = any(override.startswith("experiment=") for override in overrides)
+    return hydra_api.compose([*([] if given else [hydra_api.DEMO]), "run_dir=/nowhere", *overrides])
 
 
 def train(
@@ -61,7 +51,7 @@ def train(
         (
             "+more_environments.b={target: b.py:B}",
             "more_environments",
-            "+more_environments={NAME: {target: ...",
+            "more_environments={NAME: {target: ...",
         ),
     ],
 )
@@ -75,11 +65,15 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
 @pytest.mark.parametrize(
     "override, key, says",
     [
-        ("roles.trainer.nodes=-1", "roles.trainer.nodes", "less than 1"),
-        ("environment.group_size=1", "environment.group_size", "at least 2"),
-        ("algorithm.kl_coef=-0.1", "algorithm.kl_coef", "less than 0"),
-        ("staleness.max=-1", "staleness.max", "less than 0"),
-        ("algorithm.batch_size=100", "algorithm.batch_size", "whole groups of 8"),
+        ("roles.trainer.nodes=-1", "roles.trainer.nodes", "must be at least 1, not -1"),
+        ("environment.group_size=1", "environment.group_size", "must be at least 2"),
+        ("algorithm.kl_coef=-0.1", "algorithm.kl_coef", "must be at least 0"),
+        ("staleness.max=-1", "staleness.max", "must be at least 0"),
+        (
+            "algorithm.batch_size=100",
+            "algorithm.batch_size",
+            "not a multiple of environment.group_size=8",
+        ),
         ("algorithm.loss=vanila", "algorithm.loss", "did you mean vanilla?"),
         (
             "trainer.tokens_per_micro_batch=16",
@@ -87,7 +81,7 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
             "model.max_length=32",
         ),
         ("environment.target=arithmetic", "environment.target", "package.module:Class"),
-        ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "more than the whole"),
+        ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "must be at most 1"),
         (
             "+environment.config.group_size=4",
             "environment.config.group_size",
@@ -103,7 +97,7 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
             "environment.config.inference_weight",
             "change environment.weight",
         ),
-        ("environment.weight=0", "environment.weight", "not above 0"),
+        ("environment.weight=0", "environment.weight", "must be greater than 0"),
         (
             "environment.min_batch_allocation=1.5",
             "environment.min_batch_allocation",
@@ -117,23 +111,23 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         (
             "+more_environments={environment: {target: b.py:B}}",
             "more_environments.environment",
-            "another than environment",
+            "and not `environment`",
         ),
         (
             "+more_environments={b: {target: b.py:B, group_size: 7}}",
             "algorithm.batch_size",
             "more_environments.b.group_size",
         ),
-        ("trainer.grad_clip=0", "trainer.grad_clip", "not above 0"),
+        ("trainer.grad_clip=0", "trainer.grad_clip", "must be greater than 0"),
         ("+algorithm.loss_options.tau_pos=2", "algorithm.loss_options.tau_pos", "vanilla"),
         ("algorithm.loss=sapo", "algorithm.aggregation", "seq-mean-token-mean"),
-        ("algorithm.kl_target=-1", "algorithm.kl_target", "above 0"),
-        ("algorithm.correction.weights=token", "algorithm.correction.weights", "needs recompute"),
+        ("algorithm.kl_target=-1", "algorithm.kl_target", "greater than 0"),
+        ("algorithm.correction.weights=token", "algorithm.correction.weights", "recompute"),
         ("algorithm.correction.threshold=much", "algorithm.correction.threshold", "range"),
         (
             "algorithm.correction.rejection_threshold=2",
             "algorithm.correction.rejection_threshold",
-            "go together",
+            "given together",
         ),
         (
             "+trainer.fsdp_config.param_ofload=true",
@@ -167,7 +161,7 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
     ],
 )
 def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> None:
-    found = [str(problem) for problem in validate.problems(composed(override))]
+    found = [str(each) for each in validate.problems(composed(override, "model.path=a/b"))]
     assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
 
 
@@ -227,6 +221,52 @@ def test_a_sound_config_has_no_problems(override: str) -> None:
     assert validate.problems(composed(override)) == []
 
 
+ADDED = [
+    ("algorithm.kl_coeff=0.5", "algorithm.kl_coeff", "did you mean algorithm.kl_coef?"),
+    ("roles.rollout.node=2", "roles.rollout.node", "did you mean roles.rollout.nodes?"),
+    ("polcy.keep=2", "polcy", "did you mean policy?"),
+]
+
+
+@pytest.mark.parametrize("override, key, says", ADDED)
+def test_a_plus_does_not_let_a_misspelt_key_through(override: str, key: str, says: str) -> None:
+    with pytest.raises(Refused) as refused:
+        composed(f"+{override}")
+    assert [problem.key for problem in refused.value.problems] == [key]
+    assert says in str(refused.value)
+
+
+def test_keys_of_maps_need_no_plus() -> None:
+    config = composed("environment.config.seed=3", "trainer.fsdp_config.forward_prefetch=true")
+    assert config.environment.config["seed"] == 3
+    assert config.trainer.fsdp_config == {"forward_prefetch": True}
+    more = composed("more_environments={b: {target: b.py:B}}").more_environments
+    assert more["b"].target == "b.py:B" and more["b"].group_size == 8
+
+
+def test_the_demo_is_run_only_if_nothing_else_is_asked_for() -> None:
+    demo = hydra_api.compose(["run_dir=/nowhere", "algorithm.kl_coef=0.5"])
+    assert demo.model.make == validate.DEMO_MODEL and demo.trainer.learning_rate == 5e-4
+    other = hydra_api.compose(["environment=atropos", "environment.target=a.b:C"])
+    assert other.model.make is None and other.trainer == TrainerConf()
+    (problem,) = validate.problems(other)
+    assert problem.key == "model.path" and "model.max_length=" in problem.message
+    nothing = hydra_api.compose(["experiment=none", "environment=gsm8k", "model.path=a/b"])
+    assert validate.problems(nothing) == []
+
+
+@pytest.mark.parametrize("override", ["environment=gsm8k", "environment.target=a.b:C"])
+def test_the_demos_model_is_refused_for_other_environments(override: str) -> None:
+    (problem,) = validate.problems(composed(override, "algorithm.batch_size=8"))
+    assert problem.key == "model.path" and "model.path=DIRECTORY" in problem.message
+
+
+def test_no_experiment_and_no_environment_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    done = train(f"run_dir={tmp_path / 'run'}", "experiment=none", cwd=tmp_path)
+    assert done.returncode == 2 and "environment.target: must be given" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     done = train(
         f"run_dir={tmp_path / 'run'}",
@@ -279,34 +319,6 @@ def test_help_and_a_refusal_import_nothing_heavy(tmp_path: Path, arguments: list
 
 
 # --- the files of the config
-
-
-def sections() -> list[str]:
-    return [
-        field.name
-        for field in dataclasses.fields(Config)
-        if hasattr(field.type, "__dataclass_fields__")
-    ]
-
-
-@pytest.mark.parametrize("section", sections())
-def test_every_value_is_explained_and_its_default_is_the_classs(section: str) -> None:
-    path = (
-        CONFIGS / section / f"{FIRST_FILES[section]}.yaml"
-        if section in FIRST_FILES
-        else CONFIGS / "config.yaml"
-    )
-    values = yaml.safe_load(path.read_text())
-    values = values if section in FIRST_FILES else values[section]
-    default = OmegaConf.to_container(OmegaConf.structured(Config))[section]  # type: ignore[index]
-    assert OmegaConf.to_container(OmegaConf.create(values)) == default
-    unexplained = [
-        line
-        for line in path.read_text().splitlines()
-        if re.match(r"^\w+: ", line) and "#" not in line
-    ]
-    if section in FIRST_FILES:
-        assert unexplained == []
 
 
 @pytest.mark.parametrize(

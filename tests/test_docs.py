@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from test_config import composed
 
 from atropos_hpc import cli
 from atropos_hpc.config import Config
-from atropos_hpc.launch import preflight
+from atropos_hpc.launch import hydra_api, preflight
 from atropos_hpc.launch.steps import rollout_python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +92,7 @@ def composes(overrides: list[str]) -> None:
         tuple(each[0] for each in values),
         tuple(each[-1] for each in values),
     }:  # the first and the last
-        composed(*(each for each in point if each is not None))
+        hydra_api.compose([each for each in point if each is not None])
 
 
 def test_the_config_page_is_what_the_config_is() -> None:

@@ -148,10 +148,6 @@ def test_a_walk_through_the_pages(tmp_path: Path) -> None:
     for page in PAGES:
         for command in commands(page):
             if command not in walk.done and why_not(command) is None:
-                if (
-                    "more_environments" in command
-                ):  # the page's run, which has no end of its own here
-                    command += " trainer.steps=3 evaluation.before=false evaluation.after=false"
                 doctor = command.endswith(
                     "doctor"
                 )  # says what is missing by its code: here there are no GPUs, and may be no Slurm

@@ -11,8 +11,8 @@ from test_config import composed
 
 from atropos_hpc import validate
 from atropos_hpc.launch import sizing
+from atropos_hpc.launch.hydra_api import CONFIGS
 from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.train import CONFIGS
 
 QWEN = {
     "vocab_size": 151936,
@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 EXPERIMENTS = {
     path.stem: path
     for path in sorted((CONFIGS / "experiment").glob("*.yaml"))
-    if path.stem != "arithmetic_cpu"
+    if path.stem not in ("arithmetic_cpu", "none")
 }
 NEEDED = {
     "math_qwen3_4b": ["environment.target=math_server.py:MathEnv"],

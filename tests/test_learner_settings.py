@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, train, whole  # noqa: E402
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig  # noqa: E402
 
-from atropos_hpc import validate  # noqa: E402
+from atropos_hpc import validate_trainer  # noqa: E402
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
@@ -26,10 +26,12 @@ BUDGET = 150  # tokens: several micro-batches per step
 
 def test_the_names_that_the_checks_know_are_verls() -> None:
     for section, known, made in (
-        ("fsdp_config", validate.FSDP_CONFIG, FSDPEngineConfig),
-        ("optim", validate.OPTIM, FSDPOptimizerConfig),
+        ("fsdp_config", validate_trainer.FSDP_CONFIG, FSDPEngineConfig),
+        ("optim", validate_trainer.OPTIM, FSDPOptimizerConfig),
     ):
-        owned = {key.partition(".")[2] for key in validate.VERL_OWN if key.startswith(section)}
+        owned = {
+            key.partition(".")[2] for key in validate_trainer.SET_BY_RUN if key.startswith(section)
+        }
         assert set(known) | owned <= {field.name for field in dataclasses.fields(made)}
         assert not set(known) & owned
 

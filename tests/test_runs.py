@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from run_files import activity, evaluations, scalars
 from run_parts import Started
+from test_config import composed
 
 from atropos_hpc.contracts.metrics import RestartMark, Sample
+from atropos_hpc.launch import base_model
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
 from atropos_hpc.policy.manifest import read_manifest
@@ -255,10 +257,17 @@ def test_weights_and_biases_offline_is_one_run_over_restarts(start: Callable[...
     assert list((started.run.path / "tensorboard").glob("events.*"))
 
 
-def test_several_environments_share_a_run(start: Callable[..., Started]) -> None:
+@pytest.fixture
+def demo_model(tmp_path: Path) -> str:
+    """The override that names the demo's model. Chosen by `make`, other environments refuse it."""
+    conf = composed().model
+    return f"model.path={base_model.ensure(conf, sys.executable, tmp_path / 'make_base.log')}"
+
+
+def test_several_environments_share_a_run(start: Callable[..., Started], demo_model: str) -> None:
     """Sizes of groups that differ, and a floor under the one that has the smaller weight. The second has nothing to evaluate."""
     other = f"target: {PACKAGE_HOME / 'tests' / 'kinds_env.py'}:KindsEnv, weight: 0.25, min_batch_allocation: 0.25, group_size: 4"
-    started = start(6, f"+more_environments={{kinds: {{{other}}}}}", "algorithm.batch_size=128", "evaluation.after=true",
+    started = start(6, demo_model, f"+more_environments={{kinds: {{{other}}}}}", "algorithm.batch_size=128", "evaluation.after=true",
                     "environment.config.eval_problems=100")  # fmt: skip
     assert_complete(started, 6)
     lines = scalars(started.run)
@@ -277,11 +286,17 @@ def test_several_environments_share_a_run(start: Callable[..., Started]) -> None
     )
 
 
-def test_an_environment_of_the_users_own_runs_unmodified(start: Callable[..., Started]) -> None:
+def test_an_environment_of_the_users_own_runs_unmodified(
+    start: Callable[..., Started], demo_model: str
+) -> None:
     """It asks in every way there is, over several turns with a tool's tokens between them, which must not be trained."""
     target = PACKAGE_HOME / "tests" / "kinds_env.py"
     started = start(
-        2, "environment=atropos", f"environment.target={target}:KindsEnv", "algorithm.batch_size=80"
+        2,
+        demo_model,
+        "environment=atropos",
+        f"environment.target={target}:KindsEnv",
+        "algorithm.batch_size=80",
     )
     assert_complete(started, 2)
     for line in scalars(started.run):

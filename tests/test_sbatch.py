@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import CONFIGS, composed, on_a_login_node
+from test_config import composed, on_a_login_node
 
+from atropos_hpc import resources
+from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.sbatch import Allocation
 from atropos_hpc.launch.steps import SlurmSteps
@@ -87,7 +89,9 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("site", sorted(path.stem for path in (CONFIGS / "cluster").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "site", sorted(path.stem for path in (hydra_api.CONFIGS / "cluster").glob("*.yaml"))
+)
 def test_every_site_renders(site: str) -> None:
     config = composed(f"cluster={site}", "launch=het", "roles.trainer.gpus_per_node=2", "roles.rollout.gpus_per_node=2",
                       "roles.trainer.constraint=a100", "roles.rollout.constraint=a100", "roles.rollout.container=image",
@@ -197,7 +201,7 @@ def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
     said, heavy = on_a_login_node(*arguments, *QUICK, *stand_in(tmp_path), cwd=tmp_path)
     assert heavy == "[]" and "#SBATCH hetjob" in said
     # what a real submission has in addition
-    program = "import sys, submitit, atropos_hpc.launch.executor; print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
+    program = "import sys, submitit, atropos_hpc.launch.submitit_api; print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
@@ -222,7 +226,7 @@ def test_our_launchers_stand_in_for_those_of_the_same_name(tmp_path: Path) -> No
         command, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
     )
     assert (
-        "hydra_plugins.atropos_hpc_launcher.launcher.SlurmLauncher" in done.stdout
+        "atropos_hpc.launch.hydra_api.SlurmLauncher" in done.stdout
         and "timeout_min" not in done.stdout
     )
 
@@ -248,7 +252,7 @@ def test_sweeps_are_found_and_say_what_they_vary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", sorted((CONFIGS.parent / "slurm").glob("*.sbatch")), ids=lambda path: path.stem
+    "template", sorted((resources.data("slurm")).glob("*.sbatch")), ids=lambda path: path.stem
 )
 def test_templates_are_sound_shell_and_hand_their_arguments_on(template: Path) -> None:
     text = template.read_text()
@@ -264,11 +268,8 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
     from hydra.types import HydraContext, RunMode
     from omegaconf import OmegaConf
 
-    from atropos_hpc.launch import hydra_api
-    from hydra_plugins.atropos_hpc_launcher.launcher import SlurmLauncher
-
     hydra_api.register()
-    common = ["run_dir=/runs", "launch=het", "+roles.trainer.sbatch.exclusive=true", "trainer.steps=7",
+    common = [hydra_api.DEMO, "run_dir=/runs", "launch=het", "+roles.trainer.sbatch.exclusive=true", "trainer.steps=7",
               "environment.config={eval_problems: 3}"]  # fmt: skip
     sweeps = [
         [
@@ -283,13 +284,13 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
             ["model.path=null", "seed=2"],
         ],
     ]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(hydra_api.CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", common, RunMode.MULTIRUN)
-        launcher: Launcher = SlurmLauncher(slots=0)
+        launcher: Launcher = hydra_api.SlurmLauncher(slots=0)
         launcher.setup(hydra_context=HydraContext(loader, None), task_function=None, config=master)  # type: ignore[arg-type]
         for sweep in sweeps:
-            points = launcher._points([[*common, *overrides] for overrides in sweep], 0)  # type: ignore[attr-defined]
+            points = launcher.points.compose([[*common, *overrides] for overrides in sweep], 0)  # type: ignore[attr-defined]
             for point, overrides in zip(points, sweep, strict=True):
                 whole = loader.load_sweep_config(master, [*common, *overrides])
                 OmegaConf.set_struct(whole, False)
@@ -299,7 +300,7 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
                     f"/runs/{point.num}"
                 )
                 assert isinstance(point.config.algorithm.kl_coef, float)
-        assert len(launcher.shared) < sum(map(len, sweeps))  # type: ignore[attr-defined]
+        assert len(launcher.points.templates) < sum(map(len, sweeps))  # type: ignore[attr-defined]
 
 
 def test_a_slurm_allocation_without_a_job_is_refused_with_what_to_do(tmp_path: Path) -> None:

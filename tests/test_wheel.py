@@ -20,18 +20,19 @@ SWEEP = ("-m", "hydra/launcher=submitit_slurm", "+sweep=kl_coef", "launch.dry_ru
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Build the wheel and install it; return a function that runs one of its programs elsewhere."""
     home = tmp_path_factory.mktemp("wheel")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pip = [sys.executable, "-m", "pip", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(home), str(resources.HOME)]
-    subprocess.run(build, check=True)
+    subprocess.run(build, env=env, check=True)
     (wheel,) = home.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home / "venv")], check=True)
     python = home / "venv" / "bin" / "python"
-    subprocess.run([*pip, "--python", str(python), "install", str(wheel)], check=True)
+    install = [*pip, "--python", str(python), "install", str(wheel)]
+    subprocess.run(install, env=env, check=True)
 
     def run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
         empty = home / "elsewhere"
         empty.mkdir(exist_ok=True)
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [str(python.parent / program), *arguments]
         return subprocess.run(
             command, cwd=empty, env=env, capture_output=True, text=True, check=False, timeout=120

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.launch.slurm import commands, sbatch
-from atropos_hpc.validate import Problem, did_you_mean
+from atropos_hpc.schema import did_you_mean
+from atropos_hpc.validate import Problem
 
 LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 TEST_TIMEOUT_S = 60.0

@@ -7,21 +7,15 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from atropos_hpc.config import Config
-from atropos_hpc.launch import base_model, cluster_check, preflight
+from atropos_hpc.launch import base_model, cluster_check, hydra_api, preflight
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.launch.steps import rollout_python, trainer_python
-from atropos_hpc.train import CONFIGS, explain
+from atropos_hpc.validate import refuse
 
 ASK_TIMEOUT_S = 20.0
 ENOUGH_BYTES = 5 << 30
@@ -38,18 +32,15 @@ class Finding:
     fix: str = ""
 
 
-def examine(overrides: Sequence[str]) -> int:
+def examine(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     """Print every finding. 1 when something is broken that a run on this machine, or from it, would need; 2: the overrides are refused."""
     from rich.console import Console
     from rich.text import Text
 
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = OmegaConf.to_object(compose("config", ["run_dir=runs/new", *overrides]))
-    except (HydraException, OmegaConfBaseException) as error:
-        print(explain(error), file=sys.stderr)
-        return 2
-    assert isinstance(config, Config)
+        config = hydra_api.compose(overrides, config_dir)
+    except hydra_api.ERRORS as error:
+        return refuse(hydra_api.problems(error), "The overrides were refused.")
     terminal = Console(highlight=False, soft_wrap=True)
     area, broken = "", False
     for finding in findings(config):

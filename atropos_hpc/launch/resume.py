@@ -8,18 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import SweepPoint
-from atropos_hpc.launch import run, sweep
+from atropos_hpc.launch import hydra_api, run, sweep
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.train import explain
+from atropos_hpc.validate import refuse
 
 
 def resume(directory: RunDir, overrides: Sequence[str]) -> int:
@@ -31,11 +25,12 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if known.config.model.make is not None:
+        known.config.model.path = None  # create it again if the cache was emptied since
     try:
-        config = changed(known.config, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        print(explain(error), file=sys.stderr)
-        return 2
+        config = hydra_api.change(known.config, overrides)
+    except hydra_api.ERRORS as error:
+        return refuse(hydra_api.problems(error))
     sweep_dir, row = _place(directory.path)
     jobs = commands.known_states([row.job])
     state = report.run_state(row, jobs, config.trainer.steps, trained=True)
@@ -59,20 +54,6 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
         [sweep.Point(row.num, row.overrides, config, directory.path)], sweep_dir, slots=0
     )
     return 0
-
-
-def changed(known: Config, overrides: Sequence[str]) -> Config:
-    """The config of a run with some keys changed. Raises Hydra's and OmegaConf's errors for an override that cannot be."""
-    cfg = OmegaConf.structured(known)
-    if cfg.model.make is not None:
-        cfg.model.path = (
-            None  # the cache may have been emptied since; what is made again is the same
-        )
-    for each in OverridesParser.create().parse_overrides(list(overrides)):
-        OmegaConf.update(cfg, each.key_or_group, each.value(), merge=True)
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config)
-    return config
 
 
 def _place(path: Path) -> tuple[Path, SweepPoint]:

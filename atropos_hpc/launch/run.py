@@ -50,7 +50,7 @@ from atropos_hpc.runtime.run_dir import (
     write_struct,
 )
 from atropos_hpc.runtime.waiting import Waiting
-from atropos_hpc.validate import Problem
+from atropos_hpc.validate import Problem, Refused, refuse
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +58,6 @@ EXIT = {Action.FINISH: 0, Action.FAIL: 1, Action.STOP: 75, Action.REQUEUE: 75}
 OLD_MEMBERS_S = 20.0  # for the members of a killed supervisor to notice that and end
 OLD_LOCK_S = 300.0  # for a filesystem to release the lock of a node that has died
 ROLLOUT_KINDS = ("rollout_job", "agent", "environment", "evaluator")
-
-
-class Refusal(Exception):
-    """The run cannot start. `problems` says why."""
-
-    def __init__(self, *problems: Problem) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = problems
 
 
 def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
@@ -76,11 +68,8 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     """
     try:
         action = _launch(config, RunDir(run_dir))
-    except Refusal as refusal:
-        print("The config was refused; nothing was started.", file=sys.stderr)
-        for problem in refusal.problems:
-            print(f"  {problem}", file=sys.stderr)
-        return 2
+    except Refused as error:
+        return refuse(error.problems)
     if action is Action.REQUEUE:
         try:
             commands.retry(requeue)
@@ -94,20 +83,20 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
 
 
 def _launch(config: Config, run: RunDir) -> Action | int:
-    """Return how the run ended, or an exit code if it did not start. Raises Refusal."""
+    """Return how the run ended, or an exit code if it did not start. Raises Refused."""
     try:
         job, known = _job(config), run.info()
     except commands.SlurmError as error:
-        raise Refusal(Problem("cluster", str(error))) from None
+        raise Refused(Problem("cluster", str(error))) from None
     except Unreadable as error:
-        raise Refusal(Problem("run_dir", str(error))) from None
+        raise Refused(Problem("run_dir", str(error))) from None
     try:
         with ExitStack() as stack:
             if known:
                 # Before the slow checks, so that a second start is refused at once.
                 stack.enter_context(_locked(run))
             if problems := preflight.check(config, run.path, known):
-                raise Refusal(*problems)
+                raise Refused(*problems)
             if config.launch.dry_run:
                 return _dry_run(config, run)
             if not known:
@@ -152,19 +141,19 @@ def _locked(run: RunDir) -> Iterator[None]:
 def _job(config: Config) -> Job | None:
     """The Slurm job that this process is the batch step of; None for a run on this machine.
 
-    Raises Refusal when there is no job, or one that does not match the config.
+    Raises Refused when there is no job, or one that does not match the config.
     """
     kind = config.launch.allocation
     if kind == "local":
         return None
     if "SLURM_JOB_ID" not in os.environ:
         how = "submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
-        raise Refusal(Problem("launch.allocation", f"{kind} needs a job: {how}"))
+        raise Refused(Problem("launch.allocation", f"{kind} needs a job: {how}"))
     try:
         allocations = sbatch.allocated_nodes(config, os.environ, commands.expand_nodes)
     except ValueError as error:
         key, _, message = str(error).partition(": ")
-        raise Refusal(Problem(key, message)) from None
+        raise Refused(Problem(key, message)) from None
     return current_job(allocations)
 
 

@@ -3,6 +3,7 @@
 Nothing is queued before every point has passed the checks. The table is jobs.json in the sweep's directory.
 """
 
+import itertools
 import os
 import signal
 import subprocess
@@ -21,9 +22,10 @@ from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
-from atropos_hpc.validate import Problem
+from atropos_hpc.validate import Problem, refuse
 
 LOOK_S = 3.0
+SWEEP_REFUSED = "The sweep was refused; nothing was queued."
 
 
 @dataclass
@@ -102,7 +104,7 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[
     """The rows of the points that were submitted; fewer than all if sbatch has refused one, and said why."""
     from submitit.core.utils import FailedJobError
 
-    from atropos_hpc.launch.executor import SlurmhetExecutor
+    from atropos_hpc.launch.submitit_api import SlurmhetExecutor
 
     sweep_dir, rows = folder.parent, []  # type: tuple[Path, list[SweepPoint]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -238,15 +240,13 @@ def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None
             point.config, point.run_dir, previous, on_slurm, imports=on_slurm, roles=roles
         ):
             found.setdefault(problem, []).append(point.num)
-    if not found:
-        return
-    print("The sweep was refused; nothing was queued.", file=sys.stderr)
-    for problem, of in found.items():
-        print(
-            f"  {problem} (point {', '.join(map(str, of[:5]))}{', ...' if len(of) > 5 else ''})",
-            file=sys.stderr,
-        )
-    sys.exit(2)
+    if found:
+        sys.exit(refuse(itertools.starmap(_at_points, found.items()), SWEEP_REFUSED))
+
+
+def _at_points(problem: Problem, nums: list[int]) -> Problem:
+    listed = ", ".join(map(str, nums[:5])) + (", ..." if len(nums) > 5 else "")
+    return Problem(problem.key, f"{problem.message} (point {listed})")
 
 
 def _row(point: Point, job: str | None, slot: str | None, log: str) -> SweepPoint:

@@ -6,7 +6,7 @@ translation, and the checks of its values, are here.
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
-from atropos_hpc.validate import LOSS_OPTIONS
+from atropos_hpc.validate_trainer import LOSS_OPTIONS
 
 # isort: split
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY

@@ -18,7 +18,8 @@ from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.validate import ENVIRONMENT_OWN, Problem, did_you_mean
+from atropos_hpc.schema import did_you_mean
+from atropos_hpc.validate import SET_BY_RUN, Problem
 
 
 class TargetError(Exception):
@@ -101,13 +102,13 @@ def override(config: Any, changes: JsonObject) -> Any:
 def check_target(target: str, config: JsonObject) -> list[Problem]:
     """Return everything that is wrong with an environment's target and config, by key.
 
-    It imports the environment and starts nothing. Fields that the run sets (`ENVIRONMENT_OWN`) are
+    It imports the environment and starts nothing. Fields that the run sets (`SET_BY_RUN`) are
     left to the checks of the config itself.
     """
     try:
         override(
             default_config(load(target)),
-            {key: value for key, value in config.items() if key not in ENVIRONMENT_OWN},
+            {key: value for key, value in config.items() if key not in SET_BY_RUN},
         )
     except TargetError as error:
         return error.problems

@@ -1,0 +1,126 @@
+"""Describe config keys: each key's default, help text and allowed values in its dataclass field.
+
+`key` declares a value and `section` a nested dataclass. The checks of single values, the page
+docs/config.md and the comments in configs/ are all derived from these declarations.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, get_args, get_origin
+
+MISSING = "???"  # OmegaConf's marker of a mandatory value
+METADATA = "key"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a config key beside its type and default. Bounds do not apply to null."""
+
+    help: str
+    ge: float | None = None  # at least
+    gt: float | None = None  # greater than
+    le: float | None = None  # at most
+    choices: tuple[str, ...] = ()
+
+    def error(self, value: Any) -> str | None:
+        """Say why a value is not allowed; None if it is."""
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            near = did_you_mean(str(value), self.choices)
+            return f"{value!r} is not one of {', '.join(self.choices)}{near}"
+        for bound, holds, words in (
+            (self.ge, self.ge is None or value >= self.ge, "at least"),
+            (self.gt, self.gt is None or value > self.gt, "greater than"),
+            (self.le, self.le is None or value <= self.le, "at most"),
+        ):
+            if not holds:
+                return f"must be {words} {bound:,}, not {value}"
+        return None
+
+    def allowed(self) -> str:
+        """Describe the allowed values, as in "1 to 8" or "a | b"; empty if any will do."""
+        bounds = ((self.ge, "≥"), (self.gt, ">"), (self.le, "≤"))
+        return " | ".join(self.choices) or ", ".join(
+            f"{sign} {bound:,}" for bound, sign in bounds if bound is not None
+        )
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a config key."""
+    metadata = {METADATA: Key(help, ge, gt, le, choices)}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(kind: type[Any]) -> Any:
+    """Declare a nested section; its description is the docstring of its class."""
+    return field(default_factory=kind)
+
+
+def describe(declared: "dataclasses.Field[Any]") -> Key:
+    """Return what `key` was given for a field."""
+    return declared.metadata[METADATA]  # type: ignore[no-any-return]
+
+
+def fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, "dataclasses.Field[Any]"]]:
+    """Yield (dotted key, field) of every key and every section of a config class, in order."""
+    for declared in dataclasses.fields(kind):
+        yield f"{prefix}{declared.name}", declared
+        if is_dataclass(declared.type):
+            yield from fields(declared.type, f"{prefix}{declared.name}.")
+
+
+def leaves(kind: Any) -> Iterator[str]:
+    """Yield the dotted key of every value of a config class."""
+    return (name for name, declared in fields(kind) if not is_dataclass(declared.type))
+
+
+def open_maps(kind: Any) -> Iterator[str]:
+    """Yield the dotted keys below which keys may be added freely."""
+    return (name for name, declared in fields(kind) if get_origin(declared.type) is dict)
+
+
+def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
+    """Yield (dotted key, description, value) of a config object, also in maps of sections."""
+    for declared in dataclasses.fields(config):
+        name, value = f"{prefix}{declared.name}", getattr(config, declared.name)
+        if is_dataclass(value):
+            yield from values(value, f"{name}.")
+            continue
+        yield name, describe(declared), value
+        if isinstance(value, dict):
+            for entry, inner in value.items():
+                if is_dataclass(inner):
+                    yield from values(inner, f"{name}.{entry}.")
+
+
+def unknown_keys(kind: Any, given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, "; did you mean X?") of everything in `given` that the class lacks."""
+    known = {declared.name: declared.type for declared in dataclasses.fields(kind)}
+    for name, value in given.items():
+        if name not in known:
+            near = did_you_mean(f"{prefix}{name}", [f"{prefix}{each}" for each in known])
+            yield f"{prefix}{name}", near
+        elif is_dataclass(known[name]) and isinstance(value, dict):
+            yield from unknown_keys(known[name], value, f"{prefix}{name}.")
+        elif isinstance(value, dict) and is_dataclass(inner := get_args(known[name])[-1]):
+            for entry, below in value.items():
+                yield from unknown_keys(inner, below, f"{prefix}{name}.{entry}.")
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the nearest known word, or "" when none is near."""
+    near = difflib.get_close_matches(wrong, list(known), 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""
