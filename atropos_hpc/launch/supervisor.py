@@ -18,7 +18,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from atropos_hpc.runtime.membership import (
     withdraw_request,
 )
 from atropos_hpc.runtime.process import ProcessSpec
-from atropos_hpc.runtime.run_dir import RunDir, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct
 from atropos_hpc.runtime.supervision import (
     Exit,
     Limits,
@@ -112,6 +112,7 @@ class Supervisor:
         self.stop_signals = 0
         self.warned = False  # by Slurm, of the time limit
         self._unusable_since: float | None = None
+        self._durable: int | None = None
 
     def supervise(self) -> Action:
         """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL, when no process is left.
@@ -266,15 +267,20 @@ class Supervisor:
 
     def _durable_step(self) -> int | None:
         """The newest durable step, which grows as the run makes progress."""
-        latest = read_struct(self.run.checkpoints / "latest.json", LatestCheckpoint)
-        return latest.step if latest else None
+        try:
+            latest = read_struct(self.run.checkpoints / "latest.json", LatestCheckpoint)
+        except Unreadable as error:
+            log.warning("%s; counting no progress", error)
+        else:
+            self._durable = latest.step if latest else None
+        return self._durable
 
     def _is_done(self) -> bool:
         return read_struct(self.run.done, Done) is not None
 
     # --- hangs
 
-    def _has_reported(self, managed: ManagedProcess, members: Any) -> bool:
+    def _has_reported(self, managed: ManagedProcess, members: Iterable[AnyMember]) -> bool:
         step = self.steps[managed.name]
         return any(m.alive and m.reported and _belongs(m, step) for m in members)
 
