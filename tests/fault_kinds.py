@@ -1,4 +1,7 @@
-"""The faults that tests/faults.py does to a live run. Each takes the run and the dice, does its harm, and returns what it was done to."""
+"""The faults that tests/faults.py injects into a live run.
+
+Each takes the run and a random generator, and returns what it was applied to.
+"""
 
 import contextlib
 import os
@@ -44,7 +47,10 @@ def pause(started: Started, dice: random.Random) -> str:
 
 
 def freeze(started: Started, dice: random.Random) -> str:
-    """As `pause`, for ever: somebody has to notice, and end it. (Not an engine: one that hangs in a push is given 10 minutes.)"""
+    """Like `pause`, for ever: the run has to notice and kill it.
+
+    Not an engine: one that hangs in a push is killed after 10 minutes only.
+    """
     name, pid = dice.choice(
         [(name, pid) for name, pid in members(started) if not name.endswith("engine")]
     )
@@ -64,7 +70,7 @@ def stop(started: Started, dice: random.Random) -> str:
 
 
 def fill_disk(started: Started, dice: random.Random) -> str:
-    """A few pages at a time: to the last one, though others write."""
+    """Fill the disk a few pages at a time, to the last one, while others write."""
     ballast = started.run.path / "ballast"
     seconds = dice.uniform(1, 10)
     until = time.monotonic() + seconds
@@ -81,7 +87,7 @@ def fill_disk(started: Started, dice: random.Random) -> str:
 
 
 def slow_disk(started: Started, dice: random.Random) -> str:
-    """Every write waits, up to some seconds, again and again: the filesystem is frozen and thawed."""
+    """Block writes for up to some seconds, repeatedly, by freezing the filesystem."""
     seconds = dice.uniform(3, 12)
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -95,14 +101,14 @@ def slow_disk(started: Started, dice: random.Random) -> str:
 
 
 def damage_policy(started: Started, dice: random.Random) -> str:
-    """Flip a byte of, cut, or remove a file of the newest policy version."""
+    """Flip a bit of, truncate or remove a file of the newest policy version."""
     named = read_json(started.run.policy / "latest.json").get("directory")
     files = sorted((started.run.policy / named).iterdir()) if named else []
     return _damage(dice.choice(files), dice) if files else "nothing there yet"
 
 
 def damage_rendezvous(started: Started, dice: random.Random) -> str:
-    """Cut or remove the roster or a member's file; their owners write them again."""
+    """Truncate or remove the roster or a member file; their owners write them again."""
     return _damage(
         dice.choice([started.run.roster, *sorted(started.run.members.glob("*.json"))]),
         dice,
@@ -111,7 +117,8 @@ def damage_rendezvous(started: Started, dice: random.Random) -> str:
 
 
 def damage_checkpoint(started: Started, dice: random.Random) -> str:
-    """Cut or remove a file of the newest checkpoint, and kill the learner, which must go back to the one before."""
+    """Truncate or remove a file of the newest checkpoint, and kill the learner, which has to resume
+    from the one before."""
     named = read_json(started.run.checkpoints / "latest.json").get("directory")
     if sum(map(_whole, started.run.checkpoints.glob("step-*"))) < 2:
         return "too few there"
@@ -133,7 +140,7 @@ def drop_connections(started: Started, dice: random.Random) -> str:
 
 
 def delay_connections(started: Started, dice: random.Random) -> str:
-    """One of the run's servers answers late, and in bursts: it gets a tenth of the time."""
+    """Make one of the servers answer late and in bursts, by running it a tenth of the time."""
     seconds = dice.uniform(3, 12)
     until = time.monotonic() + seconds
     if (server := a_server(started, dice)) is None:
@@ -149,7 +156,7 @@ def delay_connections(started: Started, dice: random.Random) -> str:
 
 
 def jump_clock(started: Started, dice: random.Random) -> str:
-    """Forth or back, by up to two hours, for all processes of the run."""
+    """Set the clock forward or back by up to two hours, for all processes of the run."""
     jump = dice.choice([-1, 1]) * dice.uniform(1, 7200)
     path = clock_file(started.output.parent)
     with path.open("r+b") as file:
@@ -158,19 +165,28 @@ def jump_clock(started: Started, dice: random.Random) -> str:
     return f"{jump:+.0f} s"
 
 
-ON_ANY_DISK: dict[Fault, int] = {  # with their weights
-    kill: 6, terminate: 2, pause: 4, freeze: 1, kill_supervisor: 1, stop: 1, damage_policy: 2, damage_rendezvous: 2, damage_checkpoint: 1,
-    drop_connections: 2, delay_connections: 2, jump_clock: 2,
-}  # fmt: skip
-ON_ITS_OWN: dict[Fault, int] = {
-    fill_disk: 2,
-    slow_disk: 2,
-}  # where the run has a filesystem to itself
+# The faults with their weights
+ON_ANY_DISK: dict[Fault, int] = {
+    kill: 6,
+    terminate: 2,
+    pause: 4,
+    freeze: 1,
+    kill_supervisor: 1,
+    stop: 1,
+    damage_policy: 2,
+    damage_rendezvous: 2,
+    damage_checkpoint: 1,
+    drop_connections: 2,
+    delay_connections: 2,
+    jump_clock: 2,
+}
+# These need a filesystem that the run does not share.
+ON_ITS_OWN: dict[Fault, int] = {fill_disk: 2, slow_disk: 2}
 
 
 @contextlib.contextmanager
 def small_filesystem(path: Path) -> Iterator[bool]:
-    """A filesystem of DISK_MB at `path`. False where this user may not mount one."""
+    """Mount a filesystem of DISK_MB at `path`. Gives False where this user may not do that."""
     path.mkdir()
     image = path.with_suffix(".image")
     with image.open("wb") as file:
@@ -198,13 +214,13 @@ def clock_file(scratch: Path) -> Path:
 
 
 def jumping_clock(scratch: Path) -> dict[str, str]:
-    """The environment of a run whose clock `jump_clock` can set."""
+    """The environment variables of a run whose clock `jump_clock` can set."""
     clock_file(scratch).write_bytes(struct.pack("d", 0.0))
     return {"PYTHONPATH": str(CLOCK), "JUMPING_CLOCK": str(clock_file(scratch))}
 
 
 def roster(started: Started) -> list[dict[str, Any]]:
-    """The members that live, as they themselves say it: the roster may be damaged."""
+    """The live members, by their member files: the roster may be damaged."""
     found = []
     for path in sorted(started.run.members.glob("*.json")):
         with contextlib.suppress(ValueError, OSError):
@@ -213,7 +229,7 @@ def roster(started: Started) -> list[dict[str, Any]]:
 
 
 def members(started: Started) -> list[tuple[str, int]]:
-    """(name, pid) of every process but the supervisor, vLLM's own children included."""
+    """(name, pid) of every process except the supervisor, vLLM's engines included."""
     found = []
     for member in roster(started):
         if member["kind"] != "supervisor":
@@ -226,7 +242,7 @@ def members(started: Started) -> list[tuple[str, int]]:
 
 
 def a_server(started: Started, dice: random.Random) -> tuple[str, int, str] | None:
-    """(name, pid, port) of one that listens, the trajectory server or a vLLM server. None while there is none."""
+    """(name, pid, port) of a trajectory server or vLLM server that listens; None if none does."""
     found = []
     for member in roster(started):
         for server in [member] if member["kind"] == "trajectories" else member.get("servers") or []:
@@ -236,7 +252,7 @@ def a_server(started: Started, dice: random.Random) -> tuple[str, int, str] | No
 
 
 def engines(server: int) -> list[int]:
-    """Pids of vLLM's engine behind a server, which has other children too. None while it starts, or has ended."""
+    """Pids of vLLM's engine behind a server; [] while it starts, or has ended."""
     with contextlib.suppress(OSError):
         return [
             pid
@@ -251,7 +267,7 @@ def _fsfreeze(what: str, path: Path) -> None:
 
 
 def _whole(checkpoint: Path) -> bool:
-    """Is everything there that its manifest names?"""
+    """Whether every file of its manifest exists in full."""
     files = read_json(checkpoint / "manifest.json").get("files", [])
     return bool(files) and all(
         (checkpoint / f["file"]).exists() and (checkpoint / f["file"]).stat().st_size == f["bytes"]

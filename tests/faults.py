@@ -1,15 +1,16 @@
-"""Random faults against a live run with the real parts, and then: was anything lost, doubled, or let in?
+"""Inject random faults into a live run with the real parts, and check its invariants afterwards.
 
     .venv/bin/python tests/faults.py --seed 0-9 --minutes 0.5
 
-For each seed: start a small run of the arithmetic experiment (its run directory on a small filesystem of its own, where this user may
-mount one), do a random fault of fault_kinds.py every few seconds for so many minutes, let the run come to its end, and check what DESIGN
-promises (promises.py). A run that a fault ends in the way it should (a killed supervisor, a TERM) is started again with the same command,
-as its user or Slurm would.
+For each seed: start a small run of the arithmetic experiment (its run directory on a small
+filesystem of its own, where this user may mount one), inject a random fault of fault_kinds.py every
+few seconds for the given minutes, let the run end, and check the invariants (promises.py). A run
+that a fault ends as it should (a killed supervisor, a TERM) is resumed with the same command, as
+its user or Slurm would.
 
-The seed fixes how many servers and environment workers there are, which faults come in which order, and after which pauses; the moments
-in the run's life shift with the machine.
-Exit code 0: no seed had a violation. Lost nodes are not simulated here: tests/test_slurm_*.py lose them.
+The seed fixes the number of servers and environment workers, the order of the faults and the pauses
+between them. The moments in the run's life depend on the machine. Exit code 0: no seed had a
+violation. Lost nodes are simulated by tests/test_slurm_*.py.
 """
 
 import argparse
@@ -21,9 +22,10 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from fault_kinds import (
     ON_ANY_DISK,
     ON_ITS_OWN,
@@ -41,61 +43,60 @@ from run_files import step_metrics
 from run_parts import Started
 
 from atropos_hpc.contracts.metrics import StepMetrics
-from atropos_hpc.runtime.run_dir import append_line, last_records, read_json, read_lines
+from atropos_hpc.runtime.run_dir import append_record, last_records, read_json, read_records
 
 SETTINGS = [
-    f"algorithm.batch_size={BATCH}", f"staleness.max={STALENESS}", "evaluation.after=true", "environment.config.eval_problems=300",
-]  # fmt: skip
-STEPS_PER_MINUTE = 100  # of faults: a run then mostly outlives them
-ENDLESS = 1_000_000  # steps: the first part of a run is ended by time
-RECOVERY_S = 300.0  # for the next step after a fault; a restarted vLLM server takes its time on a busy machine
-ENDED_WELL = {
-    75,
-    -signal.SIGKILL,
-}  # a run that was asked to stop, and one whose supervisor was killed
-TOGETHER = (
-    0.3  # probability that a fault comes right after the one before, without waiting for recovery
-)
+    f"algorithm.batch_size={BATCH}",
+    f"staleness.max={STALENESS}",
+    "evaluation.after=true",
+    "environment.config.eval_problems=300",
+]
+STEPS_PER_MINUTE = 100  # of faults; most runs then last longer than their faults
+ENDLESS = 1_000_000  # steps, where the run is ended by time
+RECOVERY_S = 300.0  # for the next step after a fault; vLLM starts slowly on a busy machine
+EXPECTED_ENDS = {75, -signal.SIGKILL}  # a run that was stopped; a killed supervisor
+OVERLAP = 0.3  # probability that a fault does not wait for recovery from the one before
 
 
 @dataclass
 class Schedule:
-    """Which faults come, and when."""
+    """Which faults are injected, and when."""
 
     minutes: float
-    gap: tuple[float, float]  # least and most seconds from recovery to the next fault
+    gap: tuple[float, float]  # minimum and maximum seconds from recovery to the next fault
     faults: dict[Fault, int]  # with their weights
-    together: float = TOGETHER
+    overlap: float = OVERLAP
 
 
-@dataclass
-class Done:
-    """A fault that was done, and what came of it."""
+class Injected(msgspec.Struct):
+    """A fault that was injected, and its consequence."""
 
     fault: str
     to: str
     step: int  # of the learner, at that time
-    recovered_s: float | None = None  # until the next step was done
+    recovered_s: float | None = None  # until the next step was complete
     came: str = ""  # what the run did, other than to go on
 
 
-@dataclass
-class Outcome:
-    """Of one schedule."""
+class Outcome(msgspec.Struct):
+    """The result of one schedule."""
 
     seed: int
     minutes: float
-    steps: int  # that the run had in the end
-    groups: int  # that its journal has
+    steps: int  # of the run, in the end
+    groups: int  # in its journal
     accuracy: float | None  # of the last version, on held-out problems
-    faults: list[Done]
+    faults: list[Injected]
     violations: list[str]
 
 
-def harass(started: Started, dice: random.Random, schedule: Schedule, done: list[Done]) -> None:
-    """Faults for so many minutes, beginning with the first step, or until the run has come to its end; each is put down in `done`.
+def inject_faults(
+    started: Started, dice: random.Random, schedule: Schedule, done: list[Injected]
+) -> None:
+    """Inject faults from the first step on, until the time is over or the run has ended. Each is
+    recorded in `done`.
 
-    Raises AssertionError, with the story, when the run does not get on.
+    Raises AssertionError, with the logs, when the run makes no progress.
     """
     if not schedule.faults:
         return
@@ -104,13 +105,12 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
     end = time.monotonic() + 60 * schedule.minutes
     while time.monotonic() < end and started.process.poll() != 0:
         fault = dice.choices(kinds, weights)[0]
-        note = Done(fault.__name__, "", line.step if (line := last_line(started)) else 0)
+        note = Injected(fault.__name__, "", line.step if (line := last_line(started)) else 0)
         done.append(note)
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # it ended just now, by itself or from the fault before
+        # The process may just have ended, by itself or because of the previous fault.
+        with contextlib.suppress(ProcessLookupError):
             note.to = fault(started, dice)
-        if dice.random() < schedule.together:
+        if dice.random() < schedule.overlap:
             time.sleep(dice.uniform(0.2, 3))
             continue
         recover(started, done)
@@ -118,19 +118,18 @@ def harass(started: Started, dice: random.Random, schedule: Schedule, done: list
     recover(started, done)
 
 
-def recover(started: Started, done: list[Done]) -> None:
-    """Wait for the next step, or the end; start the run again where it ended as it should."""
+def recover(started: Started, done: list[Injected]) -> None:
+    """Wait for the next step, or the end; resume the run if it ended as it should."""
     began = time.monotonic()
-    known = {
-        (line.step, line.time) for line in step_metrics(started.run)
-    }  # a resume may cut the file back to one of these
+    # A resume may truncate the file to one of these.
+    known = {(line.step, line.time) for line in step_metrics(started.run)}
     while not (line := last_line(started)) or (line.step, line.time) in known:
         code = started.process.poll()
         if code == 0:
             done[-1].came = "came to its end"
             return
         if code is not None:
-            assert code in ENDED_WELL, f"the run ended with {code}:\n{started.story()}"
+            assert code in EXPECTED_ENDS, f"the run ended with {code}:\n{started.story()}"
             done[-1].came = f"ended with {code}, resumed"
             started.process = started.start()
         assert time.monotonic() - began < RECOVERY_S, (
@@ -140,16 +139,16 @@ def recover(started: Started, done: list[Done]) -> None:
     done[-1].recovered_s = time.monotonic() - began
 
 
-def to_its_end(started: Started) -> None:
-    """Wait for success; start the run once more where the last fault ended it."""
-    if (code := started.end()) in ENDED_WELL:
+def run_to_end(started: Started) -> None:
+    """Wait for success; resume the run if the last fault ended it."""
+    if (code := started.end()) in EXPECTED_ENDS:
         started.process = started.start()
         code = started.end()
     assert code == 0, f"the run ended with {code}:\n{started.story()}"
 
 
 def last_line(started: Started) -> StepMetrics | None:
-    """Of the metrics; None while there is none."""
+    """The last line of the metrics; None before the first."""
     lines = last_records(started.run.metrics, StepMetrics, 1)
     return lines[0] if lines else None
 
@@ -171,7 +170,7 @@ def finish(started: Started) -> int:
 
 
 def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> Outcome:
-    """Run one schedule, and show it."""
+    """Run one schedule and print its result."""
     with small_filesystem(scratch / "run") as mounted:
         if not mounted:
             schedule.faults = {
@@ -184,21 +183,21 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
             f"{key}={dice.choice([1, 2])}" for key in ("rollout.servers", "environment.workers")
         ]
         started = Started(scratch, steps, *SETTINGS, *numbers, env=jumping_clock(scratch))
-        done: list[Done] = []
+        done: list[Injected] = []
         found: list[str] = []
         try:
             try:
-                harass(started, dice, schedule, done)
-                to_its_end(started)
+                inject_faults(started, dice, schedule, done)
+                run_to_end(started)
                 started.assert_nothing_is_left()
                 found = violations(started, steps)
             except AssertionError as error:
                 found = [str(error)]
-            told, groups = len(step_metrics(started.run)), len(history(started).groups)
+            steps_done, groups = len(step_metrics(started.run)), len(history(started).groups)
             outcome = Outcome(
                 seed,
                 schedule.minutes,
-                told,
+                steps_done,
                 groups,
                 final_accuracy(started.run, steps),
                 done,
@@ -208,7 +207,7 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
             console.print(
                 "\n".join(found)
                 if found
-                else "nothing lost, nothing doubled, finished with success",
+                else "nothing lost, nothing trained on twice, finished with success",
                 markup=False,
             )
             return outcome
@@ -226,7 +225,7 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
 
 
 def table(outcome: Outcome) -> Table:
-    """What was done, and what came of each."""
+    """The injected faults and their consequences."""
     title = f"seed {outcome.seed}: {outcome.steps} steps, {outcome.minutes} minutes"
     drawn = Table("fault", "to", "at step", "next step after s", "the run", title=title)
     for each in outcome.faults:
@@ -236,7 +235,7 @@ def table(outcome: Outcome) -> Table:
 
 
 def summary(outcomes: list[Outcome]) -> Table:
-    """What each kind of fault did, over all schedules."""
+    """The consequences of each kind of fault, over all schedules."""
     faults = [fault for outcome in outcomes for fault in outcome.faults]
     disturbed = [outcome for outcome in outcomes if outcome.faults]
     if not disturbed:
@@ -245,13 +244,14 @@ def summary(outcomes: list[Outcome]) -> Table:
         sum(of)
         for of in zip(*((o.steps, o.groups, bool(o.violations)) for o in disturbed), strict=True)
     )
-    title = f"{len(disturbed)} schedules, {len(faults)} faults, {steps} steps, {groups} groups; {bad} schedules with violations"
-    title += f"\nfinal accuracy: {spread(disturbed)}; undisturbed: {spread([outcome for outcome in outcomes if not outcome.faults])}"
+    title = f"{len(disturbed)} schedules, {len(faults)} faults, {steps} steps, {groups} groups;"
+    title += f" {bad} schedules with violations\nfinal accuracy: {spread(disturbed)}; undisturbed: "
+    title += spread([outcome for outcome in outcomes if not outcome.faults])
     drawn = Table(
         "fault",
-        "how often",
-        "next step after s, median",
-        "at most",
+        "count",
+        "seconds to the next step, median",
+        "maximum",
         "ended the run, which was resumed",
         title=title,
     )
@@ -266,10 +266,11 @@ def summary(outcomes: list[Outcome]) -> Table:
     return drawn
 
 
-def ended(outcome: Outcome) -> list[Done]:
+def ended(outcome: Outcome) -> list[Injected]:
     """The faults that ended the run before it was done.
 
-    An end is noted at the fault after which it was noticed; it belongs to the last one that asked for it, or else to that one itself.
+    An end is recorded at the fault after which it was noticed. It belongs to the last fault that
+    asked for it, or else to that one itself.
     """
     found = []
     for at, noticed in enumerate(outcome.faults):
@@ -279,14 +280,14 @@ def ended(outcome: Outcome) -> list[Done]:
     return found
 
 
-def asks_to_end(fault: Done) -> bool:
-    """A learner rank hands a TERM on to its run."""
+def asks_to_end(fault: Injected) -> bool:
+    """Whether a fault asks the run to end. A learner rank passes a TERM on to its run."""
     to_a_rank = fault.fault == terminate.__name__ and fault.to.startswith("trainer-")
     return to_a_rank or fault.fault in (stop.__name__, kill_supervisor.__name__)
 
 
 def spread(outcomes: list[Outcome]) -> str:
-    """Of the final accuracy."""
+    """The mean and the range of the final accuracy."""
     known = [outcome.accuracy for outcome in outcomes if outcome.accuracy is not None]
     return (
         f"{statistics.mean(known):.3f} ({min(known):.3f} to {max(known):.3f} in {len(known)} runs)"
@@ -304,24 +305,22 @@ def main() -> int:
     parser.add_argument(
         "--record",
         type=Path,
-        help="append a line of JSON for each seed to this file, and sum up all that is in it",
+        help="append a JSON line per seed to this file, and summarise the whole file",
     )
-    parser.add_argument("--only", choices=kinds, help="no other fault")
+    parser.add_argument("--only", choices=kinds, help="inject no other fault")
     parser.add_argument(
         "--undisturbed",
         action="store_true",
-        help="no fault at all: what the final accuracy is compared with",
+        help="inject no fault, to get the accuracy to compare with",
     )
     options = parser.parse_args()
     first, _, last = options.seed.partition("-")
     low, _, high = options.gap.partition("-")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # so that what was started is ended, and what was mounted is not left
+    # So that what was started is ended, and what was mounted is unmounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     console = Console(width=140)
-    outcomes = {
-        (outcome.seed, bool(outcome.faults)): outcome for outcome in recorded(options.record)
-    }  # of one tried again, the last
+    earlier = read_records(options.record, Outcome) if options.record is not None else []
+    outcomes = {(outcome.seed, bool(outcome.faults)): outcome for outcome in earlier}
     for seed in range(int(first), int(last or first) + 1):
         faults = (
             {}
@@ -339,19 +338,11 @@ def main() -> int:
             )
         outcomes[seed, bool(outcome.faults)] = outcome
         if options.record is not None:
-            append_line(options.record, asdict(outcome))
+            append_record(options.record, outcome)
     console.print(summary(list(outcomes.values())))
     failed = [outcome.seed for outcome in outcomes.values() if outcome.violations]
     console.print(f"seeds with violations: {failed}" if failed else "no seed had a violation")
     return 1 if failed else 0
-
-
-def recorded(path: Path | None) -> list[Outcome]:
-    """What earlier calls have recorded there."""
-    lines = read_lines(path) if path is not None and path.exists() else []
-    return [
-        Outcome(**{**line, "faults": [Done(**fault) for fault in line["faults"]]}) for line in lines
-    ]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""An hour of a run with the real parts and a kill every 30 to 90 seconds: does it stay as small as it was, and come out whole?
+"""A long run with the real parts and a kill every 30 to 90 seconds: memory and disk stay bounded.
 
     .venv/bin/python tests/soak.py --minutes 60
 
-The arithmetic experiment, two vLLM servers and two environment workers. Every member's memory and every part of the run directory are
-measured every few seconds. In the end the run is asked to stop, resumed for three more steps, and looked at. Exit code 0: every step was
-done once, the policy has learnt, no process is left, no member's memory grew by more than GROWTH, and the disk stayed bounded.
+The arithmetic experiment with two vLLM servers and two environment workers. The memory of every
+member and the size of every part of the run directory are measured every few seconds. At the end
+the run is stopped, resumed for three more steps, and checked. Exit code 0: every step was made
+once, the policy has learnt, no process is left, no member's memory grew by more than GROWTH, and the disk
+usage stayed bounded.
 
-Memory is what is a process' own (RssAnon and RssShmem of /proc/PID/status; files that it maps are the page cache's): the most that one
-process of a kind has had in each quarter of the time. In the first, imports, the first batches and caches that fill are still in it, so
-that the last is compared with the second.
+Memory means RssAnon and RssShmem of /proc/PID/status, without mapped files: the maximum of one
+process of a kind in each quarter of the time. The last quarter is compared with the second, because
+imports, first batches and filling caches fall into the first.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_kinds import kill, members, small_filesystem
-from faults import ENDLESS, Done, Schedule, finish, harass
+from faults import ENDLESS, Injected, Schedule, finish, inject_faults
 from rich.console import Console
 from rich.table import Table
 from run_files import evaluations
@@ -35,24 +37,27 @@ GROWTH = 0.1  # of a member's memory, from the second quarter to the last
 LEARNT = 0.85
 SEGMENT_BYTES = 4 << 20
 PARTS = ("trajectories", "policy", "checkpoints", "logs")
-# two segments and a queue; two versions, an anchor and one half written; three checkpoints and one half written
+# Two segments and a queue; two versions, an anchor and a partial one; three checkpoints and a
+# partial one.
 BOUNDS_MB = {"trajectories": 3 * SEGMENT_BYTES / 2**20, "policy": 10.0, "checkpoints": 25.0}
 SETTINGS = [
-    "algorithm.batch_size=64", "staleness.max=1", "evaluation.after=true", "rollout.servers=2", "environment.workers=2",
-    "trainer.checkpoint_every=20", f"trajectories.segment_bytes={SEGMENT_BYTES}",
-]  # fmt: skip
+    "algorithm.batch_size=64",
+    "staleness.max=1",
+    "evaluation.after=true",
+    "rollout.servers=2",
+    "environment.workers=2",
+    "trainer.checkpoint_every=20",
+    f"trajectories.segment_bytes={SEGMENT_BYTES}",
+]
 
 
 @dataclass
 class Watch:
-    """What was measured: (seconds since the start, MB)."""
+    """Measurements, as (seconds since the start, MB): memory by kind of member, disk usage by part
+    of the run directory."""
 
-    memory: dict[str, list[tuple[float, float]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by kind of member
-    disk: dict[str, list[tuple[float, float]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by part of the run directory
+    memory: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    disk: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
     def follow(self, started: Started, over: threading.Event) -> None:
         began = time.monotonic()
@@ -68,7 +73,7 @@ class Watch:
 
 
 def private_mb(pid: int) -> float | None:
-    """None when it has ended."""
+    """The private memory of a process; None when it has ended."""
     try:
         lines = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -89,7 +94,7 @@ def size_mb(paths: Iterable[Path]) -> float:
 
 
 def judged(watch: Watch, console: Console) -> list[str]:
-    """Show the tables; what is not as it should be."""
+    """Print the tables; return the problems."""
     problems = []
     memory = Table(
         "member",
@@ -115,7 +120,7 @@ def judged(watch: Watch, console: Console) -> list[str]:
 
 
 def quarters(series: list[tuple[float, float]]) -> list[float]:
-    """The greatest value in each quarter of the time; 0 where there is none."""
+    """The maximum in each quarter of the time; 0 without a measurement."""
     whole = max(at for at, _ in series) + 1e-9
     return [
         max((mb for at, mb in series if number <= 4 * at / whole < number + 1), default=0.0)
@@ -130,9 +135,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     low, _, high = options.gap.partition("-")
-    schedule = Schedule(options.minutes, (float(low), float(high or low)), {kill: 1}, together=0.0)
+    schedule = Schedule(options.minutes, (float(low), float(high or low)), {kill: 1}, overlap=0.0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
-    console, watch, over, done = Console(width=140), Watch(), threading.Event(), list[Done]()
+    console, watch, over, done = Console(width=140), Watch(), threading.Event(), list[Injected]()
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as scratch,
         small_filesystem(Path(scratch) / "run"),
@@ -141,7 +146,7 @@ def main() -> int:
         follower = threading.Thread(target=watch.follow, args=(started, over))
         follower.start()
         try:
-            harass(started, random.Random(options.seed), schedule, done)
+            inject_faults(started, random.Random(options.seed), schedule, done)
             over.set()
             follower.join()
             steps = finish(started)
@@ -158,7 +163,12 @@ def main() -> int:
             if started.process.poll() is None:
                 started.process.kill()
                 started.process.wait()
-    console.print("\n".join(problems) if problems else "flat, bounded, and whole", markup=False)
+    console.print(
+        "\n".join(problems)
+        if problems
+        else "memory and disk stayed bounded; every step was made once",
+        markup=False,
+    )
     return 1 if problems else 0
 
 

@@ -11,9 +11,10 @@ from atropos_hpc.runtime import run_dir
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
-    append_line,
+    append_record,
+    last_records,
     read_json,
-    read_lines,
+    read_records,
     read_struct,
     write_file,
     write_json,
@@ -61,11 +62,13 @@ def test_a_crash_at_any_point_of_a_write_leaves_old_or_new(tmp_path: Path, crash
 
 def test_lines_of_a_torn_file_are_read_up_to_the_tear(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert read_lines(path) == []
-    append_line(path, {"step": 1})
+    assert read_records(path, Done) == []
+    append_record(path, Done(version=1))
+    append_record(path, Done(version=2))
     with path.open("ab") as file:
-        file.write(b'{"step": 2, "rew')
-    assert read_lines(path) == [{"step": 1}]
+        file.write(b'{"version": 3, "rew')
+    assert read_records(path, Done) == [Done(version=1), Done(version=2)]
+    assert last_records(path, Done, 1) == [Done(version=2)]
 
 
 def test_each_attempt_has_its_logs_and_latest_points_at_the_newest(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -274,26 +274,6 @@ def _read_bytes(path: Path) -> bytes:
     raise AssertionError("unreachable")
 
 
-def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write. One process appends to a file."""
-    with path.open("ab") as file:
-        file.write(json.dumps(value).encode() + b"\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines, without a torn last line that a crash left; [] without the file."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    return _parsed(data.split(b"\n"))
-
-
-def last_lines(path: Path, count: int) -> list[dict[str, Any]]:
-    """The last `count` whole JSON lines, read from the file's end; [] without the file."""
-    return _parsed(_last_whole_lines(path, count))[-count:]
-
-
 def _last_whole_lines(path: Path, count: int) -> list[bytes]:
     """The last lines of a file, at least `count` of them, however long the file is."""
     try:
@@ -308,16 +288,6 @@ def _last_whole_lines(path: Path, count: int) -> list[bytes]:
         return []
     whole = data if at == 0 else data.partition(b"\n")[2]
     return whole.split(b"\n")[-count - 2 :]
-
-
-def _parsed(data: Iterable[bytes]) -> list[dict[str, Any]]:
-    lines = []
-    for line in data:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict)]
 
 
 # --- JSON lines of the structs in contracts/
