@@ -172,17 +172,13 @@ def test_killed_under_load_nothing_answered_is_lost_or_doubled(tmp_path):
 def test_an_absent_server_is_waited_for_and_named(tmp_path):
     run = make_run(tmp_path / "run")
     client = client_of(run, patience_s=0.3)
-    with pytest.raises(
-        TimeoutError,
-        match=r"trajectory server \(none listens\) did not answer GET /status",
-    ):
+    absent = "for an answer to GET /status from the trajectory server.*not in the roster"
+    with pytest.raises(TimeoutError, match=absent):
         client.status()
     closed = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     closed.close()
-    with pytest.raises(
-        TimeoutError, match=rf"{url}.*POST /ack\?batch=3.*last error: ClientConnectorError"
-    ):
+    with pytest.raises(TimeoutError, match=rf"POST /ack\?batch=3.*{url}.*ClientConnectorError"):
         TrajectoryClient(lambda: url, "token", 0.3).ack(3)
 
 

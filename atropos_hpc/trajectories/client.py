@@ -43,6 +43,8 @@ class TrajectoryClient:
 
     def __init__(self, find_url: FindUrl, token: str, patience_s: float) -> None:
         self._loop = asyncio.new_event_loop()
+        # A client lives as long as its process. aiohttp would log its open connections at exit.
+        self._loop.set_exception_handler(lambda loop, context: None)
         self._http = HttpClient(find_url, token, patience_s)
         self._registration = Registration(batch_size=1, max_token_len=0)
 
