@@ -1,5 +1,6 @@
 """Stamping, and loading the environment class: what needs atroposlib, but no server."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,9 @@ pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import EvaluationConf  # noqa: E402
 from atropos_hpc.contracts.group import NO_LIMITS, encode_group  # noqa: E402
+from atropos_hpc.contracts.messages import Quota  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
+from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
 from atropos_hpc.rollout.evaluation import next_due, numbers  # noqa: E402
 from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
@@ -62,6 +65,51 @@ def test_every_group_has_an_id_of_its_own() -> None:
     stamp(first, [])
     stamp(second, [])
     assert first["generation_params"]["group_id"] != second["generation_params"]["group_id"]
+
+
+class Items:
+    """An environment whose rollouts do nothing but wait."""
+
+    def __init__(self, *items: str | None) -> None:
+        self.items, self.started = iter(items), list[Any]()
+        self.quota: Quota | None = None
+        self.max_num_workers = 8
+        self.backlog: list[str] = []
+        self.workers: set[asyncio.Task[Any]] = set()
+        self.running_items: dict[str, Any] = {}
+
+    async def get_next_item(self) -> str | None:
+        return next(self.items)
+
+    async def handle_env(self, item_uuid: str) -> None:
+        self.started.append(self.running_items[item_uuid]["item"])
+        await asyncio.sleep(3600)
+
+    _start_rollout = RunEnvironment._start_rollout
+    add_train_workers = RunEnvironment.add_train_workers
+
+
+def test_as_many_rollouts_start_as_the_quota_allows() -> None:
+    async def story() -> None:
+        env = Items("b", "c", "d", "e", None)
+        env.backlog = ["a"]
+        env.quota = Quota(groups=3, oldest_version=0)
+        for _ in range(2):  # the second call finds the quota used up
+            await env.add_train_workers()
+            await asyncio.sleep(0)
+            assert env.started == ["a", "b", "c"] and env.quota.groups == 0
+        env.quota, env.max_num_workers = Quota(5, 0), 4
+        await env.add_train_workers()
+        assert len(env.workers) == 4
+        env.max_num_workers = 8
+        await env.add_train_workers()  # the environment has no further item
+        assert len(env.workers) == 5
+        tasks = list(env.workers)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(story())
 
 
 def test_a_python_group_of_arrays_becomes_the_record_that_json_would_become() -> None:

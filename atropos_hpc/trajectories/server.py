@@ -9,9 +9,6 @@ GET /health asks for the run's token.
 
 import argparse
 import asyncio
-import contextlib
-import ctypes
-import gc
 import logging
 import os
 import signal
@@ -54,9 +51,6 @@ CHUNK_BYTES = 1 << 20  # of an answer, between which other requests are served
 STATUS_S = 2.0  # between two updates of the queue depth in the member file
 BACKLOG = 1024  # connections that wait to be accepted
 CLOSE_S = 5.0  # for requests in progress at the end
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-MAX_MMAP_THRESHOLD = 32 << 20  # glibc's maximum
-GC_THRESHOLD = 10_000  # allocations between two collections: some dozens of requests
 EXAMPLE_FIELDS = (
     *("tokens", "masks", "scores", "generation_params", "messages", "images"),
     *OPTIONAL_ARRAYS,
@@ -341,25 +335,9 @@ async def serve(run: RunDir, node: str) -> None:
     await asyncio.to_thread(member.leave, **status())
 
 
-def reduce_memory_churn() -> None:
-    """Have glibc keep freed memory, and Python collect garbage less often.
-
-    Request bodies come and go; mapping each one's pages anew takes time, and so does scanning what
-    was imported. Together that is a sixth of the CPU time of a group.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 50)
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, MAX_MMAP_THRESHOLD)
-
-
 def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description: str) -> None:
     """Run the process of a trajectory server: this one, or Atropos' own."""
     process.die_with_parent(signal.SIGKILL)
-    reduce_memory_churn()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
