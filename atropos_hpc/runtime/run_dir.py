@@ -12,7 +12,6 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,86 +27,31 @@ OLD_LAYOUT = "0.1.0"  # the version whose run directories are refused
 TAIL_BYTES = 1 << 16  # the first read at a long file's end
 
 
-@dataclass(frozen=True)
 class RunDir:
-    """The layout of one run directory. Building it touches no file; `create` does."""
+    """The layout of one run directory. The constructor touches no file; `create` does."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_json = path / "run.json"  # contracts.run_info.RunInfo
+        self.lock = path / "lock"
+        self.holder = path / "holder.json"  # contracts.members.Holder
+        self.secret = path / "secret"
+        self.members = path / "rendezvous" / "members"
+        self.roster = path / "rendezvous" / "roster.json"
+        self.requests = path / "rendezvous" / "requests"
+        self.policy = path / "policy"
+        self.checkpoints = path / "checkpoints"
+        self.trajectories = path / "trajectories"
+        self.logs = path / "logs" / "latest"  # of the newest attempt, one file per process
+        self.metrics = path / "metrics.jsonl"  # one line per optimizer step
+        self.evaluations = path / "evaluations.jsonl"  # one line per held-out evaluation
+        self.activity = path / "activity.jsonl"  # what members did over time: observe/timeline.py
+        self.samples = path / "samples.jsonl"  # some trained sequences: observe/samples.py
+        self.done = path / "done.json"  # contracts.members.Done: the last step is durable
+        self.summary = path / "summary.json"
 
-    @property
-    def run_json(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock"
-
-    @property
-    def holder(self) -> Path:
-        """contracts.members.Holder."""
-        return self.path / "holder.json"
-
-    @property
-    def secret(self) -> Path:
-        return self.path / "secret"
-
-    @property
-    def members(self) -> Path:
-        return self.path / "rendezvous" / "members"
-
-    @property
-    def roster(self) -> Path:
-        return self.path / "rendezvous" / "roster.json"
-
-    @property
-    def requests(self) -> Path:
-        return self.path / "rendezvous" / "requests"
-
-    @property
-    def policy(self) -> Path:
-        return self.path / "policy"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def trajectories(self) -> Path:
-        return self.path / "trajectories"
-
-    @property
-    def logs(self) -> Path:
-        """The newest attempt's logs, one file per member."""
-        return self.path / "logs" / "latest"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON line per optimizer step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evaluations(self) -> Path:
-        """One JSON line per held-out evaluation."""
-        return self.path / "evaluations.jsonl"
-
-    @property
-    def activity(self) -> Path:
-        """What members did over time: observe/timeline.py."""
-        return self.path / "activity.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """A sample of the trained sequences: observe/samples.py."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def done(self) -> Path:
-        """Written by the learner when its last step is durable: the run is complete."""
-        return self.path / "done.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def __repr__(self) -> str:
+        return f"RunDir({self.path})"
 
     def create(self) -> None:
         """Make the directories (0700), the secret (0600) and the files that others poll.

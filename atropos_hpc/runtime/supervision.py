@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
 
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.process import Child, ProcessSpec
@@ -130,20 +129,6 @@ class NotReady(Exception):
     """A process cannot be started yet; the message says why."""
 
 
-class Startable(Protocol):
-    """The signature of `process.start`, for tests without processes."""
-
-    def __call__(
-        self,
-        name: str,
-        command: Sequence[str],
-        log: Path,
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        end_by: int = signal.SIGTERM,
-    ) -> Child: ...
-
-
 class ManagedProcess:
     """A unit that is started, watched and restarted as a whole: one process, or several such as the
     ranks of a learner.
@@ -213,7 +198,7 @@ class SupervisionEngine:
     progress: Callable[[], object] = lambda: None
     complete: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
-    starter: Startable = process.start
+    starter: Callable[..., Child] = process.start  # replaced in tests
     processes: list[ManagedProcess] = field(default_factory=list)
     _dumped_until: float = 0.0
 
