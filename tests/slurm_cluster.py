@@ -1,12 +1,14 @@
-"""A private Slurm cluster on this machine: several slurmd, a controller and munge of its own, all under one directory.
+"""A private Slurm cluster on this machine: slurmds, a controller and munge, in one directory.
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge (`make apt`); works as root and as a plain user. Nodes have fake CPUs and GPUs
-(links to /dev/null), and can be killed with everything on them, and started again. By hand:
+Needs Debian's slurmctld, slurmd, slurm-client and munge (`make apt`); works as root and as a plain
+user. Nodes have fake CPUs and GPUs (links to /dev/null). A node can be killed with everything on it
+and started again. By hand:
 
     python tests/slurm_cluster.py up DIR [NODES]     prints the line to evaluate: export SLURM_CONF=...
     python tests/slurm_cluster.py down DIR
 """
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -15,10 +17,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,20 +97,14 @@ class Cluster:
     # --- life
 
     def up(self) -> "Cluster":
-        """Start everything; returns when all nodes are idle. Raises RuntimeError with the controller's log otherwise."""
+        """Start everything and wait until all nodes are idle. Raises RuntimeError with the log."""
         missing = [name for name in PROGRAMS if shutil.which(name, path=self.env["PATH"]) is None]
         if missing:
             raise RuntimeError(
                 f"there is no {', '.join(missing)}: `make apt` installs Slurm and munge"
             )
-        for name in (
-            "run",
-            "state",
-            "log",
-            "munge",
-            "dev",
-            *(f"spool/{node}" for node in self.nodes),
-        ):
+        spools = (f"spool/{node}" for node in self.nodes)
+        for name in ("run", "state", "log", "munge", "dev", *spools):
             (self.home / name).mkdir(parents=True)
         self.home.chmod(0o755)
         (self.home / "munge").chmod(0o700)
@@ -123,11 +121,28 @@ class Cluster:
         (self.home / "gres.conf").write_text(
             f"NodeName={','.join(self.nodes)} Name=gpu File={self.home}/dev/nvidia[0-3]\n"
         )
-        self.conf.write_text(CONF.format(home=self.home, host=host, user=getpass.getuser(), ports=ports, nodes="\n".join(nodes),
-                                         preempt=self.preempt, grace_s=self.grace_s, more=self.more))  # fmt: skip
-        self.command("munged", "--force", f"--key-file={key}", f"--socket={self.home}/run/munge.sock", "--num-threads=4",
-                     f"--pid-file={self.home}/run/munged.pid", f"--log-file={self.home}/log/munged.log",
-                     f"--seed-file={self.home}/munge/seed")  # fmt: skip
+        self.conf.write_text(
+            CONF.format(
+                home=self.home,
+                host=host,
+                user=getpass.getuser(),
+                ports=ports,
+                nodes="\n".join(nodes),
+                preempt=self.preempt,
+                grace_s=self.grace_s,
+                more=self.more,
+            )
+        )
+        self.command(
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={self.home}/run/munge.sock",
+            "--num-threads=4",
+            f"--pid-file={self.home}/run/munged.pid",
+            f"--log-file={self.home}/log/munged.log",
+            f"--seed-file={self.home}/munge/seed",
+        )
         self.command("slurmctld", "-c", "-f", str(self.conf))
         for node in self.nodes:
             self.start_node(node)
@@ -199,16 +214,18 @@ class Cluster:
         self.command("slurmd", "-f", str(self.conf), "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """End a node's slurmd, its step daemons, and every process of a job on it, as a power cut would: all at once.
+        """Kill a node's slurmd, its step daemons and every process of a job on it at the same
+        moment, as a power failure would.
 
-        So all are stopped before the first is killed: an srun that sees another one die would still cancel its step on other nodes.
+        All are suspended before the first is killed: otherwise an srun that sees another process
+        die would cancel its step on other nodes.
         """
         pidfile = self.home / "run" / f"slurmd-{node}.pid"
         log = self.home / "log" / f"slurmd-{node}.log"
         stepds = [
-            pid
-            for pid in processes()
-            if _command(pid).startswith("slurmstepd") and log in _files(pid)
+            each.pid
+            for each in psutil.process_iter(["cmdline"])
+            if " ".join(each.info["cmdline"] or ()).startswith("slurmstepd") and _holds(each, log)
         ]
         doomed = [int(pidfile.read_text()), *stepds, *self.processes(node)]
         for number in (signal.SIGSTOP, signal.SIGKILL):
@@ -221,21 +238,18 @@ class Cluster:
     def processes(self, node: str | None = None) -> list[int]:
         """Pids of all processes of jobs, on one node or on all."""
         found = []
-        for pid in processes():
-            variables = _variables(pid)
-            ours = variables.get("SLURM_CONF") == str(self.conf) and pid != os.getpid()
-            if (
-                ours
-                and "SLURMD_NODENAME" in variables
-                and node in (None, variables["SLURMD_NODENAME"])
-            ):
-                found.append(pid)
+        for each in psutil.process_iter(["environ"]):
+            variables = each.info["environ"] or {}
+            of_cluster = variables.get("SLURM_CONF") == str(self.conf) and each.pid != os.getpid()
+            on_node = variables.get("SLURMD_NODENAME")
+            if of_cluster and on_node is not None and node in (None, on_node):
+                found.append(each.pid)
         return found
 
     # --- jobs
 
     def command(self, *words: str, timeout: float = 60) -> str:
-        """Output of one command against this cluster. Raises RuntimeError with what it said when it fails."""
+        """The output of a command on this cluster. Raises RuntimeError with its error output."""
         done = subprocess.run(
             words,
             env=self.env,
@@ -264,7 +278,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def skip_requeue_delay(self, number: str) -> None:
-        """Slurm lets a requeued job wait two minutes; make it eligible now, some seconds after it has become pending."""
+        """Make a requeued job eligible some seconds after it became pending, not after two minutes."""
         until(
             f"job {number} pending",
             lambda: self.job(number)["JobState"] == "PENDING",
@@ -291,7 +305,8 @@ class Cluster:
 def until(
     what: str, look: Callable[[], Any], seconds: float, story: Callable[[], str] = str
 ) -> Any:
-    """Wait for `look()` to give something true, and return it; AssertionError with the story when it doesn't in time."""
+    """Wait until `look()` returns something true, and return that. Raises AssertionError with the
+    story after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline, f"no {what} after {seconds} s:\n{story()}"
@@ -300,7 +315,7 @@ def until(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now, each another."""
+    """Different ports that are free now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -308,46 +323,15 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def processes() -> Iterator[int]:
-    yield from (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-
-
-def _command(pid: int) -> str:
-    try:
-        return (
-            Path(f"/proc/{pid}/cmdline")
-            .read_bytes()
-            .replace(b"\0", b" ")
-            .decode(errors="replace")
-            .strip()
-        )
-    except OSError:
-        return ""
-
-
-def _variables(pid: int) -> dict[str, str]:
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
-
-
-def _files(pid: int) -> list[Path]:
-    found = []
-    try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            found.append(entry.readlink())
-    except OSError:
-        pass
-    return found
-
-
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
+
+
+def _holds(process: psutil.Process, log: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(Path(file.path) == log for file in process.open_files())
+    return False
 
 
 def main(words: list[str]) -> int:

@@ -32,7 +32,7 @@ def require_slurm() -> None:
 
 
 def stand_in(directory: Path) -> list[str]:
-    """Overrides that put the stand-in in the place of both roles' Python, and an empty model in the place of a model."""
+    """Overrides that replace both roles' Python by the stand-in, and the model by an empty one."""
     python, model = directory / "python", directory / "model"
     if not python.exists():
         python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/slurm_stand_in.py "$@"\n')
@@ -49,10 +49,19 @@ def stand_in(directory: Path) -> list[str]:
 
 
 QUICK = [
-    "cluster.host=null", "cluster.shared=[/]", "evaluation.every=0", "evaluation.before=false", "evaluation.after=false",
-    "launch.backoff_s=0.5", "launch.grace_s=4", "launch.save_timeout_s=30", "launch.signal_s=40",
-    "trainer.checkpoint_every=5", "roles.trainer.mem=1G", "roles.rollout.mem=1G",
-]  # fmt: skip
+    "cluster.host=null",
+    "cluster.shared=[/]",
+    "evaluation.every=0",
+    "evaluation.before=false",
+    "evaluation.after=false",
+    "launch.backoff_s=0.5",
+    "launch.grace_s=4",
+    "launch.save_timeout_s=30",
+    "launch.signal_s=40",
+    "trainer.checkpoint_every=5",
+    "roles.trainer.mem=1G",
+    "roles.rollout.mem=1G",
+]
 
 
 class Submitted:
@@ -99,7 +108,7 @@ class Submitted:
         assert set(states.values()) == {"ended"}, f"{states}\n{self.story()}"
 
     def frees_memory(self) -> None:
-        """No node holds a copy of a policy version any more (agents of real runs remove those of killed ones)."""
+        """Assert that no node holds a copy of a policy version (agents remove those of killed ones)."""
         copies = [path for path in Path("/dev/shm").glob(f"{PREFIX}*") if not _held(path / LOCK)]
         assert not copies, f"policy versions were left in a node's memory: {copies}\n{self.story()}"
 
@@ -163,7 +172,7 @@ def submit(
 
 
 def submitted(cluster: Cluster, directory: Path, *overrides: str) -> Submitted:
-    """One point."""
+    """One point of a multirun."""
     submit(cluster, directory, *overrides)
     row = json.loads((directory / "jobs.json").read_text())[0]
     return Submitted(cluster, Path(row["run_dir"]), row["job"])

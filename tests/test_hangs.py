@@ -1,4 +1,7 @@
-"""A process that hangs is found, dumps its stack traces to its log and is killed; the log says who waits for whom."""
+"""A process that hangs dumps its stack traces to its log and is killed.
+
+The supervisor's log says who waits for whom.
+"""
 
 import os
 import sys

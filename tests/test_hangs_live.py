@@ -1,5 +1,7 @@
-"""A live run with the real parts, in which one member after the other is stopped for good: status and log name it within its deadline,
-it is ended and started again, and the run goes on to its end. Deadlines are those of every run, so this takes minutes: ATROPOS_HPC_LONG=1.
+"""A live run with the real parts, in which one member after the other is suspended for good.
+
+Status and log name it within its deadline, it is killed and restarted, and the run goes on to its
+end. The deadlines are those of every run, so this takes minutes: ATROPOS_HPC_LONG=1.
 """
 
 import os
@@ -20,23 +22,27 @@ from atropos_hpc.runtime.membership import BEAT_S, DEAD_S
 from atropos_hpc.runtime.run_dir import read_json
 
 pytestmark = [
-    pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(1800),
-    pytest.mark.skipif(not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it"),
-]  # fmt: skip
-SLACK_S = 20.0  # for looks that come now and then, on a busy machine
+    pytest.mark.verl,
+    pytest.mark.run,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it"
+    ),
+]
+SLACK_S = 20.0  # for polling intervals, on a busy machine
 
 
 def test_whoever_is_stopped_is_named_ended_and_started_again(tmp_path: Path) -> None:
     started = Started(tmp_path, 1_000_000, "launch.restarts=20")
     try:
         started.step(3)
-        for member, told_by in (
+        for member, reporter in (
             ("environment", "agent-0"),
             ("trainer", "supervisor"),
             ("trajectories", "supervisor"),
             ("agent", "supervisor"),
         ):
-            stop_and_follow(started, member, told_by)
+            stop_and_follow(started, member, reporter)
         stop_the_engine_and_follow(started)
         started.process.send_signal(signal.SIGTERM)
         assert started.end() == 75, started.story()
@@ -56,8 +62,9 @@ def goes_on(started: Started) -> None:
     started.step(len(started.steps()) + 2)
 
 
-def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
-    """SIGSTOP to the member of that kind: shown as silent once it counts as dead, and ended HUNG_S later."""
+def stop_and_follow(started: Started, kind: str, reporter: str) -> None:
+    """Suspend the member of that kind: it is shown as silent once it counts as dead, and killed
+    HUNG_S later."""
     name = next(
         m.member.name
         for m in status.read_status(started.run.path).members
@@ -65,7 +72,7 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
     )
     pid, before = (
         started.pid(kind),
-        started.log(told_by).count(f"{name} has sent no heartbeat for too long"),
+        started.log(reporter).count(f"{name} has sent no heartbeat for too long"),
     )
     os.kill(pid, signal.SIGSTOP)
     since = time.monotonic()
@@ -77,14 +84,15 @@ def stop_and_follow(started: Started, kind: str, told_by: str) -> None:
         )
 
     within(started, f"{name} in status", shown, since, BEAT_S + DEAD_S)
-    told = lambda: started.log(told_by).count(f"{name} has sent no heartbeat for too long") > before  # noqa: E731
-    within(started, f"{name} in the log", told, since, BEAT_S + DEAD_S + HUNG_S)
+    silent = f"{name} has sent no heartbeat for too long"
+    logged = lambda: started.log(reporter).count(silent) > before  # noqa: E731
+    within(started, f"{name} in the log", logged, since, BEAT_S + DEAD_S + HUNG_S)
     started.until(f"the end of {name}", lambda: not Path(f"/proc/{pid}").exists(), 60)
     goes_on(started)
 
 
 def stop_the_engine_and_follow(started: Started) -> None:
-    """SIGSTOP to vLLM's engine, behind a server that still answers /health."""
+    """Suspend vLLM's engine, behind a server that still answers /health."""
     server = started.pid("server-0-0")
     (engine,) = engines(server)
     agent = started.run.members / "agent-rollout0-0.json"
@@ -99,11 +107,11 @@ def stop_the_engine_and_follow(started: Started) -> None:
         "server-0-0 has not answered for",
         "server-0-0 is stuck: ",
     )  # in the middle of a push, or not
-    told = lambda: any(each in started.log("agent-0") for each in said)  # noqa: E731
+    logged = lambda: any(each in started.log("agent-0") for each in said)  # noqa: E731
     within(
         started,
         "the server in the log",
-        told,
+        logged,
         since,
         max(UNHEALTHY_S + 2 * PROBE_EVERY_S, PROMPT_S),
     )

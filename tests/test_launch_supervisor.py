@@ -1,4 +1,4 @@
-"""The supervisor with real processes, and no learner, server or Slurm: small programs end as the real ones do."""
+"""The supervisor with real processes: small programs that end as the real ones do."""
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""No orphan process, ever: whoever dies, and how."""
+"""No process outlives its parent, however the parent ends."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from atropos_hpc.runtime import process
 SLEEPER = "import time; time.sleep(600)"
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -40,20 +40,22 @@ def test_end_takes_the_whole_group_also_from_one_that_ignores_term(tmp_path: Pat
     child = process.start(
         "stubborn", [sys.executable, "-c", textwrap.dedent(program)], tmp_path / "log"
     )
-    assert until(lambda: (tmp_path / "log").read_text().strip() != "")
+    assert wait_until(lambda: (tmp_path / "log").read_text().strip() != "")
     grandchild = int((tmp_path / "log").read_text())
     process.end([child], 0.2)
-    assert child.poll() == -signal.SIGKILL and until(lambda: gone(grandchild))
+    assert child.poll() == -signal.SIGKILL and wait_until(lambda: gone(grandchild))
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    bind = "from atropos_hpc.runtime import process; import signal, time; process.die_with_parent(signal.SIGKILL)"
-    bound = f"{bind}; print('bound', flush=True); time.sleep(600)"
+    bind = "import signal, time; from atropos_hpc.runtime import process"
+    bound = f"{bind}; process.die_with_parent(signal.SIGKILL); print('bound', flush=True)"
+    bound += "; time.sleep(600)"
     program = f"""
         import sys, time
         from pathlib import Path
         from atropos_hpc.runtime import process
-        child = process.start("child", [sys.executable, "-c", {bound!r}], Path({str(tmp_path / "log")!r}))
+        command, log = [sys.executable, "-c", {bound!r}], Path({str(tmp_path / "log")!r})
+        child = process.start("child", command, log)
         print(child.pid, flush=True)
         time.sleep(600)
     """
@@ -62,14 +64,14 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    assert until(lambda: "bound" in (tmp_path / "log").read_text())
+    assert wait_until(lambda: "bound" in (tmp_path / "log").read_text())
     parent.kill()
     parent.wait()
-    assert until(lambda: gone(child))
+    assert wait_until(lambda: gone(child))
 
 
-def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
-    """Slurm signals every process of a step, and the agent asks its children besides."""
+def test_a_second_signal_does_not_interrupt_the_cleanup(tmp_path: Path) -> None:
+    """Slurm signals every process of a step, and the agent signals its children as well."""
     program = """
         import asyncio
         from atropos_hpc.runtime import process
@@ -87,9 +89,9 @@ def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
     child = process.start(
         "member", [sys.executable, "-c", textwrap.dedent(program)], log, end_by=process.END_TASKS
     )
-    assert until(lambda: "working" in log.read_text())
+    assert wait_until(lambda: "working" in log.read_text())
     child.ask_to_end()
-    assert until(lambda: "tidying" in log.read_text())
+    assert wait_until(lambda: "tidying" in log.read_text())
     child.signal(signal.SIGTERM)
     assert child.process.wait(30) == 0 and log.read_text().split() == [
         "working",
@@ -100,10 +102,11 @@ def test_asked_twice_a_member_still_tidies_up(tmp_path: Path) -> None:
 
 
 def test_a_child_leaves_the_signal_for_tasks_to_its_parent(tmp_path: Path) -> None:
-    program = "from atropos_hpc.runtime import process; import time; process.die_with_parent(); print('bound', flush=True); time.sleep(600)"
+    program = "from atropos_hpc.runtime import process; import time; process.die_with_parent()"
+    program += "; print('bound', flush=True); time.sleep(600)"
     log = tmp_path / "log"
     child = process.start("member", [sys.executable, "-c", program], log, end_by=process.END_TASKS)
-    assert until(lambda: "bound" in log.read_text())
+    assert wait_until(lambda: "bound" in log.read_text())
     child.ask_to_end()
     time.sleep(0.5)
     assert child.poll() is None
@@ -118,7 +121,8 @@ def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None
         from atropos_hpc.runtime import process
         process.adopt_orphans()
         orphan = "subprocess.Popen([sys.executable, '-c', {SLEEPER!r}], start_new_session=True)"
-        middle = "import subprocess, sys, time; print(" + orphan + ".pid, flush=True); time.sleep(600)"
+        middle = "import subprocess, sys, time; print(" + orphan + ".pid, flush=True)"
+        middle += "; time.sleep(600)"
         log = Path({str(tmp_path / "log")!r})
         child = process.start("middle", [sys.executable, "-c", middle], log)
         while not log.read_text().strip():
@@ -136,10 +140,10 @@ def test_orphans_of_a_killed_child_are_adopted_and_ended(tmp_path: Path) -> None
         check=True,
     ).stdout
     ended, _, orphan = out.strip().rpartition(" ")
-    assert ended == f"[{orphan}]" and until(lambda: gone(int(orphan)))
+    assert ended == f"[{orphan}]" and wait_until(lambda: gone(int(orphan)))
 
 
-def test_output_goes_to_the_log_and_its_end_can_be_told(tmp_path: Path) -> None:
+def test_output_goes_to_the_log_whose_end_can_be_read(tmp_path: Path) -> None:
     child = process.start(
         "talker", [sys.executable, "-c", "for i in range(30): print('line', i)"], tmp_path / "log"
     )

@@ -1,6 +1,7 @@
-"""Whole runs of the real command, with real vLLM, verl and an Atropos environment: what is killed comes back, and the run ends well.
+"""Whole runs of the real command, with real vLLM, verl and an Atropos environment.
 
-The base model is made once per machine (the cache keeps it); every run here takes a few steps only.
+Killed processes are restarted, and the runs end with success. The base model is made once per
+machine and cached; every run takes a few steps only.
 """
 
 import os
@@ -53,7 +54,7 @@ def assert_complete(started: Started, steps: int) -> None:
 
 
 def assert_the_story_can_be_read(started: Started, killed: str) -> None:
-    """What people look at afterwards, on what a real run has left: the status, the page, what the policy said."""
+    """Check what users read afterwards: the status, the report, the samples."""
     found = status.read_status(started.run.path)
     assert (
         found.state == "complete"
@@ -201,7 +202,7 @@ def test_two_of_everything_strictly_on_policy_with_evaluations(
 def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(
     start: Callable[..., Started],
 ) -> None:
-    """In float32, a learning rate this small moves a per cent of the weights at a step; an ordinary one all of them."""
+    """In float32, so small a learning rate changes one per cent of the weights per step."""
     small_steps = ["trainer.learning_rate=1e-10", "staleness.max=0", "rollout.servers=2"]
     started = start(8, "policy.sync=delta", "policy.anchor_every=4", "policy.keep=6", *small_steps)
     started.step(3)
@@ -227,7 +228,7 @@ def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:
 def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
-    """With a model that knows nothing: every answer is wrong, which shows the way of the problems, not learning."""
+    """With an untrained model: every answer is wrong, so this tests the data path, not learning."""
     import torch
 
     from atropos_hpc.environments.make_base import make_model, make_tokenizer
@@ -237,9 +238,17 @@ def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(
     model.config.max_position_embeddings = 1024
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    started = start(2, "environment=gsm8k", "environment.config.dataset=null", "environment.config.max_tokens=16",
-                    "+environment.config.ensure_scores_are_not_same=false", "environment.group_size=4", "algorithm.batch_size=16",
-                    f"model.path={tmp_path / 'model'}", "model.max_length=1024")  # fmt: skip
+    started = start(
+        2,
+        "environment=gsm8k",
+        "environment.config.dataset=null",
+        "environment.config.max_tokens=16",
+        "+environment.config.ensure_scores_are_not_same=false",
+        "environment.group_size=4",
+        "algorithm.batch_size=16",
+        f"model.path={tmp_path / 'model'}",
+        "model.max_length=1024",
+    )
     assert_complete(started, 2)
     assert all(line["reward"] == 0 and line["trained_tokens"] > 0 for line in scalars(started.run))
 
@@ -265,10 +274,19 @@ def demo_model(tmp_path: Path) -> str:
 
 
 def test_several_environments_share_a_run(start: Callable[..., Started], demo_model: str) -> None:
-    """Sizes of groups that differ, and a floor under the one that has the smaller weight. The second has nothing to evaluate."""
+    """With different group sizes, and a minimum share for the environment with the smaller weight.
+
+    The second environment has nothing to evaluate.
+    """
     other = f"target: {PACKAGE_HOME / 'tests' / 'kinds_env.py'}:KindsEnv, weight: 0.25, min_batch_allocation: 0.25, group_size: 4"
-    started = start(6, demo_model, f"+more_environments={{kinds: {{{other}}}}}", "algorithm.batch_size=128", "evaluation.after=true",
-                    "environment.config.eval_problems=100")  # fmt: skip
+    started = start(
+        6,
+        demo_model,
+        f"+more_environments={{kinds: {{{other}}}}}",
+        "algorithm.batch_size=128",
+        "evaluation.after=true",
+        "environment.config.eval_problems=100",
+    )
     assert_complete(started, 6)
     lines = scalars(started.run)
     assert all(line["sequences/environment"] + line["sequences/kinds"] == 128 for line in lines)
@@ -289,7 +307,7 @@ def test_several_environments_share_a_run(start: Callable[..., Started], demo_mo
 def test_an_environment_of_the_users_own_runs_unmodified(
     start: Callable[..., Started], demo_model: str
 ) -> None:
-    """It asks in every way there is, over several turns with a tool's tokens between them, which must not be trained."""
+    """It uses every generation API, over several turns with untrained tool tokens in between."""
     target = PACKAGE_HOME / "tests" / "kinds_env.py"
     started = start(
         2,

@@ -27,15 +27,45 @@ def lines(text: str) -> list[list[str]]:
 
 
 def test_a_het_script_has_the_trainer_first_and_each_components_own_resources() -> None:
-    config = composed("launch=het", "roles.trainer.nodes=2", "roles.trainer.ranks_per_node=4", "roles.trainer.gpus_per_node=4",
-                      "roles.trainer.partition=a100", "roles.rollout.nodes=3", "roles.rollout.gres=gpu:l40:2", "roles.rollout.mem=64G",
-                      "cluster.partition=gpu", "cluster.account=me", "+roles.rollout.sbatch.exclude=n7")  # fmt: skip
+    config = composed(
+        "launch=het",
+        "roles.trainer.nodes=2",
+        "roles.trainer.ranks_per_node=4",
+        "roles.trainer.gpus_per_node=4",
+        "roles.trainer.partition=a100",
+        "roles.rollout.nodes=3",
+        "roles.rollout.gres=gpu:l40:2",
+        "roles.rollout.mem=64G",
+        "cluster.partition=gpu",
+        "cluster.account=me",
+        "+roles.rollout.sbatch.exclude=n7",
+    )
     text = sbatch.script(config, "/out/%j.log", "python -m app", "kl-1")
     trainer, rollout = lines(text)
-    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=a100", "--account=me", "--no-kill", "--job-name=kl-1",
-            "--dependency=singleton", "--requeue", "--signal=B:USR2@180", "--time=60", "--output=/out/%j.log"} <= set(trainer)  # fmt: skip
-    assert {"--nodes=3", "--ntasks-per-node=1", "--gres=gpu:l40:2", "--partition=gpu", "--mem=64G", "--exclude=n7", "--no-kill",
-            "--job-name=kl-1.rollout"} <= set(rollout)  # fmt: skip
+    assert {
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "--partition=a100",
+        "--account=me",
+        "--no-kill",
+        "--job-name=kl-1",
+        "--dependency=singleton",
+        "--requeue",
+        "--signal=B:USR2@180",
+        "--time=60",
+        "--output=/out/%j.log",
+    } <= set(trainer)
+    assert {
+        "--nodes=3",
+        "--ntasks-per-node=1",
+        "--gres=gpu:l40:2",
+        "--partition=gpu",
+        "--mem=64G",
+        "--exclude=n7",
+        "--no-kill",
+        "--job-name=kl-1.rollout",
+    } <= set(rollout)
     assert "--dependency=singleton" not in rollout and not any(
         option.startswith("--gpus") for option in rollout
     )
@@ -54,9 +84,17 @@ def test_a_component_may_only_outlive_a_node_where_slurm_can_do_it() -> None:
 
 
 def test_a_single_job_has_the_widest_of_everything() -> None:
-    config = composed("launch=single", "roles.trainer.ranks_per_node=2", "roles.trainer.cpus_per_task=6", "roles.rollout.nodes=2",
-                      "roles.rollout.cpus_per_task=8", "roles.rollout.gpus_per_node=4", "roles.trainer.gpus_per_node=2",
-                      "roles.trainer.mem=900M", "roles.rollout.mem=1G")  # fmt: skip
+    config = composed(
+        "launch=single",
+        "roles.trainer.ranks_per_node=2",
+        "roles.trainer.cpus_per_task=6",
+        "roles.rollout.nodes=2",
+        "roles.rollout.cpus_per_task=8",
+        "roles.rollout.gpus_per_node=4",
+        "roles.trainer.gpus_per_node=2",
+        "roles.trainer.mem=900M",
+        "roles.rollout.mem=1G",
+    )
     (options,) = lines(sbatch.script(config, "o", "c"))
     assert {
         "--nodes=3",
@@ -93,9 +131,16 @@ SITES = {
     "site", sorted(path.stem for path in (hydra_api.CONFIGS / "cluster").glob("*.yaml"))
 )
 def test_every_site_renders(site: str) -> None:
-    config = composed(f"cluster={site}", "launch=het", "roles.trainer.gpus_per_node=2", "roles.rollout.gpus_per_node=2",
-                      "roles.trainer.constraint=a100", "roles.rollout.constraint=a100", "roles.rollout.container=image",
-                      "roles.rollout.python=python3")  # fmt: skip
+    config = composed(
+        f"cluster={site}",
+        "launch=het",
+        "roles.trainer.gpus_per_node=2",
+        "roles.rollout.gpus_per_node=2",
+        "roles.trainer.constraint=a100",
+        "roles.rollout.constraint=a100",
+        "roles.rollout.container=image",
+        "roles.rollout.python=python3",
+    )
     for component in lines(sbatch.script(config, "o", "c")):
         assert set(SITES[site]) <= set(component)
         assert site != "site_constraint" or not any("gpu" in option for option in component)
@@ -117,10 +162,23 @@ def test_every_site_renders(site: str) -> None:
 
 
 def test_steps_name_their_nodes_counts_and_addresses() -> None:
-    config = composed("launch=het", "roles.trainer.nodes=2", "roles.trainer.ranks_per_node=4", "roles.trainer.cpus_per_task=6",
-                      "roles.rollout.nodes=2", "roles.rollout.cpus_per_task=12", "roles.rollout.srun=[--exact]")  # fmt: skip
-    env = {"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2", "SLURM_JOB_NODELIST_HET_GROUP_0": "a b", "SLURM_JOB_NODELIST_HET_GROUP_1": "c d",
-           "SLURM_JOB_ID_HET_GROUP_0": "7", "SLURM_JOB_ID_HET_GROUP_1": "8"}  # fmt: skip
+    config = composed(
+        "launch=het",
+        "roles.trainer.nodes=2",
+        "roles.trainer.ranks_per_node=4",
+        "roles.trainer.cpus_per_task=6",
+        "roles.rollout.nodes=2",
+        "roles.rollout.cpus_per_task=12",
+        "roles.rollout.srun=[--exact]",
+    )
+    env = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "a b",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "c d",
+        "SLURM_JOB_ID_HET_GROUP_0": "7",
+        "SLURM_JOB_ID_HET_GROUP_1": "8",
+    }
     allocations = sbatch.allocated_nodes(config, env, str.split)
     addresses = {name: f"10.0.0.{i}" for i, name in enumerate("abcd")}
     built = SlurmSteps(config, Path("/run"), allocations, addresses, Path("/logs"))
@@ -269,8 +327,14 @@ def test_points_composed_in_short_are_what_hydra_composes() -> None:
     from omegaconf import OmegaConf
 
     hydra_api.register()
-    common = [hydra_api.DEMO, "run_dir=/runs", "launch=het", "+roles.trainer.sbatch.exclusive=true", "trainer.steps=7",
-              "environment.config={eval_problems: 3}"]  # fmt: skip
+    common = [
+        hydra_api.DEMO,
+        "run_dir=/runs",
+        "launch=het",
+        "+roles.trainer.sbatch.exclusive=true",
+        "trainer.steps=7",
+        "environment.config={eval_problems: 3}",
+    ]
     sweeps = [
         [
             ["algorithm.kl_coef=0.5", "seed=3"],

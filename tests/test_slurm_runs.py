@@ -1,5 +1,7 @@
-"""Runs in Slurm jobs, on a private cluster of several nodes that can be killed. The roles' programs are stand-ins, so that a case takes
-seconds; test_slurm_training.py has the same with the real ones.
+"""Runs in Slurm jobs, on a private cluster of several nodes that can be killed.
+
+The roles' programs are stand-ins, so a case takes seconds; test_slurm_training.py does the same with
+the real ones.
 """
 
 import itertools
@@ -40,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(whole: Cluster) -> Iterator[Cluster]:
-    """The cluster with all nodes up and nothing in the queue."""
+    """The cluster, with all nodes up and an empty queue."""
     yield whole
     whole.clear()
 
@@ -148,8 +150,11 @@ def test_the_het_template_with_two_trainer_nodes(cluster: Cluster, tmp_path: Pat
         *stand_in(tmp_path),
     ]
     template = (Path(__file__).parent.parent / "slurm" / "het_grpo.sbatch").read_text()
-    (tmp_path / "two.sbatch").write_text(template.replace("#SBATCH --nodes=1", "#SBATCH --nodes=2\n#SBATCH --mem=1G", 1).replace(
-        "#SBATCH --cpus-per-task=8", "#SBATCH --cpus-per-task=2\n#SBATCH --mem=1G"))  # fmt: skip
+    (tmp_path / "two.sbatch").write_text(
+        template.replace("#SBATCH --nodes=1", "#SBATCH --nodes=2\n#SBATCH --mem=1G", 1).replace(
+            "#SBATCH --cpus-per-task=8", "#SBATCH --cpus-per-task=2\n#SBATCH --mem=1G"
+        )
+    )
     job = sbatch(cluster, tmp_path, str(tmp_path / "two.sbatch"), *overrides)
     run = Submitted(cluster, tmp_path / "run", job)
     run.completes(10)
@@ -205,10 +210,24 @@ def test_the_split_templates_meet_in_the_run_directory(cluster: Cluster, tmp_pat
 
 
 def test_the_sweep_template_submits_from_a_job(cluster: Cluster, tmp_path: Path) -> None:
-    overrides = ["seed=0", "algorithm.kl_coef=0,0.1", "trainer.steps=3", "roles.trainer.mem=1G", "roles.rollout.mem=1G",
-                 "cluster.shared=[/]"]  # fmt: skip
-    sbatch(cluster, tmp_path, "sweep_kl.sbatch", f"run_dir={tmp_path / 'sweep'}", *overrides, *evaluations_off(), *stand_in(tmp_path),
-           options=("--mem=1G",))  # fmt: skip
+    overrides = [
+        "seed=0",
+        "algorithm.kl_coef=0,0.1",
+        "trainer.steps=3",
+        "roles.trainer.mem=1G",
+        "roles.rollout.mem=1G",
+        "cluster.shared=[/]",
+    ]
+    sbatch(
+        cluster,
+        tmp_path,
+        "sweep_kl.sbatch",
+        f"run_dir={tmp_path / 'sweep'}",
+        *overrides,
+        *evaluations_off(),
+        *stand_in(tmp_path),
+        options=("--mem=1G",),
+    )
     rows = until(
         "two points",
         lambda: len(found := read_json(tmp_path / "sweep" / "jobs.json")) == 2 and found,
@@ -299,7 +318,8 @@ def test_the_warning_before_the_time_limit_comes_in_time(cluster: Cluster, tmp_p
     run = submitted(
         cluster, tmp_path / "sweep", "trainer.steps=400", "launch.minutes=1", *stand_in(tmp_path)
     )
-    # Slurm looks at its clock now and then only, so that the warning may come up to a minute before its time: here soon after the start
+    # Slurm checks time limits every minute or so, so the warning may come up to a minute early:
+    # here soon after the start.
     until(
         "Slurm's warning", lambda: "Slurm takes the nodes" in run.log("supervisor"), 150, run.story
     )
@@ -312,8 +332,16 @@ def test_the_warning_before_the_time_limit_comes_in_time(cluster: Cluster, tmp_p
 
 
 def test_requeues_without_progress_are_limited(cluster: Cluster, tmp_path: Path) -> None:
-    run = submitted(cluster, tmp_path / "sweep", "trainer.steps=300", "trainer.checkpoint_every=300", "launch.requeues=0",
-                    "launch.save_timeout_s=0.1", "launch.grace_s=0.1", *stand_in(tmp_path))  # fmt: skip
+    run = submitted(
+        cluster,
+        tmp_path / "sweep",
+        "trainer.steps=300",
+        "trainer.checkpoint_every=300",
+        "launch.requeues=0",
+        "launch.save_timeout_s=0.1",
+        "launch.grace_s=0.1",
+        *stand_in(tmp_path),
+    )
     run.reach(2)
     cluster.command("scancel", "--batch", "--signal=USR2", run.job)
     run.is_requeued()

@@ -1,5 +1,7 @@
-"""status, report, stop and resume of runs in Slurm jobs, on a private cluster: what Slurm says of a job and what its directory says make
-one story. The roles' programs are stand-ins, so that a case takes seconds.
+"""status, report, stop and resume of runs in Slurm jobs, on a private cluster.
+
+They combine the state of a job in Slurm with its run directory. The roles' programs are stand-ins,
+so a case takes seconds.
 """
 
 import json
@@ -26,7 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def tool(cluster: Cluster, *words: str) -> str:
-    """What a command prints on the cluster's login node."""
+    """The output of a command on the cluster's login node."""
     command = [sys.executable, "-m", "atropos_hpc.cli", *words]
     done = subprocess.run(
         command, env=cluster.env, capture_output=True, text=True, timeout=120, check=False

@@ -1,7 +1,8 @@
-"""Training in Slurm jobs with the real parts, vLLM, verl and an Atropos environment, on a private cluster.
+"""Training in Slurm jobs with real vLLM, verl and an Atropos environment, on a private cluster.
 
-Every start of the real parts takes a good part of a minute on two CPUs, so that several faults share a run, and the cases that start them
-again and again are for ATROPOS_HPC_LONG=1 only. test_slurm_runs.py has each of them in seconds, with stand-ins for the roles' programs.
+A start of the real parts takes most of a minute on two CPUs. So several faults share a run, and the
+cases with many restarts need ATROPOS_HPC_LONG=1. test_slurm_runs.py has each case in seconds, with
+stand-ins for the roles' programs.
 """
 
 import json
@@ -41,7 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def clear(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, with all nodes up and nothing in the queue again when the test is over."""
+    """The cluster, with all nodes up and an empty queue before and after the test."""
     yield cluster
     cluster.clear()
 
@@ -51,7 +52,7 @@ def saved(run: Submitted) -> int:
 
 
 def preempt(cluster: Cluster, run: Submitted, *options: str) -> None:
-    """Have a more important job take the run's nodes for a moment."""
+    """Let a job of higher priority take the run's nodes for a moment."""
     important = cluster.command(
         "sbatch", "--parsable", "-p", "high", "--exclusive", *options, "--wrap", "sleep 1"
     )
@@ -69,8 +70,16 @@ def preempt(cluster: Cluster, run: Submitted, *options: str) -> None:
 def test_a_sweep_over_the_kl_coefficient(cluster: Cluster, tmp_path: Path) -> None:
     """Three points, one trainer node with two ranks and one rollout node each, one at a time."""
     sweep = tmp_path / "sweep"
-    overrides = ["algorithm.kl_coef=0,0.001,0.01", "hydra.launcher.slots=1", "roles.trainer.ranks_per_node=2", "trainer.steps=4",
-                 "evaluation.after=true", "environment.config.eval_problems=100", *SMALL[:2], *SMALL[3:]]  # fmt: skip
+    overrides = [
+        "algorithm.kl_coef=0,0.001,0.01",
+        "hydra.launcher.slots=1",
+        "roles.trainer.ranks_per_node=2",
+        "trainer.steps=4",
+        "evaluation.after=true",
+        "environment.config.eval_problems=100",
+        *SMALL[:2],
+        *SMALL[3:],
+    ]
     submit(cluster, sweep, *overrides)
     rows = json.loads((sweep / "jobs.json").read_text())
     points = [Submitted(cluster, Path(row["run_dir"]), row["job"]) for row in rows]
@@ -123,7 +132,7 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(
 
 
 def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) -> None:
-    """The rank inside its allocation, then `scancel --batch --signal=USR2`: one job, requeued once, one W&B run."""
+    """The rank in its allocation, then by `scancel --batch --signal=USR2`: one job, one W&B run."""
     run = submitted(
         clear,
         tmp_path / "sweep",
@@ -151,18 +160,25 @@ def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) 
     } == {identity}
 
 
-# --- the long ones: every fault in the middle of a run that then ends, and what its policy has come to
+# --- long cases: every fault in the middle of a run, and the accuracy of the final policy
 
 STEPS = 80
-BEHIND = 0.05  # of an undisturbed run's accuracy; each is measured on 1000 problems, with a standard error of 0.012
-TO_THE_END = [f"trainer.steps={STEPS}", "evaluation.every=0", "evaluation.before=false", "evaluation.after=true", "cluster.shared=[/]",
-              "roles.rollout.cpus_per_task=4"]  # fmt: skip
+# Below an undisturbed run's accuracy; measured on 1000 problems, with a standard error of 0.012.
+BEHIND = 0.05
+TO_THE_END = [
+    f"trainer.steps={STEPS}",
+    "evaluation.every=0",
+    "evaluation.before=false",
+    "evaluation.after=true",
+    "cluster.shared=[/]",
+    "roles.rollout.cpus_per_task=4",
+]
 APART = ["+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusive=true"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Held-out accuracy after STEPS steps of a run that nothing befalls."""
+    """Held-out accuracy after STEPS steps of a run without faults."""
     run = submitted(cluster, tmp_path_factory.mktemp("undisturbed") / "sweep", *TO_THE_END)
     run.completes(STEPS, seconds=500)
     return accuracy(run)
@@ -177,7 +193,8 @@ def accuracy(run: Submitted) -> float:
 
 
 def assert_it_ends_as_without(run: Submitted, attempts: int, undisturbed: float) -> None:
-    """Every step once, every batch once, nothing left; and the policy is as good as that of a run without faults."""
+    """Assert that each step and batch was made once, no process is left, and the policy is as good
+    as without faults."""
     run.completes(STEPS, attempts=attempts, seconds=500)
     assert sum(line["sequences"] for line in scalars(run.run)) == STEPS * 256
     assert accuracy(run) > undisturbed - BEHIND
@@ -213,8 +230,14 @@ def test_het_loses_a_rollout_node_then_its_leader(
 def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemption(
     clear: Cluster, tmp_path: Path, undisturbed: float
 ) -> None:
-    roles = ["launch=split", "roles.trainer.partition=sudden", "roles.rollout.partition=main", "roles.rollout.nodes=2",
-             "+roles.trainer.sbatch.nodelist=n0", *APART]  # fmt: skip
+    roles = [
+        "launch=split",
+        "roles.trainer.partition=sudden",
+        "roles.rollout.partition=main",
+        "roles.rollout.nodes=2",
+        "+roles.trainer.sbatch.nodelist=n0",
+        *APART,
+    ]
     spare = clear.command(
         "sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=n3", "--wrap", "sleep 3600"
     )
