@@ -69,9 +69,9 @@ class SingleTurnEnv(BaseEnv):
             {"eval/percent_correct": percent_correct}, start_time=start, end_time=time.time()
         )
 
-    async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
+    async def wandb_log(self, wandb_metrics: dict[str, object] | None = None) -> None:
         """Log the metrics since the last call."""
-        metrics = dict(wandb_metrics or {}) | dict(self.eval_metrics)
+        metrics: dict[str, object] = {**(wandb_metrics or {}), **dict(self.eval_metrics)}
         if self.rewards:
             metrics["train/percent_correct"] = sum(self.rewards) / len(self.rewards)
         self.rewards, self.eval_metrics = [], []

@@ -21,17 +21,10 @@ import msgspec
 import orjson
 from atroposlib.envs.base import BaseEnv
 
+from atropos_hpc.contracts import messages
 from atropos_hpc.contracts.group import encode_group, group_bytes
 from atropos_hpc.contracts.members import EnvironmentState, Wait
-from atropos_hpc.contracts.messages import (
-    EnvironmentRegistered,
-    EnvironmentRegistration,
-    EnvironmentStatus,
-    Quota,
-    ServerInfo,
-    StatusRequest,
-)
-from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup
+from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
 from atropos_hpc.rollout.server_pool import Pool
 from atropos_hpc.rollout.stamping import record_generations, recorded, stamp
@@ -76,14 +69,10 @@ class RunEnvironment(BaseEnv):
     ) -> None:
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
-        self.http = HttpClient(
-            self._trajectory_server,
-            token,
-            member=member,
-        )
+        self.http = HttpClient(self._trajectory_server, token, member=member)
         self.member, self.counts = member, Counts()
         self.label = label  # written into each group, in a run with several environments
-        self.quota: Quota | None = None  # None: Atropos' own server, which computes none
+        self.quota: messages.Quota | None = None  # None: Atropos' own server, which computes none
         self._token = token
         self._outages_seen = 0
         self._sends: set[asyncio.Task[None]] = set()
@@ -146,11 +135,8 @@ class RunEnvironment(BaseEnv):
     def _start_rollout(self, item: Any) -> None:
         item_uuid = str(uuid.uuid4())
         worker = asyncio.create_task(self.handle_env(item_uuid))
-        self.running_items[item_uuid] = {
-            "item": item,
-            "worker": worker,
-            "start_time": time.time(),
-        }
+        running = {"item": item, "worker": worker, "start_time": time.time()}
+        self.running_items[item_uuid] = running
         self.workers.add(worker)
 
         def finished(worker: asyncio.Task[Any]) -> None:
@@ -161,7 +147,7 @@ class RunEnvironment(BaseEnv):
 
         worker.add_done_callback(finished)
 
-    def _show_idle(self, quota: Quota) -> None:
+    def _show_idle(self, quota: messages.Quota) -> None:
         """Show what this worker waits for, if it has had no rollout for a while."""
         if quota.groups or self.workers:
             self._idle_since = None
@@ -216,10 +202,10 @@ class RunEnvironment(BaseEnv):
             raise RuntimeError(f"trajectory server refused {path} with {answer.status}: {text}")
         return msgspec.json.decode(answer.body, type=into)
 
-    async def _register_env(self) -> dict[str, Any]:
+    async def _register_env(self) -> JsonObject:
         """Try to register once; BaseEnv repeats it until a trainer is there."""
         config = self.config
-        message = EnvironmentRegistration(
+        message = messages.EnvironmentRegistration(
             max_token_length=config.max_token_length,
             desired_name=config.wandb_name,
             weight=config.inference_weight,
@@ -227,7 +213,7 @@ class RunEnvironment(BaseEnv):
             min_batch_allocation=config.min_batch_allocation,
             member=self.member.name,
         )
-        answer = await self._call("POST", "/register-env", message, EnvironmentRegistered)
+        answer = await self._call("POST", "/register-env", message, messages.EnvironmentRegistered)
         if answer is None:
             return {"status": "error of the trajectory server"}
         registered = answer.status == "success"
@@ -242,7 +228,7 @@ class RunEnvironment(BaseEnv):
         self._early = asyncio.create_task(self._start_early())
 
     async def _take_server_info(self) -> None:
-        info = await self._call("GET", "/info", None, ServerInfo)
+        info = await self._call("GET", "/info", None, messages.ServerInfo)
         if info is not None and info.batch_size != -1:
             self.config.batch_size = info.batch_size
         if info is not None and info.max_token_len != -1:
@@ -253,12 +239,12 @@ class RunEnvironment(BaseEnv):
                 f"algorithm.batch_size={self.config.batch_size}: no batch could hold a group"
             )
 
-    async def _request_status(self) -> EnvironmentStatus:
+    async def _request_status(self) -> messages.EnvironmentStatus:
         """Report, and register again if the server was away or no longer knows this worker."""
         while True:
             in_flight = len(self.workers) * self.config.group_size
-            report = StatusRequest(self.env_id, in_flight, self.pool.served_version())
-            status = await self._call("GET", "/status-env", report, EnvironmentStatus)
+            report = messages.StatusRequest(self.env_id, in_flight, self.pool.served_version())
+            status = await self._call("GET", "/status-env", report, messages.EnvironmentStatus)
             if status is not None and self.http.outages == self._outages_seen:
                 return status
             outages = self.http.outages
@@ -307,7 +293,7 @@ class RunEnvironment(BaseEnv):
         send.add_done_callback(self._sends.discard)
         await asyncio.shield(send)
 
-    async def _send(self, groups: list[dict[str, Any]]) -> None:
+    async def _send(self, groups: list[JsonObject]) -> None:
         """Encode and post groups, retrying while the server is away.
 
         It posts only while registered: Atropos' own server breaks on a group that arrives before
@@ -340,7 +326,7 @@ class RunEnvironment(BaseEnv):
         else:
             self.counts.sent += len(groups)
 
-    def _post(self, groups: list[dict[str, Any]], records: list[Record]) -> Request:
+    def _post(self, groups: list[JsonObject], records: list[Record]) -> Request:
         """Build the request, with this worker's current env_id."""
         env_id = getattr(self, "env_id", None)
         if records:
@@ -366,7 +352,7 @@ class RunEnvironment(BaseEnv):
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._sends, return_exceptions=True)
         if getattr(self, "env_id", None) is not None:
-            goodbye = msgspec.json.encode(StatusRequest(self.env_id))
+            goodbye = msgspec.json.encode(messages.StatusRequest(self.env_id))
             try:
                 await self.http.send(
                     Request("POST", "/disconnect-env", goodbye), patience_s=LEAVE_PATIENCE_S

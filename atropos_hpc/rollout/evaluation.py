@@ -135,7 +135,7 @@ class Evaluator:
         self.conf = config.evaluation
         self.last = config.trainer.steps
 
-    def build(self) -> dict[str, Any]:
+    def build(self) -> Mapping[str, Any]:
         """Build each environment, by its key. Raises TargetError."""
         from atropos_hpc.rollout import env_loader
 
@@ -182,7 +182,7 @@ class Evaluator:
         self.member.update_if_changed(state="idle")
         self.member.show_wait(Wait(what, from_whom, time.time()))
 
-    async def evaluate_all(self, envs: dict[str, Any], version: int) -> None:
+    async def evaluate_all(self, envs: Mapping[str, Any], version: int) -> None:
         """Evaluate all environments and append the line.
 
         A failed evaluation is reported in the line, and not repeated.

@@ -20,18 +20,8 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from atropos_hpc.contracts import messages
 from atropos_hpc.contracts.members import TrajectoriesState
-from atropos_hpc.contracts.messages import (
-    AcknowledgeQuery,
-    EnvironmentRegistration,
-    ErrorBody,
-    LeaseQuery,
-    Registration,
-    StatusRequest,
-    Stored,
-    decode_body,
-    decode_query,
-)
 from atropos_hpc.contracts.scored_group import OPTIONAL_ARRAYS, RequestError
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE
 from atropos_hpc.runtime import process
@@ -74,14 +64,19 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
             get("/wandb_info", without_body(service.wandb_info)),
             get("/status", without_body(service.status)),
             get("/latest_example", without_body(lambda: service.latest_example() or NO_EXAMPLE)),
-            get("/status-env", with_body(StatusRequest, service.environment_status)),
+            get("/status-env", with_body(messages.StatusRequest, service.environment_status)),
             get("/reset_data", routes.reset_data),
             get("/batch", routes.batch),
             get("/lease", routes.lease),
             post("/ack", routes.acknowledge),
-            post("/register", with_body(Registration, service.register)),
-            post("/register-env", with_body(EnvironmentRegistration, service.register_environment)),
-            post("/disconnect-env", with_body(StatusRequest, service.disconnect_environment)),
+            post("/register", with_body(messages.Registration, service.register)),
+            post(
+                "/register-env",
+                with_body(messages.EnvironmentRegistration, service.register_environment),
+            ),
+            post(
+                "/disconnect-env", with_body(messages.StatusRequest, service.disconnect_environment)
+            ),
             post("/scored_data", routes.scored_data),
             post("/scored_data_list", routes.scored_data_list),
         ]
@@ -125,7 +120,7 @@ class Routes:
                 count,
                 detail,
             )
-        response = json_response(ErrorBody(detail), status)
+        response = json_response(messages.ErrorBody(detail), status)
         if status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
@@ -134,18 +129,20 @@ class Routes:
         """Make a handler that decodes the body as `kind` and answers with the method's result."""
 
         async def handle(request: web.Request) -> web.Response:
-            return json_response(await method(decode_body(await self.bodies.read(request), kind)))
+            return json_response(
+                await method(messages.decode_body(await self.bodies.read(request), kind))
+            )
 
         return handle
 
     async def scored_data(self, request: web.Request) -> web.Response:
         """POST /scored_data: one group."""
         await self._store(request, many=False)
-        return json_response(Stored("received"))
+        return json_response(messages.Stored("received"))
 
     async def scored_data_list(self, request: web.Request) -> web.Response:
         """POST /scored_data_list: groups."""
-        return json_response(Stored("received", await self._store(request, many=True)))
+        return json_response(messages.Stored("received", await self._store(request, many=True)))
 
     async def _store(self, request: web.Request, many: bool) -> int:
         limits = self.service.limits()
@@ -174,7 +171,7 @@ class Routes:
 
     async def lease(self, request: web.Request) -> web.StreamResponse:
         """GET /lease: the records of one rank's groups, or 204 if they are not there in time."""
-        places = await self.service.lease(decode_query(request.query, LeaseQuery))
+        places = await self.service.lease(messages.decode_query(request.query, messages.LeaseQuery))
         if places is None:
             return web.Response(status=204)
         length = sum(place.size for place in places)
@@ -193,7 +190,7 @@ class Routes:
 
     async def acknowledge(self, request: web.Request) -> web.Response:
         """POST /ack."""
-        query = decode_query(request.query, AcknowledgeQuery)
+        query = messages.decode_query(request.query, messages.AcknowledgeQuery)
         return json_response(await self.service.acknowledge(query.batch))
 
     async def reset_data(self, request: web.Request) -> web.Response:

@@ -14,21 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from atropos_hpc.contracts import messages
 from atropos_hpc.contracts.group import UNLIMITED, Limits
-from atropos_hpc.contracts.messages import (
-    Acknowledged,
-    Disconnected,
-    EnvironmentRegistered,
-    EnvironmentRegistration,
-    EnvironmentStatus,
-    LeaseQuery,
-    Registered,
-    Registration,
-    ServerInfo,
-    ServerStatus,
-    StatusRequest,
-    WandbInfo,
-)
 from atropos_hpc.contracts.scored_group import RequestError
 from atropos_hpc.contracts.wal_record import EVENT, GROUP, SNAPSHOT, Header, Record
 from atropos_hpc.trajectories import events
@@ -132,15 +119,15 @@ class Service:
 
     # --- trainers
 
-    async def register(self, registration: Registration) -> Registered:
+    async def register(self, registration: messages.Registration) -> messages.Registered:
         """Register a trainer, or update its registration. The queue stays."""
         async with self._deciding:
             await self._commit(events.TrainerRegistered(registration))
         self._retire()
         self._wake_leases()
-        return Registered(uuid.uuid4().int >> 65)
+        return messages.Registered(uuid.uuid4().int >> 65)
 
-    async def lease(self, query: LeaseQuery) -> list[Place] | None:
+    async def lease(self, query: messages.LeaseQuery) -> list[Place] | None:
         """Return where this rank's groups of the batch are, None if it is not there in time.
 
         The answer is the same until the batch is acknowledged. A batch that is formed now leaves
@@ -211,7 +198,7 @@ class Service:
         await self._commit(events.GroupsDropped(stale, oldest, sequences))
         self._retire()
 
-    async def acknowledge(self, batch: int) -> Acknowledged:
+    async def acknowledge(self, batch: int) -> messages.Acknowledged:
         """Forget all batches up to this one: they are part of a durable checkpoint."""
         if batch >= self.state.next_batch:
             coming = self.state.next_batch
@@ -219,7 +206,7 @@ class Service:
         if any(number <= batch for number in self.state.batches):
             await self._commit(events.BatchesAcknowledged(batch))
             self._retire()
-        return Acknowledged("ok", len(self.state.batches))
+        return messages.Acknowledged("ok", len(self.state.batches))
 
     async def batch(self) -> list[Place] | None:
         """Return the next batch, for trainers of Atropos' protocol.
@@ -248,16 +235,18 @@ class Service:
 
     # --- environments
 
-    async def register_environment(self, request: EnvironmentRegistration) -> EnvironmentRegistered:
+    async def register_environment(
+        self, request: messages.EnvironmentRegistration
+    ) -> messages.EnvironmentRegistered:
         """Register an environment. A member that registers again keeps its env_id and name."""
         state = self.state
         if state.registration is None or not state.started:
-            return EnvironmentRegistered("wait for trainer to start")
+            return messages.EnvironmentRegistered("wait for trainer to start")
         async with self._deciding:
             environment = self._environment_of(request)
             await self._commit(events.EnvironmentAdded(environment))
             self.pacing.connect(environment.env_id, time.monotonic())
-        return EnvironmentRegistered(
+        return messages.EnvironmentRegistered(
             "success",
             env_id=environment.env_id,
             wandb_name=environment.real_name,
@@ -267,7 +256,7 @@ class Service:
             num_steps=state.registration.num_steps,
         )
 
-    def _environment_of(self, request: EnvironmentRegistration) -> Environment:
+    def _environment_of(self, request: messages.EnvironmentRegistration) -> Environment:
         name, known = request.desired_name or "environment", self.state.environments
         same = [e for e in known if e.member is not None and e.member == request.member]
         number = sum(e.desired_name == name for e in known)
@@ -282,7 +271,9 @@ class Service:
             member=request.member,
         )
 
-    async def environment_status(self, request: StatusRequest) -> EnvironmentStatus:
+    async def environment_status(
+        self, request: messages.StatusRequest
+    ) -> messages.EnvironmentStatus:
         """Take an environment's report, and return its status and quota."""
         now = time.monotonic()
         if request.env_id not in self.pacing.presence:
@@ -291,12 +282,14 @@ class Service:
         self.pacing.report(request, now)
         return self.pacing.status(request.env_id, now)
 
-    async def disconnect_environment(self, request: StatusRequest) -> Disconnected:
+    async def disconnect_environment(
+        self, request: messages.StatusRequest
+    ) -> messages.Disconnected:
         """Note that an environment is gone."""
         if request.env_id not in self.pacing.presence:
-            return Disconnected("failure", f"env_id {request.env_id} is not registered")
+            return messages.Disconnected("failure", f"env_id {request.env_id} is not registered")
         self.pacing.presence[request.env_id].heard = None
-        return Disconnected("success")
+        return messages.Disconnected("success")
 
     def limits(self) -> Limits:
         """Return the limits of groups. Raises RequestError (503) if the queue is full."""
@@ -349,11 +342,11 @@ class Service:
 
     # --- queries
 
-    def status(self) -> ServerStatus:
+    def status(self) -> messages.ServerStatus:
         """Return how much is where."""
         state = self.state
         counted = [n for status, n in self.rejections.items() if status not in NOT_COUNTED]
-        return ServerStatus(
+        return messages.ServerStatus(
             current_step=state.next_batch,
             queue_size=len(state.queue),
             queued_groups=len(state.queue),
@@ -366,19 +359,19 @@ class Service:
             refused=sum(counted),
         )
 
-    def info(self) -> ServerInfo:
+    def info(self) -> messages.ServerInfo:
         """Return the answer to /info."""
         registration = self.state.registration
         if registration is None:
-            return ServerInfo(-1, -1)
-        return ServerInfo(registration.batch_size, registration.max_token_len)
+            return messages.ServerInfo(-1, -1)
+        return messages.ServerInfo(registration.batch_size, registration.max_token_len)
 
-    def wandb_info(self) -> WandbInfo:
+    def wandb_info(self) -> messages.WandbInfo:
         """Return the answer to /wandb_info."""
         registration = self.state.registration
         if registration is None:
-            return WandbInfo(None, None)
-        return WandbInfo(registration.wandb_group, registration.wandb_project)
+            return messages.WandbInfo(None, None)
+        return messages.WandbInfo(registration.wandb_group, registration.wandb_project)
 
     def latest_example(self) -> bytes | None:
         """Return the latest group as JSON; None if there is none, or its segment is gone."""
