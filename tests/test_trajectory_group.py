@@ -196,6 +196,12 @@ def test_nan_in_free_form_fields_becomes_null():
     assert got.generation_params == {"temperature": None, "group_id": "x", "deep": [{"x": None}]}
 
 
+def test_what_json_cannot_hold_is_refused_by_field():
+    for value in ({"x": "\ud800"}, {"x": 2**70}):
+        with pytest.raises(RequestError, match="generation_params"):
+            ScoredGroup.from_python(group(1, generation_params=value))
+
+
 def test_whole_numbers_may_be_written_as_floats():
     assert through(
         {"tokens": [[1.0, 2]], "masks": [[-100.0, 2.0]], "scores": [1]}

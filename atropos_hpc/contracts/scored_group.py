@@ -55,19 +55,20 @@ class ScoredGroup(Struct):
         for name in ("tokens", "masks", "scores"):
             if group.get(name) is None:
                 raise RequestError(422, f"{name}: missing")
-        values: JsonObject = {
-            name: group.get(name) for name in ("tokens", "masks", "scores", *OPTIONAL_ARRAYS)
-        }
+        arrays = ("tokens", "masks", "scores", *OPTIONAL_ARRAYS)
+        values: JsonObject = {name: group.get(name) for name in arrays}
         for name in FREE_FORM_FIELDS:
             if group.get(name) is not None:
-                values[name] = Raw(
-                    orjson.dumps(
-                        group[name],
-                        default=_to_builtin,
-                        option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS,
-                    )
-                )
+                values[name] = Raw(_to_json(group[name], name))
         return cls(**values)
+
+
+def _to_json(value: Any, name: str) -> bytes:
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+    try:
+        return orjson.dumps(value, default=_to_builtin, option=options)
+    except TypeError as error:
+        raise RequestError(422, f"{name}: cannot be written as JSON: {error}") from None
 
 
 def _to_builtin(value: Any) -> Any:

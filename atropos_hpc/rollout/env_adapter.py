@@ -38,7 +38,7 @@ SHOW_WAIT_S = 1.0  # without a rollout, before a worker shows what it waits for
 REPORT_S = 1.0  # between two updates of the member file
 RATE_S = 10.0  # over which tokens per second are averaged
 RETRY_S = 0.5
-LEAVE_PATIENCE_S = 2.0  # for the goodbye at the end
+LEAVE_PATIENCE_S = 2.0  # for /disconnect-env at the end
 
 M = TypeVar("M", bound=msgspec.Struct)
 
@@ -352,11 +352,10 @@ class RunEnvironment(BaseEnv):
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._sends, return_exceptions=True)
         if getattr(self, "env_id", None) is not None:
-            goodbye = msgspec.json.encode(messages.StatusRequest(self.env_id))
+            body = msgspec.json.encode(messages.StatusRequest(self.env_id))
+            disconnect = Request("POST", "/disconnect-env", body)
             try:
-                await self.http.send(
-                    Request("POST", "/disconnect-env", goodbye), patience_s=LEAVE_PATIENCE_S
-                )
+                await self.http.send(disconnect, patience_s=LEAVE_PATIENCE_S)
             except TimeoutError as error:
                 log.warning("%s", error)
         await self.http.close()

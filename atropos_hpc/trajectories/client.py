@@ -177,7 +177,7 @@ class UpstreamClient(TrajectoryClient):
         """Do nothing: the server forgets a batch when it serves it."""
 
     def status(self) -> ServerStatus:
-        """Return what Atropos' server tells: its step and queue."""
+        """Return the step and the queue of Atropos' server; it counts nothing else."""
         answer = msgspec.json.decode(self.call("GET", "/status").body, type=dict[str, int])
         step, queued = answer["current_step"], answer["queue_size"]
         return ServerStatus(step, queued, queued, 0, step, 0, 0, 0, 0, 0)
