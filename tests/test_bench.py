@@ -7,12 +7,8 @@ from bench.trajectories import SEQUENCES, body, numbered, own_server, push_and_p
 
 def test_the_trajectory_server_is_measured(tmp_path: Path) -> None:
     template = body(SEQUENCES, 16)
+    bodies = [numbered(template, number) for number in range(16)]
     with own_server(tmp_path) as server:
-        assert (
-            push_and_pull(
-                server, [numbered(template, number) for number in range(16)], gzipped=False
-            )
-            > 0
-        )
+        assert push_and_pull(server, bodies, {}) > 0
         waits, taken = waits_of_others(server, template)
         assert waits and taken > 0

@@ -141,6 +141,6 @@ def test_an_agent_leaves_at_term(tmp_path: Path, program: list[str]) -> None:
         time.sleep(0.5)  # its handler of TERM
         assert isinstance(member_of(run, "agent-n0-0"), AgentState)
         child.signal(signal.SIGTERM)
-        assert code_of(child, run) == process.DONE
+        assert code_of(child, run) == process.STOPPED
     member = member_of(run, "agent-n0-0")
     assert member.state == "ended" and json.loads(path.read_text())["servers"] == []
