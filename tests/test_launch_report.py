@@ -45,7 +45,7 @@ def trained(row: SweepPoint, steps: int, reward: float, accuracy: float | None =
         ("RUNNING", None, 3, "running"),  # a run that was complete at 3 steps, and goes on to 4
     ],
 )
-def test_states(
+def test_the_state_follows_from_job_attempt_and_done_file(
     tmp_path: Path, queue: str | None, outcome: str | None, done: int | None, expected: str
 ) -> None:
     row = point(tmp_path, 0)
@@ -74,7 +74,7 @@ def test_reward_and_kl_are_means_over_the_last_tenth_of_the_steps(tmp_path: Path
     )
 
 
-def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highest_reward(
+def test_the_best_point_has_the_highest_accuracy_or_else_reward(
     tmp_path: Path,
 ) -> None:
     rows = [point(tmp_path, num) for num in range(3)]
@@ -89,7 +89,7 @@ def test_the_best_is_that_of_the_highest_accuracy_and_failing_that_of_the_highes
     assert lines[2].startswith("best  1") and "b=1" in lines[2] and "a=1" not in report.table(found)
 
 
-def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -> None:
+def test_the_command_reads_a_sweep_and_refuses_other_directories(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "atropos_hpc.cli", "report"]
     nothing = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert nothing.returncode == 2 and "neither a run's directory nor a sweep's" in nothing.stderr
@@ -104,7 +104,7 @@ def test_the_command_reads_a_sweep_and_says_when_there_is_none(tmp_path: Path) -
     assert len(shown) == 1 and shown[0]["accuracy"] == 0.7 and shown[0]["best"] is True
 
 
-def test_a_point_of_a_sweep_is_known_by_its_own_directory_too(tmp_path: Path) -> None:
+def test_a_point_s_own_directory_shows_its_row_of_the_sweep(tmp_path: Path) -> None:
     rows = [point(tmp_path, num, job=str(num)) for num in range(2)]
     for row in rows:
         write_json(Path(row.run_dir) / "run.json", {"id": "x"})

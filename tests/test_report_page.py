@@ -77,7 +77,7 @@ def drawn(directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
     return (out / "report.html").read_text(), sizes
 
 
-def test_a_run_s_page_stands_alone_and_marks_what_was_started_again(tmp_path: Path) -> None:
+def test_a_run_s_page_needs_no_other_file_and_marks_restarts(tmp_path: Path) -> None:
     run = made(tmp_path / "run", lost_s=100.0)
     append_record(run.activity, RestartMark(1e9 + 55, "server-0-0"))
     page, sizes = drawn(run.path)
@@ -121,7 +121,7 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_that_has_hardly_begun_has_a_page_too(tmp_path: Path, steps: int) -> None:
+def test_a_run_with_few_steps_has_a_page(tmp_path: Path, steps: int) -> None:
     run = made(tmp_path / "run", steps=steps)
     if not steps:
         run.evaluations.unlink()
@@ -129,7 +129,7 @@ def test_a_run_that_has_hardly_begun_has_a_page_too(tmp_path: Path, steps: int) 
     assert ("nothing to draw" in page) == (steps == 0)
 
 
-def test_a_directory_that_cannot_be_written_to_is_told_and_another_one_can_be_named(
+def test_an_unwritable_directory_is_reported_and_another_can_be_named(
     tmp_path: Path,
 ) -> None:
     run = made(tmp_path / "run")
@@ -144,7 +144,7 @@ def test_a_directory_that_cannot_be_written_to_is_told_and_another_one_can_be_na
     assert (tmp_path / "elsewhere" / "report.html").exists()
 
 
-def test_the_learner_s_time_is_shared_out_among_its_phases(tmp_path: Path) -> None:
+def test_the_learner_s_time_is_divided_among_its_phases(tmp_path: Path) -> None:
     run = history.read(made(tmp_path / "run", lost_s=100.0).path)
     edges = np.linspace(1e9, 1e9 + 40 * STEP_S + 100, 51)
     shares = history.phase_shares(run, edges)

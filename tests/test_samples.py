@@ -54,7 +54,9 @@ def group(model: Path, answers: dict[str, float]) -> Group:
     )
 
 
-def test_the_best_and_the_worst_of_a_group_now_and_then(run: RunDir, tmp_path: Path) -> None:
+def test_the_best_and_the_worst_of_a_group_are_sampled_at_due_versions(
+    run: RunDir, tmp_path: Path
+) -> None:
     metrics = MetricsWriter(run, [], resume_at=0)
     one = group(tmp_path / "model", {"640": 1.0, "641": 0.0, "649": 0.5})
     for version in range(12):
@@ -75,7 +77,9 @@ def test_the_best_and_the_worst_of_a_group_now_and_then(run: RunDir, tmp_path: P
     assert {sample.version for sample in read_records(run.samples, Sample)} == {0, 5}
 
 
-def test_the_command_shows_them_and_says_when_there_is_none(run: RunDir, tmp_path: Path) -> None:
+def test_the_command_shows_samples_and_reports_when_there_are_none(
+    run: RunDir, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "atropos_hpc.cli", "samples", str(run.path)]
     nothing = subprocess.run(command, capture_output=True, text=True, check=False)
     assert nothing.returncode == 1 and "has no samples yet" in nothing.stderr
@@ -93,7 +97,7 @@ def test_without_a_tokenizer_the_token_ids_are_shown(run: RunDir, tmp_path: Path
     assert all(isinstance(token, int) for token in samples.read(run, None, 1)[0].completion)
 
 
-def test_no_run_is_a_readable_refusal(tmp_path: Path) -> None:
+def test_commands_refuse_a_directory_that_is_no_run(tmp_path: Path) -> None:
     for command in ("samples", "logs", "stop", "resume"):
         done = subprocess.run(
             [sys.executable, "-m", "atropos_hpc.cli", command, str(tmp_path)],

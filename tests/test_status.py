@@ -68,7 +68,7 @@ def shown(run: RunDir) -> dict[str, Any]:
     return found
 
 
-def test_a_running_one(tmp_path: Path) -> None:
+def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
     append_record(run.evaluations, Evaluation(4, accuracy=0.5, sequences=10))
     servers = [
@@ -121,7 +121,7 @@ def test_a_running_one(tmp_path: Path) -> None:
     trainer.leave()
 
 
-def test_one_whose_processes_are_gone_is_lost_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_run_without_processes_is_lost_and_says_how_to_resume(tmp_path: Path) -> None:
     died = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"],
         capture_output=True,
@@ -140,7 +140,7 @@ def test_one_whose_processes_are_gone_is_lost_and_says_how_to_go_on(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("silent_s", "state"), [(0.0, "running"), (DEAD_S + 5, "lost")])
-def test_one_on_another_machine_is_judged_by_its_roster(
+def test_a_run_on_another_host_is_judged_by_the_age_of_its_roster(
     tmp_path: Path, silent_s: float, state: str
 ) -> None:
     run = made(tmp_path, pid=1, host="elsewhere")
@@ -151,7 +151,7 @@ def test_one_on_another_machine_is_judged_by_its_roster(
 @pytest.mark.parametrize(
     ("outcome", "state"), [("stop", "stopped"), ("fail", "failed"), ("requeue", "requeued")]
 )
-def test_one_that_has_ended_says_how(tmp_path: Path, outcome: str, state: str) -> None:
+def test_an_ended_run_shows_its_outcome(tmp_path: Path, outcome: str, state: str) -> None:
     run = made(tmp_path)
     write_struct(run.logs / "attempt.json", ended(outcome))
     assert shown(run)["state"] == state
@@ -159,7 +159,7 @@ def test_one_that_has_ended_says_how(tmp_path: Path, outcome: str, state: str) -
     assert shown(run)["state"] == "complete"
 
 
-def test_one_that_has_no_step_yet(tmp_path: Path) -> None:
+def test_a_run_without_a_step_is_starting(tmp_path: Path) -> None:
     run = made(tmp_path, trained=0, pid=os.getpid())
     run.run_json.unlink()  # it comes once the base model is made
     found = shown(run)
@@ -202,9 +202,7 @@ def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["status", "report"])
-def test_what_is_neither_a_run_nor_a_sweep_is_refused(
-    tmp_path: Path, make: Any, says: str, command: str
-) -> None:
+def test_other_directories_are_refused(tmp_path: Path, make: Any, says: str, command: str) -> None:
     make(tmp_path / "it")
     done = subprocess.run(
         [*COMMAND, command, str(tmp_path / "it")], capture_output=True, text=True, check=False
@@ -212,7 +210,7 @@ def test_what_is_neither_a_run_nor_a_sweep_is_refused(
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_of_many_members_those_are_shown_that_need_a_look(tmp_path: Path) -> None:
+def test_of_many_members_only_those_in_trouble_are_shown(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
     now = time.time()
     for index in range(200):
@@ -261,7 +259,7 @@ def test_the_live_screen_ends_with_ctrl_c(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 5000])
-def test_the_last_lines_of_a_file_whatever_its_length(tmp_path: Path, length: int) -> None:
+def test_the_last_records_of_files_of_any_length(tmp_path: Path, length: int) -> None:
     path = tmp_path / "lines.jsonl"
     lines = [StepMetrics(n, n, 0, 0.0, 1.0, {"x" * (n % 300): 1.0}, {}) for n in range(length)]
     path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines) + b'{"torn')
@@ -294,7 +292,7 @@ def test_login_commands_import_nothing_heavy(tmp_path: Path) -> None:
     )
 
 
-def test_a_step_with_an_evaluation_in_it_does_not_move_the_end(tmp_path: Path) -> None:
+def test_one_slow_step_does_not_change_the_estimated_end(tmp_path: Path) -> None:
     seconds = {3: 100.0}
     lines = [StepMetrics(n, n, 0, 0.0, seconds.get(n, 1.0), {}, {}) for n in range(1, 6)]
     assert (

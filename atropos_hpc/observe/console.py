@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from rich.console import Console as Terminal
 from rich.logging import RichHandler
@@ -22,10 +21,10 @@ from rich.table import Table
 from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, Summary
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, decode_records
+from atropos_hpc.runtime.run_dir import RunDir, last_records, read_records
 
-T = TypeVar("T")
-
+LOOK_S = 0.5
+RECENT = 10  # evaluations that a look reads
 PLAIN_INTERVAL_S = 10.0  # between plain progress lines
 METRICS = (
     ("reward", "reward", ".3f"),
@@ -38,45 +37,15 @@ OUTCOMES: dict[str, str] = {
     "fail": "failed",
     "requeue": "saved; Slurm starts it again",
 }
-SUMMARY_ROWS = [
-    "accuracy_before",
-    "accuracy_after",
-    "steps",
-    "sequences",
-    "tokens",
-    "wall_s",
-    "restarts",
-]
-
-
-class Tail(Generic[T]):
-    """Read the new whole lines of a growing JSON-lines file. Starts over if the file shrank."""
-
-    def __init__(self, path: Path, kind: type[T]) -> None:
-        self.path, self.kind, self._offset = path, kind, 0
-
-    def read(self) -> list[T]:
-        try:
-            with self.path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:
-                    self._offset = 0
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data.rpartition(b"\n")[0]
-        self._offset += len(whole) + 1 if whole else 0
-        return decode_records(self.path, whole.splitlines(), self.kind)
+SUMMARY_ROWS = "accuracy_before accuracy_after steps sequences tokens wall_s restarts"
 
 
 class Console:
     """The live view of one run."""
 
     def __init__(self, run: RunDir, steps: int) -> None:
-        self.steps = steps
+        self.run, self.steps = run, steps
         self.terminal = Terminal(stderr=True)
-        self.metrics = Tail(run.metrics, StepMetrics)
-        self.evaluations = Tail(run.evaluations, Evaluation)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -88,7 +57,8 @@ class Console:
             disable=not self.terminal.is_terminal,
         )
         self.task = self.progress.add_task("starting", total=steps, metrics="")
-        self._next_plain, self._last_plain = 0.0, ""
+        self._next_look, self._next_plain, self._last_plain = 0.0, 0.0, ""
+        self._evaluated = {line.version for line in read_records(run.evaluations, Evaluation)}
 
     @contextmanager
     def logging_to(self, path: Path) -> Iterator[None]:
@@ -115,24 +85,34 @@ class Console:
                 handler.close()
 
     def show(self, members: Mapping[str, AnyMember]) -> None:
-        """Update the view."""
-        for evaluation in self.evaluations.read():
-            _log_evaluation(evaluation)
-        lines = self.metrics.read()
-        if lines:
-            last = lines[-1]
+        """Update the view, at most once per LOOK_S."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_S
+        self._log_evaluations()
+        if lines := last_records(self.run.metrics, StepMetrics, 1):
+            last = lines[0]
+            values = [(label, last.get(name), form) for label, name, form in METRICS]
             shown = [
-                f"{label} {value:{form}}"
-                for label, name, form in METRICS
-                if (value := last.get(name)) is not None
+                f"{label} {value:{form}}" for label, value, form in values if value is not None
             ]
             metrics = "  ".join([*shown, f"s/step {last.step_s:.2f}"])
             self.progress.update(
                 self.task, description="training", completed=last.step, metrics=metrics
             )
             self._log_plain(f"step {last.step}/{self.steps}  {metrics}")
-        elif not self.progress.tasks[0].completed:
+        else:
             self._log_plain(_starting(members))
+
+    def _log_evaluations(self) -> None:
+        log = logging.getLogger("atropos_hpc.evaluation")
+        for line in last_records(self.run.evaluations, Evaluation, RECENT):
+            if line.version not in self._evaluated:
+                self._evaluated.add(line.version)
+                result = line.error or "no accuracy"
+                if line.accuracy is not None:
+                    result = f"{line.accuracy:.3f} on {line.sequences} held-out problems"
+                log.info("policy version %d: accuracy %s", line.version, result)
 
     def _log_plain(self, line: str) -> None:
         """Log a progress line every few seconds where there is no terminal to draw on."""
@@ -144,21 +124,13 @@ class Console:
 
     def end(self, outcome: str, summary: Summary) -> None:
         """Print how the run ended."""
+        self._log_evaluations()
         table = Table(title=f"run {OUTCOMES[outcome]}", show_header=False)
-        for name in SUMMARY_ROWS:
+        for name in SUMMARY_ROWS.split():
             value = getattr(summary, name)
             form = ".3f" if isinstance(value, float) else ","
             table.add_row(name, "-" if value is None else format(value, form))
         self.terminal.print(table)
-
-
-def _log_evaluation(evaluation: Evaluation) -> None:
-    if evaluation.accuracy is None:
-        result = evaluation.error or "no accuracy"
-    else:
-        result = f"{evaluation.accuracy:.3f} on {evaluation.sequences} held-out problems"
-    log = logging.getLogger("atropos_hpc.evaluation")
-    log.info("policy version %d: accuracy %s", evaluation.version, result)
 
 
 def _starting(members: Mapping[str, AnyMember]) -> str:

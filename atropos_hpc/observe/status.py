@@ -37,15 +37,7 @@ from atropos_hpc.observe import report
 from atropos_hpc.runtime.membership import DEAD_S
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
-KINDS = [
-    "supervisor",
-    "rollout_job",
-    "trajectories",
-    "trainer",
-    "agent",
-    "environment",
-    "evaluator",
-]
+KINDS = "supervisor rollout_job trajectories trainer agent environment evaluator"  # in order
 WARNINGS = 6
 LOGS_BYTES = 1 << 20  # read from all logs together
 LOG_BYTES = 1 << 16  # read from one, at most

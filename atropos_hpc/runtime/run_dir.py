@@ -249,16 +249,15 @@ def read_records(path: Path, kind: type[T]) -> list[T]:
     Skips lines that are not JSON: a crash or a full disk leaves them. Raises Unreadable when a line
     is JSON but does not match the struct.
     """
-    return decode_records(path, _read_bytes(path).split(b"\n"), kind)
+    return _decoded(path, _read_bytes(path).split(b"\n"), kind)
 
 
 def last_records(path: Path, kind: type[T], count: int) -> list[T]:
     """Decode the last `count` JSON lines of a file, reading only its end; see `read_records`."""
-    return decode_records(path, _last_whole_lines(path, count), kind)[-count:]
+    return _decoded(path, _last_whole_lines(path, count), kind)[-count:]
 
 
-def decode_records(path: Path, lines: Iterable[bytes], kind: type[T]) -> list[T]:
-    """Decode JSON lines of the file `path`, as `read_records` does."""
+def _decoded(path: Path, lines: Iterable[bytes], kind: type[T]) -> list[T]:
     decoder, records = msgspec.json.Decoder(kind), []
     for line in lines:
         try:
