@@ -108,7 +108,7 @@ def test_killed_members_come_back_one_after_another(start: Callable[..., Started
     for victim, noted_in in VICTIMS.values():
         kind, log = victim.partition("-")[0], started.log(noted_in)
         assert re.search(rf"{kind}\S* was killed by SIGKILL", log), log
-    assert "continuing from checkpoint" in started.log("trainer-0")
+    assert "resuming from checkpoint" in started.log("trainer-0")
     assert read_json(started.run.summary)["restarts"] == 3  # by the supervisor
     assert_the_records_are_complete(started, "trainer-trainer0-0")
     assert_the_trackers_show_one_run(started)
