@@ -287,6 +287,12 @@ class PolicyConf:
         "first, or abort them",
         choices=("keep", "wait", "abort"),
     )
+    kv: str = key(
+        "keep",
+        "KV cache over an update: keep it, although older weights computed it, or recompute it by "
+        "prefilling the requests in flight again",
+        choices=("keep", "recompute"),
+    )
     poll_s: float = key(0.5, "interval at which node agents look for new versions, seconds", gt=0)
     cache: str = key(
         "/dev/shm",

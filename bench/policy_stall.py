@@ -31,7 +31,7 @@ from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, tensors_of, write_shard
 from atropos_hpc.policy.store import PolicyStore
-from atropos_hpc.policy.weight_update import push
+from atropos_hpc.policy.weight_update import UpdateOptions, push
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_json
 from bench.result import Result
@@ -175,7 +175,8 @@ async def measure(run: RunDir, url: str, log: Path, share: ShardBuffer, cache: P
                 await asyncio.sleep(1.0)
                 begin = time.monotonic()
                 usual.append(load.longest_gap(calm, begin))
-                await push(pushing, url, run.token(), newest.directory, newest.version, mode)
+                options = UpdateOptions(mode=mode)
+                await push(pushing, url, run.token(), newest.directory, newest.version, options)
                 end = time.monotonic()
                 await asyncio.sleep(1.0)
                 stalls.append(load.longest_gap(begin, end + 1.0))

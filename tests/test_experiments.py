@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 EXPERIMENTS = {
     path.stem: path
     for path in sorted((CONFIGS / "experiment").glob("*.yaml"))
-    if path.stem not in ("arithmetic_cpu", "none")
+    if path.stem not in ("arithmetic_cpu", "gsm8k_one_gpu", "none")  # not for a cluster
 }
 NEEDED = {
     "math_qwen3_4b": ["environment.target=math_server.py:MathEnv"],
@@ -55,6 +55,15 @@ def test_it_composes_and_nothing_is_wrong_with_it(name: str) -> None:
     rollout = config.roles.rollout
     assert config.rollout.servers * config.rollout.tensor_parallel == rollout.gpus_per_node
     assert config.roles.trainer.ranks_per_node == config.roles.trainer.gpus_per_node
+
+
+def test_one_gpu_is_shared_by_both_roles() -> None:
+    config = composed("experiment=gsm8k_one_gpu")
+    assert validate.problems(config) == []
+    roles, rollout = config.roles, config.rollout
+    assert (roles.trainer.gpus_per_node, roles.rollout.gpus_per_node) == (1, 1)
+    assert (rollout.servers, rollout.tensor_parallel) == (1, 1)
+    assert rollout.memory_utilization < 0.5
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -141,9 +141,9 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(
                         .log_softmax(-1)
                         .gather(-1, ids[1:, None])[:, 0]
                     )
-                assert float((got - want[-len(got) :]).abs().max()) < 1e-5 or len(tokens) == 2, (
-                    "a filler's are of no account"
-                )
+                trained = got != 0  # the others are not computed; of a filler that is all
+                assert trained.any() or len(tokens) == 2
+                assert torch.allclose(got[trained].double(), want[-len(got) :][trained], atol=1e-5)
 
     again, weights = on_ranks(world, resumed, small_model, run, stage)[0]
     assert again == metrics and all(torch.equal(weights[name], end[name]) for name in end), (

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -24,13 +25,13 @@ from run_files import evaluations  # noqa: E402
 from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
 from atropos_hpc.contracts.messages import Registration  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
-from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
+from atropos_hpc.contracts.policy import ADAPTER_NAME, FileEntry, Manifest, PolicyVersion  # noqa: E402
 from atropos_hpc.environments.make_base import make_base  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
 from atropos_hpc.policy.manifest import file_digest  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore  # noqa: E402
-from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
+from atropos_hpc.policy.weight_update import PushError, UpdateOptions, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
 from atropos_hpc.runtime.process import descendants_of  # noqa: E402
@@ -53,6 +54,7 @@ class Served:
 
     def __init__(self, run: RunDir, url: str, pid: int, base: Path, other: Path) -> None:
         self.run, self.url, self.pid, self.base, self.other = run, url, pid, base, other
+        self.adapter = run.config().model.lora.rank > 0
         self.token = run.token()
         self.version = 0
 
@@ -72,11 +74,12 @@ class Served:
         return asyncio.run(main())
 
     def greedy(self) -> tuple[list[int], list[float], str]:
-        """(tokens, log-probs, version) of the greedy answer to PROMPT."""
+        """(tokens, log-probs, version) of the greedy answer to PROMPT, by the adapter if there is one."""
         sampling = {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
-        status, answer = self.ask(
-            "POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling}
-        )
+        body = {"token_ids": PROMPT, "sampling_params": sampling}
+        if self.adapter:
+            body["model"] = ADAPTER_NAME
+        status, answer = self.ask("POST", GENERATE, body)
         assert status == 200, answer
         (choice,) = answer["choices"]
         (span,) = choice["weight_versions"]
@@ -104,21 +107,39 @@ class Served:
     def push_directory(self, directory: Path) -> None:
         async def main() -> None:
             async with aiohttp.ClientSession() as session:
-                await push(session, self.url, self.token, directory, self.key)
+                options = UpdateOptions(adapter=self.adapter)
+                await push(session, self.url, self.token, directory, self.key, options)
 
         asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    root = tmp_path_factory.mktemp("vllm")
+    with serving(tmp_path_factory.mktemp("vllm")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served_adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("vllm-adapter"), rank=4) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(root: Path, rank: int = 0) -> Iterator[Served]:
+    """A server of a made model; of its adapters of that rank, if it is not 0."""
     make_base(root / "base", seed=0, steps=120)
     make_base(root / "other", seed=1, steps=20)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (root / "base" / "chat_template.jinja").write_text(template)
     run = make_run(
         root / "run",
-        model={"path": str(root / "base"), "max_length": 32, "dtype": "float32"},
+        model={
+            "path": str(root / "base"),
+            "max_length": 32,
+            "dtype": "float32",
+            "lora": {"rank": rank, "alpha": 8, "targets": []},
+        },
         rollout=ROLLOUT,
         environment=ENVIRONMENT,
         evaluation={"before": True, "after": False},
@@ -183,52 +204,117 @@ def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_p
     follower.close()
 
 
-def test_an_adapter_is_served_as_the_full_weights_that_it_makes(served: Served) -> None:
+def publish_adapter(server: Served, scale: float) -> dict[str, Any]:
+    """Publish and push an adapter; returns its tensors."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    base = load_file(served.base / "model.safetensors")
-    names = [
-        name.removesuffix(".weight")
-        for name in base
-        if name.endswith(("q_proj.weight", "down_proj.weight"))
-    ]
+    base = load_file(server.base / "model.safetensors")
     tensors = {}
     torch.manual_seed(0)
-    for name in names:
-        rows, columns = base[f"{name}.weight"].shape
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, columns) / 4
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, 4) / 4
-    folder = served.run.path / "made"
-    folder.mkdir()
-    save_file(tensors, folder / lora.FILE)
-    (folder / lora.CONFIG).write_text('{"r": 4, "lora_alpha": 8}')
-    full = {name: tensor.clone() for name, tensor in base.items()}
-    for name in names:
-        up, down = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "BA")
-        full[f"{name}.weight"] += 2 * up @ down
-    save_file(full, folder / "model.safetensors")
-
-    served.push(folder)
-    tokens, log_probs, _ = served.greedy()
-    served.push(served.base)
-    assert served.greedy()[1] != pytest.approx(log_probs, abs=1e-3), (
-        "the adapter makes a difference"
+    for name in base:
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            rows, columns = base[name].shape
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, columns) / 4
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, 4) / 4 * scale
+    server.version += 1
+    store = PolicyStore(server.run.policy)
+    directory = store.begin(server.key)
+    save_file(tensors, directory / lora.FILE)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    (directory / lora.CONFIG).write_text(
+        json.dumps(config | {"target_modules": ["q_proj", "down_proj"]})
     )
-    store = PolicyStore(served.run.policy)
-    served.version += 1
-    directory = store.begin(served.key)
     files = []
     for name in (lora.FILE, lora.CONFIG):
-        shutil.copy(folder / name, directory / name)
-        size = (folder / name).stat().st_size
-        files.append(FileEntry(name, size, file_digest(folder / name)))
-    store.commit(Manifest(version=served.key, kind="adapter", files=tuple(files)))
-    served.push_directory(directory)
-    again, same, reported = served.greedy()
-    assert (again, reported) == (tokens, str(served.key)) and same == pytest.approx(
-        log_probs, abs=1e-5
-    )
+        path = directory / name
+        files.append(FileEntry(name, path.stat().st_size, file_digest(path)))
+    store.commit(Manifest(version=server.key, kind="adapter", files=tuple(files)))
+    server.push_directory(directory)
+    return tensors
+
+
+def merged_log_probs(server: Served, tensors: dict[str, Any], tokens: list[int]) -> list[float]:
+    """Log-probs of an answer to PROMPT under the base with the adapter merged, by transformers."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    base = load_file(server.base / "model.safetensors")
+    (weights,) = lora.merge([base], tensors, {"r": 4, "lora_alpha": 8})
+    model = AutoModelForCausalLM.from_pretrained(server.base, dtype=torch.float32)
+    model.load_state_dict(weights, strict=False)
+    ids = torch.tensor([PROMPT + tokens])
+    with torch.no_grad():
+        every = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    return every.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+
+
+def test_adapters_are_served_beside_the_base_and_replaced_in_place(served_adapter: Served) -> None:
+    seen = []
+    for scale in (1.0, -2.0, 0.5):
+        tensors = publish_adapter(served_adapter, scale)
+        tokens, log_probs, version = served_adapter.greedy()
+        assert version == str(served_adapter.key)
+        expected = merged_log_probs(served_adapter, tensors, tokens)
+        assert log_probs == pytest.approx(expected, abs=1e-4)
+        seen.append(log_probs)
+    assert seen[0] != pytest.approx(seen[1], abs=1e-3) != pytest.approx(seen[2], abs=1e-3)
+
+
+def test_a_damaged_adapter_leaves_the_old_one_in_use(served_adapter: Served) -> None:
+    publish_adapter(served_adapter, 1.0)
+    before, store = served_adapter.greedy(), PolicyStore(served_adapter.run.policy)
+    good = store.directory(served_adapter.key)
+    bad = served_adapter.run.path / "damaged"
+    shutil.copytree(good, bad)
+    (bad / lora.FILE).write_bytes((bad / lora.FILE).read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(PushError, match="xxh3"):
+        served_adapter.push_directory(bad)
+    assert served_adapter.greedy() == before
+
+
+@pytest.mark.parametrize("keep_kv", [True, False])
+def test_running_requests_keep_their_cache_over_an_update_unless_asked(
+    served: Served, keep_kv: bool
+) -> None:
+    served.version += 1
+    directory = publish(served.run, served.base / "model.safetensors", served.version)
+    sampling = {"max_tokens": 24, "min_tokens": 24, "ignore_eos": True, "temperature": 1.0}
+    body = {"token_ids": PROMPT, "sampling_params": sampling}
+
+    async def update_under_load() -> tuple[float, set[int]]:
+        headers = {"Authorization": f"Bearer {served.token}"}
+        async with aiohttp.ClientSession(headers=headers) as session:
+
+            async def metric(name: str) -> float:
+                async with session.get(f"{served.url}/metrics") as answer:
+                    lines = (await answer.text()).splitlines()
+                found = [line for line in lines if line.startswith(f"vllm:{name}")]
+                return sum(float(line.rpartition(" ")[2]) for line in found)
+
+            async def request() -> int:
+                async with session.post(served.url + GENERATE, json=body) as answer:
+                    return len((await answer.json())["choices"][0]["token_ids"])
+
+            before = await metric("num_preemptions_total")
+            options = UpdateOptions(keep_kv=keep_kv)
+            lengths: set[int] = set()
+            for _ in range(20):  # until an update has met running requests
+                requests = [asyncio.create_task(request()) for _ in range(64)]
+                await asyncio.sleep(0.05)
+                await push(session, served.url, served.token, directory, served.key, options)
+                under_way = any(not task.done() for task in requests)
+                lengths |= set(await asyncio.gather(*requests))
+                preempted = await metric("num_preemptions_total") - before
+                if under_way and (keep_kv or preempted):
+                    return preempted, lengths
+        raise AssertionError("no update met a running request")
+
+    preempted, lengths = asyncio.run(update_under_load())
+    assert lengths == {24}
+    assert (preempted == 0) == keep_kv
 
 
 def test_a_damaged_version_leaves_the_old_weights_in_place(served: Served) -> None:

@@ -233,6 +233,7 @@ class GenerateRequest(Struct):
     token_ids: list[int]
     sampling_params: SamplingParams
     output_mode: str = "tokens"  # or "text"
+    model: str | None = None  # the adapter's name; None: the base model
 
 
 class TokenLogprob(Struct):

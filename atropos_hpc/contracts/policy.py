@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+ADAPTER_NAME = "policy"  # the name under which vLLM serves a LoRA adapter beside its base model
 _NAME = re.compile(r"(\d+)-(\d+)")
 
 

@@ -167,7 +167,7 @@ def load_problems(config: GSM8KConfig) -> tuple[list[dict[str, str]], list[dict[
 
     Raises ValueError for an answer without a final number.
     """
-    if config.dataset is not None:
+    if config.dataset is not None and config.train_path is None:
         from datasets import load_dataset
 
         splits = load_dataset(config.dataset, config.dataset_config)

@@ -6,6 +6,7 @@ else; the trajectory server is one. On one machine the processes of a step are t
 themselves; on Slurm's nodes a step is one srun.
 """
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from atropos_hpc import resources
 from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm.sbatch import Allocation
 from atropos_hpc.launch.slurm.srun import StepRequest, program, srun
+from atropos_hpc.runtime import devices
 from atropos_hpc.runtime.network import HOST
 from atropos_hpc.runtime.process import END_TASKS, NODE, ProcessSpec
 
@@ -45,11 +47,17 @@ def rollout_python(config: Config) -> str:
 
 def local_steps(config: Config, run_dir: Path) -> list[Step]:
     """Return the steps of a run on this machine, with a set of processes per node of a role."""
+    role, rollout = config.roles.trainer, config.roles.rollout
+    visible = devices.visible_devices(os.environ, devices.machine_devices())
+    of_trainer, of_rollout = devices.role_devices(
+        visible, role.gpus_per_node, rollout.gpus_per_node
+    )
     agents = []
-    for i in range(config.roles.rollout.nodes):
-        spec = ProcessSpec(f"agent-{i}", _agent(config, run_dir, i), {NODE: f"rollout{i}"})
+    for i in range(rollout.nodes):
+        variables = {NODE: f"rollout{i}", devices.VISIBLE: ",".join(of_rollout)}
+        spec = ProcessSpec(f"agent-{i}", _agent(config, run_dir, i), variables)
         agents.append(Step(spec.name, "agent", (spec,)))
-    ranks, role = [], config.roles.trainer
+    ranks = []
     world = role.nodes * role.ranks_per_node
     for rank in range(world):
         node, local = divmod(rank, role.ranks_per_node)
@@ -59,6 +67,7 @@ def local_steps(config: Config, run_dir: Path) -> list[Step]:
             "WORLD_SIZE": str(world),
             "LOCAL_RANK": str(local),
             "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
+            devices.VISIBLE: ",".join(of_trainer),
         }
         ranks.append(ProcessSpec(f"trainer-{rank}", _learner(config, run_dir), variables))
     return [_trajectories(config, run_dir), *agents, Step("trainer", "trainer", tuple(ranks))]

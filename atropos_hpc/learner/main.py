@@ -28,6 +28,7 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import TrainerState
 from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.runtime import process
+from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
@@ -130,14 +131,24 @@ def join(run: RunDir, member: Member[TrainerState], host: str, timeout_s: float)
         what = "the address of the process group's store"
         address, port = wait_for(what, "trainer rank 0", announced, timeout_s, member=member)
         store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    backend, device = "gloo", None
+    if torch.cuda.is_available():
+        index = local_device(
+            _variable("LOCAL_RANK", "SLURM_LOCALID", "0"), torch.cuda.device_count()
+        )
+        torch.cuda.set_device(index)  # before anything allocates on another device
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", index)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
+    )
 
 
 def _set_environment(config: Config) -> None:
     """Set what libraries read from the environment when they are imported."""
     if config.trainer.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
+    # Packs differ in length from step to step; fixed-size segments would leave a fragment for each.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if Path(config.model.path or "").exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -150,6 +161,7 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
 
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
+    require_gpus("trainer", config.roles.trainer.gpus_per_node)
     keep_to_interface(config.cluster.host)
     join(run, member, own_host(config.cluster.host), config.launch.start_timeout_s)
     member.update(state="loading")

@@ -6,7 +6,6 @@ that every member has in `model.path`. Nothing here needs PEFT, which a rollout 
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,16 +65,3 @@ def merge(
             f"the base model has no weights for {', '.join(sorted(targets)[:5])} ({len(targets)} targets of the adapter)"
         )
     return merged
-
-
-def base_files(model: str) -> list[Path]:
-    """The safetensors of the base model: a directory, or a name on the hub that has been downloaded. Raises OSError if there are none."""
-    directory = Path(model)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        directory = Path(snapshot_download(model, local_files_only=True))
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{model}: no safetensors to merge an adapter into")
-    return files

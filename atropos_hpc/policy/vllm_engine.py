@@ -1,20 +1,19 @@
-"""Weights from a published policy version into a live vLLM: a weight-transfer engine named "disk".
+"""A weight-transfer engine for vLLM that reads published policy versions from files.
 
-vLLM imports this module in each of its worker processes, because `WorkerExtension` is given as --worker-extension-cls; importing it
-registers the engine. One update then is
+vLLM imports this module in each worker process, because `WorkerExtension` is given as
+--worker-extension-cls; importing it registers the engine under the name "disk". An update of the full
+weights has three steps:
 
   start   nothing to prepare
-  update  map every file of the node's copy into memory, or read those of the store itself, and compare sizes and hashes with the manifest.
-          Nothing of the model is touched: a version that fails here leaves the old weights and the old version number in place
-          (an adapter becomes full weights here, on top of the base model's files)
+  update  map every file of the node's copy (or read the store itself) and compare sizes and hashes with
+          the manifest; the model is not touched, so a version that fails here leaves the old one in place
   finish  hand the tensors to vLLM's layer-by-layer reload, which splits and packs them as at start-up
 
-Should `finish` fail, the model is partly old and partly new, and the worker ends itself: no answer may come from half of a version.
-All workers of a node map the same copy. Without one each reads the whole version: host memory needed meanwhile is the size of the
-checkpoint, times tensor parallelism.
+If `finish` fails, the model is partly old and partly new, and the worker terminates itself: no answer may
+come from half a version. All workers of a node map the same copy; without one, each reads the whole
+version into its own memory. Adapters take another way: `WorkerExtension.load_policy_adapter`.
 """
 
-import json
 import logging
 import mmap
 import os
@@ -23,15 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import xxhash
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -41,7 +41,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     initialize_layerwise_reload,
 )
 
-from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
 from atropos_hpc.policy import lora
 from atropos_hpc.policy.manifest import BadVersion, read_manifest
 from atropos_hpc.policy.shard_buffer import tensors_of
@@ -50,6 +50,7 @@ log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has th
 
 BACKEND = "disk"
 EXIT_HALF_APPLIED = 70
+ADAPTER_ID = 1  # what the API server gives the first adapter it is asked to register
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -95,19 +96,18 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         if not update_info.directory:
             raise BadVersion("the update was abandoned")
         self._shards = read_version(
-            Path(update_info.directory),
-            PolicyVersion.parse(update_info.version),
-            self.model_config.model,
+            Path(update_info.directory), PolicyVersion.parse(update_info.version)
         )
 
     def finish_weight_update(self) -> None:
         if not self._shards:
             raise BadVersion("finish without an update: nothing to apply")
         try:
-            initialize_layerwise_reload(self.model)
-            loaded = self.model.load_weights(self._tensors())
-            finalize_layerwise_reload(self.model, self.model_config)
-            pack_output_layers(self.model)
+            with set_current_vllm_config(self.vllm_config):  # 0.25 calls this outside of one
+                initialize_layerwise_reload(self.model)
+                loaded = self.model.load_weights(self._tensors())
+                finalize_layerwise_reload(self.model, self.model_config)
+                pack_output_layers(self.model)
             missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
             if loaded is not None and self.model_config.quantization is None and missing:
                 raise BadVersion(
@@ -123,6 +123,11 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         finally:
             self._shards = []
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Abstract in vLLM 0.25; versions reach this engine through files."""
+        raise NotImplementedError
+
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in self._shards:
             yield from shard.items()
@@ -132,19 +137,19 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
 
 
 def read_version(
-    directory: Path, version: PolicyVersion, base: str
+    directory: Path, version: PolicyVersion, kind: str = "full"
 ) -> list[dict[str, torch.Tensor]]:
-    """Every tensor of a published version, on the CPU, one dict per shard. `base`: the model that an adapter belongs to.
+    """Read every tensor of a published version into host memory, one dict per shard.
 
-    The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when anything is not as the manifest
-    says.
+    The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when
+    anything differs from the manifest.
     """
     manifest = read_manifest(directory)
-    if manifest.version != version or manifest.kind not in ("full", "adapter"):
+    if manifest.version != version or manifest.kind != kind:
         raise BadVersion(
             f"{directory.name}: {manifest.kind} version {manifest.version}, where version {version} was announced"
         )
-    shards, described = [], {}
+    shards = []
     for file in manifest.files:
         shard = f"{file.file} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
         try:
@@ -156,26 +161,13 @@ def read_version(
         if (digest := xxhash.xxh3_64_hexdigest(data)) != file.xxh3:
             raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {file.xxh3}")
         try:
-            if file.file == lora.CONFIG:
-                described = json.loads(bytes(data))
-            else:
+            if file.file != lora.CONFIG:
                 shards.append(tensors_in(data))
         except (ValueError, KeyError) as error:
             raise BadVersion(f"{shard}: cannot be read: {error!r}") from error
     if not any(shards):
         raise BadVersion(f"{directory.name}: no tensors")
-    if manifest.kind == "full":
-        return shards
-    try:
-        return lora.merge(
-            (safetensors.torch.load_file(path) for path in lora.base_files(base)),
-            shards[0],
-            described,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise BadVersion(
-            f"{directory.name}: this adapter does not fit the base model: {error!r}"
-        ) from error
+    return shards
 
 
 def _content(path: Path, size: int, local: bool) -> Any:
@@ -215,7 +207,18 @@ def pack_output_layers(model: torch.nn.Module) -> None:
 
 
 class WorkerExtension:
-    """Empty: its name is how this module gets into every worker before the model is loaded."""
+    """Mixed into vLLM's worker class; naming it also imports this module into every worker."""
+
+    def load_policy_adapter(self, directory: str, version: str) -> None:
+        """Verify a published adapter and load it in place of the previous one.
+
+        Called through /collective_rpc while the engine is paused; a failure leaves the previous adapter
+        in use. Raises BadVersion.
+        """
+        read_version(Path(directory), PolicyVersion.parse(version), "adapter")
+        request = LoRARequest(ADAPTER_NAME, ADAPTER_ID, directory, load_inplace=True)
+        worker: Any = self
+        worker.add_lora(request)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

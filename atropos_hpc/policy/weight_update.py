@@ -1,31 +1,57 @@
-"""Push a published policy version into one running vLLM server.
+"""Update one running vLLM server to a published policy version.
 
-start -> update (the server maps and checks the files, and goes on with its requests) -> pause -> finish (it applies them) -> resume.
-Requests in flight are frozen between pause and resume, and go on with the new weights (mode "keep"). The server end is `vllm_engine`.
+Full weights:
+
+    /start_weight_update, /update_weights    the server maps and checks the files; generation goes on
+    /pause                                   running requests are frozen, and keep their KV cache
+    /finish_weight_update                    the workers apply the weights
+    /resume                                  running requests continue under the new version
+
+A LoRA adapter is megabytes. vLLM serves it beside the unchanged base model: /pause, then load or
+replace the adapter, name its version, /resume. The server side of both is `vllm_engine`.
 """
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 600.0  # for the longest answers: the reading of all shards from a shared filesystem, requests that end by themselves
-PROMPT_S = 60.0  # for those that ask for no work
+LOAD_TIMEOUT_S = (
+    600.0  # reading all shards from a shared filesystem; requests that run to their end
+)
+ADMIN_TIMEOUT_S = 60.0  # requests that need no work from the engine
 RESUME_TRIES = 5
 
 
 class PushError(Exception):
-    """A server did not take a version. It still serves the one before, or has ended itself."""
+    """A server refused a version. It still serves the previous one, or has terminated itself."""
 
 
 class Stuck(Exception):
-    """A server's engine does not answer, or does not resume after a push, though its /health does. It has to be started again."""
+    """A server's engine does not answer, or does not resume, although its /health does: restart it."""
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """How a server takes a version.
+
+    mode: what happens to running requests: "keep" freezes them, "wait" lets them finish, "abort"
+        returns them truncated.
+    keep_kv: whether running requests and the prefix cache keep keys and values that older versions
+        computed. Otherwise the server drops its cache and prefills every running request again.
+    adapter: the version is a LoRA adapter.
+    """
+
+    mode: str = "keep"
+    keep_kv: bool = True
+    adapter: bool = False
 
 
 async def push(
@@ -34,72 +60,104 @@ async def push(
     token: str,
     directory: Path,
     version: PolicyVersion,
-    mode: str = "keep",
+    options: UpdateOptions | None = None,
 ) -> None:
-    """Have the server at `url` serve the version that lies in `directory`.
-
-    Args:
-        mode: what happens to requests in flight: "keep" freezes them, "wait" lets them end, "abort" returns them cut short.
+    """Have the server at `url` serve the version in `directory`.
 
     Raises:
-        PushError: with the server's words, when it refuses the version or does not answer. It has resumed with the version before.
-        Stuck: when it gives no answer in time, or does not resume.
+        PushError: the server refused the version or could not be reached; it has resumed with the
+            previous version. The message holds the server's answer.
+        Stuck: the server did not answer in time, or does not resume.
     """
+    options = options or UpdateOptions()
+    server = _Server(session, url, token, version)
+    if not options.adapter:
+        await server.start()
+        update = {"update_info": {"directory": str(directory), "version": str(version)}}
+        await server.post("/update_weights", update, LOAD_TIMEOUT_S)
+    timeout_s = LOAD_TIMEOUT_S if options.mode == "wait" else ADMIN_TIMEOUT_S
+    clear = "false" if options.keep_kv else "true"
+    try:
+        await server.post("/pause", timeout_s=timeout_s, mode=options.mode, clear_cache=clear)
+        if options.adapter:
+            await server.load_adapter(directory)
+        else:
+            finish = {"weight_version": str(version)}
+            await server.post("/finish_weight_update", finish, LOAD_TIMEOUT_S)
+    finally:
+        await server.resume()
+
+
+@dataclass
+class _Server:
+    """The administrative routes of one server, for one version."""
+
+    session: aiohttp.ClientSession
+    url: str
+    token: str
+    version: PolicyVersion
 
     async def post(
-        route: str, body: dict[str, Any] | None = None, wait_s: float = PROMPT_S, **query: str
+        self,
+        route: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float = ADMIN_TIMEOUT_S,
+        accept: str | None = None,
+        **query: str,
     ) -> None:
-        timeout = aiohttp.ClientTimeout(total=wait_s, sock_connect=10)
-        # A server closes the connection after some of its failures; the next request must not be lost in it.
-        headers = {"Authorization": f"Bearer {token}", "Connection": "close"}
+        """POST; any status but 200 is a PushError, unless the answer contains `accept`."""
+        what = f"version {self.version} to {self.url}"
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
+        # A server closes the connection after some failures; the next request must not be lost in it.
+        headers = {"Authorization": f"Bearer {self.token}", "Connection": "close"}
         try:
-            async with session.post(
-                url + route, json=body, params=query, headers=headers, timeout=timeout
+            async with self.session.post(
+                self.url + route, json=body, params=query, headers=headers, timeout=timeout
             ) as response:
                 if response.status != 200:
                     text = (await response.text())[:1000]
-                    raise PushError(
-                        f"version {version} to {url}: {route} answered {response.status}: {text}"
-                    )
+                    if accept is not None and accept in text:
+                        return
+                    raise PushError(f"{what}: {route} answered {response.status}: {text}")
         except TimeoutError as error:
-            if isinstance(error, aiohttp.ClientError):  # it was not even connected
-                raise PushError(f"version {version} to {url}: {route}: {error!r}") from error
-            raise Stuck(
-                f"version {version} to {url}: no answer to {route} for {wait_s:.0f} s"
-            ) from error
+            if isinstance(error, aiohttp.ClientError):  # the connection itself timed out
+                raise PushError(f"{what}: {route}: {error!r}") from error
+            raise Stuck(f"{what}: no answer to {route} within {timeout_s:.0f} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise PushError(f"version {version} to {url}: {route}: {error!r}") from error
+            raise PushError(f"{what}: {route}: {error!r}") from error
 
-    async def start() -> None:
+    async def start(self) -> None:
+        """Begin an update session."""
         try:
-            await post("/start_weight_update")
+            await self.post("/start_weight_update")
         except PushError:
-            # Most likely a pusher died between start and finish, and its session is still open. A refused update closes it.
+            # A pusher that died between start and finish leaves its session open. A refused update
+            # closes it.
             try:
-                await post("/update_weights", {"update_info": {"directory": "", "version": ""}})
+                await self.post(
+                    "/update_weights", {"update_info": {"directory": "", "version": ""}}
+                )
             except PushError:
                 pass
-            await post("/start_weight_update")
+            await self.post("/start_weight_update")
 
-    async def resume() -> None:
-        for tried in range(1, RESUME_TRIES + 1):
+    async def load_adapter(self, directory: Path) -> None:
+        """Replace the adapter in every worker; register it with the API server the first time."""
+        arguments = {"directory": str(directory), "version": str(self.version)}
+        call = {"method": "load_policy_adapter", "kwargs": arguments}
+        await self.post("/collective_rpc", call, LOAD_TIMEOUT_S)
+        register = {"lora_name": ADAPTER_NAME, "lora_path": str(directory)}
+        await self.post("/v1/load_lora_adapter", register, accept="already been loaded")
+        await self.post("/update_weight_version", {"new_version": str(self.version)})
+
+    async def resume(self) -> None:
+        """Resume generation, retrying. Raises Stuck."""
+        for attempt in range(1, RESUME_TRIES + 1):
             try:
-                return await post("/resume")
+                return await self.post("/resume")
             except PushError as error:
-                log.warning("%s (attempt %d of %d)", error, tried, RESUME_TRIES)
-                await asyncio.sleep(0.2 * tried)
+                log.warning("%s (attempt %d of %d)", error, attempt, RESUME_TRIES)
+                await asyncio.sleep(0.2 * attempt)
         raise Stuck(
-            f"{url} was paused for version {version} and does not resume: it has to be started again"
+            f"{self.url} was paused for version {self.version} and does not resume; it has to be restarted"
         )
-
-    await start()
-    await post(
-        "/update_weights",
-        {"update_info": {"directory": str(directory), "version": str(version)}},
-        WAIT_S,
-    )
-    try:
-        await post("/pause", wait_s=WAIT_S if mode == "wait" else PROMPT_S, mode=mode)
-        await post("/finish_weight_update", {"weight_version": str(version)}, WAIT_S)
-    finally:
-        await resume()

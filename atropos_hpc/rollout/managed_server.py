@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from atropos_hpc.config import LaunchConf
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import ServerState, Wait
 from atropos_hpc.policy.follower import Follower, LoadableVersion
-from atropos_hpc.policy.weight_update import PushError, Stuck, push
+from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
+from atropos_hpc.runtime import devices
 from atropos_hpc.runtime.network import free_port
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
@@ -32,10 +34,9 @@ class ServerContext:
     """What the servers of a node share."""
 
     run: RunDir
+    config: Config
     host: str
     token: str
-    launch: LaunchConf
-    update_mode: str  # policy.update_mode
     engine: SupervisionEngine
     follower: Follower
     http: aiohttp.ClientSession
@@ -44,9 +45,9 @@ class ServerContext:
 class ManagedServer:
     """One vLLM server. `serves` is the version that it serves; until then it is not listed."""
 
-    def __init__(self, name: str, limits: Limits) -> None:
+    def __init__(self, name: str, index: int, limits: Limits) -> None:
         self.managed = ManagedProcess(name, "server", self._specs, limits)
-        self.name, self.url = name, ""
+        self.name, self.index, self.url = name, index, ""
         self.serves: LoadableVersion | None = None
         self._context: ServerContext | None = None
         self._answered = self._probed = 0.0  # monotonic
@@ -73,7 +74,9 @@ class ManagedServer:
             return None
         newest, now = self.context.follower.newest, time.time()
         if not self.managed.ready:
-            return Wait("its start", self.name, now, now + self.context.launch.start_timeout_s)
+            return Wait(
+                "its start", self.name, now, now + self.context.config.launch.start_timeout_s
+            )
         if newest is None:
             return Wait("the first policy version", "the learner", now)
         return Wait(f"it to load policy version {newest.version}", self.name, now)
@@ -88,7 +91,16 @@ class ManagedServer:
         self._answered = time.monotonic()
         arguments = ("--run-dir", str(self.context.run.path), "--port", str(port))
         command = (sys.executable, "-m", "atropos_hpc.rollout.vllm_server", *arguments)
-        return [ProcessSpec(self.name, command)]
+        return [ProcessSpec(self.name, command, self._variables())]
+
+    def _variables(self) -> dict[str, str]:
+        """Return the variable that gives the server its own GPUs."""
+        config = self.context.config
+        if not (gpus := config.roles.rollout.gpus_per_node):
+            return {}
+        visible = devices.visible_devices(os.environ, gpus)
+        own = devices.server_devices(visible, self.index, config.rollout.tensor_parallel)
+        return {devices.VISIBLE: ",".join(own)}
 
     def tick(self) -> None:
         """Probe the server and bring it to the newest version; each in a task of its own."""
@@ -120,7 +132,7 @@ class ManagedServer:
         if self.managed.children != [child]:
             return
         silent_s = time.monotonic() - self._answered
-        limit = UNHEALTHY_S if self.managed.ready else self.context.launch.start_timeout_s
+        limit = UNHEALTHY_S if self.managed.ready else self.context.config.launch.start_timeout_s
         if silent_s > limit:
             self._kill(f"has not answered for {silent_s:.0f} s")
         await asyncio.sleep(0.5)
@@ -146,7 +158,7 @@ class ManagedServer:
                 context.token,
                 newest.directory,
                 newest.version,
-                context.update_mode,
+                _update_options(context.config),
             )
         except Stuck as error:
             if self.managed.children == children:
@@ -165,3 +177,11 @@ class ManagedServer:
 
     def _kill(self, why: str) -> None:
         self.context.engine.kill_hung(self.managed, f"{self.name} {why}")
+
+
+def _update_options(config: Config) -> UpdateOptions:
+    return UpdateOptions(
+        mode=config.policy.update_mode,
+        keep_kv=config.policy.kv == "keep",
+        adapter=config.model.lora.rank > 0,
+    )

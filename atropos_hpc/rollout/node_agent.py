@@ -29,7 +29,7 @@ from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.rollout.leader_failover import LeaderFailover
 from atropos_hpc.rollout.managed_server import PROBE_TIMEOUT_S, ManagedServer, ServerContext
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import devices, process
 from atropos_hpc.runtime.hang_detection import SilenceWatch
 from atropos_hpc.runtime.membership import Member, RosterReader, post_request
 from atropos_hpc.runtime.network import own_host
@@ -57,7 +57,7 @@ class NodeAgent:
         self.follower = Follower(store, cache, self.member.name, self._request_republish)
         self.engine = SupervisionEngine(run.logs, lambda: self.follower.newest)
         self.servers = [
-            ManagedServer(f"server-{index}-{i}", self.limits)
+            ManagedServer(f"server-{index}-{i}", i, self.limits)
             for i in range(self.config.rollout.servers)
         ]
         self.others = self._workers()
@@ -88,7 +88,8 @@ class NodeAgent:
         self, name: str, kind: Kind, module: str, arguments: tuple[str, ...] = ()
     ) -> ManagedProcess:
         command = (sys.executable, "-m", module, "--run-dir", str(self.run.path), *arguments)
-        spec = ProcessSpec(name, command)
+        variables = {devices.VISIBLE: ""}  # the node's GPUs are the servers'
+        spec = ProcessSpec(name, command, variables)
         return ManagedProcess(name, kind.value, lambda: [spec], self.limits)
 
     async def work(self) -> None:
@@ -98,10 +99,9 @@ class NodeAgent:
         async with aiohttp.ClientSession(timeout=timeout) as http:
             context = ServerContext(
                 self.run,
+                self.config,
                 own_host(self.config.cluster.host),
                 self.run.token(),
-                self.config.launch,
-                self.config.policy.update_mode,
                 self.engine,
                 self.follower,
                 http,

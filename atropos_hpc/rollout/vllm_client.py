@@ -25,7 +25,13 @@ from openai.types.completion import Completion
 from pydantic import Field
 from transformers import AutoTokenizer
 
-from atropos_hpc.contracts.messages import GenerateAnswer, GenerateRequest, SamplingParams
+from atropos_hpc.contracts.messages import (
+    GenerateAnswer,
+    GenerateRequest,
+    Generation,
+    SamplingParams,
+)
+from atropos_hpc.contracts.policy import ADAPTER_NAME
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout.server_pool import pool_of
 from atropos_hpc.rollout.stamping import record
@@ -73,6 +79,8 @@ class VllmServer(APIServer):
         name = config.model_name if config.tokenizer_name == "none" else config.tokenizer_name
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.pool = pool_of(config.run_dir)
+        lora = self.pool.run.config().model.lora
+        self._model = ADAPTER_NAME if lora.rank else None
         self._warned: set[str] = set()  # unknown options that were reported
 
     async def chat_completion(self, **kwargs: Any) -> ChatCompletion:
@@ -119,7 +127,7 @@ class VllmServer(APIServer):
             {
                 "index": i,
                 "finish_reason": choice.finish_reason,
-                "message": {"role": "assistant", "content": choice.text},
+                "message": {"role": "assistant", "content": self._text(choice, sampling)},
                 "logprobs": msgspec.to_builtins(choice.logprobs) if wanted else None,
             }
             for i, choice in enumerate(answer.choices)
@@ -136,7 +144,11 @@ class VllmServer(APIServer):
             *(self._generate(self._encode(prompt), sampling, "text") for prompt in prompts)
         )
         choices = [
-            {"index": i, "finish_reason": choice.finish_reason, "text": choice.text}
+            {
+                "index": i,
+                "finish_reason": choice.finish_reason,
+                "text": self._text(choice, sampling),
+            }
             for i, choice in enumerate(choice for answer in answers for choice in answer.choices)
         ]
         return Completion.model_validate(self._envelope("text_completion", answers[0], choices))
@@ -163,7 +175,7 @@ class VllmServer(APIServer):
         top_k = max(1, int(kwargs.get("top_k") or kwargs.get("top_logprobs") or 1))
         prompt = self._prompt_ids(kwargs)
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k)
-        request = GenerateRequest(prompt, sampling)
+        request = GenerateRequest(prompt, sampling, model=self._model)
         answer = await self.pool.post(request, self.config.timeout)
         positions = [position or {} for position in answer.prompt_logprobs or ()]
         return {
@@ -172,11 +184,26 @@ class VllmServer(APIServer):
             "prompt_topk_logprobs": [[each.logprob for each in p.values()] for p in positions],
         }
 
+    def _text(self, choice: Generation, sampling: SamplingParams) -> str:
+        """Return the server's text of a choice, or, as vLLM 0.25 gives none, decode it here.
+
+        A decoded text ends before its first stop string, as the server's does.
+        """
+        if choice.text is not None:
+            return choice.text
+        skip = sampling.skip_special_tokens is not False
+        text = str(self.tokenizer.decode(choice.token_ids, skip_special_tokens=skip))
+        if sampling.include_stop_str_in_output:
+            return text
+        stops = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
+        found = [at for stop in stops if (at := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text
+
     async def _generate(
         self, prompt: list[int], sampling: SamplingParams, mode: str
     ) -> GenerateAnswer:
         sampling.logprobs = sampling.logprobs or 0
-        request = GenerateRequest(prompt, sampling, mode)
+        request = GenerateRequest(prompt, sampling, mode, self._model)
         answer = await self.pool.post(request, self.config.timeout)
         temperature = 1.0 if sampling.temperature is None else float(sampling.temperature)
         record(answer.choices, temperature)

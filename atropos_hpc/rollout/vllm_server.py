@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import ModelConf, RolloutConf
+from atropos_hpc.rollout.vllm_api import serve, version_flags
 from atropos_hpc.runtime import process
+from atropos_hpc.runtime.devices import require_gpus
 from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM is built for
 EXTENSION = "atropos_hpc.policy.vllm_engine.WorkerExtension"
 
 
@@ -41,7 +44,6 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
         "seed": seed,
         "generation-config": "vllm",  # sampling as the environment asks for it, not as the model's authors recommend
         "logprobs-mode": "processed_logprobs",  # of what was sampled from, temperature included: the behaviour policy
-        "enable-scale-out": True,  # the token endpoint answers 403 without
         "worker-extension-cls": EXTENSION,
         "weight-transfer-config": '{"backend": "disk"}',
         "middleware": f"{TokenGuard.__module__}.{TokenGuard.__qualname__}",
@@ -57,7 +59,17 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
             line.append(f"--{name}")
         elif value is not None and value is not False:
             line += [f"--{name}", str(value)]
-    return line + list(rollout.arguments)
+    return line + version_flags() + lora_arguments(model) + list(rollout.arguments)
+
+
+def lora_arguments(model: ModelConf) -> list[str]:
+    """Return the flags with which vLLM serves one adapter of the configured rank beside the base model."""
+    if not model.lora.rank:
+        return []
+    rank = next((rank for rank in LORA_RANKS if rank >= model.lora.rank), None)
+    if rank is None:
+        raise ValueError(f"model.lora.rank={model.lora.rank}: vLLM serves at most {LORA_RANKS[-1]}")
+    return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
 
 
 def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
@@ -65,6 +77,7 @@ def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
     found = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for pausing and weight updates
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
     if model.path is not None and Path(model.path).is_dir():
         found["HF_HUB_OFFLINE"] = (
@@ -92,6 +105,11 @@ def main() -> None:
 
     config = RunDir(options.run_dir).config()
     rollout, model = config.rollout, config.model
+    try:
+        require_gpus("rollout", config.roles.rollout.gpus_per_node)
+    except ValueError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(process.REFUSED)
     host = own_host(config.cluster.host)
     keep_to_interface(config.cluster.host)
     os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
@@ -99,11 +117,7 @@ def main() -> None:
     seed = zlib.crc32(
         f"{config.seed} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode()
     )
-    sys.argv = ["vllm", *arguments(rollout, model, host, options.port, seed)]
-
-    from vllm.entrypoints.launchers.api_server.entry import main as serve
-
-    serve()
+    serve(arguments(rollout, model, host, options.port, seed))
 
 
 if (

@@ -38,7 +38,10 @@ class Backend(Protocol):
         ...
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
-        """Log-probs of the response tokens under the present weights, jagged [B, response], float32, nats."""
+        """Compute log-probs of the response tokens under the present weights: jagged [B, response], float32, nats.
+
+        Tokens that are not trained (zeros of `response_mask`) are not computed: their entries are 0.
+        """
         ...
 
     def reference_log_probs(self, batch: Batch) -> torch.Tensor | None:

@@ -5,7 +5,6 @@ importing this module settles the matter, and every file here that imports verl 
 nothing; without, verl gets a platform named "cpu" that computes in host memory and communicates over gloo.
 """
 
-import functools
 import os
 import types
 from collections.abc import Iterator
@@ -133,24 +132,3 @@ class CpuPlatform(PlatformBase):
 
     def cudart(self) -> None:
         return None
-
-
-@functools.cache
-def register_engine() -> None:
-    """Add verl's FSDP2 engine for the device "cpu" to its registry."""
-    from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.fsdp import transformer_impl
-
-    class CpuEngine(transformer_impl.FSDPEngineWithLMHead):  # type: ignore[misc]
-        def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
-            names = vars(transformer_impl)
-            policy = names["CPUOffloadPolicy"]
-            names["CPUOffloadPolicy"] = lambda pin_memory=True: policy(
-                pin_memory=False
-            )  # pinning needs an accelerator
-            try:
-                return super()._build_fsdp_module(module)
-            finally:
-                names["CPUOffloadPolicy"] = policy
-
-    EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")(CpuEngine)

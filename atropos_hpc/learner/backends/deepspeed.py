@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from atropos_hpc.config import ModelConf, TrainerConf
 from atropos_hpc.learner.backends import cpu_platform
+from atropos_hpc.learner.backends.engine import Engine
 from atropos_hpc.learner.backends.verl import VerlBackend
 
 # isort: split
@@ -35,7 +36,6 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from verl.utils.device import get_device_id
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class DeepSpeedBackend(VerlBackend):
         return float(next(iter(self._policy.optimizer.state.values()))["step"])
 
 
-class _Engine(FSDPEngineWithLMHead):
+class _Engine(Engine):
     """verl's engine, with DeepSpeed's in place of FSDP. `json` must be set before `initialize`."""
 
     json: dict[str, Any]
@@ -121,6 +121,7 @@ class _Engine(FSDPEngineWithLMHead):
         return int(self.json["zero_optimization"]["stage"])
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._install_loss_head(module)
         self._autocast_dtype = torch.bfloat16 if self.json["bf16"]["enabled"] else torch.float32
         # verl reads the weights on rank 0 alone, and leaves the others to FSDP
         module = (

@@ -10,6 +10,8 @@ Layers that attend within a window only, or to what comes after, keep transforme
 
 import weakref
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ def layout(position_ids: torch.Tensor) -> Layout:
 
 
 _newest: tuple[weakref.ref[torch.Tensor], Layout] | None = None
+
+
+_newest_offsets: tuple[weakref.ref[torch.Tensor], tuple[torch.Tensor, int]] | None = None
+
+
+def _offsets_of(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the pack's cumulative sequence lengths, [S + 1] int32, and its longest sequence."""
+    global _newest_offsets
+    if _newest_offsets is None or _newest_offsets[0]() is not position_ids:
+        starts = (position_ids[0] == 0).nonzero()[:, 0]
+        offsets = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
+        found = offsets, int(offsets.diff().max())
+        _newest_offsets = weakref.ref(position_ids), found
+    return _newest_offsets[1]
 
 
 def _layout_of(position_ids: torch.Tensor) -> Layout:
@@ -93,6 +109,8 @@ def attend(
         raise NotImplementedError(
             f"{model} is not told where sequences of a pack begin: use model.attention=flash_attention_2 or eager"
         )
+    if query.is_cuda and query.dtype != torch.float32:
+        return _varlen(query, key, value, position_ids, scaling), None
     packed, parts = _layout_of(position_ids), []
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
     for block in packed.blocks:
@@ -105,6 +123,32 @@ def attend(
         )
         parts.append(part.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed.places)[None], None
+
+
+@cache
+def _varlen_attention() -> tuple[Any, dict[str, Any]]:
+    """Return torch's kernel, and the option that it needs for grouped queries since torch 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if grouped else {}
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend on CUDA in half precision: torch's FlashAttention over cumulative sequence lengths."""
+    attention, options = _varlen_attention()
+    offsets, longest = _offsets_of(position_ids)
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
+    found: torch.Tensor = attention(
+        *flat, offsets, offsets, longest, longest, scale=scaling, window_size=(-1, 0), **options
+    )
+    return found[None]
 
 
 def _mask(

@@ -24,6 +24,7 @@ from atropos_hpc.learner.backends import (  # before anything else of verl
     cpu_platform,
     packed_attention,
 )
+from atropos_hpc.learner.backends.engine import Engine
 from atropos_hpc.learner.batch import Batch
 from atropos_hpc.learner.objective import objective
 
@@ -35,7 +36,6 @@ from verl.trainer.ppo.core_algos import kl_penalty
 from verl.utils import tensordict_utils, torch_functional
 from verl.utils.device import get_device_name
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
@@ -76,8 +76,6 @@ class VerlBackend:
         random.seed(mixed)
         np.random.seed(mixed)
         torch.manual_seed(mixed)
-        if cpu_platform.ON_CPU:
-            cpu_platform.register_engine()
         if not torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
             vars(transformer_impl)["logprobs_from_logits"] = _log_probs_from_logits
         transformers_logging.disable_progress_bar()  # a log file is no terminal
@@ -89,10 +87,7 @@ class VerlBackend:
             self._policy.get_data_parallel_rank(),
             self._policy.get_data_parallel_size(),
         )
-        if not algorithm.entropy_coef:  # the entropy is only a metric then: don't keep its graph, which is as large as the logits
-            self._policy.compute_entropy_from_logits = torch.no_grad()(
-                self._policy.compute_entropy_from_logits
-            )
+        self._policy.differentiate_entropy(algorithm.entropy_coef != 0)
         self._lora = model.lora.rank > 0
         self._reference = None
         if reference:
@@ -197,8 +192,7 @@ class VerlBackend:
         return self._engine(model, trainer, trainable=True)
 
     def _engine(self, model: ModelConf, trainer: TrainerConf, trainable: bool) -> Any:
-        options = self._engine_options(model, trainer, trainable)
-        engine: Any = EngineRegistry.new(model_type="language_model", backend="fsdp2", **options)
+        engine = Engine(**self._engine_options(model, trainer, trainable))
         engine.initialize()
         return engine
 
@@ -213,9 +207,12 @@ def _options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> dict[st
     engine = {
         "use_torch_compile": False,
         "entropy_from_logits_with_chunking": True,
+        # verl's default keeps whole float32 gradients on every rank between micro-batches: 28 GiB for 7B
+        "use_no_sync_for_gradient_accumulation": False,
         **trainer.fsdp_config,
     }
     return dict(
+        reference_dtype=getattr(torch, model.dtype),
         model_config=HFModelConfig(
             path=str(model.path),
             load_tokenizer=False,

@@ -1,0 +1,132 @@
+"""verl's FSDP2 engine (0.9.1), changed in three places: the loss head, the reference's dtype, and pinning.
+
+- The output layer computes log-probs and entropies in chunks (`loss_head`) for the tokens that the loss
+  needs; verl's own path holds float32 logits of every token of a micro-batch.
+- A frozen reference keeps its weights in the computing dtype. Only parameters are cast: verl would cast
+  buffers too, and rotary frequencies in bfloat16 are wrong by whole positions in long sequences.
+- Without an accelerator, host memory cannot be pinned, and verl's offload policy asks for that.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from atropos_hpc.learner.backends import cpu_platform  # before anything else of verl
+from atropos_hpc.learner.loss_head import LossHead, Targets, transforms_logits
+
+# isort: split
+from tensordict import TensorDict
+from verl.utils import tensordict_utils
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+from verl.workers.engine.fsdp import transformer_impl
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+log = logging.getLogger(__name__)
+
+
+class Engine(FSDPEngineWithLMHead):
+    """A causal language model under FSDP2. `reference_dtype` is the dtype of a frozen model's weights."""
+
+    def __init__(self, *, reference_dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(**options)
+        self._reference_dtype = reference_dtype
+        self._loss_head: LossHead | None = None
+
+    def _build_module(self) -> torch.nn.Module:
+        module: torch.nn.Module = super()._build_module()
+        if self.engine_config.forward_only:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(self._reference_dtype)
+        return module
+
+    def differentiate_entropy(self, wanted: bool) -> None:
+        """Say whether the loss has an entropy term; otherwise the entropy is a metric without a gradient."""
+        if self._loss_head is not None:
+            self._loss_head.differentiable_entropy = wanted
+        elif not wanted:  # do not keep its graph, which is as large as the logits
+            whole: Any = self.compute_entropy_from_logits  # type: ignore[has-type]
+            self.compute_entropy_from_logits = torch.no_grad()(whole)
+
+    def _install_loss_head(self, module: torch.nn.Module) -> None:
+        config = self.model_config.hf_config.get_text_config()
+        if (name := transforms_logits(config)) is not None:
+            log.warning(
+                "this model transforms its logits (%s in its config), which the chunked loss head does "
+                "not know: logits of whole micro-batches will be held in memory", name,
+            )  # fmt: skip
+            return
+        model: Any = module
+        self._loss_head = LossHead(model.get_output_embeddings(), config.vocab_size)
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._install_loss_head(module)
+        names = vars(transformer_impl)
+        policy = names["CPUOffloadPolicy"]
+        if cpu_platform.ON_CPU:
+            names["CPUOffloadPolicy"] = lambda pin_memory=True: policy(pin_memory=False)
+        elif not self.engine_config.offload_policy:
+            # verl keeps the weights of every frozen model in host memory, and copies all of them to the
+            # device for each micro-batch: half of the time of a reference pass
+            names["CPUOffloadPolicy"] = lambda pin_memory=True: None
+        try:
+            sharded: torch.nn.Module = super()._build_fsdp_module(module)
+            return sharded
+        finally:
+            names["CPUOffloadPolicy"] = policy
+
+    def prepare_model_inputs(
+        self, micro_batch: TensorDict
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        inputs, arguments = super().prepare_model_inputs(micro_batch)
+        packed = tensordict_utils.get_non_tensor_data(
+            micro_batch, "use_remove_padding", default=True
+        )
+        if self._loss_head is not None:
+            self._loss_head.targets = self._targets(micro_batch, arguments) if packed else None
+        return inputs, arguments
+
+    def _targets(self, micro_batch: TensorDict, arguments: dict[str, Any]) -> Targets:
+        """The rows of this rank's part of the pack whose next token is a trained one."""
+        mask = micro_batch["response_mask"]
+        ends, lengths = micro_batch["input_ids"].offsets()[1:], mask.offsets().diff()
+        # token start + j of a sequence is predicted by the row before it: start + j - 1
+        first = torch.repeat_interleave(ends - lengths - 1 - mask.offsets()[:-1], lengths)
+        trained = mask.values().bool()
+        rows = (first + torch.arange(len(first), device=first.device))[trained]
+        wanted = torch.zeros(int(micro_batch["input_ids"].values().shape[0]), device=first.device)
+        wanted[rows] = 1
+        if self.use_ulysses_sp:
+            wanted = ulysses_pad_and_slice_inputs(
+                wanted[None], sp_size=self.ulysses_sequence_parallel_size
+            )[0][0]
+        rows = wanted.nonzero()[:, 0]
+        labels, temperatures = (
+            arguments[k] for k in ("input_ids_rmpad_rolled", "temperature_rmpad")
+        )
+        return Targets(rows, labels[rows], temperatures[rows].float())
+
+    def prepare_model_outputs(
+        self,
+        output: Any,
+        output_args: dict[str, Any],
+        micro_batch: TensorDict,
+        logits_processor_func: Any,
+    ) -> dict[str, torch.Tensor]:
+        head = self._loss_head
+        if head is None or head.targets is None:
+            found: dict[str, torch.Tensor] = super().prepare_model_outputs(
+                output, output_args, micro_batch, logits_processor_func
+            )
+            return found
+        head.targets = None
+        every = output.logits[0]
+        offsets = micro_batch["input_ids"].offsets()
+        columns = (
+            self._gather_and_unpad_packed(column, output_args["pad_size"])
+            for column in every.unbind(-1)
+        )
+        log_probs, entropy = (torch.nested.nested_tensor_from_jagged(c, offsets) for c in columns)
+        return {"log_probs": log_probs, "entropy": entropy}

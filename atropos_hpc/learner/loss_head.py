@@ -1,0 +1,194 @@
+"""Log-probs and entropies from hidden states, without ever holding logits of shape [tokens, vocabulary].
+
+The output layer of a language model is its largest activation: 32k tokens times a vocabulary of 152k
+are 5e9 logits. `LossHead` takes the place of the output layer's `forward`. It computes logits for a few
+hundred tokens at a time, reduces them to two numbers per token, and computes them again in the backward
+pass, where the gradient with respect to logits has a closed form. Logits always come from the layer's
+own `forward`, so FSDP2's unsharded weights, tied embeddings, biases and adapters need no special case.
+
+With z = logits / temperature, p = softmax(z), H = -sum p log p:
+
+    d log p[label] / d z = onehot(label) - p          d H / d z = -p (log p + H)
+
+Weight gradients of the chunks are accumulated in float32, whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+# Logits per chunk. Large enough to keep matrix products efficient, small enough to be a minor part of
+# the memory: a chunk needs about 16 bytes per logit while it is processed.
+CHUNK_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 24}
+# Config attributes of models that transform logits after the output layer, and the value without effect.
+LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to compute for a pack of T tokens: of each selected token, the log-prob of its label."""
+
+    rows: torch.Tensor  # [N] int64, the tokens that predict something trained
+    labels: torch.Tensor  # [N] int64
+    temperatures: torch.Tensor  # [N] float32
+
+
+class LossHead:
+    """The replaced `forward` of an output layer. Without `targets` the layer computes logits as before."""
+
+    def __init__(self, layer: torch.nn.Module, vocab_size: int) -> None:
+        self.layer, self.vocab_size = layer, vocab_size
+        self.targets: Targets | None = None
+        self.differentiable_entropy = True
+        self.logits = layer.forward
+        layer.forward = self.forward
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[1, T, hidden] -> [1, T, 2] float32: log-prob of the label and entropy, nats; zero elsewhere.
+
+        Differentiable in both. Returns logits, [..., vocabulary], while `targets` is None.
+        """
+        if self.targets is None:
+            return cast(torch.Tensor, self.logits(hidden))
+        targets, parameters = self.targets, self.parameters()
+        selected = hidden[0].index_select(0, targets.rows)
+        found = cast(torch.Tensor, _ChunkedHead.apply(self, targets, selected, *parameters))
+        every = found.new_zeros(hidden.shape[1], 2)
+        return every.index_copy(0, targets.rows, found)[None]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The layer's trained parameters; under FSDP2 these are the unsharded ones at this moment."""
+        return [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
+
+    def chunks(self, rows: int, device: torch.device) -> Iterator[slice]:
+        """Slices of the selected rows, all but the last of one size."""
+        size = max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cuda"]) // self.vocab_size)
+        size = max(64, size // 64 * 64) if size >= 64 else size
+        return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """[N, hidden] -> [N, 2]. The parameters are inputs so that autograd routes their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: LossHead, targets: Targets, hidden: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        found = hidden.new_empty(len(hidden), 2, dtype=torch.float32)
+        normalizers = hidden.new_empty(len(hidden), dtype=torch.float32)
+        statistics = _compiled(_statistics, hidden.device)
+        for chunk in head.chunks(len(hidden), hidden.device):
+            logits = head.logits(hidden[chunk])
+            found[chunk, 0], found[chunk, 1], normalizers[chunk] = statistics(
+                logits, targets.labels[chunk], targets.temperatures[chunk]
+            )
+        ctx.head, ctx.targets = head, targets
+        ctx.autocast = _autocast(hidden.device.type)
+        ctx.save_for_backward(hidden, normalizers, found[:, 1])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, normalizers, entropies = ctx.saved_tensors
+        head, targets, (gradient,) = ctx.head, ctx.targets, gradients
+        of_hidden = torch.zeros_like(hidden)
+        parameters = head.parameters()
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        kind = _logit_gradient if head.differentiable_entropy else _logit_gradient_of_log_prob
+        of_logits = _compiled(kind, hidden.device)
+        for chunk in head.chunks(len(hidden), hidden.device):
+            part = hidden[chunk].detach().requires_grad_()
+            with torch.enable_grad(), ctx.autocast:
+                logits = head.logits(part)
+            of_chunk = of_logits(
+                logits.detach(), targets.labels[chunk], targets.temperatures[chunk],
+                normalizers[chunk], entropies[chunk], gradient[chunk],
+            )  # fmt: skip
+            first, *rest = torch.autograd.grad(logits, [part, *parameters], of_chunk)
+            del logits, of_chunk
+            of_hidden[chunk] = first
+            for total, one in zip(sums, rest, strict=True):
+                total += one
+        return (
+            None,
+            None,
+            of_hidden,
+            *(t.to(p.dtype) for t, p in zip(sums, parameters, strict=True)),
+        )
+
+
+def _statistics(
+    logits: torch.Tensor, labels: torch.Tensor, temperatures: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob of the label, entropy, log-sum-exp; each [n] float32, nats."""
+    scaled = logits.float() / temperatures[:, None]
+    normalizer = scaled.logsumexp(-1)
+    chosen = scaled.gather(-1, labels[:, None])[:, 0]
+    entropy = normalizer - ((scaled - normalizer[:, None]).exp() * scaled).sum(-1)
+    return chosen - normalizer, entropy, normalizer
+
+
+def _logit_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperatures: torch.Tensor,
+    normalizers: torch.Tensor,
+    entropies: torch.Tensor,
+    gradients: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient with respect to logits, [n, vocabulary], in their dtype. `gradients`: [n, 2]."""
+    of_log_prob, of_entropy = gradients[:, :1], gradients[:, 1:]
+    log_p = logits.float() / temperatures[:, None] - normalizers[:, None]
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
+    probability = log_p.exp()
+    of_scaled = of_log_prob * (chosen.float() - probability)
+    of_scaled = of_scaled - of_entropy * probability * (log_p + entropies[:, None])
+    return (of_scaled / temperatures[:, None]).to(logits.dtype)
+
+
+def _logit_gradient_of_log_prob(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperatures: torch.Tensor,
+    normalizers: torch.Tensor,
+    entropies: torch.Tensor,
+    gradients: torch.Tensor,
+) -> torch.Tensor:
+    """The same where nothing depends on the entropy."""
+    scale = gradients[:, :1] / temperatures[:, None]
+    probability = (logits.float() / temperatures[:, None] - normalizers[:, None]).exp()
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
+    return (scale * (chosen.float() - probability)).to(logits.dtype)
+
+
+_functions: dict[Any, Any] = {}
+
+
+def _compiled(function: Any, device: torch.device) -> Any:
+    """On CUDA, the function fused into one pass over the logits; elsewhere as it is."""
+    if device.type != "cuda":
+        return function
+    if function not in _functions:
+        _functions[function] = torch.compile(function, dynamic=True)
+    return _functions[function]
+
+
+def _autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The autocast state of the forward pass, to be entered again in the backward pass."""
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type))
+
+
+def transforms_logits(config: Any) -> str | None:
+    """The config attribute by which a model changes logits behind its output layer, if it does."""
+    for name, neutral in LOGIT_TRANSFORMS.items():
+        if getattr(config, name, neutral) not in (neutral, None):
+            return name
+    return None

@@ -1,0 +1,101 @@
+"""Which process uses which GPU. Nothing else maps processes to devices.
+
+A process sees the devices in CUDA_VISIBLE_DEVICES: indices, UUIDs ("GPU-...") or MIG instances
+("MIG-..."), set by Slurm, a container or a person. Without the variable it sees every device of the
+machine. A process is given a part of that list; entries are passed on as they are, since an index in a
+child's list would otherwise name another device than in its parent's.
+
+torch is imported only by `require_gpus`, in processes that have it loaded anyway: the supervisor and the
+node agent must start quickly, and on machines without torch.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
+
+
+def visible_devices(environment: Mapping[str, str], machine_devices: int) -> list[str]:
+    """Return the entries of the inherited device list, or the indices of the whole machine.
+
+    >>> visible_devices({"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}, 8), visible_devices({}, 2)
+    (['GPU-aa', 'GPU-bb'], ['0', '1'])
+    """
+    listed = environment.get(VISIBLE)
+    if listed is None:
+        return [str(index) for index in range(machine_devices)]
+    return [entry.strip() for entry in listed.split(",") if entry.strip()]
+
+
+def machine_devices() -> int:
+    """Count this machine's NVIDIA GPUs without loading CUDA."""
+    if NVIDIA_DEVICES.is_dir():
+        return len(list(NVIDIA_DEVICES.iterdir()))
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))  # a container without the driver's /proc
+
+
+def role_devices(visible: Sequence[str], trainer: int, rollout: int) -> tuple[list[str], list[str]]:
+    """Divide the devices of one machine that hosts both roles: (trainer's, rollout's).
+
+    Each role gets devices of its own if there are enough; otherwise they share from the first one on.
+
+    >>> role_devices(["0", "1", "2"], 1, 2), role_devices(["0"], 1, 1)
+    ((['0'], ['1', '2']), (['0'], ['0']))
+    """
+    begin = trainer if len(visible) >= trainer + rollout else 0
+    return list(visible[:trainer]), list(visible[begin : begin + rollout])
+
+
+def server_devices(visible: Sequence[str], index: int, tensor_parallel: int) -> list[str]:
+    """Return the devices of the node's vLLM server `index`. Raises ValueError if the node has too few.
+
+    >>> server_devices(["4", "5", "6", "7"], 1, 2)
+    ['6', '7']
+    """
+    devices = list(visible[index * tensor_parallel : (index + 1) * tensor_parallel])
+    if len(devices) < tensor_parallel:
+        raise ValueError(
+            f"server {index} needs {tensor_parallel} GPUs (rollout.tensor_parallel), but this node's "
+            f"visible devices are {', '.join(visible) or 'none'}: lower rollout.servers or "
+            "rollout.tensor_parallel, or request more GPUs (roles.rollout.gpus_per_node)"
+        )
+    return devices
+
+
+def local_device(local_rank: int, device_count: int) -> int:
+    """Return the CUDA device index of a trainer rank that sees `device_count` devices.
+
+    A rank sees one device under --gpus-per-task, and every device of its node otherwise. Raises
+    ValueError if the node has fewer devices than ranks.
+    """
+    if device_count == 1:
+        return 0
+    if local_rank >= device_count:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this node shows {device_count} devices; lower "
+            "roles.trainer.ranks_per_node or request more GPUs (roles.trainer.gpus_per_node)"
+        )
+    return local_rank
+
+
+def require_gpus(role: str, gpus_per_node: int) -> None:
+    """Refuse to run on the CPU where the role asks for GPUs. Raises ValueError with what torch found."""
+    if not gpus_per_node:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    try:
+        driver = DRIVER_VERSION.read_text().splitlines()[0]
+    except OSError:
+        driver = "no NVIDIA driver is loaded on this node"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    raise ValueError(
+        f"roles.{role}.gpus_per_node={gpus_per_node}, but torch {torch.__version__} finds no GPU. "
+        f"torch is built for {built}; driver: {driver}; {VISIBLE}={os.environ.get(VISIBLE)!r}. Install "
+        "the role's CUDA packages (make setup DEVICE=cuda), a driver that supports them, or request GPUs"
+    )
