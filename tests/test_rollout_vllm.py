@@ -247,7 +247,9 @@ def merged_log_probs(server: Served, tensors: dict[str, Any], tokens: list[int])
     model.load_state_dict(weights, strict=False)
     ids = torch.tensor([PROMPT + tokens])
     with torch.no_grad():
-        every = model(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        logits = model(ids).logits[0, len(PROMPT) - 1 : -1]
+    logits[:, model.config.eos_token_id] = -torch.inf  # min_tokens keeps it from being sampled
+    every = logits.log_softmax(-1)
     return every.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
 
 
