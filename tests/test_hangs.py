@@ -87,12 +87,12 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
         step_timeout_s=2 if how == "gets no further" else 600,
         grace_s=1,
     )
-    with membership.Member(run, EnvironmentState(), "n", beat_s=0.1).waiting(
-        "a vLLM server", "the node agents"
-    ):
-        supervisor = Supervisor(run, conf, steps, lambda members: None)
-        supervisor.roster.dead_s, supervisor.silence.hung_s = 1.5, 1.0
-        end = supervisor.supervise()
+    waiting = membership.Member(run, EnvironmentState(), "n", beat_s=0.1)
+    waiting.show_wait(Wait("a vLLM server", "the node agents", time.time()))
+    supervisor = Supervisor(run, conf, steps, lambda members: None)
+    supervisor.roster.dead_s, supervisor.silence.hung_s = 1.5, 1.0
+    end = supervisor.supervise()
+    waiting.leave()
     assert end is Action.FAIL
     assert (
         "environment-n-0 has waited" in caplog.text

@@ -13,6 +13,7 @@ from atropos_hpc.contracts.members import (
     StopRequest,
     TrainerState,
     TrajectoriesState,
+    Wait,
 )
 from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.runtime import membership
@@ -140,9 +141,11 @@ def test_a_member_with_a_damaged_or_lost_file_is_marked_as_ended(run: RunDir) ->
 
 def test_a_wait_is_shown_while_it_lasts(run: RunDir) -> None:
     member = Member(run, TrainerState(), "n0")
-    with member.waiting("batch 7", "the trajectory server"):
-        wait = RosterPublisher(run).publish()["trainer-n0-0"].waiting
-        assert wait is not None and wait.what == "batch 7"
+    member.show_wait(Wait("batch 7", "the trajectory server", since=1.0))
+    member.show_wait(Wait("batch 7", "the trajectory server", since=9.0))
+    wait = RosterPublisher(run).publish()["trainer-n0-0"].waiting
+    assert wait is not None and (wait.what, wait.since) == ("batch 7", 1.0), "the same wait"
+    member.show_wait(None)
     assert RosterPublisher(run).publish()["trainer-n0-0"].waiting is None
     member.leave()
 

@@ -23,6 +23,7 @@ from atropos_hpc.contracts.members import (
     EnvironmentState,
     ServerState,
     TrainerState,
+    Wait,
 )
 from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, SweepPoint
 from atropos_hpc.contracts.policy import PolicyVersion
@@ -77,14 +78,14 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
     ]
     agent = Member(run, AgentState(servers=servers), "rollout0")
     trainer = Member(run, TrainerState(step=7, state="training"), "trainer0")
-    with trainer.waiting("batch 7", "the trajectory server"):
-        found = shown(run)
-        drawn = subprocess.run(
-            [*COMMAND, "status", str(run.path), "--once"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+    trainer.show_wait(Wait("batch 7", "the trajectory server", time.time()))
+    found = shown(run)
+    drawn = subprocess.run(
+        [*COMMAND, "status", str(run.path), "--once"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert (found["state"], found["step"], found["steps"]) == ("running", 7, 10)
     assert found["eta_s"] == pytest.approx(6) and found["trained_tokens_per_s"] == pytest.approx(50)
     assert found["time_shares"] == {

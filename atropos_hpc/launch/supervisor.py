@@ -36,6 +36,7 @@ from atropos_hpc.contracts.members import (
     SupervisorState,
     TrainerState,
     TrajectoriesState,
+    Wait,
 )
 from atropos_hpc.launch import restart_policy
 from atropos_hpc.launch.restart_policy import Action, Event, ExitFacts, Kind, Phase, RunEnding
@@ -109,6 +110,7 @@ class Supervisor:
         self.silence = SilenceWatch()
         self.progress = ProgressWatch(launch.start_timeout_s, launch.step_timeout_s)
         self.ending = RunEnding(launch.save_timeout_s)
+        self.member: Member[SupervisorState] | Member[RolloutJobState] | None = None
         self.stop_signals = 0
         self.warned = False  # by Slurm, of the time limit
         self._unusable_since: float | None = None
@@ -124,7 +126,7 @@ class Supervisor:
             withdraw_request(self.run, StopRequest)
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
         previous = {number: signal.signal(number, self._on_signal) for number in signals}
-        member = self._member()
+        member = self.member = self._join()
         end: Action | None = None
         try:
             while end is None:
@@ -140,7 +142,7 @@ class Supervisor:
                 signal.signal(number, handler)
         return end
 
-    def _member(self) -> Member[SupervisorState] | Member[RolloutJobState]:
+    def _join(self) -> Member[SupervisorState] | Member[RolloutJobState]:
         job = self.job.id if self.job else None
         if self.leads:
             return Member(self.run, SupervisorState(state="running", job=job), "trainer0")
@@ -350,6 +352,10 @@ class Supervisor:
             self.launch.save_timeout_s,
             action.value,
         )
+        if self.member is not None:
+            now = time.time()
+            deadline = now + self.launch.save_timeout_s
+            self.member.show_wait(Wait("a checkpoint", "the learner", now, deadline))
         try:
             post_request(self.run, StopRequest())
         except OSError as error:  # a full disk

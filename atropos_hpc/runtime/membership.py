@@ -22,8 +22,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -100,15 +99,6 @@ class Member(Generic[S]):
         if wait and known and (wait.what, wait.from_whom) == (known.what, known.from_whom):
             return
         self.update(waiting=wait)
-
-    @contextmanager
-    def waiting(self, what: str, from_whom: str) -> Iterator[None]:
-        """Show a wait whose deadline is kept elsewhere."""
-        self.show_wait(Wait(what, from_whom, time.time()))
-        try:
-            yield
-        finally:
-            self.show_wait(None)
 
     def leave(self, **changes: Any) -> None:
         """Stop the heartbeat and mark the member as ended. The file stays, as a record."""
