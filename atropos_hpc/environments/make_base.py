@@ -160,11 +160,7 @@ def make_base(
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}", flush=True)
     fit(model, seed, steps, until)
     sampled, greedy = accuracy(model, problems(held_out=True))
-    print(
-        f"held-out accuracy: {sampled:.3f} sampled at temperature 1, {greedy:.3f} greedy",
-        flush=True,
-    )
-
+    print(f"held-out accuracy: {sampled:.3f} sampled, {greedy:.3f} greedy", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -172,9 +168,11 @@ def make_base(
         make_tokenizer().save_pretrained(temporary)
         temporary.chmod(0o755)
         os.rename(temporary, out)
-    except BaseException:
+    except OSError:
+        if not out.exists():  # else another process has made the same base meanwhile
+            raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     print(f"wrote {out}", flush=True)
     return sampled, greedy
 
