@@ -15,7 +15,7 @@ from fault_kinds import engines
 from run_parts import Started
 
 from atropos_hpc.observe import status
-from atropos_hpc.policy.weight_update import PROMPT_S
+from atropos_hpc.policy.weight_update import ADMIN_TIMEOUT_S
 from atropos_hpc.rollout.managed_server import PROBE_EVERY_S, UNHEALTHY_S
 from atropos_hpc.runtime.hang_detection import HUNG_S
 from atropos_hpc.runtime.membership import BEAT_S, DEAD_S
@@ -113,7 +113,7 @@ def stop_the_engine_and_follow(started: Started) -> None:
         "the server in the log",
         logged,
         since,
-        max(UNHEALTHY_S + 2 * PROBE_EVERY_S, PROMPT_S),
+        max(UNHEALTHY_S + 2 * PROBE_EVERY_S, ADMIN_TIMEOUT_S),
     )
     started.until("the end of the engine", lambda: not Path(f"/proc/{engine}").exists(), 60)
     goes_on(started)

@@ -1,7 +1,8 @@
 """Member files, the roster, requests, and the records that the supervisor keeps of a run.
 
 A member is a process that takes part in a run. It describes itself in a file of its own,
-rendezvous/members/<name>.json: one state struct per kind of member. The supervisor collects the member files in the roster.
+rendezvous/members/<name>.json: one state struct per kind of member. The supervisor collects the
+member files in the roster.
 """
 
 from typing import ClassVar

@@ -45,23 +45,13 @@ class ServerContext:
 class ManagedServer:
     """One vLLM server. `serves` is the version that it serves; until then it is not listed."""
 
-    def __init__(self, name: str, index: int, limits: Limits) -> None:
+    def __init__(self, name: str, index: int, limits: Limits, context: ServerContext) -> None:
         self.managed = ManagedProcess(name, "server", self._specs, limits)
-        self.name, self.index, self.url = name, index, ""
+        self.name, self.index, self.url, self.context = name, index, "", context
         self.serves: LoadableVersion | None = None
-        self._context: ServerContext | None = None
-        self._answered = self._probed = 0.0  # monotonic
+        self._answered = 0.0  # monotonic
         self._probing: asyncio.Task[None] | None = None
         self._updating: asyncio.Task[None] | None = None
-
-    def attach(self, context: ServerContext) -> None:
-        """Give the server what it needs to be started; call it before the engine's first poll."""
-        self._context = context
-
-    @property
-    def context(self) -> ServerContext:
-        assert self._context is not None, "attach comes first"
-        return self._context
 
     def state(self) -> ServerState:
         """The server's entry in the agent's member file."""

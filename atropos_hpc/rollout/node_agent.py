@@ -56,12 +56,8 @@ class NodeAgent:
         store, cache = PolicyStore(run.policy), Path(self.config.policy.cache)
         self.follower = Follower(store, cache, self.member.name, self._request_republish)
         self.engine = SupervisionEngine(run.logs, lambda: self.follower.newest)
-        self.servers = [
-            ManagedServer(f"server-{index}-{i}", i, self.limits)
-            for i in range(self.config.rollout.servers)
-        ]
+        self.servers: list[ManagedServer] = []  # made by `work`
         self.others = self._workers()
-        self.engine.add(*(server.managed for server in self.servers), *self.others)
         evaluation = self.config.evaluation
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)
         self.failover = LeaderFailover(run)
@@ -106,8 +102,11 @@ class NodeAgent:
                 self.follower,
                 http,
             )
-            for server in self.servers:
-                server.attach(context)
+            self.servers = [
+                ManagedServer(f"server-{self.index}-{i}", i, self.limits, context)
+                for i in range(self.config.rollout.servers)
+            ]
+            self.engine.add(*(server.managed for server in self.servers), *self.others)
             tasks = [
                 asyncio.create_task(self._follow()),
                 asyncio.create_task(self._watch_members()),
