@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
@@ -71,7 +70,7 @@ def _write_images(figures: Mapping[str, Figure | None], out: Path) -> dict[str, 
     return images
 
 
-def _run_values(run: History, row: PointStatus) -> dict[str, Any]:
+def _run_values(run: History, row: PointStatus) -> dict[str, object]:
     """Return the template's values for a run."""
     info = RunDir(run.path).info()
     return {
@@ -87,7 +86,7 @@ def _run_values(run: History, row: PointStatus) -> dict[str, Any]:
 
 def _sweep_values(
     rows: Sequence[PointStatus], runs: Sequence[History], keys: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the template's values for a sweep."""
     best = report.best(rows)
     states = Counter(row.state for row in rows)

@@ -338,8 +338,7 @@ def against(runs: Sequence[History], key: str, final: Final, name: str) -> Figur
     axes.plot(values, means, color=BLUE, linewidth=1.4)
     positive = [value for value in values if value > 0]
     if positive and max(positive) / min(positive) >= 10:
-        linear: dict[str, Any] = {"linthresh": min(positive)} if values[0] <= 0 else {}
-        axes.set_xscale("symlog" if linear else "log", **linear)
+        axes.set_xscale("symlog", linthresh=min(positive))  # linear around 0, which log excludes
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
     _finish(axes, f"Final values against {history.short_key(key)}", name, x=key)
