@@ -27,7 +27,7 @@ TRL := .venv-trl/ready
 OVERRIDES := requirements/rollout-overrides.txt
 DURATIONS := build/test-durations
 
-.PHONY: demo setup apt test test-fast docs-testing lint bench faults soak clean
+.PHONY: gpu-check demo setup apt test test-fast docs-testing lint bench faults soak clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -83,6 +83,13 @@ $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
 	test -x .venv-trl/bin/python || $(UV) venv --quiet --python .venv/bin/python .venv-trl
 	$(INSTALL) --python .venv-trl/bin/python -r requirements/bench-trl-cpu.txt
 	touch $@
+
+# One GPU, no network. MODEL: a model's directory; DATA: a directory with GSM8K's train.jsonl and test.jsonl.
+MODEL ?=
+DATA ?=
+gpu-check:
+	.venv/bin/python -m bench.gpu --rollout-python $(CURDIR)/.venv-rollout/bin/python \
+		$(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
 bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)

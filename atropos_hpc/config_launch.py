@@ -63,6 +63,11 @@ class LaunchConf:
         "slurm/split_rollout.sbatch",
     )
     wait: bool = key(False, "submitit_slurm: wait for all points and show their progress")
+    check_versions: bool = key(
+        True,
+        "refuse a role's environment whose torch, verl, vllm or atroposlib differ from the pinned "
+        "versions in their minor number",
+    )
     dry_run: bool = key(False, "show what would be submitted or started, then exit")
     restarts: int = key(5, "restarts of one process without progress before the run fails", ge=0)
     backoff_s: float = key(

@@ -196,7 +196,7 @@ def needed(config: Config, role: str) -> dict[str, tuple[tuple[str, ...], str]]:
         else []
     )
     modules = {**NEEDED[role], **{module: (module,) for module in ["atropos_hpc", *extra]}}
-    pins = _pins(role)
+    pins = _pins(role) if config.launch.check_versions else {}
     return {
         module: (names, next((pins[name] for name in names if name in pins), ""))
         for module, names in modules.items()

@@ -17,6 +17,10 @@ from typing import Any
 
 import orjson
 
+from atropos_hpc.contracts.members import AgentState, ServerState
+from atropos_hpc.runtime import process
+from atropos_hpc.runtime.membership import RosterReader
+from atropos_hpc.runtime.run_dir import RunDir
 from bench.gpu import parts
 
 GPU_STEPS = int(os.environ.get("ATROPOS_HPC_GPU_STEPS", "10"))
@@ -39,19 +43,15 @@ def overrides(options: Any, run_dir: Path, gpu: bool) -> list[str]:
         *common, "experiment=gsm8k_one_gpu", f"model.path={options.model}",
         f"+environment.config.train_path={options.data / 'train.jsonl'}",
         f"+environment.config.test_path={options.data / 'test.jsonl'}",
-        f"trainer.steps={GPU_STEPS}", "rollout.enforce_eager=true",
+        f"trainer.steps={GPU_STEPS}", "rollout.enforce_eager=true", "environment.config.dataset=null",
+        "launch.check_versions=false",
     ]  # fmt: skip
 
 
-def roster_servers(run_dir: Path) -> list[dict[str, Any]]:
+def serving(run_dir: Path) -> list[ServerState]:
     """The servers in the roster that serve a version."""
-    try:
-        roster = orjson.loads((run_dir / "rendezvous" / "roster.json").read_bytes())
-    except (OSError, ValueError):
-        return []
-    members = roster.get("members", {}).values()
-    agents = [member for member in members if member["kind"] == "agent" and member["alive"]]
-    return [s for agent in agents for s in agent.get("servers", []) if s["version"] is not None]
+    agents = RosterReader(RunDir(run_dir).roster).members(AgentState)
+    return [server for agent in agents for server in agent.servers if server.version is not None]
 
 
 def steps(run_dir: Path) -> list[dict[str, Any]]:
@@ -62,25 +62,18 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in lines if line.endswith(b"}")]
 
 
-def descendants(pid: int) -> list[int]:
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += descendants(int(child))
-    return found
-
-
 def kill_server(run_dir: Path) -> float:
     """SIGKILL to a server and its engine; seconds until a server serves again."""
-    victim = roster_servers(run_dir)[0]
-    for pid in descendants(victim["pid"]):
+    victim = serving(run_dir)[0]
+    assert victim.pid is not None
+    for pid in [victim.pid, *process.descendants_of(victim.pid)]:
         os.kill(pid, signal.SIGKILL)
     start = time.monotonic()
     parts.wait_until(
-        lambda: not any(s["pid"] == victim["pid"] for s in roster_servers(run_dir)),
+        lambda: not any(s.pid == victim.pid for s in serving(run_dir)),
         60, "the dead server's removal from the roster",
     )  # fmt: skip
-    parts.wait_until(lambda: roster_servers(run_dir), PATIENCE_S, "a replaced server's return")
+    parts.wait_until(lambda: serving(run_dir), PATIENCE_S, "a replaced server's return")
     return time.monotonic() - start
 
 
