@@ -28,7 +28,8 @@ def table(tiers: list[dict[str, Any]]) -> str:
     ordered = sorted(slowest.items(), key=lambda item: -item[1][0])[:SLOWEST]
     lines += ["", f"The slowest {SLOWEST}:", "", "| test | wall, s | CPU, s |", "|---|---|---|"]
     for name, (wall_s, cpu_s) in ordered:
-        lines.append(f"| `{name.removeprefix('tests/')}` | {wall_s:.1f} | {cpu_s:.1f} |")
+        shown = name.removeprefix("tests/").replace("|", "\\|")
+        lines.append(f"| `{shown}` | {wall_s:.1f} | {cpu_s:.1f} |")
     return "\n".join(lines)
 
 
