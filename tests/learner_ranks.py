@@ -180,7 +180,9 @@ def train(backend: Any, steps: int, tokens_per_micro_batch: int = 4096) -> list[
     """That many steps; what each reported."""
     metrics = []
     for _ in range(steps):
-        metrics.append(backend.update(one_batch(backend, tokens_per_micro_batch)))
+        metrics.append(
+            backend.update(one_batch(backend, tokens_per_micro_batch), state_of(backend).version)
+        )
         state_of(backend).version += 1
     return metrics
 

@@ -1,7 +1,9 @@
 """From groups to flat arrays, without a model."""
 
 import random
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,3 +296,14 @@ def test_what_is_rejected_weighs_nothing_and_no_more_than_that() -> None:
         "rejected_fraction"
     ] == pytest.approx(1 / 6)
     assert correct(batch, CorrectionConf()) == {}
+
+
+def test_one_module_imports_verl() -> None:
+    package = Path(__file__).resolve().parent.parent / "atropos_hpc"
+    importing = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(from|import) verl\b", path.read_text(), re.MULTILINE)
+    }
+    backends = "learner/backends"
+    assert importing == {f"{backends}/verl_api.py", f"{backends}/cpu_platform.py"}

@@ -143,7 +143,7 @@ class Numbers:
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}
 
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values = state["values"]
 
 

@@ -15,7 +15,7 @@ from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, train, whole  # 
 from safetensors.torch import load_file  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
-from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend, described  # noqa: E402
+from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend, deepspeed_config  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.policy.shard_writer import write_shards  # noqa: E402
@@ -227,7 +227,7 @@ def test_deepspeeds_json_is_passed_on_below_what_the_run_decides() -> None:
         offload=True,
         deepspeed={"wall_clock_breakdown": True, "zero_optimization": {"stage": 3}},
     )
-    made = described(ModelConf(dtype="bfloat16"), trainer)
+    made = deepspeed_config(ModelConf(dtype="bfloat16"), trainer)
     assert (
         made["wall_clock_breakdown"]
         and made["gradient_clipping"] == 0.5

@@ -418,7 +418,7 @@ def update_all(
                 **correct(batch, conf.correction),
                 **penalize(batch, mine, conf, conf.kl_coef),
             }
-            metrics |= backend.update(batch)
+            metrics |= backend.update(batch, 0)
             results.append(
                 (name, limit, metrics, dict(gradients), list(_by_sequence(watched, world)))
             )
@@ -511,7 +511,7 @@ def three_steps(
         if batch.needs_log_probs:
             batch.set_old_log_probs(backend.log_probs(batch))
         batch.set_reference_log_probs(backend.reference_log_probs(batch))
-        steps.append(backend.update(batch))
+        steps.append(backend.update(batch, step))
     weights = {
         n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone()
         for n, t in backend.module.state_dict().items()
@@ -564,7 +564,7 @@ def bfloat16(rank: int, world: int, path: Any) -> Any:
         own = backend.log_probs(batch)
         batch.set_old_log_probs(own)
         batch.set_reference_log_probs(backend.reference_log_probs(batch))
-        metrics = backend.update(batch)
+        metrics = backend.update(batch, 0)
         kinds = {p.dtype for p in backend.module.parameters()}
         results.append(
             (
@@ -598,7 +598,7 @@ def temperatures(rank: int, world: int, path: Any, group: Group) -> Any:
     batch = make_batch([group], settings_of(), 0)
     assert backend.reference_log_probs(batch) is None
     with pytest.raises(ValueError, match="old log-probs"):
-        backend.update(batch)
+        backend.update(batch, 0)
     return [row.clone() for row in backend.log_probs(batch).unbind()]
 
 
@@ -627,7 +627,7 @@ def silent(rank: int, world: int, path: Any) -> tuple[int, str]:
     group.trained[:] = False
     batch = make_batch([group] if rank == 0 else [], settings_of(), 0)
     with pytest.raises(ValueError) as refusal:
-        backend.update(batch)
+        backend.update(batch, 0)
     return backend.vocab_size, str(refusal.value)
 
 

@@ -55,7 +55,7 @@ def trained_and_published(
     )
     batch = make_batch(make_groups()[rank::world], settings_of(), 0)
     batch.set_old_log_probs(backend.log_probs(batch))
-    backend.update(batch)
+    backend.update(batch, 0)
     backend.log_probs(batch)  # a forward alone leaves the root module's parameters whole
     shot = snapshot(backend.module, dtype)
     weights = {name: full(tensor) for name, tensor in backend.module.state_dict().items()}

@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from atropos_hpc.learner.backends.verl_api import get_adv_estimator_fn
 
 Scores = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -94,13 +98,6 @@ def _estimator(name: str, normalize_by_std: bool) -> Callable[[Scores, Counts], 
             f"algorithm.advantage={name} is not an estimator on scores alone: use one of"
             f" {', '.join(ESTIMATORS)}"
         )
-    import torch
-
-    from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
-
-    # isort: split
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-
     centred = name in OVER_BATCH
     estimate = get_adv_estimator_fn("grpo" if centred else name)
     options = {"norm_adv_by_std_in_grpo": normalize_by_std and not centred}
@@ -127,9 +124,6 @@ def _estimator(name: str, normalize_by_std: bool) -> Callable[[Scores, Counts], 
 
 
 def _over_ranks(sums: Sequence[float], replicas: int) -> list[float]:
-    import torch
-    import torch.distributed as dist
-
     totals = torch.tensor([float(value) for value in sums], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(totals)

@@ -24,13 +24,9 @@ from numpy.typing import NDArray
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
-from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
+from atropos_hpc.learner.backends.verl_api import TensorDict, tensordict_utils
 from atropos_hpc.learner.sequences import Flags, Sequences, flatten
 from atropos_hpc.learner.statistics import Statistics, local_statistics, over_ranks
-
-# isort: split
-from tensordict import TensorDict
-from verl.utils import tensordict_utils
 
 FILLER_TOKENS = 2  # length of a filler: the shortest sequence that has a response
 

@@ -147,7 +147,7 @@ class Checkpoints:
         tensors = {**backend.state_dict(), TRAIN: train}
         load(tensors, storage_reader=reader, process_group=self._foreground)
         del tensors[TRAIN]
-        backend.load_state_dict(tensors, int(train["version"]))
+        backend.load_state_dict(tensors)
         state.load_state_dict(train)  # last, because it sets the generators
 
     def _begin(self, step: int) -> CheckpointDir:

@@ -15,14 +15,11 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.config import CorrectionConf
-from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
-from atropos_hpc.learner.batch import Batch, from_jagged
-
-# isort: split
-from verl.trainer.ppo.rollout_corr_helper import (
+from atropos_hpc.learner.backends.verl_api import (
     SAFETY_BOUND,
     compute_rollout_correction_and_rejection_mask,
 )
+from atropos_hpc.learner.batch import Batch, from_jagged
 
 
 def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:

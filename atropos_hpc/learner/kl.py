@@ -14,12 +14,9 @@ import torch.distributed as dist
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
-from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
+from atropos_hpc.learner.backends.verl_api import AdaptiveKLController, kl_penalty
 from atropos_hpc.learner.batch import Batch, from_jagged
 from atropos_hpc.learner.sequences import flatten
-
-# isort: split
-from verl.trainer.ppo.core_algos import AdaptiveKLController, kl_penalty
 
 
 def next_coefficient(algorithm: AlgorithmConf, coefficient: float, kl: float | None) -> float:

@@ -145,7 +145,7 @@ def _optimize(context: TrainContext, batch: Batch, leased: LeasedBatch) -> dict[
         importance = correct(batch, algorithm.correction)
         penalty = penalize(batch, leased.groups, algorithm, state.kl_coef)
     with context.phases("update"):
-        updated = backend.update(batch, state.kl_coef)
+        updated = backend.update(batch, state.version, state.kl_coef)
     return {**importance, **penalty, **updated, "kl_coef": state.kl_coef}
 
 

@@ -175,7 +175,6 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
 
 def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) -> "TrainContext":
     """Build the backend, restore the last durable step, and register with the trajectory server."""
-    from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
     from atropos_hpc.learner.batch_leaser import BatchLeaser
     from atropos_hpc.learner.checkpoint import Checkpoints
     from atropos_hpc.learner.collective import Collective

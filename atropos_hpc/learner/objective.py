@@ -5,12 +5,13 @@ translation, and the checks of its values, are here.
 """
 
 from atropos_hpc.config import AlgorithmConf
-from atropos_hpc.learner.backends import cpu_platform  # noqa: F401  before anything else of verl
+from atropos_hpc.learner.backends.verl_api import (
+    POLICY_LOSS_REGISTRY,
+    FSDPActorConfig,
+    FSDPEngineConfig,
+    PolicyLossConfig,
+)
 from atropos_hpc.validate_trainer import LOSS_OPTIONS
-
-# isort: split
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, PolicyLossConfig
 
 # bypass_mode and dro need options that `algorithm` does not have; geo_mean divides by the size of
 # the micro-batch instead of that of the batch.

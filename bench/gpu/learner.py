@@ -106,7 +106,7 @@ def step(shape: Shape, model: Path, rate: float, checkpointing: bool) -> dict[st
         batch.set_reference_log_probs(backend.reference_log_probs(batch))
         synchronize()
         middle = time.perf_counter()
-        backend.update(batch)
+        backend.update(batch, 0)
         synchronize()
         reference.append(middle - start)
         update.append(time.perf_counter() - middle)

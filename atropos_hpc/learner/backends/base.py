@@ -1,4 +1,4 @@
-"""What the training loop asks of a training backend."""
+"""The interface of a training backend."""
 
 from typing import Any, Protocol
 
@@ -8,68 +8,73 @@ from atropos_hpc.learner.batch import Batch
 
 
 class Backend(Protocol):
-    """A policy that is trained, spread over all ranks of the default process group, and the frozen model it started from.
+    """A trained policy, sharded over all ranks, and the frozen model that it started from.
 
-    The caller has initialised the process group, with gloo for host tensors ("gloo", or "cpu:gloo,cuda:nccl"). Every method that
-    computes is collective: all ranks call it, with their own batch, at the same step.
+    The caller has initialised the default process group, with gloo for host tensors ("gloo", or
+    "cpu:gloo,cuda:nccl"). Every method that computes is collective: all ranks call it, with their
+    own batch, at the same step. The caller keeps the version; a backend only receives it.
+
+    This rank trains part `data_rank` of `data_world` of each batch. Ranks that share sequences
+    (Ulysses) have the same part.
     """
 
     rank: int
     world: int
-    data_rank: int  # which share of a batch this rank trains, of `data_world`: ranks that share sequences (Ulysses) have the same
+    data_rank: int
     data_world: int
     vocab_size: int
 
     @property
-    def step_count(self) -> int:
-        """Optimizer steps behind the weights: their policy version."""
-        ...
-
-    @property
     def module(self) -> torch.nn.Module:
-        """The trained model. Changed only by `update` and `load_state_dict`."""
+        """The trained model. Only `update` and `load_state_dict` change it."""
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Its parameters and persistent buffers by name, for publishing: parameters as shards (DTensor). Collective. Not a copy.
+        """Return parameters, as shards (DTensor), and persistent buffers, by name. Not a copy.
 
-        Frozen ones may be left out, where an adapter is trained.
+        Frozen ones may be missing where an adapter is trained. Collective.
         """
         ...
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
-        """Compute log-probs of the response tokens under the present weights: jagged [B, response], float32, nats.
+        """Return log-probs of the response tokens: jagged [B, response], float32, nats.
 
-        Tokens that are not trained (zeros of `response_mask`) are not computed: their entries are 0.
+        Those of tokens that are not trained may be 0.
         """
         ...
 
     def reference_log_probs(self, batch: Batch) -> torch.Tensor | None:
-        """The same under the frozen reference; None if the run keeps none."""
+        """Return the same under the frozen reference; None if the run has none."""
         ...
 
-    def update(self, batch: Batch, kl_coef: float | None = None) -> dict[str, float]:
-        """One optimizer step. Needs old log-probs, and uses reference log-probs where the batch has them.
+    def update(self, batch: Batch, version: int, kl_coef: float | None = None) -> dict[str, float]:
+        """Make the optimizer step from `version` to `version` + 1.
 
-        `kl_coef`: the present weight of the KL in the loss, where it adapts; else algorithm.kl_coef.
+        Needs old log-probs, and uses reference log-probs where the batch has them. `kl_coef` is the
+        present weight of the KL in the loss; None means algorithm.kl_coef.
 
-        Returns, over all ranks: loss, pg_loss, kl_loss (as in the loss, 0 without one), kl_reference (mean over trained tokens of the
-        k3 estimate), entropy and clip_fraction and ppo_kl (means over trained tokens, nats), the mismatch between the behaviour policy's
-        log-probs and the learner's before this step, where the former are known: mismatch_mean and mismatch_max (absolute difference,
-        nats), mismatch_kl (behaviour to learner), mismatch_chi2 (mean of the squared ratio learner / behaviour, less 1) and
-        mismatch_ratio_max; grad_norm (before clipping), lr (of this step). A term that does not apply is absent. Raises ValueError for
-        a batch without trained tokens.
+        Returns metrics over all ranks; one that does not apply is absent:
+          loss, pg_loss, kl_loss: as in the loss; kl_loss is 0 without a KL term
+          kl_reference: k3 estimate, mean over trained tokens, nats
+          entropy, clip_fraction, ppo_kl: means over trained tokens, nats
+          mismatch_mean, mismatch_max: absolute difference between the behaviour policy's log-probs
+            and the learner's before this step, where the former are known, nats
+          mismatch_kl: from behaviour to learner; mismatch_chi2: mean of the squared ratio learner /
+            behaviour, minus 1; mismatch_ratio_max
+          grad_norm: before clipping; lr: of this step
+
+        Raises ValueError for a batch without trained tokens.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state as nested dicts of tensors, sharded, for torch.distributed.checkpoint. Not a copy."""
+        """Return weights and optimizer state as nested dicts of sharded tensors. Not a copy."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Continue from `state`, of the shape that `state_dict` gives, as after `step` optimizer steps."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state of the shape that `state_dict` returns."""
         ...
 
     def close(self) -> None:
-        """Let go of the models. The process group is the caller's."""
+        """Release the models. The process group is the caller's."""
         ...

@@ -1,10 +1,11 @@
-"""verl's FSDP2 engine (0.9.1), changed in three places: the loss head, the reference's dtype, and pinning.
+"""verl's FSDP2 engine with another loss head, reference dtype and offload policy.
 
-- The output layer computes log-probs and entropies in chunks (`loss_head`) for the tokens that the loss
-  needs; verl's own path holds float32 logits of every token of a micro-batch.
-- A frozen reference keeps its weights in the computing dtype. Only parameters are cast: verl would cast
-  buffers too, and rotary frequencies in bfloat16 are wrong by whole positions in long sequences.
-- Without an accelerator, host memory cannot be pinned, and verl's offload policy asks for that.
+- The output layer computes log-probs and entropies in chunks (`loss_head`) for the tokens that the
+  loss needs; verl's own path holds float32 logits of every token of a micro-batch.
+- A frozen reference keeps its weights in the computing dtype. Only parameters are cast: verl would
+  cast buffers too, and rotary frequencies in bfloat16 are wrong by whole positions in long
+  sequences.
+- Host memory is pinned only where there is an accelerator, and a frozen model stays on the device.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from typing import Any
 
 import torch
 
-from atropos_hpc.learner.backends import cpu_platform  # before anything else of verl
+from atropos_hpc.learner.backends.verl_api import (
+    ON_CPU,
+    FSDPEngineWithLMHead,
+    TensorDict,
+    offload_policy,
+    tensordict_utils,
+    ulysses_pad_and_slice_inputs,
+)
 from atropos_hpc.learner.loss_head import LossHead, Targets, transforms_logits
-
-# isort: split
-from tensordict import TensorDict
-from verl.utils import tensordict_utils
-from verl.utils.ulysses import ulysses_pad_and_slice_inputs
-from verl.workers.engine.fsdp import transformer_impl
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 log = logging.getLogger(__name__)
 
 
 class Engine(FSDPEngineWithLMHead):
-    """A causal language model under FSDP2. `reference_dtype` is the dtype of a frozen model's weights."""
+    """A causal language model under FSDP2. A frozen model's weights have `reference_dtype`."""
 
     def __init__(self, *, reference_dtype: torch.dtype, **options: Any) -> None:
         super().__init__(**options)
@@ -43,7 +44,7 @@ class Engine(FSDPEngineWithLMHead):
         return module
 
     def differentiate_entropy(self, wanted: bool) -> None:
-        """Say whether the loss has an entropy term; otherwise the entropy is a metric without a gradient."""
+        """Set whether the loss has an entropy term; else the entropy is a mere metric."""
         if self._loss_head is not None:
             self._loss_head.differentiable_entropy = wanted
         elif not wanted:  # do not keep its graph, which is as large as the logits
@@ -54,28 +55,27 @@ class Engine(FSDPEngineWithLMHead):
         config = self.model_config.hf_config.get_text_config()
         if (name := transforms_logits(config)) is not None:
             log.warning(
-                "this model transforms its logits (%s in its config), which the chunked loss head does "
-                "not know: logits of whole micro-batches will be held in memory", name,
-            )  # fmt: skip
+                "this model transforms its logits (%s in its config), which the chunked loss head"
+                " does not support: logits of whole micro-batches will be held in memory",
+                name,
+            )
             return
         model: Any = module
         self._loss_head = LossHead(model.get_output_embeddings(), config.vocab_size)
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         self._install_loss_head(module)
-        names = vars(transformer_impl)
-        policy = names["CPUOffloadPolicy"]
-        if cpu_platform.ON_CPU:
-            names["CPUOffloadPolicy"] = lambda pin_memory=True: policy(pin_memory=False)
-        elif not self.engine_config.offload_policy:
-            # verl keeps the weights of every frozen model in host memory, and copies all of them to the
-            # device for each micro-batch: half of the time of a reference pass
-            names["CPUOffloadPolicy"] = lambda pin_memory=True: None
-        try:
+
+        def policy(original: Any) -> Any:
+            if ON_CPU:
+                return original(pin_memory=False)
+            # verl would copy all weights of a frozen model to the device for each micro-batch:
+            # half of the time of a reference pass.
+            return original() if self.engine_config.offload_policy else None
+
+        with offload_policy(policy):
             sharded: torch.nn.Module = super()._build_fsdp_module(module)
             return sharded
-        finally:
-            names["CPUOffloadPolicy"] = policy
 
     def prepare_model_inputs(
         self, micro_batch: TensorDict

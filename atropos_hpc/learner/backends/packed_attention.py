@@ -1,18 +1,21 @@
-"""Attention within each sequence of a pack, by torch's own kernels: what `model.attention=sdpa` means in the learner.
+"""Attention within each sequence of a pack, by torch's kernels: `model.attention=sdpa`.
 
-transformers computes a pack, whose positions restart where a sequence begins, with a mask of [T, T]: its cost grows with the square
-of the pack. Here sequences of like length are laid side by side, [B, L], with padding behind them, and attended to causally, without
-a mask. No token sees what is behind it, so padding changes nothing, and what is computed for it is dropped. Sequences in one such block
-differ in length by less than a factor of two.
+transformers computes a pack, whose positions restart where a sequence begins, with a mask of [T,
+T], so the cost grows with the square of the pack. On CUDA in half precision, torch's FlashAttention
+for sequences of different lengths is used here. Elsewhere, sequences of similar length are put into
+blocks, [B, L], padded at their ends, with causal attention and no mask. No token sees later ones,
+so padding changes nothing; its output is dropped. Lengths in a block differ by less than a factor
+of 2.
 
-Layers that attend within a window only, or to what comes after, keep transformers' way.
+Layers with a sliding window, or that are not causal, use transformers' own implementation.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,21 +23,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+T = TypeVar("T")
+
 NAME = "packed_sdpa"  # in transformers' registries
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the T tokens of a pack stand in blocks of sequences."""
+    """How the T tokens of a pack map to blocks of sequences.
 
-    blocks: list[
-        torch.Tensor
-    ]  # [B, L] each: the tokens' places in the pack, a sequence's last one again as padding
-    places: torch.Tensor  # [T], the place of every token of the pack among the blocks' elements, one block after the other
+    blocks: [B, L] each, the tokens' indices in the pack; a sequence's last token is its padding
+    places: [T], the index of every token of the pack in the concatenation of the blocks
+    """
+
+    blocks: list[torch.Tensor]
+    places: torch.Tensor
 
 
 def layout(position_ids: torch.Tensor) -> Layout:
-    """Of a pack's positions, [T], each sequence's 0, 1, 2, ..."""
+    """Return the layout of a pack with these positions, [T]: 0, 1, 2, ... of each sequence."""
     starts = (position_ids == 0).nonzero()[:, 0]
     lengths = torch.diff(starts, append=starts.new_tensor([len(position_ids)]))
     kind = torch.log2(lengths.double()).floor()
@@ -51,29 +58,28 @@ def layout(position_ids: torch.Tensor) -> Layout:
     return Layout(blocks, places)
 
 
-_newest: tuple[weakref.ref[torch.Tensor], Layout] | None = None
+class _PerPack(Generic[T]):
+    """A function of a pack's positions that keeps its last result: every layer needs the same."""
+
+    def __init__(self, compute: Callable[[torch.Tensor], T]) -> None:
+        self._compute = compute
+        self._last: tuple[weakref.ref[torch.Tensor], T] | None = None
+
+    def __call__(self, position_ids: torch.Tensor) -> T:
+        if self._last is None or self._last[0]() is not position_ids:
+            self._last = weakref.ref(position_ids), self._compute(position_ids)
+        return self._last[1]
 
 
-_newest_offsets: tuple[weakref.ref[torch.Tensor], tuple[torch.Tensor, int]] | None = None
+def _offsets(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return cumulative sequence lengths, [S + 1] int32, and the longest length."""
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    offsets = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
+    return offsets, int(offsets.diff().max())
 
 
-def _offsets_of(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the pack's cumulative sequence lengths, [S + 1] int32, and its longest sequence."""
-    global _newest_offsets
-    if _newest_offsets is None or _newest_offsets[0]() is not position_ids:
-        starts = (position_ids[0] == 0).nonzero()[:, 0]
-        offsets = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
-        found = offsets, int(offsets.diff().max())
-        _newest_offsets = weakref.ref(position_ids), found
-    return _newest_offsets[1]
-
-
-def _layout_of(position_ids: torch.Tensor) -> Layout:
-    """Every layer of a forward pass asks for the same one."""
-    global _newest
-    if _newest is None or _newest[0]() is not position_ids:
-        _newest = weakref.ref(position_ids), layout(position_ids[0])
-    return _newest[1]
+_layout_of = _PerPack(lambda position_ids: layout(position_ids[0]))
+_offsets_of = _PerPack(_offsets)
 
 
 def attend(
@@ -87,9 +93,10 @@ def attend(
     position_ids: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface: query [1, heads, T, size], key and value [1, key heads, T, size] -> [1, T, heads, size].
+    """Implement transformers' attention interface.
 
-    Raises NotImplementedError for a model that doesn't tell its attention layers where each token stands in its sequence.
+    query [1, heads, T, size], key and value [1, key heads, T, size] -> [1, T, heads, size]. Raises
+    NotImplementedError for a model that does not pass positions to its attention layers.
     """
     if attention_mask is not None or len(query) > 1:
         outcome: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -107,7 +114,8 @@ def attend(
     if position_ids is None or position_ids.dim() != 2:
         model = type(module).__name__
         raise NotImplementedError(
-            f"{model} is not told where sequences of a pack begin: use model.attention=flash_attention_2 or eager"
+            f"{model} does not pass positions to its attention layers, so the sequences of a pack"
+            " cannot be separated: use model.attention=flash_attention_2 or eager"
         )
     if query.is_cuda and query.dtype != torch.float32:
         return _varlen(query, key, value, position_ids, scaling), None
@@ -154,7 +162,7 @@ def _varlen(
 def _mask(
     batch_size: int, attention_mask: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor | None:
-    """None where `attend` needs no mask: causal, over the whole of each sequence."""
+    """Return None where `attend` needs no mask: causal attention over whole sequences."""
     limited = (
         options.get("local_size") is not None
         or options.get("use_vmap")
@@ -169,7 +177,7 @@ def _mask(
 
 
 def register() -> str:
-    """Make transformers know it. Returns the name for `attn_implementation`."""
+    """Register with transformers, and return the name for `attn_implementation`."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME

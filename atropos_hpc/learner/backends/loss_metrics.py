@@ -1,0 +1,97 @@
+"""Metrics of an optimizer step, exact over micro-batches and ranks.
+
+verl's own metrics are means over micro-batches of unequal size.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from atropos_hpc.learner.backends.verl_api import TensorDict, kl_penalty, response_from_nested
+
+MAX_LOG_RATIO = 20.0  # verl clamps log-ratios to this, too, before it takes their exponential
+
+
+class LossMetrics:
+    """verl's loss function, which also collects metrics. Use a new one for every step."""
+
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        self._loss = loss
+        self._tokens = 0.0  # trained
+        self._token_sums: defaultdict[str, float] = defaultdict(float)
+        # verl has divided these by totals over all ranks, and multiplied by the number of ranks.
+        self._loss_terms: defaultdict[str, float] = defaultdict(float)
+        # d = behaviour - own log-prob: count, sums of |d|, d, exp(-2 d); maxima of |d| and -d.
+        self._mismatch = torch.zeros(4, dtype=torch.float64)
+        self._maxima = torch.tensor([0.0, -math.inf], dtype=torch.float64)
+
+    def __call__(
+        self, model_output: dict[str, torch.Tensor], data: TensorDict, dp_group: Any = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Compute the loss of one micro-batch."""
+        loss, metrics = self._loss(model_output=model_output, data=data, dp_group=dp_group)
+        with torch.no_grad():
+            mask = data["response_mask"].values().bool()
+            log_probs, entropy = (
+                response_from_nested(model_output[name], data["response_mask"]).values()[mask]
+                for name in ("log_probs", "entropy")
+            )
+            self._add_terms(loss, metrics, int(mask.sum()), entropy)
+            log_probs = log_probs.float()
+            if "ref_log_prob" in data:
+                kl: Any = kl_penalty(log_probs, data["ref_log_prob"].values()[mask], "k3")
+                self._token_sums["kl_reference"] += kl.sum().item()
+            self._add_mismatch(data["behaviour_log_probs"].values()[mask] - log_probs)
+        return loss, {}
+
+    def over_ranks(self) -> dict[str, float]:
+        """Return the metrics over all ranks, see `Backend.update`. Collective."""
+        sums = [self._tokens, *self._token_sums.values(), *self._loss_terms.values()]
+        totals = torch.cat([torch.tensor(sums, dtype=torch.float64), self._mismatch])
+        dist.all_reduce(totals)
+        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
+        tokens, *rest = totals.tolist()
+        values = iter(rest)
+        world = dist.get_world_size()
+        means = {name: next(values) / tokens for name in self._token_sums}
+        losses = {name: next(values) / world for name in self._loss_terms}
+        known, absolute, kl, squares = values
+        if not known:
+            return {**losses, **means}
+        max_difference, max_log_ratio = self._maxima.tolist()
+        return {
+            **losses,
+            **means,
+            "mismatch_mean": absolute / known,
+            "mismatch_max": max_difference,
+            "mismatch_kl": kl / known,
+            "mismatch_chi2": squares / known - 1,
+            "mismatch_ratio_max": math.exp(min(max_log_ratio, MAX_LOG_RATIO)),
+        }
+
+    def _add_terms(
+        self, loss: torch.Tensor, metrics: dict[str, Any], tokens: int, entropy: torch.Tensor
+    ) -> None:
+        self._tokens += tokens
+        self._loss_terms["loss"] += loss.item()
+        self._loss_terms["pg_loss"] += metrics["actor/pg_loss"].aggregate()
+        kl_loss = metrics.get("kl_loss")
+        self._loss_terms["kl_loss"] += kl_loss.aggregate() if kl_loss is not None else 0.0
+        self._token_sums["entropy"] += entropy.sum().item()
+        for name, verl_name in (("clip_fraction", "actor/pg_clipfrac"), ("ppo_kl", "actor/ppo_kl")):
+            if verl_name in metrics:  # not every policy loss has them
+                self._token_sums[name] += metrics[verl_name].aggregate() * tokens
+
+    def _add_mismatch(self, difference: torch.Tensor) -> None:
+        known = difference[difference.isfinite()].double().cpu()
+        if not len(known):
+            return
+        squares = (-2 * known).clamp(max=2 * MAX_LOG_RATIO).exp()
+        sums = [values.sum() for values in (known.abs(), known, squares)]
+        self._mismatch += torch.stack([torch.tensor(float(len(known)), dtype=torch.float64), *sums])
+        maxima = torch.stack([known.abs().max(), -known.min()])
+        self._maxima = torch.maximum(self._maxima, maxima)

@@ -1,0 +1,118 @@
+"""All that the learner uses of verl 0.9.1, and every patch of it.
+
+No other module imports verl. verl's engine interface is internal and changes between its versions.
+When upgrading it, check the names below, the patches here, and the methods that `engine.Engine`
+overrides.
+
+The platform is imported first: verl chooses its device while its modules are imported.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from atropos_hpc.learner.backends.cpu_platform import ON_CPU
+
+# isort: split
+from tensordict import TensorDict
+from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.core_algos import (
+    POLICY_LOSS_REGISTRY,
+    AdaptiveKLController,
+    get_adv_estimator_fn,
+    kl_penalty,
+)
+from verl.trainer.ppo.rollout_corr_helper import (
+    SAFETY_BOUND,
+    compute_rollout_correction_and_rejection_mask,
+)
+from verl.utils import tensordict_utils, torch_functional
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+from verl.workers.config import (
+    FSDPActorConfig,
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+    PolicyLossConfig,
+)
+from verl.workers.engine.fsdp import transformer_impl
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import response_from_nested
+
+__all__ = [
+    "ON_CPU",
+    "POLICY_LOSS_REGISTRY",
+    "SAFETY_BOUND",
+    "AdaptiveKLController",
+    "CheckpointConfig",
+    "FSDPActorConfig",
+    "FSDPEngineConfig",
+    "FSDPEngineWithLMHead",
+    "FSDPOptimizerConfig",
+    "HFModelConfig",
+    "PolicyLossConfig",
+    "TensorDict",
+    "compute_rollout_correction_and_rejection_mask",
+    "get_adv_estimator_fn",
+    "get_device_id",
+    "kl_penalty",
+    "offload_policy",
+    "patch_log_probs",
+    "ppo_loss",
+    "report_gradient_norm_on_all_ranks",
+    "response_from_nested",
+    "tensordict_utils",
+    "ulysses_pad_and_slice_inputs",
+]
+
+if ON_CPU and get_device_name() != "cpu":
+    raise ImportError(
+        "verl was imported before atropos_hpc.learner.backends.verl_api, so it chose"
+        f" the device {get_device_name()}: import verl_api first"
+    )
+
+
+def patch_log_probs() -> None:
+    """Replace verl's log-probs from logits, where flash-attention is not installed.
+
+    Reason (0.9.1): verl computes them token by token, and for bfloat16 in bfloat16, whose 8 bits
+    are too few for log-probs whose differences become ratios.
+    """
+    if not torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
+        vars(transformer_impl)["logprobs_from_logits"] = _log_probs_from_logits
+
+
+def _log_probs_from_logits(
+    logits: torch.Tensor, labels: torch.Tensor, inplace_backward: bool = True
+) -> torch.Tensor:
+    """Return the log-probs of the labels, float32 [T], from logits, [T, vocabulary]."""
+    logits = logits.float()
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def report_gradient_norm_on_all_ranks(engine: Any) -> None:
+    """Have the engine return its metrics on every rank.
+
+    Reason (0.9.1): of ranks that share sequences (Ulysses), only the first returns them.
+    """
+    engine.is_mp_src_rank_with_outputs = lambda: True
+
+
+@contextmanager
+def offload_policy(make: Callable[..., Any]) -> Iterator[None]:
+    """Replace the offload policy that verl gives to FSDP2; `make` gets the original first.
+
+    Reason (0.9.1): verl gives no choice. It pins host memory, which needs an accelerator, and it
+    offloads the weights of every frozen model.
+    """
+    names = vars(transformer_impl)
+    original = names["CPUOffloadPolicy"]
+    names["CPUOffloadPolicy"] = lambda pin_memory=True: make(original)
+    try:
+        yield
+    finally:
+        names["CPUOffloadPolicy"] = original
