@@ -21,7 +21,7 @@ from atropos_hpc.rollout.server_pool import Pool, decode_answer
 from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 from atropos_hpc.runtime.run_dir import RunDir
 
-REQUEST = GenerateRequest([1], SamplingParams())
+REQUEST = GenerateRequest([1], SamplingParams(), "tokens")
 EXPECTED = decode_answer(json.dumps(ANSWER).encode())
 
 
@@ -181,7 +181,7 @@ def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None
 
 def test_options_without_a_value_are_not_sent() -> None:
     sampling = SamplingParams(temperature=0.5, max_tokens=4, logprobs=0)
-    assert msgspec.json.encode(GenerateRequest([1], sampling)) == (
+    assert msgspec.json.encode(GenerateRequest([1], sampling, "tokens")) == (
         b'{"token_ids":[1],"sampling_params":{"temperature":0.5,"max_tokens":4,"logprobs":0},'
         b'"output_mode":"tokens"}'
     )

@@ -6,7 +6,7 @@ neither send nor read.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -227,12 +227,12 @@ class SamplingParams(Struct, omit_defaults=True):
     logprobs: int | None = None
 
 
-class GenerateRequest(Struct):
+class GenerateRequest(Struct, omit_defaults=True):
     """POST /inference/v1/generate."""
 
     token_ids: list[int]
     sampling_params: SamplingParams
-    output_mode: str = "tokens"  # or "text"
+    output_mode: Literal["tokens", "text"]
     model: str | None = None  # the adapter's name; None: the base model
 
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from atroposlib.envs.server_handling.server_baseline import (
@@ -175,7 +175,7 @@ class VllmServer(APIServer):
         top_k = max(1, int(kwargs.get("top_k") or kwargs.get("top_logprobs") or 1))
         prompt = self._prompt_ids(kwargs)
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top_k)
-        request = GenerateRequest(prompt, sampling, model=self._model)
+        request = GenerateRequest(prompt, sampling, "tokens", self._model)
         answer = await self.pool.post(request, self.config.timeout)
         positions = [position or {} for position in answer.prompt_logprobs or ()]
         return {
@@ -200,7 +200,7 @@ class VllmServer(APIServer):
         return text[: min(found)] if found else text
 
     async def _generate(
-        self, prompt: list[int], sampling: SamplingParams, mode: str
+        self, prompt: list[int], sampling: SamplingParams, mode: Literal["tokens", "text"]
     ) -> GenerateAnswer:
         sampling.logprobs = sampling.logprobs or 0
         request = GenerateRequest(prompt, sampling, mode, self._model)
