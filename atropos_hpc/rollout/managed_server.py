@@ -65,11 +65,11 @@ class ManagedServer:
         newest, now = self.context.follower.newest, time.time()
         if not self.managed.ready:
             return Wait(
-                "its start", self.name, now, now + self.context.config.launch.start_timeout_s
+                "a healthy server", self.name, now, now + self.context.config.launch.start_timeout_s
             )
         if newest is None:
             return Wait("the first policy version", "the learner", now)
-        return Wait(f"it to load policy version {newest.version}", self.name, now)
+        return Wait(f"policy version {newest.version} to be loaded", self.name, now)
 
     def ended(self) -> None:
         """Call when the process has ended: it serves nothing any more."""
