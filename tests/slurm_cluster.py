@@ -4,7 +4,7 @@ Needs Debian's slurmctld, slurmd, slurm-client and munge (`make apt`); works as 
 user. Nodes have fake CPUs and GPUs (links to /dev/null). A node can be killed with everything on it
 and started again. By hand:
 
-    python tests/slurm_cluster.py up DIR [NODES]     prints the line to evaluate: export SLURM_CONF=...
+    python tests/slurm_cluster.py up DIR [NODES]    prints a line to evaluate: export SLURM_CONF=...
     python tests/slurm_cluster.py down DIR
 """
 
@@ -27,6 +27,11 @@ import psutil
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun")
 ROOT = Path(__file__).resolve().parent.parent
 
+NODE_DEFAULTS = (
+    "CPUs=16 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:4"
+    " Feature=small,fake State=UNKNOWN"
+)
+LOW = "Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1"
 CONF = """\
 ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
@@ -63,10 +68,10 @@ KillWait=10
 MinJobAge=300
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT CPUs=16 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=16000 Gres=gpu:4 Feature=small,fake State=UNKNOWN
+NodeName=DEFAULT {node_defaults}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=1-00:00:00 MaxNodes=8 State=UP PriorityTier=1 PreemptMode={preempt} GraceTime={grace_s}
-PartitionName=sudden Nodes=ALL MaxTime=1-00:00:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=main Default=YES MaxNodes=8 {low} PreemptMode={preempt} GraceTime={grace_s}
+PartitionName=sudden {low} PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=physics Nodes=ALL State=UP PriorityTier=1 PreemptMode=OFF AllowAccounts=physics
 PartitionName=closed Nodes=ALL State=DOWN
@@ -124,6 +129,8 @@ class Cluster:
         self.conf.write_text(
             CONF.format(
                 home=self.home,
+                node_defaults=NODE_DEFAULTS,
+                low=LOW,
                 host=host,
                 user=getpass.getuser(),
                 ports=ports,
@@ -278,7 +285,7 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def skip_requeue_delay(self, number: str) -> None:
-        """Make a requeued job eligible some seconds after it became pending, not after two minutes."""
+        """Make a requeued job eligible seconds after it became pending, not after two minutes."""
         until(
             f"job {number} pending",
             lambda: self.job(number)["JobState"] == "PENDING",

@@ -92,7 +92,7 @@ class Submitted:
         assert self.state() == state, self.story()
 
     def completes(self, steps: int, attempts: int = 1, seconds: float = 120) -> None:
-        """It ends well, with every step in the metrics once, after so many starts, and leaves no process."""
+        """Assert success, with each step made once, after that many starts, and no process left."""
         self.ends(seconds=seconds)
         assert self.steps() == list(range(1, steps + 1)), self.story()
         assert len(list((self.run.path / "logs").glob("attempt-*"))) == attempts, self.story()
@@ -108,7 +108,7 @@ class Submitted:
         assert set(states.values()) == {"ended"}, f"{states}\n{self.story()}"
 
     def frees_memory(self) -> None:
-        """Assert that no node holds a copy of a policy version (agents remove those of killed ones)."""
+        """Assert that no node holds a copy of a policy version; agents remove those left over."""
         copies = [path for path in Path("/dev/shm").glob(f"{PREFIX}*") if not _held(path / LOCK)]
         assert not copies, f"policy versions were left in a node's memory: {copies}\n{self.story()}"
 

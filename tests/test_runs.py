@@ -271,7 +271,8 @@ def test_several_environments_share_a_run(start: Callable[..., Started], demo_mo
 
     The second environment has nothing to evaluate.
     """
-    other = f"target: {PACKAGE_HOME / 'tests' / 'kinds_env.py'}:KindsEnv, weight: 0.25, min_batch_allocation: 0.25, group_size: 4"
+    target = f"target: {PACKAGE_HOME / 'tests' / 'kinds_env.py'}:KindsEnv"
+    other = f"{target}, weight: 0.25, min_batch_allocation: 0.25, group_size: 4"
     started = start(
         6,
         demo_model,

@@ -259,7 +259,8 @@ def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
     said, heavy = on_a_login_node(*arguments, *QUICK, *stand_in(tmp_path), cwd=tmp_path)
     assert heavy == "[]" and "#SBATCH hetjob" in said
     # what a real submission has in addition
-    program = "import sys, submitit, atropos_hpc.launch.submitit_api; print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
+    program = "import sys, submitit, atropos_hpc.launch.submitit_api; "
+    program += "print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True

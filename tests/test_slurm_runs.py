@@ -1,7 +1,7 @@
 """Runs in Slurm jobs, on a private cluster of several nodes that can be killed.
 
-The roles' programs are stand-ins, so a case takes seconds; test_slurm_training.py does the same with
-the real ones.
+The roles' programs are stand-ins, so a case takes seconds; test_slurm_training.py does the same
+with the real ones.
 """
 
 import itertools

@@ -187,7 +187,8 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> f
 def accuracy(run: Submitted) -> float:
     (line,) = evaluations(run.run)
     print(
-        f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues: {line.accuracy:.3f}"
+        f"accuracy after {STEPS} steps and {run.cluster.job(run.job)['Restarts']} requeues:"
+        f" {line.accuracy:.3f}"
     )
     return float(line.accuracy)
 
