@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +101,7 @@ def _estimator(name: str, normalize_by_std: bool) -> Callable[[Scores, Counts], 
     estimate = get_adv_estimator_fn("grpo" if centred else name)
     options = {"norm_adv_by_std_in_grpo": normalize_by_std and not centred}
     parameters = inspect.signature(estimate).parameters
-    accepted: dict[str, Any] = {k: value for k, value in options.items() if k in parameters}
+    accepted: dict[str, object] = {k: value for k, value in options.items() if k in parameters}
     if name == "grpo_passk":  # reads the option from its config
         accepted = {"config": SimpleNamespace(get=options.get)}
 

@@ -1,10 +1,11 @@
-"""Log-probs and entropies from hidden states, without ever holding logits of shape [tokens, vocabulary].
+"""Log-probs and entropies from hidden states, without logits of shape [tokens, vocabulary].
 
-The output layer of a language model is its largest activation: 32k tokens times a vocabulary of 152k
-are 5e9 logits. `LossHead` takes the place of the output layer's `forward`. It computes logits for a few
-hundred tokens at a time, reduces them to two numbers per token, and computes them again in the backward
-pass, where the gradient with respect to logits has a closed form. Logits always come from the layer's
-own `forward`, so FSDP2's unsharded weights, tied embeddings, biases and adapters need no special case.
+The output layer of a language model is its largest activation: 32k tokens times a vocabulary of
+152k are 5e9 logits. `LossHead` takes the place of the output layer's `forward`. It computes logits
+for a few hundred tokens at a time, reduces them to two numbers per token, and computes them again
+in the backward pass, where the gradient with respect to logits has a closed form. Logits always
+come from the layer's own `forward`, so FSDP2's unsharded weights, tied embeddings, biases and
+adapters need no special case.
 
 With z = logits / temperature, p = softmax(z), H = -sum p log p:
 
@@ -22,10 +23,10 @@ from typing import Any, cast
 
 import torch
 
-# Logits per chunk. Large enough to keep matrix products efficient, small enough to be a minor part of
-# the memory: a chunk needs about 16 bytes per logit while it is processed.
+# Logits per chunk. Large enough to keep matrix products efficient, small enough to be a minor part
+# of the memory: a chunk needs about 16 bytes per logit while it is processed.
 CHUNK_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 24}
-# Config attributes of models that transform logits after the output layer, and the value without effect.
+# Config attributes of models that transform logits after the output layer, and the neutral value.
 LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
@@ -39,7 +40,7 @@ class Targets:
 
 
 class LossHead:
-    """The replaced `forward` of an output layer. Without `targets` the layer computes logits as before."""
+    """The replaced `forward` of an output layer. Without `targets` it computes logits as before."""
 
     def __init__(self, layer: torch.nn.Module, vocab_size: int) -> None:
         self.layer, self.vocab_size = layer, vocab_size
@@ -49,7 +50,9 @@ class LossHead:
         layer.forward = self.forward
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[1, T, hidden] -> [1, T, 2] float32: log-prob of the label and entropy, nats; zero elsewhere.
+        """Return log-prob of the label and entropy, nats: [1, T, hidden] -> [1, T, 2] float32.
+
+        Tokens that are not selected have zeros.
 
         Differentiable in both. Returns logits, [..., vocabulary], while `targets` is None.
         """
@@ -62,7 +65,7 @@ class LossHead:
         return every.index_copy(0, targets.rows, found)[None]
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The layer's trained parameters; under FSDP2 these are the unsharded ones at this moment."""
+        """Return the layer's trained parameters; under FSDP2, the ones unsharded at this moment."""
         return [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
 
     def chunks(self, rows: int, device: torch.device) -> Iterator[slice]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+StateDict = dict[str, Any]  # nested, of tensors, as torch.distributed.checkpoint takes it
+
 
 @dataclass
 class TrainState:
@@ -21,7 +23,7 @@ class TrainState:
     version: int = 0
     kl_coef: float = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state as tensors, for torch.distributed.checkpoint."""
         return {
             "version": torch.tensor(self.version),
@@ -29,7 +31,7 @@ class TrainState:
             "rng": {str(dist.get_rank()): _rng_state()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore the state. Without "rng" (another number of ranks) generators are seeded anew."""
         self.version = int(state["version"])
         self.kl_coef = float(state["kl_coef"])

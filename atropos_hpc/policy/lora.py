@@ -1,7 +1,7 @@
-"""A policy version that is a LoRA adapter (arXiv 2106.09685): its two files, as PEFT writes them, and how it becomes full weights.
+"""LoRA adapters (arXiv 2106.09685) as policy versions: their two files, as PEFT writes them.
 
-The learner publishes adapter_model.safetensors and adapter_config.json: megabytes, where the model has gigabytes. The base model is the one
-that every member has in `model.path`. Nothing here needs PEFT, which a rollout node does not have.
+The learner publishes adapter_model.safetensors and adapter_config.json: megabytes instead of the
+model's gigabytes. The base model is `model.path`. PEFT is not needed here; rollout nodes lack it.
 """
 
 import json
@@ -16,25 +16,28 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def config_of(module: torch.nn.Module) -> dict[str, Any] | None:
-    """What adapter_config.json is to say about a module that PEFT has wrapped; None for any other."""
+    """Return the content of adapter_config.json for a module wrapped by PEFT, None for another."""
     configs = getattr(module, "peft_config", None)
     if not configs:
         return None
-    described: dict[str, Any] = json.loads(
+    config: dict[str, Any] = json.loads(
         json.dumps(configs["default"].to_dict(), default=lambda value: sorted(value))
     )
-    # PEFT has resolved the targets to whole paths; it and vLLM look for the ends of names
-    targets = sorted({name.rpartition(".")[2] for name in described["target_modules"]})
-    return {**described, "target_modules": targets, "inference_mode": True}
+    # PEFT has resolved the targets to full paths; PEFT and vLLM match the ends of names.
+    targets = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+    return {**config, "target_modules": targets, "inference_mode": True}
 
 
 def file_name(name: str) -> str | None:
-    """The name in FILE of a tensor of the wrapped module; None if it is not the adapter's."""
+    """Return the name in FILE of a tensor of the wrapped module, None for the base model's."""
     return name.replace(".default.", ".") if ".lora_" in name else None
 
 
 def scale(config: Mapping[str, Any]) -> float:
-    """By which the product of an adapter's matrices is multiplied. Raises ValueError for a kind of adapter that is more than that."""
+    """Return the factor of the product of an adapter's matrices.
+
+    Raises ValueError for a kind of adapter that is more than such a product.
+    """
     for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
         if config.get(key):
             raise ValueError(f"{CONFIG}: {key} is not supported")
@@ -46,9 +49,10 @@ def merge(
     adapter: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
 ) -> list[dict[str, torch.Tensor]]:
-    """Full weights: the base's files, each with W + scale * B A in place of W where the adapter has A and B.
+    """Return the base's files with W + scale * B A in place of W where the adapter has A and B.
 
-    Computed in float32, in the base's dtype in the end. Raises ValueError for a target that the base has no weights for.
+    Computed in float32, returned in the base's dtype. Raises ValueError for a target that the base
+    has no weights for.
     """
     factor, merged = scale(config), []
     targets = {name.removeprefix(_PREFIX).removesuffix(_A) for name in adapter if name.endswith(_A)}
@@ -61,7 +65,8 @@ def merge(
             targets.remove(target)
         merged.append(shard)
     if targets:
+        names = ", ".join(sorted(targets)[:5])
         raise ValueError(
-            f"the base model has no weights for {', '.join(sorted(targets)[:5])} ({len(targets)} targets of the adapter)"
+            f"the base model has no weights for {names} ({len(targets)} targets of the adapter)"
         )
     return merged

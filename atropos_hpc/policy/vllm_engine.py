@@ -1,17 +1,20 @@
 """A weight-transfer engine for vLLM that reads published policy versions from files.
 
 vLLM imports this module in each worker process, because `WorkerExtension` is given as
---worker-extension-cls; importing it registers the engine under the name "disk". An update of the full
-weights has three steps:
+--worker-extension-cls; importing it registers the engine under the name "disk". An update of the
+full weights has three steps:
 
   start   nothing to prepare
-  update  map every file of the node's copy (or read the store itself) and compare sizes and hashes with
-          the manifest; the model is not touched, so a version that fails here leaves the old one in place
-  finish  hand the tensors to vLLM's layer-by-layer reload, which splits and packs them as at start-up
+  update  map every file of the node's copy (or read the store itself) and compare sizes and hashes
+          with the manifest; the model is not touched, so a version that fails here leaves the old
+          one in place
+  finish  hand the tensors to vLLM's layer-by-layer reload, which splits and packs them as at
+          start-up
 
-If `finish` fails, the model is partly old and partly new, and the worker terminates itself: no answer may
-come from half a version. All workers of a node map the same copy; without one, each reads the whole
-version into its own memory. Adapters take another way: `WorkerExtension.load_policy_adapter`.
+If `finish` fails, the model is partly old and partly new, and the worker terminates itself: no
+answer may come from half a version. All workers of a node map the same copy; without one, each
+reads the whole version into its own memory. Adapters use `WorkerExtension.load_policy_adapter`
+instead.
 """
 
 import logging
@@ -52,9 +55,17 @@ BACKEND = "disk"
 EXIT_HALF_APPLIED = 70
 ADAPTER_ID = 1  # what the API server gives the first adapter it is asked to register
 DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass
@@ -88,7 +99,8 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         self._shards = []
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # Not the base class's: it synchronizes an accelerator, which a CPU build does not have, and nothing was copied there yet.
+        # The base class synchronizes an accelerator, which a CPU build does not have; and nothing
+        # was copied there yet.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: Update) -> None:
@@ -110,12 +122,14 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
                 pack_output_layers(self.model)
             missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
             if loaded is not None and self.model_config.quantization is None and missing:
+                names = ", ".join(sorted(missing)[:5])
                 raise BadVersion(
-                    f"the version has no weights for {', '.join(sorted(missing)[:5])} ({len(missing)} parameters)"
+                    f"the version has no weights for {names} ({len(missing)} parameters)"
                 )
         except BaseException:
             log.critical(
-                "applying new weights failed half way; this server ends, because it has neither version whole",
+                "applying new weights failed half way: the model is neither the old version nor the"
+                " new one; terminating this server",
                 exc_info=True,
             )
             logging.shutdown()
@@ -141,17 +155,19 @@ def read_version(
 ) -> list[dict[str, torch.Tensor]]:
     """Read every tensor of a published version into host memory, one dict per shard.
 
-    The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file, when
-    anything differs from the manifest.
+    The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file,
+    when anything differs from the manifest.
     """
     manifest = read_manifest(directory)
     if manifest.version != version or manifest.kind != kind:
         raise BadVersion(
-            f"{directory.name}: {manifest.kind} version {manifest.version}, where version {version} was announced"
+            f"{directory.name}: {manifest.kind} version {manifest.version}, where version {version}"
+            " was announced"
         )
     shards = []
     for file in manifest.files:
-        shard = f"{file.file} of {directory.name}"  # not the whole path: vLLM blots paths out of its answers
+        # Not as a path: vLLM removes paths from its error messages.
+        shard = f"{file.file} of {directory.name}"
         try:
             data = _content(directory / file.file, file.bytes, manifest.local)
         except (OSError, ValueError) as error:
@@ -171,7 +187,10 @@ def read_version(
 
 
 def _content(path: Path, size: int, local: bool) -> Any:
-    """A file's bytes, writable for torch's sake. Of a `local` copy, which nobody changes, a private map of them."""
+    """Return a file's bytes, writable as torch requires.
+
+    A `local` copy, which nobody changes, is mapped privately; another file is read.
+    """
     with path.open("rb") as file:
         if local and size:
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
@@ -179,7 +198,7 @@ def _content(path: Path, size: int, local: bool) -> Any:
 
 
 def tensors_in(data: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, without a copy."""
+    """Return the tensors of a safetensors file's bytes, without copying them."""
     found = {}
     for name, (dtype, shape, start, end) in tensors_of(data).items():
         kind = DTYPES[dtype]
@@ -194,10 +213,11 @@ def tensors_in(data: Any) -> dict[str, torch.Tensor]:
 
 
 def pack_output_layers(model: torch.nn.Module) -> None:
-    """Renew what a CPU build has packed from output embeddings. (On an accelerator nothing is packed, and this does nothing.)
+    """Pack output layers again. On an accelerator nothing is packed, and this does nothing.
 
-    An output layer that is tied to the input embedding has no weights of its own to load, so the reload passes it over: its parameter
-    is new, but the packed copy that it multiplies with would still be the old one.
+    A CPU build multiplies with a packed copy of an output layer's weights. The reload skips a layer
+    that is tied to the input embedding, because it has no weights of its own: its parameter is new
+    then, but its packed copy would be the old one.
     """
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead) and isinstance(
@@ -212,8 +232,8 @@ class WorkerExtension:
     def load_policy_adapter(self, directory: str, version: str) -> None:
         """Verify a published adapter and load it in place of the previous one.
 
-        Called through /collective_rpc while the engine is paused; a failure leaves the previous adapter
-        in use. Raises BadVersion.
+        Called through /collective_rpc while the engine is paused; a failure leaves the previous
+        adapter in use. Raises BadVersion.
         """
         read_version(Path(directory), PolicyVersion.parse(version), "adapter")
         request = LoRARequest(ADAPTER_NAME, ADAPTER_ID, directory, load_inplace=True)

@@ -2,10 +2,10 @@
 
 Full weights:
 
-    /start_weight_update, /update_weights    the server maps and checks the files; generation goes on
-    /pause                                   running requests are frozen, and keep their KV cache
-    /finish_weight_update                    the workers apply the weights
-    /resume                                  running requests continue under the new version
+    /start_weight_update, /update_weights   the server maps and checks the files; generation goes on
+    /pause                                  running requests are frozen, and keep their KV cache
+    /finish_weight_update                   the workers apply the weights
+    /resume                                 running requests continue under the new version
 
 A LoRA adapter is megabytes. vLLM serves it beside the unchanged base model: /pause, then load or
 replace the adapter, name its version, /resume. The server side of both is `vllm_engine`.
@@ -35,7 +35,7 @@ class PushError(Exception):
 
 
 class Stuck(Exception):
-    """A server's engine does not answer, or does not resume, although its /health does: restart it."""
+    """A server's engine does not answer or resume, although its /health does: restart it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Server:
         """POST; any status but 200 is a PushError, unless the answer contains `accept`."""
         what = f"version {self.version} to {self.url}"
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
-        # A server closes the connection after some failures; the next request must not be lost in it.
+        # A server closes the connection after some failures; no further request may use it.
         headers = {"Authorization": f"Bearer {self.token}", "Connection": "close"}
         try:
             async with self.session.post(
@@ -159,5 +159,6 @@ class _Server:
                 log.warning("%s (attempt %d of %d)", error, attempt, RESUME_TRIES)
                 await asyncio.sleep(0.2 * attempt)
         raise Stuck(
-            f"{self.url} was paused for version {self.version} and does not resume; it has to be restarted"
+            f"{self.url} was paused for version {self.version} and does not resume; it has to be"
+            " restarted"
         )

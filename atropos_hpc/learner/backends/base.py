@@ -1,10 +1,11 @@
 """The interface of a training backend."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from atropos_hpc.learner.batch import Batch
+from atropos_hpc.learner.state import StateDict
 
 
 class Backend(Protocol):
@@ -67,11 +68,11 @@ class Backend(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return weights and optimizer state as nested dicts of sharded tensors. Not a copy."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Restore a state of the shape that `state_dict` returns."""
         ...
 

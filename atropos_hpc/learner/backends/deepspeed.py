@@ -33,6 +33,9 @@ from atropos_hpc.config import ModelConf, TrainerConf
 from atropos_hpc.learner.backends.engine import Engine
 from atropos_hpc.learner.backends.verl import VerlBackend, engine_options
 from atropos_hpc.learner.backends.verl_api import ON_CPU, get_device_id
+from atropos_hpc.learner.state import StateDict
+
+Json = dict[str, Any]  # DeepSpeed's config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's state
 
@@ -64,10 +67,10 @@ class DeepSpeedBackend(VerlBackend):
         }
         return weights | dict(_persistent_buffers(self.module))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         step = torch.tensor(float(next(iter(self._policy.optimizer.state.values()))["step"]))
-        weights: dict[str, Any] = {}
-        moments: dict[str, Any] = {}
+        weights: dict[str, DTensor] = {}
+        moments: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameter in self._trained():
             weights[name] = _sharded(safe_get_full_fp32_param(parameter), self._mesh)
             moments[name] = {
@@ -77,7 +80,7 @@ class DeepSpeedBackend(VerlBackend):
             moments[name]["step"] = step
         return {"model": weights, "optimizer": moments}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         steps = 0.0
         for name, parameter in self._trained():
             value, moments = state["model"][name].full_tensor(), state["optimizer"][name]
@@ -100,7 +103,7 @@ class DeepSpeedBackend(VerlBackend):
 class _Engine(Engine):
     """verl's engine on DeepSpeed instead of FSDP. Set `json` before `initialize`."""
 
-    json: dict[str, Any]
+    json: Json
 
     @property
     def stage(self) -> int:
@@ -182,7 +185,7 @@ class _Trained:
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
 
 
-def deepspeed_config(model: ModelConf, trainer: TrainerConf) -> dict[str, Any]:
+def deepspeed_config(model: ModelConf, trainer: TrainerConf) -> Json:
     """Return DeepSpeed's config: trainer.deepspeed, and what the rest of the config determines."""
     given = trainer.deepspeed.get("zero_optimization", {})
     zero = {"stage": 2, "overlap_comm": not ON_CPU, **given}

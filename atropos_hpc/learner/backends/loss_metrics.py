@@ -5,7 +5,7 @@ verl's own metrics are means over micro-batches of unequal size.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class LossMetrics:
 
     def __call__(
         self, model_output: dict[str, torch.Tensor], data: TensorDict, dp_group: Any = None
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Compute the loss of one micro-batch."""
         loss, metrics = self._loss(model_output=model_output, data=data, dp_group=dp_group)
         with torch.no_grad():
@@ -74,7 +74,7 @@ class LossMetrics:
         }
 
     def _add_terms(
-        self, loss: torch.Tensor, metrics: dict[str, Any], tokens: int, entropy: torch.Tensor
+        self, loss: torch.Tensor, metrics: Mapping[str, Any], tokens: int, entropy: torch.Tensor
     ) -> None:
         self._tokens += tokens
         self._loss_terms["loss"] += loss.item()

@@ -134,7 +134,7 @@ def attend(
 
 
 @cache
-def _varlen_attention() -> tuple[Any, dict[str, Any]]:
+def _varlen_attention() -> tuple[Any, dict[str, bool]]:
     """Return torch's kernel, and the option that it needs for grouped queries since torch 2.12."""
     from torch.nn.attention.varlen import varlen_attn
 

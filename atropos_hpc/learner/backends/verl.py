@@ -24,7 +24,7 @@ from atropos_hpc.learner.backends.loss_metrics import LossMetrics
 from atropos_hpc.learner.backends.verl_api import ppo_loss, tensordict_utils
 from atropos_hpc.learner.batch import Batch
 from atropos_hpc.learner.objective import objective
-from atropos_hpc.learner.state import seed_generators
+from atropos_hpc.learner.state import StateDict, seed_generators
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class VerlBackend:
             )
         return {**metrics.over_ranks(), "grad_norm": grad_norm, "lr": lr}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         optimizer = self._policy.optimizer
         fresh = not optimizer.state
         weights, moments = get_state_dict(self.module, optimizer, options=self._saved)
@@ -118,7 +118,7 @@ class VerlBackend:
                     state["step"].zero_()
         return {"model": weights, "optimizer": moments["state"]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         # Learning rate, weight decay and betas are the config's, which may have changed.
         optimizer = self._policy.optimizer
         _, present = get_state_dict(self.module, optimizer, options=self._saved)
