@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,7 +216,7 @@ def _role(config: Config, name: str, cluster: Cluster) -> Iterator[Problem]:
 
 
 def _limits(
-    config: Config, prefix: str, asked: dict[str, object], partition: Partition
+    config: Config, prefix: str, asked: Mapping[str, object], partition: Partition
 ) -> Iterator[Problem]:
     here, nodes = f"partition {partition.name}", int(str(asked["nodes"]))
     if config.launch.minutes > partition.minutes:
@@ -245,7 +245,7 @@ def _limits(
 
 
 def _hardware(
-    config: Config, prefix: str, conf: RoleConf, asked: dict[str, object], partition: Partition
+    config: Config, prefix: str, conf: RoleConf, asked: Mapping[str, object], partition: Partition
 ) -> Iterator[Problem]:
     """Which of the partition's nodes have all that one node of the role needs? The first need that leaves none is the problem."""
     fitting, here = list(partition.nodes), f"partition {partition.name}"
@@ -300,7 +300,7 @@ def _hardware(
         )
 
 
-def _gpus(conf: RoleConf, asked: dict[str, object]) -> tuple[str, str, int]:
+def _gpus(conf: RoleConf, asked: Mapping[str, object]) -> tuple[str, str, int]:
     """(key, type or "", number per node) of what a role asks for. Kinds of gres other than GPUs are left to sbatch."""
     if conf.gres:
         found = re.search(r"gpu(?::([A-Za-z][\w.-]*))?(?::(\d+))?", conf.gres)

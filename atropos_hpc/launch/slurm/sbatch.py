@@ -10,7 +10,6 @@ import shlex
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.validate import Problem
@@ -18,6 +17,9 @@ from atropos_hpc.validate import Problem
 # In het jobs, the number of a role's component. The first one leads: its first node runs the batch
 # step.
 ROLES = ("trainer", "rollout")
+
+Option = str | int | bool | None  # None and False: not given
+Options = dict[str, Option]
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,18 @@ def script(config: Config, output: str, command: str, slot: str | None = None) -
 def rollout_script(config: Config, output: str, command: str) -> str:
     """Return the sbatch script of the rollout job of a split run: an array with one node per task,
     so that Slurm requeues a task by itself when its node dies."""
-    rollout = options(config, "rollout")
     section = {
         "job_name": f"{config.launch.job_name}.rollout",
-        "array": f"0-{rollout.pop('nodes') - 1}",
-        "nodes": 1,
+        "array": f"0-{config.roles.rollout.nodes - 1}",
         **_common(config, output),
         **config.cluster.sbatch,
-        **rollout,
+        **options(config, "rollout"),
+        "nodes": 1,
     }
     return _text([section], "trap '' USR2", f"exec {command}")
 
 
-def _common(config: Config, output: str) -> dict[str, Any]:
+def _common(config: Config, output: str) -> Options:
     return {
         "time": config.launch.minutes,
         "output": output,
@@ -92,7 +93,7 @@ def _common(config: Config, output: str) -> dict[str, Any]:
     }
 
 
-def options(config: Config, role: str) -> dict[str, Any]:
+def options(config: Config, role: str) -> Options:
     """Return sbatch's options for a role; the cluster's where the role has none."""
     conf: RoleConf = getattr(config.roles, role)
     cluster = config.cluster
@@ -110,26 +111,27 @@ def options(config: Config, role: str) -> dict[str, Any]:
     }
 
 
-def merged_options(config: Config) -> dict[str, Any]:
+def merged_options(config: Config) -> Options:
     """Return the options of one homogeneous job for all roles: the nodes of both, each with the
     larger of what the roles ask for."""
     both = [options(config, role) for role in ROLES]
-    confs = [config.roles.trainer, config.roles.rollout]
+    trainer, rollout = config.roles.trainer, config.roles.rollout
+    confs = [trainer, rollout]
     merged = {
         key: value for each in reversed(both) for key, value in each.items() if value is not None
     }
     most = max(confs, key=lambda conf: conf.gpus_per_node)
     return {
         **merged,
-        "nodes": sum(each["nodes"] for each in both),
+        "nodes": trainer.nodes + rollout.nodes,
         "ntasks_per_node": 1,
-        "cpus_per_task": max(each["ntasks_per_node"] * each["cpus_per_task"] for each in both),
+        "cpus_per_task": max(trainer.ranks_per_node * trainer.cpus_per_task, rollout.cpus_per_task),
         "mem": max((conf.mem for conf in confs if conf.mem), key=megabytes, default=None),
         **_gpus(config, most),
     }
 
 
-def _gpus(config: Config, conf: RoleConf) -> dict[str, Any]:
+def _gpus(config: Config, conf: RoleConf) -> Options:
     if conf.gres:
         return {"gres": conf.gres}
     if not conf.gpus_per_node or not config.cluster.gpus:
@@ -151,7 +153,7 @@ def megabytes(mem: str) -> float:
     return float(number[:-1]) * scale if scale else float(number)
 
 
-def _text(sections: Sequence[Mapping[str, Any]], *lines: str) -> str:
+def _text(sections: Sequence[Mapping[str, Option]], *lines: str) -> str:
     out = ["#!/bin/bash"]
     for number, section in enumerate(sections):
         out += ["#SBATCH hetjob"] if number else []
@@ -163,7 +165,7 @@ def _text(sections: Sequence[Mapping[str, Any]], *lines: str) -> str:
     return "\n".join([*out, *lines, ""])
 
 
-def _option(key: str, value: Any) -> str:
+def _option(key: str, value: Option) -> str:
     name = f"--{key.lstrip('-').replace('_', '-')}"
     return name if value is True else f"{name}={shlex.quote(str(value))}"
 
