@@ -175,7 +175,7 @@ def validate(options: argparse.Namespace) -> int:
         on_slurm=config.launch.allocation != "local",
         imports=True,
     )
-    if (estimate := sizing.told(config)) is not None:
+    if (estimate := sizing.describe(config)) is not None:
         print(f"memory, estimated: {estimate}")
     if found:
         return refuse(found, VALIDATED)

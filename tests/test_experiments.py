@@ -86,7 +86,7 @@ def test_what_it_says_of_memory_is_what_the_model_s_config_comes_to(name: str) -
     computed = (found.trainer / GIB, found.weights / GIB, found.cache_of_one / GIB)
     assert [float(each) for each in said.groups()] == pytest.approx(computed, rel=0.1), computed
     assert found.trainer / GIB < 0.9 * SMALLEST_GPU
-    assert found.node_copies == (
+    assert found.policy_cache == (
         0
         if config.model.lora.rank
         else pytest.approx(2 * found.weights * config.rollout.tensor_parallel)

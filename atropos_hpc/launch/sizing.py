@@ -1,8 +1,19 @@
-"""How much memory a run will want on each GPU, and on a rollout node for policy versions: an estimate from the model's config.json and the
-run's own config, before anything starts.
+"""Estimate the memory of a run on each GPU, and of a rollout node's policy cache, before it starts.
 
-Of a dense decoder in the manner of Llama and Qwen. Measured on no device: it is the sum of what has to be held, without what allocators
-waste and libraries keep, so leave a tenth free.
+The estimate follows from the model's config.json and the run's config, for dense decoders such as Llama
+and Qwen. Terms of the trainer, in bytes (P parameters, T tokens per micro-batch, L layers, H hidden
+size, I size of the MLP, V vocabulary):
+
+    sharded over ranks    16 P: float32 weights and gradients, two moments of Adam
+                          2 P: the frozen reference in the computing dtype
+    optimizer step        4 P more: a temporary of the fused list operations
+    forward and backward  gathered weights: the root's and two layers'; gradient of the output layer, in
+                          the computing dtype and summed in float32; one chunk of logits (`loss_head`)
+                          saved activations: (8 I + 15 H) T per layer, or 2 H T per layer and one whole
+                          layer with activation checkpointing
+
+The activation term is fitted to the peaks in bench/results/gpu.json; tests compare the two. Leave a tenth
+free for the allocator and libraries.
 """
 
 import json
@@ -13,8 +24,11 @@ from typing import Any
 from atropos_hpc.config import Config
 
 MASTER, COMPUTE = 4, 2  # bytes of a float32 and of a bfloat16
-ADAM = 3 * MASTER  # gradient and two moments, beside the weight
-LOGITS = COMPUTE + 2 * MASTER  # logits, their float32 copy, its gradient
+TRAINED = 4 * MASTER  # weight, gradient, two moments
+OPTIMIZER_TEMPORARY = MASTER
+LOSS_CHUNK = 96 << 20  # logits; as in learner/loss_head.py, which imports torch
+CHUNK_LOGIT = 2 * COMPUTE + MASTER  # logits, their gradient, a float32 temporary
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -37,97 +51,112 @@ class Sizes:
         """Parameters of one decoder layer."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (queries + 2 * keys) + queries * self.hidden
-        extra = (queries + 2 * keys if self.biased else 0) + (
-            2 * self.head_dim if self.normed else 0
-        )
-        return attention + extra + 3 * self.hidden * self.inner + 2 * self.hidden
+        biases = queries + 2 * keys if self.biased else 0
+        norms = 2 * self.head_dim if self.normed else 0
+        return attention + biases + norms + 3 * self.hidden * self.inner + 2 * self.hidden
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding; an untied output layer has as many."""
+        return self.vocabulary * self.hidden
 
     @property
     def total(self) -> int:
         """All parameters; a tied output layer counts once."""
-        return (
-            self.layers * self.layer
-            + (1 if self.tied else 2) * self.vocabulary * self.hidden
-            + self.hidden
-        )
+        ends = self.embedding * (1 if self.tied else 2)
+        return self.layers * self.layer + ends + self.hidden
 
     @property
     def cache_bytes(self) -> int:
-        """Of one token in the KV cache, over all layers."""
+        """Bytes of one token in the KV cache, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * COMPUTE
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes; per GPU but for the last."""
+    """Bytes; per GPU except for the last."""
 
-    trainer: float
-    weights: float  # of the model in a server, its share of one GPU
-    cache_of_one: float  # KV cache of one sequence of model.max_length, its share of one GPU
-    node_copies: float  # of a rollout node's memory: policy.cache has the newest version, and the next while it is made
+    trainer: float  # peak, with the reference
+    reference: float  # the part of it that the frozen reference takes
+    weights: float  # of the model in a server, per GPU
+    cache_of_one: float  # KV cache of one sequence of model.max_length, per GPU
+    policy_cache: (
+        float  # policy.cache on a rollout node: the newest version, and the next while made
+    )
 
     def sequences(self, gpu_bytes: float, utilization: float) -> int:
-        """How many sequences of full length a server holds at once."""
+        """Return how many sequences of full length a server holds at once."""
         return max(0, int((gpu_bytes * utilization - self.weights) / self.cache_of_one))
 
 
 def sizes(model: dict[str, Any]) -> Sizes:
-    """From a parsed config.json. Raises KeyError when it is of another kind of model."""
+    """Read a parsed config.json. Raises KeyError for another kind of model."""
     heads, hidden = model["num_attention_heads"], model["hidden_size"]
     kind = model.get("model_type", "")
     return Sizes(
-        model["num_hidden_layers"], hidden, model["intermediate_size"], model["vocab_size"], heads,
-        model.get("num_key_value_heads") or heads, model.get("head_dim") or hidden // heads, bool(model.get("tie_word_embeddings")),
-        biased=kind == "qwen2", normed=kind == "qwen3",
-    )  # fmt: skip
+        layers=model["num_hidden_layers"],
+        hidden=hidden,
+        inner=model["intermediate_size"],
+        vocabulary=model["vocab_size"],
+        heads=heads,
+        kv_heads=model.get("num_key_value_heads") or heads,
+        head_dim=model.get("head_dim") or hidden // heads,
+        tied=bool(model.get("tie_word_embeddings")),
+        biased=kind == "qwen2",
+        normed=kind == "qwen3",
+    )
 
 
-def told(config: Config) -> str | None:
-    """The estimate in words, where the model is a directory with a config.json that can be read so."""
+def describe(config: Config) -> str | None:
+    """Render the estimate in one line; None unless the model is a directory with such a config.json."""
     try:
-        found = estimate(
-            config,
-            sizes(
-                json.loads(Path(config.model.path or "", "config.json").expanduser().read_text())
-            ),
-        )
+        path = Path(config.model.path or "", "config.json").expanduser()
+        found = estimate(config, sizes(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError):
         return None
-    trainer, weights, cache, copies = (
-        bytes_ / 2**30
-        for bytes_ in (found.trainer, found.weights, found.cache_of_one, found.node_copies)
+    return (
+        f"trainer {found.trainer / GIB:.2g} GiB per rank; "
+        f"a server {found.weights / GIB:.2g} GiB of weights, "
+        f"{found.cache_of_one / GIB:.2g} GiB of KV cache per sequence of full length; "
+        f"a rollout node {found.policy_cache / GIB:.2g} GiB in {config.policy.cache}"
     )
-    server = f"a server {weights:.2g} GiB of weights, {cache:.2g} GiB of KV cache per sequence of full length"
-    return f"trainer {trainer:.2g} GiB per rank; {server}; a rollout node {copies:.2g} GiB in {config.policy.cache}"
 
 
 def estimate(config: Config, model: Sizes) -> Estimate:
-    """What each GPU of either role will hold."""
+    """Estimate what each GPU of either role holds at its peak."""
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
-    lora, tokens = config.model.lora.rank > 0, config.trainer.tokens_per_micro_batch
-    # sharded: the weights; unless an adapter is trained, gradient and moments too, and the frozen reference, of which it needs no copy
-    held = model.total * (MASTER if lora else MASTER + ADAM + MASTER)
-    if config.trainer.offload:
-        held = 0
-    # whole, in the dtype of computing: embedding and output as one unit, and two layers, the one at work and the next
-    gathered = COMPUTE * (
-        model.vocabulary * model.hidden * (1 if model.tied else 2) + 2 * model.layer
-    )
-    kept = 1 if config.trainer.gradient_checkpointing else model.layers
-    inner = tokens * COMPUTE * (3 * model.inner + 8 * model.hidden)
-    activations = (
-        model.layers * tokens * model.hidden * COMPUTE
-        + kept * inner
-        + tokens * model.vocabulary * LOGITS
-    )
+    lora = config.model.lora.rank > 0
+    trained = MASTER if lora else TRAINED  # an adapter leaves the base without gradient and moments
+    held = 0.0 if config.trainer.offload else trained * model.total / ranks
+    temporary = 0.0 if lora else OPTIMIZER_TEMPORARY * model.total / ranks
+    reference = 0.0 if lora or config.trainer.offload else COMPUTE * model.total / ranks
+    backward = _gathered(model, lora) + _activations(config, model)
     parallel = config.rollout.tensor_parallel
     cache = model.cache_bytes * config.model.max_length / min(parallel, model.kv_heads)
-    published = (
-        0 if lora else model.total * (MASTER if config.model.dtype == "float32" else COMPUTE)
-    )  # of an adapter next to nothing
+    stored = MASTER if config.model.dtype == "float32" else COMPUTE
+    published = 0 if lora else model.total * stored  # an adapter is small
     return Estimate(
-        held / ranks + gathered + activations,
-        COMPUTE * model.total / parallel,
-        cache,
-        2 * published,
+        trainer=held + reference + max(temporary, backward),
+        reference=reference,
+        weights=COMPUTE * model.total / parallel,
+        cache_of_one=cache,
+        policy_cache=2 * published,
     )
+
+
+def _gathered(model: Sizes, lora: bool) -> float:
+    """Return the bytes of unsharded weights and of the output layer's gradient."""
+    weights = COMPUTE * (model.embedding * (1 if model.tied else 2) + 2 * model.layer)
+    gradient = 0 if lora else (2 * COMPUTE + MASTER) * model.embedding
+    return weights + gradient
+
+
+def _activations(config: Config, model: Sizes) -> float:
+    """Return the bytes that a micro-batch leaves for its backward pass, and one chunk of logits."""
+    tokens = config.trainer.tokens_per_micro_batch
+    layer = tokens * (8 * model.inner + 15 * model.hidden)
+    if config.trainer.gradient_checkpointing:
+        saved = model.layers * tokens * model.hidden * COMPUTE + layer
+    else:
+        saved = model.layers * layer
+    return saved + CHUNK_LOGIT * min(tokens * model.vocabulary, LOSS_CHUNK)

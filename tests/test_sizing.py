@@ -1,0 +1,39 @@
+"""Estimates of memory, compared with what a GPU measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atropos_hpc.config import Config
+from atropos_hpc.launch import sizing
+
+MEASURED = Path(__file__).parent.parent / "bench" / "results" / "gpu.json"
+SHAPES: dict[str, dict[str, Any]] = {  # of bench/gpu/parts.py
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+}  # fmt: skip
+
+
+def rows() -> list[dict[str, Any]]:
+    return [row for row in json.loads(MEASURED.read_text())["rows"] if "peak GiB" in row]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row["what"])
+def test_the_estimate_is_within_ten_percent_of_the_measured_peak(row: dict[str, Any]) -> None:
+    shape = SHAPES[row["what"].split()[1].rstrip(",")]
+    model = {**shape, "vocab_size": 151_936, "num_key_value_heads": 2, "model_type": "qwen2"}
+    config = Config(run_dir="/run")
+    config.trainer.tokens_per_micro_batch = 8192
+    config.trainer.gradient_checkpointing = "with activation" in row["what"]
+    found = sizing.estimate(config, sizing.sizes({**model, "tie_word_embeddings": True}))
+    # in this measurement the reference lay in host memory
+    assert (found.trainer - found.reference) / sizing.GIB == pytest.approx(row["peak GiB"], rel=0.1)
+
+
+@pytest.mark.verl
+def test_the_chunk_of_logits_is_the_loss_head_s() -> None:
+    from atropos_hpc.learner.loss_head import CHUNK_LOGITS
+
+    assert CHUNK_LOGITS["cuda"] == sizing.LOSS_CHUNK
