@@ -1,17 +1,20 @@
-"""What batches without padding buy, against the padded data path of the recipe that ships with Atropos.
+"""Measure batches without padding against the padded data path of Atropos' example recipe.
 
-That recipe is rebuilt here from what it does: each sequence is split at its first trained token; prompts are padded on the left to the
-longest prompt and responses on the right to the longest response; micro-batches are a fixed number of such rows; the old log-probs are
-computed anew, since the behaviour policy's are dropped. It runs on the same engine and model, in float32, one rank, one thread.
+The recipe's path is rebuilt here: each sequence is split at its first trained token; prompts are
+padded on the left to the longest prompt, responses on the right to the longest response;
+micro-batches have a fixed number of such rows; old log-probs are recomputed, because the recipe
+drops the behaviour policy's. Both paths use the same engine and model, in float32, with one rank
+and one thread.
 
-(a) Tokens per second of a step (log-probs of old and reference policy, update), on lengths that are skewed little and much. The padded
-    way gets the number of rows per micro-batch that suits it best, of those tried, and the packed way likewise the token budget.
-(b) From groups, as they arrive, to the tensors that the engine takes: 1024 sequences. Each starts with what its own client hands over:
-    Python lists of numbers (from JSON) there, numpy arrays (from a lease) here.
+(a) Tokens per second of a step (log-probs of old and reference policy, update), for lengths with
+    little and with much skew. The padded path gets the best number of rows per micro-batch of those
+    tried, the packed path the best token budget.
+(b) Conversion of 1024 sequences from received groups to the engine's tensors. Each path starts with
+    what its own client returns: Python lists (from JSON) there, numpy arrays (from a lease) here.
 
-What counts as a token is one of the sequences, prompt included; padding does not. `padded to` says how many positions the padded way
-computes for each token. That, times 5/4 (it makes one forward pass more, of the five that a step costs it), bounds the ratio of (a) but
-for the work that grows faster than length.
+Tokens are those of the sequences, prompts included, without padding. `padded to` is the number of
+positions that the padded path computes per token. 5/4 of it (the padded path makes one forward pass
+more) bounds the ratio of (a), except for work that grows faster than linearly with length.
 """
 
 import random
@@ -43,7 +46,7 @@ SHORTEST_RESPONSE = 8
 
 
 def lengths(kind: str, count: int) -> list[int]:
-    """Tokens of each sequence: uniform between 20 and 400, or log-normal with one of 2000."""
+    """Return lengths in tokens: uniform between 20 and 400, or log-normal with one of 2000."""
     rng = np.random.default_rng(0)
     if kind == "20 to 400 tokens":
         return [int(n) for n in rng.integers(20, 401, count)]
@@ -51,7 +54,10 @@ def lengths(kind: str, count: int) -> list[int]:
 
 
 def groups_of(sizes: list[int]) -> list[Group]:
-    """Groups of GROUP sequences with behaviour log-probs, and a common prompt of up to 100 tokens that leaves each some response."""
+    """Make groups of GROUP sequences with behaviour log-probs and a common prompt.
+
+    The prompt has up to 100 tokens and leaves each sequence some response.
+    """
     rng = np.random.default_rng(1)
     made = []
     for start in range(0, len(sizes), GROUP):
@@ -69,7 +75,7 @@ def groups_of(sizes: list[int]) -> list[Group]:
 
 
 def as_lists(group: Group) -> dict[str, Any]:
-    """A group as Atropos' own API hands it over, decoded."""
+    """Return a group as the decoded JSON of Atropos' own API."""
     ends = np.cumsum(group.lengths)[:-1]
     masks = np.where(group.trained, group.tokens, NOT_TRAINED)
     return {
@@ -80,7 +86,7 @@ def as_lists(group: Group) -> dict[str, Any]:
 
 
 def padded(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recipe's conversion: rows [sequences, longest prompt + longest response], with masks, positions and advantages."""
+    """Convert as the recipe does: rows [sequences, longest prompt + longest response]."""
     import torch
 
     prompts, responses, advantages = [], [], []
@@ -113,7 +119,7 @@ def padded(groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def padded_batch(groups: list[Group], rows: int) -> Any:
-    """The recipe's rows as a batch for the backend: the padding is made tokens of the sequences, so that the engine computes it too."""
+    """Make a batch of the recipe's rows, whose padding counts as tokens, so that it is computed."""
     from atropos_hpc.config import AlgorithmConf
     from atropos_hpc.learner.batch import BatchSettings, make_batch
 
@@ -148,7 +154,7 @@ def padded_batch(groups: list[Group], rows: int) -> Any:
 
 
 def backend_of(directory: Path) -> Any:
-    """A Qwen3 of 4 M parameters on verl's engine, one rank."""
+    """Build a Qwen3 of 4 M parameters on verl's engine, with one rank."""
     import torch
     import torch.distributed as dist
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -161,9 +167,16 @@ def backend_of(directory: Path) -> Any:
         "gloo", store=dist.FileStore(str(directory / "store"), 1), rank=0, world_size=1
     )
     shape = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     Qwen3ForCausalLM(shape).save_pretrained(directory / "model")
     model = ModelConf(path=str(directory / "model"), dtype="float32", max_length=4096)
@@ -173,7 +186,7 @@ def backend_of(directory: Path) -> Any:
 
 
 def seconds_of_step(backend: Any, made: Callable[[], Any], recompute: bool) -> tuple[float, float]:
-    """(whole step, update alone), CPU seconds, the best of ROUNDS."""
+    """Return CPU seconds of (whole step, update alone), the best of ROUNDS."""
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS):
         batch = made()
@@ -191,7 +204,7 @@ def seconds_of_step(backend: Any, made: Callable[[], Any], recompute: bool) -> t
 
 
 def conversion() -> dict[str, Any]:
-    """(b): a row of the table."""
+    """Measure (b). Return a row of the table."""
     from atropos_hpc.config import AlgorithmConf
     from atropos_hpc.learner.batch import BatchSettings, make_batch
 
@@ -220,7 +233,7 @@ def conversion() -> dict[str, Any]:
 
 
 def step(backend: Any, kind: str) -> dict[str, Any]:
-    """(a): a row of the table."""
+    """Measure (a). Return a row of the table."""
     from atropos_hpc.config import AlgorithmConf
     from atropos_hpc.learner.batch import BatchSettings, make_batch
 

@@ -1,4 +1,4 @@
-"""For the tests of the learner: a tiny model, made-up groups, steps on them, and functions run on forked ranks over gloo."""
+"""Helpers of the learner's tests: a tiny model, random groups, training steps, forked ranks."""
 
 import contextlib
 import importlib
@@ -43,10 +43,11 @@ def tiny_model(directory: Path, tied: bool = False, layers: int = 2) -> Path:
 
 
 def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(rank, world, *arguments)` in `world` forked processes with a process group; what each returned, via torch.save.
+    """Run `work(rank, world, *arguments)` in forked ranks with a process group; return the results.
 
-    Forked, because importing verl takes seconds. What ranks had to import all the same is imported here afterwards, once, so that the
-    next ones find it there. A rank that fails or takes too long fails the test with its traceback.
+    Ranks are forked because importing verl takes seconds. Modules that the ranks imported are
+    imported here afterwards, so that the next ranks have them. A rank that fails or takes too long
+    fails the test with its traceback.
     """
     with tempfile.TemporaryDirectory() as scratch:
         children = {}
@@ -147,8 +148,11 @@ def make_group(
 
 
 def make_groups(seed: int = 0) -> list[Group]:
-    """Four groups of unequal size: a plain one, one with a wholly masked sequence, one whose very first token is to be trained and
-    in which one sequence is silenced, one with token-level advantages and a silenced sequence."""
+    """Make four groups of unequal size.
+
+    A plain one; one with a fully masked sequence; one whose first token is to be trained, with a
+    sequence whose advantage is set to zero; one with token-level advantages and such a sequence.
+    """
     rng = random.Random(seed)
     plain, masked, first, token_level = (
         make_group(rng, size, gid, first_trained=gid == 2) for gid, size in enumerate((5, 4, 6, 3))
@@ -166,7 +170,7 @@ def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:
 
 
 def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
-    """The batch of the backend's present step, dealt to the ranks group by group, with the log-probs that an update needs."""
+    """Make the batch of the backend's present step, with the log-probs that an update needs."""
     groups = make_groups(state_of(backend).version)[backend.data_rank :: backend.data_world]
     replicas = backend.world // backend.data_world
     settings = BatchSettings(backend._algorithm, tokens_per_micro_batch, MAX_LENGTH, replicas)
@@ -177,7 +181,7 @@ def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
 
 
 def train(backend: Any, steps: int, tokens_per_micro_batch: int = 4096) -> list[dict[str, float]]:
-    """That many steps; what each reported."""
+    """Make that many steps, and return their metrics."""
     metrics = []
     for _ in range(steps):
         metrics.append(

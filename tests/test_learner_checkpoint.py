@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal resume, other numbers of ranks, and what is left after a crash at each point of a save."""
+"""Checkpoints: bit-equal resume, other numbers of ranks, and a crash at each point of a save."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def weights_of(backend: VerlBackend) -> dict[str, torch.Tensor]:
 
 
 def two_steps_saved(rank: int, world: int, path: Path, run: RunDir) -> Any:
-    """Saves at step 2, trains on while that is written, and returns what steps 3 and 4 were like."""
+    """Save at step 2, train on while that is written; return weights and metrics of steps 3, 4."""
     backend, checkpoints = backend_of(path), Checkpoints(run, keep=2)
     random.seed(rank)
     train(backend, 2)
@@ -93,7 +93,8 @@ def test_other_numbers_of_ranks(small_model: Path, run: RunDir) -> None:
         "2 ranks again: bit-equal"
     )
 
-    # 2 ranks -> 1, which takes a step and saves -> 2 again, each compared with the run that was never stopped
+    # 2 ranks -> 1, which takes a step and saves -> 2 again; each compared with the run that was
+    # never stopped
     loaded, on_one, end, _ = on_ranks(1, resumed, small_model, run, 1, True)[0]
     assert same(at_save, loaded) and on_one[0]["lr"] == metrics[0]["lr"]
     assert on_one[0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)

@@ -1,4 +1,4 @@
-"""The DeepSpeed backend: ZeRO 1, 2 and 3 against verl's FSDP2, whose gradients are tested against a float64 loop."""
+"""The DeepSpeed backend: ZeRO 1, 2 and 3 agree with verl's FSDP2."""
 
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,10 @@ def test_gradients_are_those_of_the_other_backend(small_model: Path) -> None:
 
 
 def uninterrupted(rank: int, world: int, path: Path, runs: dict[int, RunDir]) -> dict[int, Any]:
-    """Each stage: three steps, a checkpoint, three more. -> the weights at the checkpoint, what the later steps reported, the end."""
+    """For each stage: three steps, a checkpoint, three more steps.
+
+    Return the weights at the checkpoint, the metrics of the later steps, and the final weights.
+    """
     made = {}
     for stage, run in runs.items():
         backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=9)
@@ -107,9 +110,9 @@ def uninterrupted(rank: int, world: int, path: Path, runs: dict[int, RunDir]) ->
 def resumed(
     rank: int, world: int, path: Path, chain: list[tuple[RunDir, int, int, bool]]
 ) -> list[Any]:
-    """For each run directory, with a stage of its own and in order: go on from its newest checkpoint for some steps, and save, if asked.
+    """For each run directory, with its stage: resume, take some steps, and save if asked.
 
-    -> the weights as loaded, what the steps reported, the weights in the end.
+    Return the weights as loaded, the metrics of the steps, and the final weights.
     """
     made = []
     for run, stage, steps, save in chain:
@@ -147,7 +150,8 @@ def test_resume_on_other_numbers_of_ranks_other_stages_and_the_other_backend(
         )
         assert [m["lr"] for m in metrics] == [m["lr"] for m in want]
 
-    # 2 ranks -> 1, which takes a step and saves -> 2 again, each compared with the run that was never stopped
+    # 2 ranks -> 1, which takes a step and saves -> 2 again; each compared with the run that was
+    # never stopped
     on_one = on_ranks(1, resumed, small_model, [(runs[stage], stage, 1, True) for stage in stages])[
         0
     ]

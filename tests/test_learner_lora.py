@@ -1,4 +1,4 @@
-"""LoRA: only the adapter is trained, published and saved, and what is published on top of the base is what was trained."""
+"""LoRA: only the adapter is trained, published and saved; merged, it is the trained policy."""
 
 import dataclasses
 from pathlib import Path

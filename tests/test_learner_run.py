@@ -1,4 +1,7 @@
-"""The learner as a process, fed by a real trajectory server: the same groups give the same weights, stopped or not, killed or not."""
+"""The learner as a process with a real trajectory server: same groups, same weights.
+
+That holds whether it is stopped, killed, or runs undisturbed.
+"""
 
 import dataclasses
 import json
@@ -70,7 +73,7 @@ def new_run(path: Path, model: Path, ranks: int = 1, **trainer: Any) -> RunDir:
 
 
 def group(seed: int) -> dict[str, Any]:
-    """A group as an environment posts it: a masked prompt, two trained spans with a masked one between."""
+    """Make a group as an environment posts it: a masked prompt, then trained, masked, trained."""
     rng = random.Random(seed)
     prompt = [rng.randrange(4, 13) for _ in range(6)]
     tokens, masks, logprobs = [], [], []
@@ -209,7 +212,7 @@ def test_three_and_three_steps_give_the_weights_of_six(
 def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
     uninterrupted: RunDir, model: Path, tmp_path: Path, newest: str
 ) -> None:
-    """Lost are the steps since the newest checkpoint, or, where that one turns out to be damaged, since the one before."""
+    """Steps are lost since the newest checkpoint, or the one before if that one is damaged."""
     run = new_run(tmp_path, model)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])

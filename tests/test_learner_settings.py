@@ -1,4 +1,4 @@
-"""Settings of verl's engine and optimizer: they reach it, and what must not change a step doesn't."""
+"""Settings of verl's engine and optimizer reach it, and change a step only if they should."""
 
 import dataclasses
 import math
@@ -76,7 +76,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def with_each(rank: int, world: int, path: Path, run: RunDir) -> dict[str, Any]:
-    """Two steps, a checkpoint, and a step of a backend that goes on from there. -> metrics of each step, and the weights in the end."""
+    """Two steps, a checkpoint, and a step of a backend that resumes from it.
+
+    Return the metrics of each step, and the final weights.
+    """
     made = {}
     for name, trainer in SETTINGS.items():
         backend, checkpoints = backend_of(path, **trainer), Checkpoints(run, keep=1)
@@ -132,7 +135,7 @@ def test_another_optimizer_and_floor_of_the_schedule(small_model: Path, run: Run
 
 
 def stand_in_for_flash_attention() -> Callable[..., torch.Tensor]:
-    """flash-attn has no CPU build. In its place: dense attention, each sequence of the pack (whose positions restart) for itself."""
+    """Stand in for flash-attn, which has no CPU build: dense attention per sequence of a pack."""
 
     def attend(
         query: torch.Tensor,

@@ -1,4 +1,4 @@
-"""One update, through verl's engine, against a float64 loop over sequences that shares no code with it."""
+"""An update by verl's engine agrees with a float64 loop that shares no code with it."""
 
 import random
 from dataclasses import dataclass, replace
@@ -106,7 +106,7 @@ WITHIN_MICRO_BATCH = (
 
 @dataclass
 class Expected:
-    """By the float64 loop: metrics, gradient per parameter, d loss / d log-prob by the tokens of the sequence."""
+    """The loop's metrics, gradient per parameter, and d loss / d log-prob by sequence."""
 
     metrics: dict[str, float]
     gradients: dict[str, torch.Tensor]
@@ -135,7 +135,10 @@ def log_probs64(model: torch.nn.Module, tokens: np.ndarray) -> tuple[torch.Tenso
 
 
 def noisy_twins(model: torch.nn.Module, groups: list[Group]) -> tuple[list[Group], list[Group]]:
-    """The groups with a behaviour policy's log-probs, and again with a reference model's in their place: the model's, with noise."""
+    """Return the groups with behaviour log-probs, and again with reference log-probs instead.
+
+    Both are the model's log-probs with noise.
+    """
     noise = np.random.default_rng(1)
     twins = []
     with torch.no_grad():
@@ -375,7 +378,10 @@ def update_all(
     references: list[Group],
     limits: Any,
 ) -> Any:
-    """On one rank: every case at every micro-batch limit. -> [(case, limit, metrics, gradients, [(tokens, d loss / d log-prob, mask)])]"""
+    """Update with every case at every micro-batch limit, on one rank.
+
+    Return [(case, limit, metrics, gradients, [(tokens, d loss / d log-prob, mask)])].
+    """
     trainer = TrainerConf(learning_rate=0.0, gradient_checkpointing=False)
     model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH)
     backend = VerlBackend(model, trainer, CASES["entropy bonus"], seed=0)

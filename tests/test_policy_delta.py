@@ -1,4 +1,4 @@
-"""A delta gives back exactly the bytes it was made for, whatever they are, and small ones for what training does."""
+"""Deltas are exact for any bytes, and small for what training changes."""
 
 from typing import Any
 
@@ -16,7 +16,10 @@ WIDTHS = st.sampled_from([1, 2, 4, 8])
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[Region]]:
-    """(old, new, regions): stretches of any widths, empty and unaligned ones too; few, many, all or no elements changed, to any bits."""
+    """Draw (old, new, regions).
+
+    Regions have any width, may be empty and unaligned. Few, many, all or no elements change.
+    """
     regions, at = [], draw(st.integers(0, 9))
     start = at
     for width, count in draw(st.lists(st.tuples(WIDTHS, st.integers(0, 3000)), max_size=5)):
@@ -94,7 +97,7 @@ def test_nothing_changed_is_next_to_nothing() -> None:
 
 
 def test_a_step_of_neighbouring_numbers_costs_half_of_their_share() -> None:
-    """2.4 % of the elements move by one: positions cost 7 bits each, the moves one or two, of 16 that the elements have."""
+    """2.4 % of the 16-bit elements move by one: 7 bits per position, one or two per move."""
     rng = np.random.default_rng(0)
     old = rng.integers(0, 1 << 16, 1 << 21, dtype=np.uint16)
     new = old.copy()
@@ -111,7 +114,7 @@ def test_a_step_of_neighbouring_numbers_costs_half_of_their_share() -> None:
 def test_damage_is_refused_or_leaves_other_bytes_never_an_error_of_another_kind(
     where: float, bit: int, cut: bool
 ) -> None:
-    """The code itself need not notice every flipped bit, the hash of the result does; but it must not do anything else."""
+    """Not every flipped bit is noticed by the decoder; the hash of the result notices it."""
     rng = np.random.default_rng(1)
     old = rng.integers(0, 256, 40_000, dtype=np.uint8)
     new = old.copy()

@@ -1,4 +1,4 @@
-"""What is published equals the weights at the moment of the call, bit for bit, and is what transformers loads."""
+"""Published files equal the weights at the moment of the call, and transformers loads them."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_transformers_loads_what_was_published(
 
 
 class Odd(nn.Module):
-    """Shapes that don't divide by the ranks, a scalar-like one that leaves a rank empty, buffers of both kinds."""
+    """Shapes that do not divide by the ranks, one that leaves a rank empty, both buffer kinds."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Versions follow one another in the background of training: as deltas, over full disks, damage, and a second publisher."""
+"""Publishing in the background of training: deltas, full disks, damage, a second publisher."""
 
 import os
 import shutil

@@ -58,7 +58,7 @@ def key(text: str) -> PolicyVersion:
 
 @pytest.fixture
 def follow(store: PolicyStore, tmp_path: Path) -> Iterator[Callable[..., Follower]]:
-    """Followers, each with a copy of its own."""
+    """Make followers, each with a node cache of its own."""
     made: list[Follower] = []
 
     def begin(store: PolicyStore, **options: Any) -> Follower:
@@ -189,7 +189,10 @@ def test_a_publish_that_would_not_fit_is_refused_before_it_writes(store: PolicyS
 
 
 def chain(kinds: str, sizes: dict[str, int] | None = None) -> Callable[[PolicyVersion], Manifest]:
-    """Manifests of versions 0, 1, ...: F full, B full with a delta too, D delta, - lost. Files of 100 bytes, deltas of 10."""
+    """Return manifests of versions 0, 1, ...: F full, B full with a delta, D delta, - lost.
+
+    Files have 100 bytes, deltas 10.
+    """
 
     def manifest(version: PolicyVersion) -> Manifest:
         kind = kinds[version.version]
@@ -322,7 +325,7 @@ def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained
 
 
 def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStore) -> None:
-    """Fork a publisher and have it die at its n-th system call of those that matter, for every n."""
+    """Kill a forked publisher at its n-th write call, for every n."""
     old = publish(store, 1)
     points = 0
     for n in range(1, 100):
