@@ -1,23 +1,28 @@
-"""`atropos-hpc`: what one does to a run besides starting it.
+"""The command `atropos-hpc`: everything one does with a run besides starting it.
 
-Each command is a function below that returns the exit code: 0 done, 1 it could not be, 2 what was asked for makes no sense. What a command
-needs is imported in it: `status` has to be there at once, on any login node.
+Each command is a function that returns the exit code: 0 done, 1 failed, 2 refused. A command
+imports what it needs itself, so that `status` starts fast on any login node.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from atropos_hpc import resources
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable
 
-LOOK_S = 2.0  # between two looks of a live status
+if TYPE_CHECKING:
+    from atropos_hpc.contracts.status import PointStatus
+
+REFRESH_S = 2.0  # of the live status
 
 
 def status(options: argparse.Namespace) -> int:
-    """Who takes part, how far it is, how it does, and what it waits for."""
+    """Show the processes of a run, its progress and metrics, and what each process waits for."""
     import msgspec
 
     from atropos_hpc.launch.slurm.commands import known_states
@@ -40,13 +45,13 @@ def status(options: argparse.Namespace) -> int:
 
     with Live(status_view.draw(found), console=terminal, auto_refresh=False, screen=True) as live:
         while True:
-            time.sleep(LOOK_S)
+            time.sleep(REFRESH_S)
             found = read_status(options.directory, known_states)
             live.update(status_view.draw(found), refresh=True)
 
 
 def report(options: argparse.Namespace) -> int:
-    """The points of a sweep as a table, and everything there is to see as one page."""
+    """Print the points of a sweep as a table, and write the HTML report."""
     import msgspec
 
     from atropos_hpc.launch.slurm.commands import known_states
@@ -61,33 +66,32 @@ def report(options: argparse.Namespace) -> int:
         print(msgspec.json.format(msgspec.json.encode(marked), indent=1).decode())
         return 0
     print(observe.table(rows))
+    return _html_report(options, rows)
+
+
+def _html_report(options: argparse.Namespace, rows: "list[PointStatus]") -> int:
     try:
         from atropos_hpc.observe import html_report
     except ImportError as error:
-        print(
-            f"no page was drawn ({error}): `pip install 'atropos-hpc[login]'` has what it needs",
-            file=sys.stderr,
-        )
+        install = "pip install 'atropos-hpc[login]'"
+        print(f"no report page: {error}; install what is missing with {install}", file=sys.stderr)
         return 0
+    out = options.out or options.directory / "report"
     try:
-        written = html_report.write(
-            options.directory, rows, options.out or options.directory / "report"
-        )
-    except BrokenPipeError:  # `| head` has seen enough
+        written = html_report.write(options.directory, rows, out)
+    except BrokenPipeError:  # as with `| head`
         sys.stderr.close()
         return 0
     except OSError as error:
-        print(
-            f"no page was drawn: cannot write {error.filename}: {error.strerror}; --out names another directory",
-            file=sys.stderr,
-        )
+        reason = f"cannot write {error.filename}: {error.strerror}"
+        print(f"no report page: {reason}; --out names another directory", file=sys.stderr)
         return 1
-    print(f"\n{written}, with its plots beside it as PNG files")
+    print(f"\n{written}, with its plots as PNG files in the same directory")
     return 0
 
 
 def logs(options: argparse.Namespace) -> int:
-    """What the members of a run have logged."""
+    """Show the logs of a run's members."""
     from atropos_hpc.observe import logs as observe
 
     return observe.show(
@@ -96,7 +100,7 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def samples(options: argparse.Namespace) -> int:
-    """What the policy said, from version to version."""
+    """Show prompts, completions and scores."""
     from atropos_hpc.observe import samples as observe
 
     found = observe.read(_run(options.run), options.version, options.last)
@@ -107,15 +111,13 @@ def samples(options: argparse.Namespace) -> int:
     elif found:
         observe.show(found)
     else:
-        print(
-            f"{options.run} has no samples{' of that version' if options.version is not None else ''} yet",
-            file=sys.stderr,
-        )
+        version = "" if options.version is None else " of that version"
+        print(f"{options.run} has no samples{version} yet", file=sys.stderr)
     return 0 if found else 1
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Leave the request to stop. The supervisor and the learner do the rest, wherever they run."""
+    """Post the request to stop, which the supervisor and the learner obey wherever they run."""
     from atropos_hpc.contracts.members import StopRequest, SupervisorState
     from atropos_hpc.runtime.membership import RosterReader, post_request
 
@@ -125,20 +127,21 @@ def stop(options: argparse.Namespace) -> int:
         return 1
     post_request(run, StopRequest(by="atropos-hpc stop"))
     print(
-        f"asked: the learner saves a checkpoint, and the run in {run.path} ends; `atropos-hpc resume {run.path}` goes on from there"
+        f"requested: the learner saves a checkpoint and the run in {run.path} ends; "
+        f"`atropos-hpc resume {run.path}` continues it"
     )
     return 0
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Go on where the last durable step left it, with the config it has."""
+    """Continue a run from its last durable step, with the config it has."""
     from atropos_hpc.launch import resume as launch
 
     return launch.resume(_run(options.run), options.overrides)
 
 
 def export(options: argparse.Namespace) -> int:
-    """See learner/export.py."""
+    """Write a checkpoint as a Hugging Face directory."""
     run = _run(options.run)
     try:
         from atropos_hpc.learner.checkpoint_files import BadCheckpoint
@@ -187,14 +190,14 @@ VALIDATED = "This config would be refused."
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """What works here, what is missing, and how to get it."""
+    """Report what works here, what is missing and how to get it."""
     from atropos_hpc.launch import doctor as launch
 
     return launch.examine(options.overrides, options.config_dir)
 
 
 def templates(options: argparse.Namespace) -> int:
-    """Copy the sbatch templates to a directory; refuse to overwrite anything."""
+    """Copy the sbatch templates to a directory, without overwriting anything."""
     sources = sorted(resources.data("slurm").glob("*.sbatch"))
     taken = [source.name for source in sources if (options.out / source.name).exists()]
     if taken:
@@ -215,14 +218,15 @@ def templates(options: argparse.Namespace) -> int:
 
 
 def completion(_options: argparse.Namespace) -> int:
-    """What bash has to read for completion; zsh understands it after `bashcompinit`."""
-    names = " ".join(command.__name__ for command, _, _ in COMMANDS)
+    """Print the completion script of bash, which zsh reads after `bashcompinit`."""
+    names = " ".join(command.name for command in COMMANDS)
     print(COMPLETION.format(commands=names), end="")
     return 0
 
 
 COMPLETION = """\
-# eval "$(atropos-hpc completion)", in ~/.bashrc; in ~/.zshrc after `autoload -U bashcompinit && bashcompinit`
+# in ~/.bashrc: eval "$(atropos-hpc completion)"
+# in ~/.zshrc, before it: autoload -U bashcompinit && bashcompinit
 _atropos_hpc() {{
     local word=${{COMP_WORDS[COMP_CWORD]}}
     if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "{commands}" -- "$word"))
@@ -236,154 +240,147 @@ complete -o filenames -F _atropos_hpc atropos-hpc
 """
 
 
-def _directory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "directory", type=Path, metavar="RUN|SWEEP", help="a run's directory, or a sweep's"
-    )
+@dataclass(frozen=True)
+class Command:
+    """A command, its help text, and its arguments as (names, options of add_argument)."""
+
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
 
 
-def _status(parser: argparse.ArgumentParser) -> None:
-    _directory(parser)
-    parser.add_argument(
-        "--once",
-        action="store_true",
-        help="print it and end; also what happens where there is no terminal",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON")
+def _argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
 
 
-def _report(parser: argparse.ArgumentParser) -> None:
-    _directory(parser)
-    parser.add_argument("--json", action="store_true", help="the table as JSON, and no page")
-    parser.add_argument(
-        "--out", type=Path, help="where the page goes; else to report/ in the directory"
-    )
-
-
-def _one_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
-
-
-def _logs(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
-    parser.add_argument(
-        "member",
-        nargs="?",
-        default="",
-        metavar="MEMBER",
-        help="such as trainer-0 or server; else all",
-    )
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as they grow")
-    parser.add_argument("-n", "--lines", type=int, default=20, help="of each, from the end (20)")
-    parser.add_argument("--attempt", type=int, help="of which attempt; else the newest")
-
-
-def _samples(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
-    parser.add_argument("--version", type=int, help="of this policy version only")
-    parser.add_argument("-n", "--last", type=int, default=5, help="the newest so many (5)")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-
-
-def _resume(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="what may change: trainer.steps=300 launch.minutes=120",
-    )
-
-
-def _export(parser: argparse.ArgumentParser) -> None:
-    _one_run(parser)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
-    parser.add_argument("--step", type=int, help="of which step; else the newest")
-
-
-def _templates(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="DIR", help="the directory to write them to")
-
-
-def _nothing(_parser: argparse.ArgumentParser) -> None:
-    pass
-
-
-def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="as for python -m atropos_hpc.train"
-    )
-    parser.add_argument("--config-dir", type=Path, help="a directory of further config files")
-
-
-# the function of a command, what it is for, and what adds its arguments
-Command = tuple[Callable[[argparse.Namespace], int], str, Callable[[argparse.ArgumentParser], None]]
-COMMANDS: tuple[Command, ...] = (
-    (status, "how a run goes, live, or each point of a sweep", _status),
-    (report, "a sweep's points as a table, and a page with every figure", _report),
-    (logs, "what the members of a run have logged", _logs),
-    (samples, "prompts, completions and scores, by policy version", _samples),
-    (stop, "save a checkpoint, then end the run", _one_run),
-    (resume, "go on from the last durable step, here or as a new job", _resume),
-    (export, "a checkpoint's weights as a Hugging Face directory", _export),
-    (validate, "everything that would be refused, without starting anything", _overrides),
-    (
-        doctor,
-        "this machine, the cluster and both environments: what works, what is missing",
-        _overrides,
+DIRECTORY = _argument("directory", type=Path, metavar="RUN|SWEEP", help="directory of either")
+RUN = _argument("run", type=Path, metavar="RUN", help="the run's directory")
+JSON = _argument("--json", action="store_true", help="print JSON")
+OVERRIDES = (
+    _argument("overrides", nargs="*", metavar="OVERRIDE", help="as of python -m atropos_hpc.train"),
+    _argument("--config-dir", type=Path, help="directory of further config files"),
+)
+COMMANDS = (
+    Command(
+        status,
+        "live status of a run, or of the points of a sweep",
+        (
+            DIRECTORY,
+            _argument("--once", action="store_true", help="print it once, as without a terminal"),
+            JSON,
+        ),
     ),
-    (templates, "copy the sbatch templates, to be edited to your site", _templates),
-    (completion, "a script for the shell's completion", _nothing),
+    Command(
+        report,
+        "the points of a sweep as a table, and a page with every plot",
+        (
+            DIRECTORY,
+            _argument(
+                "--json", action="store_true", help="print the table as JSON, without a page"
+            ),
+            _argument("--out", type=Path, help="directory of the page; default: report/ in RUN"),
+        ),
+    ),
+    Command(
+        logs,
+        "the logs of a run's members",
+        (
+            RUN,
+            _argument(
+                "member", nargs="?", default="", help="such as trainer-0 or server; default: all"
+            ),
+            _argument("-f", "--follow", action="store_true", help="continue as the logs grow"),
+            _argument("-n", "--lines", type=int, default=20, help="last lines of each log (20)"),
+            _argument("--attempt", type=int, help="number of the attempt; default: the newest"),
+        ),
+    ),
+    Command(
+        samples,
+        "prompts, completions and scores by policy version",
+        (
+            RUN,
+            _argument("--version", type=int, help="only of this policy version"),
+            _argument("-n", "--last", type=int, default=5, help="number of the newest to show (5)"),
+            JSON,
+        ),
+    ),
+    Command(stop, "save a checkpoint, then end the run", (RUN,)),
+    Command(
+        resume,
+        "continue a run from its last durable step, here or as a new job",
+        (
+            RUN,
+            _argument(
+                "overrides", nargs="*", metavar="KEY=VALUE", help="such as trainer.steps=300"
+            ),
+        ),
+    ),
+    Command(
+        export,
+        "a checkpoint's weights as a Hugging Face directory",
+        (
+            RUN,
+            _argument("out", type=Path, metavar="OUT", help="the directory to create"),
+            _argument("--step", type=int, help="step of the checkpoint; default: the newest"),
+        ),
+    ),
+    Command(validate, "report everything that would be refused; starts nothing", OVERRIDES),
+    Command(doctor, "check this machine, the cluster and both Python environments", OVERRIDES),
+    Command(
+        templates,
+        "copy the sbatch templates, to adapt them to your site",
+        (_argument("out", type=Path, metavar="DIR", help="the directory to copy them to"),),
+    ),
+    Command(completion, "print a script for the shell's completion"),
 )
 
 
-class _Refused(Exception):
-    """What the command was given is not what it needs."""
+class _NoRun(Exception):
+    """The given directory is not a run's."""
 
 
 def _run(path: Path) -> RunDir:
-    """The run in that directory. Raises _Refused."""
+    """Return the run in a directory. Raises _NoRun."""
     from atropos_hpc.observe.report import is_run
 
     if not is_run(path):
-        raise _Refused(
-            f"{path} is not a run's directory: "
-            + ("it holds no run.json" if path.exists() else "it does not exist")
-        )
+        reason = "it has no run.json" if path.exists() else "it does not exist"
+        raise _NoRun(f"{path} is not a run's directory: {reason}")
     return RunDir(path.resolve())
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="atropos-hpc", description="GRPO training on rewards from Atropos environments."
     )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, about, add_arguments in COMMANDS:
-        added = commands.add_parser(
-            command.__name__, help=about, description=about[0].upper() + about[1:] + "."
-        )
-        added.set_defaults(function=command)
-        add_arguments(added)
+    for command in COMMANDS:
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        added = commands.add_parser(command.name, help=command.help, description=description)
+        added.set_defaults(function=command.run)
+        for names, options in command.arguments:
+            added.add_argument(*names, **options)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. What it refuses is said in one line."""
+    """Run one command and return its exit code. Refusals are printed as one line."""
     from atropos_hpc.observe.report import NotARunError
 
     options = parser().parse_args(arguments)
     try:
         return int(options.function(options))
-    except (NotARunError, _Refused) as error:
+    except (NotARunError, _NoRun, Unreadable) as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # as with `| head`
         sys.stderr.close()
         return 0
-    except Unreadable as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
         if error.filename is None:
             raise

@@ -117,8 +117,8 @@ class CorrectionConf:
 
 @dataclass
 class AlgorithmConf:
-    """GRPO (DeepSeekMath, arXiv 2402.03300): group-relative advantages, a clipped policy loss and a KL
-    penalty towards the frozen reference model."""
+    """GRPO (DeepSeekMath, arXiv 2402.03300): group-relative advantages, a clipped policy loss and
+    a KL penalty towards the frozen reference model."""
 
     advantage: str = key(
         "grpo",
@@ -379,7 +379,7 @@ class Config:
 
 
 def environments(config: Config) -> dict[str, EnvironmentConf]:
-    """Map the dotted key of each environment of a run to its section; the main environment first."""
+    """Map the dotted key of each environment to its section, the main environment first."""
     more = config.more_environments
     return {
         "environment": config.environment,

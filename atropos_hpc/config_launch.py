@@ -8,7 +8,7 @@ from atropos_hpc.schema import key, section
 
 @dataclass
 class ClusterConf:
-    """This machine. For a Slurm cluster, these are the site's defaults for what `roles` leaves open."""
+    """This machine. On Slurm, these are the site's defaults for what `roles` leaves open."""
 
     name: str = key("local", "name of the site in logs")
     host: Optional[str] = key(

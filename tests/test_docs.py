@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from atropos_hpc import cli
 from atropos_hpc.config import Config
-from atropos_hpc.launch import hydra_api, preflight
+from atropos_hpc.launch import hydra_api, role_environment
 from atropos_hpc.launch.steps import rollout_python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,8 @@ def commands() -> list[str]:
         text = re.sub(r"\\\n\s*", "", page.read_text())
         found += [match["command"].partition(" #")[0].strip() for match in COMMAND.finditer(text)]
     for path in (ROOT / "configs" / "experiment").glob("*.yaml"):
-        found += re.findall(r"^# +(python -m .*)$", path.read_text(), re.M)
+        text = re.sub(r"\\\n#\s*", "", path.read_text())
+        found += re.findall(r"^# +(python -m .*)$", text, re.M)
     return sorted(set(found))
 
 
@@ -117,15 +118,20 @@ def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused
     python = rollout_python(Config())
     if not Path(python).exists():
         pytest.skip("needs the rollout role's environment; `make setup` makes it")
-    assert preflight._environment(python, (), f"{path}:LettersEnv", '{"letter": "a"}') == []
-    (problem,) = preflight._environment(python, (), f"{path}:LettersEnv", '{"leter": "a"}')
+    assert (
+        role_environment.check_environment(python, (), f"{path}:LettersEnv", '{"letter": "a"}')
+        == []
+    )
+    (problem,) = role_environment.check_environment(
+        python, (), f"{path}:LettersEnv", '{"leter": "a"}'
+    )
     assert problem.key == "config.leter" and "letter" in problem.message
 
 
 def test_every_command_of_the_tool_is_in_some_page() -> None:
     text = "".join(page.read_text() for page in PAGES)
-    for command, _, _ in cli.COMMANDS:
-        assert f"atropos-hpc {command.__name__}" in text, command
+    for command in cli.COMMANDS:
+        assert f"atropos-hpc {command.name}" in text, command.name
 
 
 def test_completion_is_a_script_that_bash_can_read() -> None:

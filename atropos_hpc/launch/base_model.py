@@ -1,4 +1,4 @@
-"""The model that a run starts from: a given one, or one that is made on the spot and kept by content."""
+"""Provide the model that a run starts from: a given one, or one that is created and cached."""
 
 import hashlib
 import importlib.util
@@ -18,49 +18,49 @@ MAKE_TIMEOUT_S = 3600.0
 
 
 def cache() -> Path:
-    """Where made models are kept: $ATROPOS_HPC_CACHE, or ~/.cache/atropos_hpc."""
+    """Return the directory of created models: $ATROPOS_HPC_CACHE, or ~/.cache/atropos_hpc."""
     return Path(os.environ.get("ATROPOS_HPC_CACHE") or Path.home() / ".cache" / "atropos_hpc")
 
 
 def ensure(model: ModelConf, python: str, log_path: Path) -> str:
-    """The model's path or hub name; makes the model first if the config says how and the cache lacks it.
+    """Return the model's path or hub name, after creating the model if it is not in the cache.
 
-    Raises RuntimeError with the end of the maker's log when it fails.
+    Raises RuntimeError, with the end of the maker's log, when that fails.
     """
     if model.path is not None:
         local = Path(model.path).expanduser()
         return str(local.resolve()) if local.exists() else model.path
     assert model.make is not None
-    options = [
-        f"--{key.replace('_', '-')}={value}" for key, value in sorted(model.make_options.items())
-    ]
-    directory = (
-        cache() / "models" / f"{model.make.rpartition('.')[2]}-{_content_key(model.make, options)}"
-    )
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in model.make_options.items()]
+    arguments.sort()
+    name = f"{model.make.rpartition('.')[2]}-{_content_key(model.make, arguments)}"
+    directory = cache() / "models" / name
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock", timeout=MAKE_TIMEOUT_S):  # two runs at once make it once
+    with FileLock(f"{directory}.lock", timeout=MAKE_TIMEOUT_S):  # two runs create it once
         if not directory.exists():
-            log.info("making the base model with %s; its log is %s", model.make, log_path)
-            maker = process.start(
-                "make_base", [python, "-m", model.make, "--out", str(directory), *options], log_path
-            )
-            try:
-                code = maker.process.wait(MAKE_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                raise RuntimeError(
-                    f"{model.make} did not end within {MAKE_TIMEOUT_S:.0f} s; see {log_path}"
-                ) from None
-            finally:
-                process.end([maker], 1.0)
-            if code or not directory.exists():
-                raise RuntimeError(
-                    f"{model.make} ended with exit code {code}:\n{process.tail(log_path)}"
-                )
+            log.info("creating the base model with %s; its log is %s", model.make, log_path)
+            command = [python, "-m", model.make, "--out", str(directory), *arguments]
+            _make(model.make, command, log_path)
+            if not directory.exists():
+                raise RuntimeError(f"{model.make} did not create {directory}; see {log_path}")
     return str(directory)
 
 
+def _make(module: str, command: list[str], log_path: Path) -> None:
+    maker = process.start("make_base", command, log_path)
+    try:
+        code = maker.process.wait(MAKE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        seconds = f"{MAKE_TIMEOUT_S:.0f} s"
+        raise RuntimeError(f"{module} did not end within {seconds}; see {log_path}") from None
+    finally:
+        process.end([maker], 1.0)
+    if code:
+        raise RuntimeError(f"{module} ended with exit code {code}:\n{process.tail(log_path)}")
+
+
 def _content_key(module: str, options: list[str]) -> str:
-    """A hash of the maker's own source, of what lies beside it, and of its options: another maker makes another model."""
+    """Hash the maker's options and sources: the module and those beside it."""
     digest = hashlib.sha256(repr(options).encode())
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:

@@ -1,4 +1,8 @@
-"""submitit with heterogeneous jobs, which it does not have itself: an executor whose batch script is given, and job states by squeue."""
+"""Every use of submitit's internals (submitit 1.5): an executor for heterogeneous jobs.
+
+submitit itself cannot make heterogeneous jobs. This executor takes the text of the sbatch script,
+and reads job states from squeue, because many sites have no accounting.
+"""
 
 import os
 from collections.abc import Callable
@@ -12,14 +16,12 @@ from atropos_hpc.launch.slurm import commands, sbatch
 
 
 class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
-    """submitit's view of job states, from squeue instead of the accounting."""
+    """Job states from squeue. A heterogeneous job has one state, merged from its components."""
 
     def _make_command(self) -> list[str] | None:
-        return (
-            ["squeue", "--me", "-h", "--states=all", "-o", "%i|%T|%N"]
-            if self._registered - self._finished
-            else None
-        )
+        if not self._registered - self._finished:
+            return None
+        return ["squeue", "--me", "-h", "--states=all", "-o", "%i|%T|%N"]
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
         text = string.decode() if isinstance(string, bytes) else string
@@ -38,44 +40,43 @@ class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
 
 
 class SlurmhetJob(submitit_slurm.SlurmJob[core.R]):
-    """A job whose function runs in the leader's batch step."""
+    """A job whose function runs in the batch step of its first component."""
 
     watcher = SlurmhetInfoWatcher(delay_s=30)
 
     def _interrupt(self, timeout: bool = False) -> None:
-        """Send the warning that Slurm sends before the time limit."""
+        """Send the signal that Slurm sends before the time limit."""
         commands.run_command("scancel", "--batch", "--signal=USR2", self.job_id)
 
 
 class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
-    """submitit's executor for jobs whose script is given: heterogeneous ones, which submitit itself cannot make.
+    """Submit jobs whose sbatch script is given.
 
-    The function runs once, in the leader's batch step, where submitit's own SlurmJobEnvironment serves it.
+    The function runs once, in the batch step of the first component, within submitit's own
+    SlurmJobEnvironment.
     """
 
     job_class = SlurmhetJob
 
     def __init__(self, folder: str | Path) -> None:
-        super().__init__(
-            folder, max_num_timeout=10_000
-        )  # restarts without progress are limited by launch.requeues
-        self._throttling = 0.0  # submitit waits 0.2 s between calls of sbatch; the controller says itself when it is too much
+        # launch.requeues limits restarts, submitit must not
+        super().__init__(folder, max_num_timeout=10_000)
+        # submitit waits 0.2 s between calls of sbatch; the controller itself rejects too many
+        self._throttling = 0.0
 
     def submit_with(
         self, script: Callable[[str, str], str], minutes: int, function: Callable[[], core.R]
     ) -> core.Job[core.R]:
-        """Submit a function. `script`: the batch script, of the command that loads the pickled function and of the path for the job's
-        output. `minutes`: its time limit.
-        """
+        """Submit a function. `script` returns the text of the sbatch script, given the command that
+        loads the pickled function and the path of the job's output. `minutes`: its time limit."""
         self.script, self.parameters["time"] = script, minutes
         return self.submit(function)
 
     def _internal_process_submissions(
         self, delayed_submissions: list[utils.DelayedSubmission]
     ) -> list[core.Job[Any]]:
-        return core.PicklingExecutor._internal_process_submissions(
-            self, delayed_submissions
-        )  # there are no arrays of het jobs
+        # one by one: there are no arrays of heterogeneous jobs
+        return core.PicklingExecutor._internal_process_submissions(self, delayed_submissions)
 
     def _num_tasks(self) -> int:
         return 1
@@ -87,9 +88,7 @@ class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
         )
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        leaks = sorted(set(os.environ) - set(sbatch.submission_environment(os.environ)))
-        return [
-            *(["env", *(f"--unset={name}" for name in leaks)] if leaks else []),
-            "sbatch",
-            str(submission_file_path),
-        ]
+        """Call sbatch without variables of an enclosing job, which sbatch would obey."""
+        unwanted = sorted(set(os.environ) - set(sbatch.submission_environment(os.environ)))
+        unset = ["env", *(f"--unset={name}" for name in unwanted)] if unwanted else []
+        return [*unset, "sbatch", str(submission_file_path)]

@@ -1,6 +1,6 @@
-"""A multirun: submit every point, keep a table of them beside the sweep, and wait for them if asked to.
+"""Submit or run the points of a multirun, and keep a table of them in the sweep's directory.
 
-Nothing is queued before every point has passed the checks. The table is jobs.json in the sweep's directory.
+Nothing is queued before every point has passed the checks. The table is jobs.json.
 """
 
 import itertools
@@ -24,13 +24,13 @@ from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
 from atropos_hpc.validate import Problem, refuse
 
-LOOK_S = 3.0
+POLL_S = 3.0
 SWEEP_REFUSED = "The sweep was refused; nothing was queued."
 
 
 @dataclass
 class Point:
-    """One point of a sweep. Pickled by submitit, and called in the job's batch step."""
+    """A point of a sweep. submitit pickles it and calls it in the job's batch step."""
 
     num: int
     overrides: list[str]
@@ -38,20 +38,20 @@ class Point:
     run_dir: Path
 
     def __call__(self) -> str:
-        """Run it, or resume it. What goes wrong is raised, so that the job fails; submitit keeps the error."""
+        """Run or resume the point. Raises RuntimeError, which submitit keeps, if it fails."""
         code = run.launch(self.config, self.run_dir, self.requeue)
         if code in (1, 2):
-            raise RuntimeError(
-                f"the run in {self.run_dir} {'failed' if code == 1 else 'was refused'}; its logs say why"
-            )
+            how = "failed" if code == 1 else "was refused"
+            raise RuntimeError(f"the run in {self.run_dir} {how}; see its logs")
         if code:
-            sys.exit(code)  # stopped: submitit writes no result, as Slurm may start the job again
+            # Stopped. submitit must not write a result: Slurm may start the job again.
+            sys.exit(code)
         return str(self.run_dir)
 
     def requeue(self) -> None:
-        """Go through submitit's own protocol: its handler of this signal asks for `checkpoint`, requeues the job, and exits.
+        """Let submitit requeue the job: its signal handler calls `checkpoint`, requeues, and exits.
 
-        Nothing happens when Slurm has requeued it already.
+        A no-op if Slurm has requeued the job already. Raises SlurmError.
         """
         if commands.was_restarted(commands.show_job(os.environ["SLURM_JOB_ID"])[0]):
             return
@@ -61,7 +61,7 @@ class Point:
             raise commands.SlurmError(str(error)) from None
 
     def checkpoint(self) -> Any:
-        """What submitit is to call after the requeue: the same again, which resumes in the same directory."""
+        """Return what submitit calls after the requeue: this point, which then resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -74,10 +74,13 @@ Outcomes = list[tuple[Point, str | None]]
 
 
 def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
-    """One job per point. Returns at once, unless launch.wait. Exits with 2 when anything is refused."""
+    """Submit one job per point. Returns at once, unless launch.wait is set.
+
+    Exits with 2 if a point is refused, with 1 if sbatch refuses one.
+    """
     for point in points:
         if point.config.launch.allocation == "local":
-            point.config.launch.allocation = "het"  # a job's nodes are not this machine
+            point.config.launch.allocation = "het"
     launch = points[0].config.launch
     names = sbatch.slot_names(launch.job_name, str(sweep_dir), len(points), slots)
     folder = sweep_dir / ".submitit"
@@ -89,19 +92,20 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     rows = _submit(points, names, folder)
     if len(rows) < len(points):
         print(
-            f"sbatch refused point {len(rows)}, and those after it were not submitted; the {len(rows)} before it are queued",
+            f"sbatch refused point {len(rows)}: the {len(rows)} points before it are queued, the "
+            "points after it were not submitted",
             file=sys.stderr,
         )
         sys.exit(1)
     try:
         return _wait(points, rows) if launch.wait else [(point, None) for point in points]
     except KeyboardInterrupt:
-        print("no longer waiting; the jobs go on", file=sys.stderr)
+        print("no longer waiting; the jobs continue", file=sys.stderr)
         sys.exit(130)
 
 
 def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[SweepPoint]:
-    """The rows of the points that were submitted; fewer than all if sbatch has refused one, and said why."""
+    """Return a row for each submitted point. After an error of sbatch, which is printed, stop."""
     from submitit.core.utils import FailedJobError
 
     from atropos_hpc.launch.submitit_api import SlurmhetExecutor
@@ -116,7 +120,7 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[
     except FailedJobError as error:
         print(error, file=sys.stderr)
     finally:
-        _note(sweep_dir, rows)  # also of a submission that was cut short
+        _write_table(sweep_dir, rows)  # an interrupted submission, too
     _show(rows, sweep_dir)
     return rows
 
@@ -126,31 +130,29 @@ def _script(point: Point, name: str | None) -> Any:
 
 
 def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked: bool) -> Outcomes:
-    """Print the batch scripts, exactly as they would be handed to sbatch, and what they ask for."""
+    """Print the sbatch scripts exactly as they would be submitted, and the GPU-hours requested."""
     command = f"env SUBMITIT_EXECUTOR=slurm {sys.executable} -u -m submitit.core._submit {folder}"
     hours = 0.0
     for point, name in zip(points, names, strict=True):
         hours += sbatch.gpu_hours(point.config)
-        print(
-            f"# point {point.num}: {' '.join(point.overrides)}\n{sbatch.script(point.config, f'{folder}/%j_0_log.out', command, name)}"
-        )
+        print(f"# point {point.num}: {' '.join(point.overrides)}")
+        print(sbatch.script(point.config, f"{folder}/%j_0_log.out", command, name))
     unchecked = (
         " The roles' Python environments were not checked: `atropos-hpc validate` does that."
     )
     if not checked:
         unchecked += " Slurm does not answer here: whether it can start the jobs was not checked."
-    print(
-        f"# {len(points)} jobs, at most {hours:.1f} GPU-hours. Nothing was submitted (launch.dry_run).{unchecked}"
-    )
+    total = f"{len(points)} jobs, at most {hours:.1f} GPU-hours"
+    print(f"# {total}. Nothing was submitted (launch.dry_run).{unchecked}")
     return [(point, None) for point in points]
 
 
 def _wait(points: list[Point], rows: list[SweepPoint]) -> Outcomes:
-    """Until every point has ended, with a line whenever something has changed."""
-    said: list[str] = []
-    ended = 0  # looks in a row: for a moment, a job that is requeued looks as if it had ended
+    """Wait until every point has ended, and print a line for each change of a point."""
+    printed: list[str] = []
+    ended = 0  # in this many polls in a row: a job being requeued appears ended for a moment
     while True:
-        time.sleep(LOOK_S if said else 0.0)
+        time.sleep(POLL_S if printed else 0.0)
         if not commands.is_reachable():
             continue
         jobs = commands.known_states(row.job for row in rows)
@@ -159,10 +161,10 @@ def _wait(points: list[Point], rows: list[SweepPoint]) -> Outcomes:
             f"{point.num:>3}  {each.state:<10} step {each.step}/{each.steps}"
             for point, each in zip(points, found, strict=True)
         ]
-        for line, before in zip(lines, said or [""] * len(lines), strict=True):
+        for line, before in zip(lines, printed or [""] * len(lines), strict=True):
             if line != before:
                 print(line, file=sys.stderr)
-        said = lines
+        printed = lines
         ended = ended + 1 if all(each.state in ENDED for each in found) else 0
         if ended == 2:
             print(report.table(found), file=sys.stderr)
@@ -173,9 +175,9 @@ def _wait(points: list[Point], rows: list[SweepPoint]) -> Outcomes:
 
 
 def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
-    """One process per point, `slots` at once; each is the command that a person would use to resume the point. Waits for all.
+    """Run one process per point, `slots` at a time, with the command that would resume the point.
 
-    A signal to stop is handed on: running points save, and the rest is not started.
+    Waits for all. A signal to stop is forwarded: running points save, the others do not start.
     """
     if points[0].config.launch.dry_run:
         for point in points:
@@ -183,31 +185,33 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         print("# Nothing was started (launch.dry_run).")
         return [(point, None) for point in points]
     _refuse(points, False)
-    rows = [
-        _row(point, job=None, slot=None, log=str(sweep_dir / f"{point.num}.log"))
-        for point in points
-    ]
+    logs = {point.num: sweep_dir / f"{point.num}.log" for point in points}
+    rows = [_row(point, job=None, slot=None, log=str(logs[point.num])) for point in points]
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    _note(sweep_dir, rows)
+    _write_table(sweep_dir, rows)
     _show(rows, sweep_dir)
-    waiting, running, codes = list(points), {}, {}  # type: tuple[list[Point], dict[int, process.Child], dict[int, int]]
-    stopping: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda *_: stopping.append(1))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    asked = 0
+    codes = _run_processes(points, logs, slots)
+    print(report.table([report.point_status(row, {}) for row in rows]), file=sys.stderr)
+    return [(point, _OUTCOMES.get(codes.get(point.num, 75), "failed")) for point in points]
+
+
+def _run_processes(points: list[Point], logs: dict[int, Path], slots: int) -> dict[int, int]:
+    """Return the exit code of each point that was started."""
+    waiting, signals = list(points), list[int]()
+    running, codes = dict[int, process.Child](), dict[int, int]()
+    handled = (signal.SIGINT, signal.SIGTERM)
+    previous = {each: signal.signal(each, lambda *_: signals.append(1)) for each in handled}
+    forwarded = 0
     try:
-        while running or (waiting and not stopping):
-            while waiting and len(running) < slots and not stopping:
+        while running or (waiting and not signals):
+            while waiting and len(running) < slots and not signals:
                 point = waiting.pop(0)
-                running[point.num] = process.start(
-                    f"point-{point.num}", _command(point), sweep_dir / f"{point.num}.log"
-                )
+                name, command = f"point-{point.num}", _command(point)
+                running[point.num] = process.start(name, command, logs[point.num])
                 print(f"point {point.num} started: {' '.join(point.overrides)}", file=sys.stderr)
-            for child in running.values() if len(stopping) > asked else ():
+            for child in running.values() if len(signals) > forwarded else ():
                 os.kill(child.pid, signal.SIGTERM)
-            asked = len(stopping)
+            forwarded = len(signals)
             for num in [num for num, child in running.items() if child.poll() is not None]:
                 codes[num] = running.pop(num).process.returncode
                 print(f"point {num} {_OUTCOMES.get(codes[num], 'failed')}", file=sys.stderr)
@@ -216,8 +220,7 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         process.end(running.values(), points[0].config.launch.save_timeout_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    print(report.table([report.point_status(row, {}) for row in rows]), file=sys.stderr)
-    return [(point, _OUTCOMES.get(codes.get(point.num, 75), "failed")) for point in points]
+    return codes
 
 
 _OUTCOMES = {0: "complete", 75: "stopped"}
@@ -228,11 +231,11 @@ def _command(point: Point) -> list[str]:
     return [sys.executable, "-m", "atropos_hpc.train", *overrides, f"run_dir={point.run_dir}"]
 
 
-# --- both
+# --- both of them
 
 
 def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None:
-    """Exit with 2 and every problem of every point, before anything is queued; what all points share is said once."""
+    """Exit with 2 and the problems of all points, each listed once, if there are any."""
     found: dict[Problem, list[int]] = {}
     for point in points:
         previous = RunDir(point.run_dir).info()
@@ -262,11 +265,11 @@ def _row(point: Point, job: str | None, slot: str | None, log: str) -> SweepPoin
     )
 
 
-def _note(sweep_dir: Path, rows: list[SweepPoint]) -> None:
-    """Write the table; rows of the same run directory, of an earlier submission, are replaced."""
-    ours = {row.run_dir for row in rows}
-    kept = [row for row in report.find_points(sweep_dir) if row.run_dir not in ours]
-    table = sorted([*kept, *rows], key=lambda row: row.num)
+def _write_table(sweep_dir: Path, rows: list[SweepPoint]) -> None:
+    """Write the table. Rows of earlier submissions to the same run directories are replaced."""
+    new = {row.run_dir for row in rows}
+    old = [row for row in report.find_points(sweep_dir) if row.run_dir not in new]
+    table = sorted([*old, *rows], key=lambda row: row.num)
     write_struct(sweep_dir / "jobs.json", table)
 
 
@@ -276,6 +279,5 @@ def _show(rows: list[SweepPoint], sweep_dir: Path) -> None:
         lines.append(
             [str(row.num), row.job or "-", " ".join(overrides), row.run_dir, row.log or "-"]
         )
-    print(
-        f"{report.aligned(lines)}\nThis table: {sweep_dir / 'jobs.json'}. How it goes: atropos-hpc status {sweep_dir}"
-    )
+    print(report.aligned(lines))
+    print(f"This table is in {sweep_dir / 'jobs.json'}. Progress: atropos-hpc status {sweep_dir}")

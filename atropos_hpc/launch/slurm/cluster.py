@@ -1,0 +1,102 @@
+"""Read a Slurm cluster's partitions, nodes and limits: one call each of sinfo and scontrol."""
+
+import functools
+import re
+from dataclasses import dataclass
+
+from atropos_hpc.launch.slurm import commands
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Identical nodes of one partition."""
+
+    count: int
+    cpus: int
+    megabytes: int
+    gres: str
+    features: frozenset[str]
+
+    def gpus(self, kind: str = "") -> int:
+        """Return the number of GPUs per node, of one type or of any."""
+        found = re.findall(r"gpu(?::([^:(,]+))?:(\d+)", self.gres)
+        return sum(int(number) for of, number in found if kind in ("", of))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition and its limits. `only`, `never`: "account" and "qos" -> the allowed and the
+    denied names, where there is such a list."""
+
+    name: str
+    up: bool
+    default: bool
+    minutes: float  # time limit; infinite if there is none
+    max_nodes: float
+    nodes: tuple[Nodes, ...]
+    only: dict[str, tuple[str, ...]]
+    never: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    partitions: dict[str, Partition]
+    scheduler: str
+    max_array: int
+
+
+@functools.cache
+def read_cluster() -> Cluster:
+    """Return the cluster as it is now. Raises SlurmError."""
+    nodes: dict[str, list[Nodes]] = {}
+    listing = commands.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f")
+    for line in listing.splitlines():
+        partition, count, cpus, memory, gres, features = line.split("|")
+        sizes = (int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")))
+        alike = Nodes(*sizes, gres, frozenset(features.split(",")))
+        nodes.setdefault(partition, []).append(alike)
+    partitions = {}
+    shown = commands.run_command("scontrol", "-o", "show", "partition")
+    for record in commands.parse_records(shown):
+        name = record["PartitionName"]
+        partitions[name] = Partition(
+            name,
+            up=record["State"] == "UP",
+            default=record["Default"] == "YES",
+            minutes=minutes(record["MaxTime"]),
+            max_nodes=_number(record["MaxNodes"]),
+            nodes=tuple(nodes.get(name, ())),
+            only=_names(record, "Allow"),
+            never=_names(record, "Deny"),
+        )
+    settings = commands.run_command("scontrol", "show", "config")
+    conf = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", settings, re.M))
+    return Cluster(partitions, conf.get("SchedulerType", ""), int(conf.get("MaxArraySize", "1001")))
+
+
+def minutes(limit: str) -> float:
+    """Convert a time limit in Slurm's notation to minutes.
+
+    >>> minutes("1-02:00:00"), minutes("00:30:00"), minutes("UNLIMITED")
+    (1560.0, 30.0, inf)
+    """
+    if not limit[:1].isdigit():
+        return float("inf")
+    days, _, clock = limit.rpartition("-")
+    hours, mins, seconds = (int(part) for part in clock.split(":"))
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
+def _number(text: str) -> float:
+    return float(text) if text.isdigit() else float("inf")
+
+
+def _names(record: dict[str, str], prefix: str) -> dict[str, tuple[str, ...]]:
+    found = {
+        "account": record.get(f"{prefix}Accounts", "ALL"),
+        "qos": record.get(f"{prefix}Qos", "ALL"),
+    }
+    listed = {
+        option: names for option, names in found.items() if names not in ("ALL", "(null)", "NONE")
+    }
+    return {option: tuple(names.split(",")) for option, names in listed.items()}
