@@ -83,7 +83,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "roles.trainer.sbatch.nodes",
             "change roles.trainer.nodes instead",
         ),
-        ("launch.minutes=1", "launch.signal_s", "is before the start of launch.minutes=1"),
+        (
+            "launch.minutes=1",
+            "launch.signal_s",
+            "is not less than the time limit, launch.minutes=1",
+        ),
         ("launch.save_timeout_s=600", "launch.signal_s", "less than a checkpoint may take"),
         ("cluster.gpus=gres", "cluster.gpus", "--gres=gpu:{n}"),
         ("launch.allocation=hett", "launch.allocation", "did you mean het?"),
