@@ -1,3 +1,3 @@
-"""GRPO training on rewards from Atropos environments, as one command on a laptop or a Slurm cluster."""
+"""GRPO training on rewards from Atropos environments, on a laptop or a Slurm cluster."""
 
 __version__ = "0.2.0"

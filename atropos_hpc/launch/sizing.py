@@ -1,19 +1,19 @@
 """Estimate the memory of a run on each GPU, and of a rollout node's policy cache, before it starts.
 
-The estimate follows from the model's config.json and the run's config, for dense decoders such as Llama
-and Qwen. Terms of the trainer, in bytes (P parameters, T tokens per micro-batch, L layers, H hidden
-size, I size of the MLP, V vocabulary):
+The estimate follows from the model's config.json and the run's config, for dense decoders such as
+Llama and Qwen. Terms of the trainer, in bytes (P parameters, T tokens per micro-batch, H hidden
+size, I size of the MLP):
 
     sharded over ranks    16 P: float32 weights and gradients, two moments of Adam
                           2 P: the frozen reference in the computing dtype
     optimizer step        4 P more: a temporary of the fused list operations
-    forward and backward  gathered weights: the root's and two layers'; gradient of the output layer, in
-                          the computing dtype and summed in float32; one chunk of logits (`loss_head`)
-                          saved activations: (8 I + 15 H) T per layer, or 2 H T per layer and one whole
-                          layer with activation checkpointing
+    forward and backward  gathered weights: the root's and two layers'; gradient of the output
+                          layer, in the computing dtype and summed in float32; one chunk of logits
+                          saved activations: (8 I + 15 H) T per layer, or 2 H T per layer and one
+                          whole layer with activation checkpointing
 
-The activation term is fitted to the peaks in bench/results/gpu.json; tests compare the two. Leave a tenth
-free for the allocator and libraries.
+The activation term is fitted to the peaks in bench/results/gpu.json; tests compare the two. Leave a
+tenth free for the allocator and libraries.
 """
 
 import json
@@ -108,7 +108,7 @@ def sizes(model: dict[str, Any]) -> Sizes:
 
 
 def describe(config: Config) -> str | None:
-    """Render the estimate in one line; None unless the model is a directory with such a config.json."""
+    """Render the estimate in one line; None without a config.json of that kind."""
     try:
         path = Path(config.model.path or "", "config.json").expanduser()
         found = estimate(config, sizes(json.loads(path.read_text())))

@@ -1,9 +1,9 @@
 """Everything that depends on vLLM's internals in the API server, for vLLM 0.25 to 0.32.
 
 The token endpoint of 0.32 reports which weight version sampled each token; 0.25 does not. There the
-version is recorded in the API server's output processor (`_record_weight_versions`): between the answer
-of /pause and /resume no token is sampled, so every output that is processed belongs to the version that
-the last finished update named.
+version is recorded in the API server's output processor (`_record_weight_versions`): no token is
+sampled between the answers of /pause and /resume, so every output that is processed belongs to the
+version that the last finished update named.
 
 `policy/vllm_engine.py` is the other file that touches vLLM: it runs in vLLM's worker processes.
 """
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 ENTRY = "vllm.entrypoints.launchers.api_server.entry"  # since 0.32
 
 
 def version_flags() -> list[str]:
-    """Command-line flags that only some versions know: 0.32 hides the token endpoint without one."""
+    """Return the flags that only some versions know: 0.32 needs one for its token endpoint."""
     return ["--enable-scale-out"] if _has_entry() else []
 
 
@@ -49,24 +50,36 @@ def _has_entry() -> bool:
 
 
 def _record_weight_versions() -> None:
-    """Have vLLM 0.25 answer with `weight_versions`, as 0.32 does: spans {version, start, end} of tokens."""
-    from vllm.entrypoints.scale_out.token_in_token_out import protocol, serving
-    from vllm.entrypoints.serve.dev.rlhf import api_router
+    """Have vLLM 0.25 report the version behind each token, as 0.32 does.
+
+    Choices get `weight_versions`, spans {version, start, end} of tokens.
+    """
+    label = _Label()
+    _stamp_outputs(label)
+    _add_spans_to_answers()
+    _name_versions_in_routes(label)
+
+
+@dataclass
+class _Label:
+    """The label of the weights that the server samples with."""
+
+    version: str = "default"
+
+
+def _stamp_outputs(label: _Label) -> None:
+    """Note in the state of each request at which token the label changed."""
     from vllm.v1.engine import output_processor
 
-    current = {"version": "default"}
-    state_class: Any = output_processor.RequestState
-    make_output, new_completion = (
-        state_class.make_request_output,
-        state_class._new_completion_output,
-    )
+    state: Any = output_processor.RequestState
+    make_output, new_completion = state.make_request_output, state._new_completion_output
 
     def make_request_output(self: Any, new_token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
         if new_token_ids:
             starts = self.__dict__.setdefault("weight_version_starts", [])
-            if not starts or starts[-1][0] != current["version"]:
+            if not starts or starts[-1][0] != label.version:
                 begin = self.detokenizer.num_output_tokens() - len(new_token_ids)
-                starts.append((current["version"], begin))
+                starts.append((label.version, begin))
         return make_output(self, new_token_ids, *args, **kwargs)
 
     def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,11 +92,16 @@ def _record_weight_versions() -> None:
         ]
         return output
 
-    state_class.make_request_output = make_request_output
-    state_class._new_completion_output = new_completion_output
+    state.make_request_output = make_request_output
+    state._new_completion_output = new_completion_output
+
+
+def _add_spans_to_answers() -> None:
+    """Copy the spans into the token endpoint's choices, and answer with all n samples."""
+    from vllm.entrypoints.scale_out.token_in_token_out import protocol, serving
 
     class Choice(protocol.GenerateResponseChoice):  # type: ignore[misc, name-defined]
-        weight_versions: list[dict[str, Any]] | None = None
+        weight_versions: list[dict[str, str | int]] | None = None
 
     class Response(protocol.GenerateResponse):  # type: ignore[misc, name-defined]
         choices: list[Choice]
@@ -114,26 +132,28 @@ def _record_weight_versions() -> None:
 
     serving.ServingTokens.serve_tokens_full_generator = serve_tokens_full_generator
 
-    # The route of 0.25 ignores its body, which names the version.
-    finish_path = "/finish_weight_update"
-    routes = api_router.router.routes
-    original = next(route.endpoint for route in routes if route.path == finish_path)
-    routes[:] = [route for route in routes if route.path != finish_path]
+
+def _name_versions_in_routes(label: _Label) -> None:
+    """Have the routes set the label: 0.25 ignores the body that names it."""
     from fastapi import Request
+    from vllm.entrypoints.serve.dev.rlhf import api_router
+
+    finish = "/finish_weight_update"
+    routes = api_router.router.routes
+    original = next(route.endpoint for route in routes if route.path == finish)
+    routes[:] = [route for route in routes if route.path != finish]
 
     async def finish_weight_update(raw_request: Request) -> Any:
         answer = await original(raw_request)
         body = await raw_request.json() if await raw_request.body() else {}
-        current["version"] = body.get("weight_version", current["version"])
+        label.version = body.get("weight_version", label.version)
         return answer
 
     async def update_weight_version(raw_request: Request) -> Any:
-        current["version"] = (await raw_request.json())["new_version"]
+        label.version = (await raw_request.json())["new_version"]
         return {"success": True}
 
-    for path, endpoint in (
-        (finish_path, finish_weight_update),
-        ("/update_weight_version", update_weight_version),
-    ):
-        endpoint.__annotations__ = {"raw_request": Request}
+    endpoints = ((finish, finish_weight_update), ("/update_weight_version", update_weight_version))
+    for path, endpoint in endpoints:
+        endpoint.__annotations__ = {"raw_request": Request}  # resolved, as FastAPI needs them
         api_router.router.post(path)(endpoint)

@@ -2,11 +2,12 @@
 
     python -m atropos_hpc.rollout.vllm_server --run-dir R --port P
 
-vLLM's OpenAI-compatible server in this process, with the routes that token-level generation and weight updates need, our
-weight-transfer engine in its workers, and the run's token asked for on every route but /health. It starts with the weights of model.path;
-the node agent pushes the newest policy version before it lists the server.
+This process runs vLLM's OpenAI-compatible server with the routes for token-level generation and
+weight updates, our weight-transfer engine in its workers, and the token check on every route but
+/health. The server starts with the weights of model.path; the node agent pushes the newest policy
+version before it lists the server.
 
-However this process ends, its children end too: each of vLLM's processes is bound to the life of the one that started it.
+However this process ends, its children end too: each of vLLM's processes dies with its parent.
 """
 
 import argparse
@@ -30,7 +31,10 @@ EXTENSION = "atropos_hpc.policy.vllm_engine.WorkerExtension"
 
 
 def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed: int) -> list[str]:
-    """vLLM's command line. `rollout.arguments` come last and so have the last word. Raises ValueError when there is no model."""
+    """Build vLLM's command line; `rollout.arguments` come last and override the others.
+
+    Raises ValueError without a model.
+    """
     if model.path is None:
         raise ValueError("model.path is not set: a server needs the directory or name of a model")
     flags: dict[str, Any] = {
@@ -42,8 +46,10 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
         "max-num-seqs": rollout.max_sequences,
         "tensor-parallel-size": rollout.tensor_parallel,
         "seed": seed,
-        "generation-config": "vllm",  # sampling as the environment asks for it, not as the model's authors recommend
-        "logprobs-mode": "processed_logprobs",  # of what was sampled from, temperature included: the behaviour policy
+        # sampling as the environment asks for it, not as the model's authors recommend
+        "generation-config": "vllm",
+        # of the distribution that was sampled, temperature included: the behaviour policy's
+        "logprobs-mode": "processed_logprobs",
         "worker-extension-cls": EXTENSION,
         "weight-transfer-config": '{"backend": "disk"}',
         "middleware": f"{TokenGuard.__module__}.{TokenGuard.__qualname__}",
@@ -63,7 +69,7 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
 
 
 def lora_arguments(model: ModelConf) -> list[str]:
-    """Return the flags with which vLLM serves one adapter of the configured rank beside the base model."""
+    """Return the flags with which vLLM serves one adapter beside the base model."""
     if not model.lora.rank:
         return []
     rank = next((rank for rank in LORA_RANKS if rank >= model.lora.rank), None)
@@ -87,7 +93,7 @@ def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
 
 
 def bind_to_parent() -> None:
-    """End with the process that started this one, and let those that this one starts do the same. Tell stacks on request."""
+    """Die with the parent, have children do the same, and dump stack traces on request."""
     process.die_with_parent(signal.SIGKILL)
     process.dump_stacks_on_request()
     os.environ[process.PARENT] = str(os.getpid())

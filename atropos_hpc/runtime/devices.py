@@ -2,11 +2,11 @@
 
 A process sees the devices in CUDA_VISIBLE_DEVICES: indices, UUIDs ("GPU-...") or MIG instances
 ("MIG-..."), set by Slurm, a container or a person. Without the variable it sees every device of the
-machine. A process is given a part of that list; entries are passed on as they are, since an index in a
+machine. A process is given a part of that list. Entries are passed on as they are: an index in a
 child's list would otherwise name another device than in its parent's.
 
-torch is imported only by `require_gpus`, in processes that have it loaded anyway: the supervisor and the
-node agent must start quickly, and on machines without torch.
+Only `require_gpus` imports torch, for processes that load it anyway: the supervisor and the node agent
+must start quickly, and on machines without torch.
 """
 
 import os
@@ -40,7 +40,7 @@ def machine_devices() -> int:
 def role_devices(visible: Sequence[str], trainer: int, rollout: int) -> tuple[list[str], list[str]]:
     """Divide the devices of one machine that hosts both roles: (trainer's, rollout's).
 
-    Each role gets devices of its own if there are enough; otherwise they share from the first one on.
+    Each role gets devices of its own if there are enough; otherwise they share them.
 
     >>> role_devices(["0", "1", "2"], 1, 2), role_devices(["0"], 1, 1)
     ((['0'], ['1', '2']), (['0'], ['0']))
@@ -50,7 +50,9 @@ def role_devices(visible: Sequence[str], trainer: int, rollout: int) -> tuple[li
 
 
 def server_devices(visible: Sequence[str], index: int, tensor_parallel: int) -> list[str]:
-    """Return the devices of the node's vLLM server `index`. Raises ValueError if the node has too few.
+    """Return the devices of the node's vLLM server `index`.
+
+    Raises ValueError if the node has too few.
 
     >>> server_devices(["4", "5", "6", "7"], 1, 2)
     ['6', '7']
@@ -58,8 +60,8 @@ def server_devices(visible: Sequence[str], index: int, tensor_parallel: int) -> 
     devices = list(visible[index * tensor_parallel : (index + 1) * tensor_parallel])
     if len(devices) < tensor_parallel:
         raise ValueError(
-            f"server {index} needs {tensor_parallel} GPUs (rollout.tensor_parallel), but this node's "
-            f"visible devices are {', '.join(visible) or 'none'}: lower rollout.servers or "
+            f"server {index} needs {tensor_parallel} GPUs (rollout.tensor_parallel), but this "
+            f"node's visible devices are {', '.join(visible) or 'none'}: lower rollout.servers or "
             "rollout.tensor_parallel, or request more GPUs (roles.rollout.gpus_per_node)"
         )
     return devices
@@ -82,9 +84,11 @@ def local_device(local_rank: int, device_count: int) -> int:
 
 
 def require_gpus(role: str, gpus_per_node: int) -> None:
-    """Refuse to run on the CPU where the role asks for GPUs. Raises ValueError with what torch found."""
+    """Raise ValueError, with what torch found, if the role asks for GPUs and there are none."""
     if not gpus_per_node:
         return
+    # Ask NVML: a CUDA driver initialized here would not survive a fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     if torch.cuda.is_available():
@@ -96,6 +100,7 @@ def require_gpus(role: str, gpus_per_node: int) -> None:
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
     raise ValueError(
         f"roles.{role}.gpus_per_node={gpus_per_node}, but torch {torch.__version__} finds no GPU. "
-        f"torch is built for {built}; driver: {driver}; {VISIBLE}={os.environ.get(VISIBLE)!r}. Install "
-        "the role's CUDA packages (make setup DEVICE=cuda), a driver that supports them, or request GPUs"
+        f"torch is built for {built}; driver: {driver}; {VISIBLE}={os.environ.get(VISIBLE)!r}. "
+        "Install the role's CUDA packages (make setup DEVICE=cuda) or a driver that supports them, "
+        "or request GPUs"
     )
