@@ -5,8 +5,8 @@ A process sees the devices in CUDA_VISIBLE_DEVICES: indices, UUIDs ("GPU-...") o
 machine. A process is given a part of that list. Entries are passed on as they are: an index in a
 child's list would otherwise name another device than in its parent's.
 
-Only `require_gpus` imports torch, for processes that load it anyway: the supervisor and the node agent
-must start quickly, and on machines without torch.
+Only `require_gpus` imports torch, for processes that load it anyway: the supervisor and the node
+agent must start quickly, and on machines without torch.
 """
 
 import os
