@@ -1,4 +1,4 @@
-"""Mistakes are refused before anything starts: one readable message, the key, the nearest valid one, exit code 2."""
+"""Mistakes are refused before anything starts: by key, with the nearest valid key, exit code 2."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc import validate
+from atropos_hpc import schema, validate
 from atropos_hpc.config import Config, TrainerConf
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.hydra_api import CONFIGS
@@ -55,7 +55,9 @@ def train(
         ),
     ],
 )
-def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: str) -> None:
+def test_a_mistake_in_composing_is_refused(
+    tmp_path: Path, override: str, key: str, says: str
+) -> None:
     done = train(f"run_dir={tmp_path / 'run'}", override, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert key in done.stderr and says in done.stderr and "Traceback" not in done.stderr
@@ -160,7 +162,7 @@ def test_mistakes_in_composing(tmp_path: Path, override: str, key: str, says: st
         ("model.attention=flash_attention_2", "model.attention", "model.dtype is float32"),
     ],
 )
-def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> None:
+def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> None:
     found = [str(each) for each in validate.problems(composed(override, "model.path=a/b"))]
     assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
 
@@ -196,14 +198,14 @@ def test_mistakes_that_the_config_shows(override: str, key: str, says: str) -> N
         ),
     ],
 )
-def test_what_excludes_one_another_in_the_trainer(
+def test_contradicting_settings_of_the_trainer_are_refused(
     overrides: list[str], key: str, says: str
 ) -> None:
     found = [str(problem) for problem in validate.problems(composed(*overrides))]
     assert len(found) == 1 and key in found[0] and says in found[0], found
 
 
-def test_upstreams_server_and_several_ranks_exclude_one_another() -> None:
+def test_the_atropos_server_serves_one_rank_only() -> None:
     found = validate.problems(
         composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2")
     )
@@ -217,7 +219,7 @@ def test_upstreams_server_and_several_ranks_exclude_one_another() -> None:
         *(f"algorithm={name}" for name in ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo")),
     ],
 )
-def test_a_sound_config_has_no_problems(override: str) -> None:
+def test_every_algorithm_is_valid(override: str) -> None:
     assert validate.problems(composed(override)) == []
 
 
@@ -234,6 +236,19 @@ def test_a_plus_does_not_let_a_misspelt_key_through(override: str, key: str, say
         composed(f"+{override}")
     assert [problem.key for problem in refused.value.problems] == [key]
     assert says in str(refused.value)
+
+
+def test_every_default_is_allowed_and_explained() -> None:
+    for name, key, value in schema.values(Config()):
+        assert key.help and key.error(value) is None, name
+
+
+def test_a_value_is_refused_with_its_bound_or_the_nearest_choice() -> None:
+    assert schema.Key("", ge=1, le=8).error(9) == "must be at most 8, not 9"
+    assert schema.Key("", gt=0).error(0) == "must be greater than 0, not 0"
+    assert schema.Key("", gt=0).error(None) is None
+    wrong = schema.Key("", choices=("full", "delta")).error("dela")
+    assert wrong == "'dela' is not one of full, delta; did you mean delta?"
 
 
 def test_keys_of_maps_need_no_plus() -> None:
@@ -267,7 +282,7 @@ def test_no_experiment_and_no_environment_is_refused_with_what_to_give(tmp_path:
     assert "Traceback" not in done.stderr
 
 
-def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     done = train(
         f"run_dir={tmp_path / 'run'}",
         "algorithm.kl_coef=-1",

@@ -1,4 +1,4 @@
-"""The pages hold: links lead somewhere, every command parses and composes, the config page is what the config is, the example loads."""
+"""The pages are correct: links, commands, the config page, the example environment."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         target, _, anchor = link.partition("#")
         if target.startswith(("http://", "https://")):
@@ -50,7 +50,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse_and_compose(command: str) -> None:
-    """They are not run here: whole runs are other tests' matter, and Slurm's or a GPU cluster's some of them."""
+    """They are not run here: test_docs_walk.py runs those that need no cluster."""
     words = shlex.split(re.sub(r"\[--?\w+( \w+)?\]|\.\.\.$", "", command))
     program, arguments = Path(words[0]).name, words[1:]
     if program == "make":
@@ -96,7 +96,7 @@ def composes(overrides: list[str]) -> None:
         hydra_api.compose([each for each in point if each is not None])
 
 
-def test_the_config_page_is_what_the_config_is() -> None:
+def test_generated_files_are_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "make_config.py"), "--check"],
         capture_output=True,

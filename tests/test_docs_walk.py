@@ -1,6 +1,6 @@
-"""The pages as a new user walks through them: every command is pasted and run, or it is said here why not.
+"""Run every command of the pages in order, as a new user would, or state here why not.
 
-The walk takes minutes, as the commands are run as they stand, whole demo included: ATROPOS_HPC_LONG=1.
+This takes minutes, because it includes the whole demo: ATROPOS_HPC_LONG=1 enables it.
 """
 
 import os
@@ -31,7 +31,7 @@ NOT_WALKED = {  # what a command begins with or holds -> why it is not run here
     "make clean": "would remove the environments",
     "make demo SEED=1": "the demo once more",
     "hydra/launcher=submitit_slurm algorithm.kl_coef": "tests/test_slurm_training.py runs it",
-    "hydra/launcher=submitit_slurm +sweep=kl_coef": "tests/test_slurm_runs.py submits a sweep of that directory",
+    "hydra/launcher=submitit_slurm +sweep=kl_coef": "tests/test_slurm_runs.py submits one",
     "sbatch slurm/het_grpo.sbatch": "tests/test_slurm_training.py runs it",
     "package.module:Class": NAMES_YOURS,
     "/models/mine": NAMES_YOURS,
@@ -55,13 +55,13 @@ def test_no_command_is_left_out_without_a_word() -> None:
     }
     assert all(left_out.values()), [
         part for part, found in left_out.items() if not found
-    ]  # what no page shows any more
+    ]  # not shown by any page
     walked = [command for page in PAGES for command in commands(page) if why_not(command) is None]
     assert len(walked) > 15
 
 
 class Walk:
-    """A directory that looks like a clone with its environments built, and somebody who pastes commands there."""
+    """A directory that looks like a clone with its environments, where commands are run."""
 
     def __init__(self, home: Path) -> None:
         self.home = home

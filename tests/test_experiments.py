@@ -1,5 +1,6 @@
-"""The experiments for real clusters: each composes, passes the checks that need no cluster, renders its batch script, and says of memory
-what the model's config comes to. The models themselves are not here: their config.json are, as their publishers have them.
+"""The experiments for clusters compose, pass the checks, and state their memory correctly.
+
+The models are not here, only their config.json as published.
 """
 
 import re
@@ -20,14 +21,26 @@ QWEN = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
-MODELS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-0.5B-Instruct": {**QWEN, "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
-                                   "num_key_value_heads": 2, "intermediate_size": 4864, "max_position_embeddings": 32768},
-    "Qwen/Qwen2.5-3B-Instruct": {**QWEN, "model_type": "qwen2", "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
-                                 "num_key_value_heads": 2, "intermediate_size": 11008, "max_position_embeddings": 32768},
-    "Qwen/Qwen3-4B": {**QWEN, "model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32,
-                      "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "max_position_embeddings": 40960},
-}  # fmt: skip
+SHAPES = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+
+
+def _config(*shape: str | int, **more: int) -> dict[str, Any]:
+    return {**QWEN, **dict(zip(SHAPES, shape, strict=True)), **more}
+
+
+MODELS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": _config("qwen2", 896, 24, 14, 2, 4864, 32768),
+    "Qwen/Qwen2.5-3B-Instruct": _config("qwen2", 2048, 36, 16, 2, 11008, 32768),
+    "Qwen/Qwen3-4B": _config("qwen3", 2560, 36, 32, 8, 9728, 40960, head_dim=128),
+}
 EXPERIMENTS = {
     path.stem: path
     for path in sorted((CONFIGS / "experiment").glob("*.yaml"))

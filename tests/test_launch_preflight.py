@@ -1,4 +1,4 @@
-"""What is looked at before a run starts or is queued: files, the roles' interpreters as their steps will start them, the environment."""
+"""Checks before a run starts or is queued: files, the roles' interpreters, the environment."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def test_the_pins_are_those_of_the_requirements() -> None:
     )
 
 
-def test_a_package_that_is_there_and_does_not_work_is_found_by_importing_it(
+def test_a_package_that_cannot_be_imported_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is found through a line of the site's setup, such as a module would set."""
@@ -59,19 +59,19 @@ def test_a_package_that_is_there_and_does_not_work_is_found_by_importing_it(
     )
 
 
-def test_what_the_config_asks_for_beyond_the_usual_is_looked_for(
+def test_optional_packages_are_required_if_the_config_uses_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         role_environment,
         "PROBE",
-        "import sys; print(sys.argv[1].replace('{', '').count('deepspeed') and '[\"asked\"]' or '[]')",
+        "import sys; print('[\"asked\"]' if 'deepspeed' in sys.argv[1] else '[]')",
     )
     assert "roles.trainer.python" not in found(imports=False)
     assert "asked" in found("trainer=deepspeed", imports=False)["roles.trainer.python"]
 
 
-def test_a_python_that_is_something_else_is_said_to_be(tmp_path: Path) -> None:
+def test_a_program_that_is_no_python_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho this is no Python >&2\nexit 3\n")
     script.chmod(0o755)
@@ -91,12 +91,12 @@ def found_by_preflight(config: Config, run_dir: Path, previous: RunInfo | None =
     ]
 
 
-def test_a_missing_model_directory(tmp_path: Path) -> None:
+def test_a_missing_model_directory_is_refused(tmp_path: Path) -> None:
     found = found_by_preflight(composed(f"model.path={tmp_path}/nothing"), tmp_path / "run")
     assert found == [f"model.path: there is no {tmp_path}/nothing"]
 
 
-def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
+def test_a_max_length_above_the_models_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 16}))
     (tmp_path / "tokenizer.json").write_text("{}")
     found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
@@ -105,7 +105,7 @@ def test_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
     )
 
 
-def test_a_directory_of_something_else_is_not_taken_for_a_run(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     assert any(line.startswith("run_dir: ") for line in found_by_preflight(composed(), tmp_path))
 
@@ -125,7 +125,7 @@ def test_a_resume_with_another_algorithm_is_refused_and_more_steps_are_not(tmp_p
 
 
 @pytest.mark.environments
-def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Path) -> None:
+def test_a_missing_python_and_one_without_packages_are_refused(tmp_path: Path) -> None:
     config = composed("roles.trainer.python=/no/python")
     keys = {
         problem.key: problem.message for problem in preflight.check(config, tmp_path / "run", None)
@@ -159,7 +159,7 @@ def test_a_python_that_is_not_there_and_one_that_lacks_its_packages(tmp_path: Pa
     ],
 )
 @pytest.mark.environments
-def test_the_environment_class_is_loaded_where_it_will_run(
+def test_the_environment_class_is_loaded_in_the_rollout_python(
     tmp_path: Path, overrides: list[str], key: str, says: str
 ) -> None:
     found = {

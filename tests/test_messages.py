@@ -1,4 +1,4 @@
-"""What a person reads who has made a mistake: one line with what, where and what to do, whichever command it was; never a traceback."""
+"""Mistakes on the command line are reported in one line, with what to do, without a traceback."""
 
 import os
 import subprocess

@@ -1,4 +1,7 @@
-"""Impossible and misspelt submissions: Slurm would queue many of them for ever. None is queued, and each message names key and limit."""
+"""Impossible and misspelt submissions, of which Slurm would leave many pending.
+
+None is queued, and each message has the key and the limit.
+"""
 
 import subprocess
 from collections.abc import Iterator
@@ -125,7 +128,7 @@ def test_a_submission_that_cannot_work_is_refused(
     )
 
 
-def test_everything_wrong_is_said_at_once_with_the_points_it_concerns(
+def test_all_problems_are_reported_at_once_with_their_points(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     wrong = ["roles.rollout.nodes=1,5", "roles.trainer.gpus_per_node=9", "launch.minutes=2000"]
