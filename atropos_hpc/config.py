@@ -74,8 +74,11 @@ class EnvironmentConf:
     group_size: int = key(8, "sequences per prompt", ge=2)
     workers: int = key(1, "worker processes per rollout node", ge=1)
     concurrency: int = key(32, "groups in flight per worker", ge=1)
-    request_timeout_s: float = key(
-        600.0, "timeout of one generation request, over all servers tried, seconds", gt=0
+    request_timeout_s: Optional[float] = key(
+        None,
+        "timeout of one generation request, over all servers tried, seconds; null: at least 600, "
+        "and 0.1 per token of model.max_length",
+        gt=0,
     )
     metric: str = key(
         "eval/percent_correct",

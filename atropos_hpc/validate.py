@@ -84,11 +84,29 @@ def _combinations(config: Config) -> Iterator[Problem]:
         )
     for key, message in validate_trainer.errors(config):
         yield Problem(key, message)
+    yield from _devices(config)
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
     if config.trajectories.server == "atropos" and ranks > 1:
         yield Problem(
             "trajectories.server",
             f"atropos serves one trainer rank, but roles.trainer has {ranks}; use durable",
+        )
+
+
+def _devices(config: Config) -> Iterator[Problem]:
+    trainer, rollout, servers = config.roles.trainer, config.roles.rollout, config.rollout
+    if trainer.gpus_per_node and trainer.ranks_per_node > trainer.gpus_per_node:
+        yield Problem(
+            "roles.trainer.ranks_per_node",
+            f"{trainer.ranks_per_node} ranks need a GPU each, but roles.trainer.gpus_per_node is "
+            f"{trainer.gpus_per_node}",
+        )
+    needed = servers.servers * servers.tensor_parallel
+    if rollout.gpus_per_node and needed > rollout.gpus_per_node:
+        yield Problem(
+            "rollout.servers",
+            f"{servers.servers} servers of rollout.tensor_parallel={servers.tensor_parallel} need "
+            f"{needed} GPUs, but roles.rollout.gpus_per_node is {rollout.gpus_per_node}",
         )
 
 

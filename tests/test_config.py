@@ -205,6 +205,26 @@ def test_contradicting_settings_of_the_trainer_are_refused(
     assert len(found) == 1 and key in found[0] and says in found[0], found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key", "says"),
+    [
+        (
+            ["roles.trainer.gpus_per_node=2", "roles.trainer.ranks_per_node=4"],
+            "roles.trainer.ranks_per_node",
+            "gpus_per_node is 2",
+        ),
+        (
+            ["roles.rollout.gpus_per_node=4", "rollout.servers=2", "rollout.tensor_parallel=4"],
+            "rollout.servers",
+            "need 8 GPUs",
+        ),
+    ],
+)
+def test_more_processes_than_gpus_are_refused(overrides: list[str], key: str, says: str) -> None:
+    found = [str(problem) for problem in validate.problems(composed(*overrides))]
+    assert len(found) == 1 and found[0].startswith(key) and says in found[0], found
+
+
 def test_the_atropos_server_serves_one_rank_only() -> None:
     found = validate.problems(
         composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2")

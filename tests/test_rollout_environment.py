@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import EvaluationConf  # noqa: E402
 from atropos_hpc.contracts.group import NO_LIMITS, encode_group  # noqa: E402
-from atropos_hpc.contracts.messages import Quota  # noqa: E402
+from atropos_hpc.contracts.messages import Quota, ServerInfo  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
@@ -110,6 +111,20 @@ def test_as_many_rollouts_start_as_the_quota_allows() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(story())
+
+
+def test_a_group_with_an_answer_of_the_greatest_length_is_kept() -> None:
+    class Registered:
+        config = SimpleNamespace(group_size=8, batch_size=0)
+        max_token_len = -1
+
+        async def _call(self, *_: Any) -> ServerInfo:
+            return ServerInfo(batch_size=64, max_token_len=1024)
+
+    env: Any = Registered()
+    asyncio.run(RunEnvironment._take_server_info(env))
+    truncated = 1024  # tokens, where the server stops; BaseEnv drops what has max_token_len or more
+    assert env.config.batch_size == 64 and truncated < env.max_token_len
 
 
 def test_a_python_group_of_arrays_becomes_the_record_that_json_would_become() -> None:

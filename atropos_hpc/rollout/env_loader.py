@@ -21,6 +21,9 @@ from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.schema import did_you_mean
 from atropos_hpc.validate import SET_BY_RUN, Problem
 
+LEAST_TIMEOUT_S = 600.0  # of a generation request
+SLOWEST_TOKEN_S = 0.1  # a busy server makes ten tokens per second and request or more
+
 
 class TargetError(Exception):
     """The environment cannot be used as configured.
@@ -133,10 +136,21 @@ def of_run(run: RunDir, key: str, seed: int) -> tuple[type[BaseEnv], Any, list[V
         run_dir=run.path,
         model_name=model.path,
         tokenizer_name=model.path,
-        timeout=round(conf.request_timeout_s),
+        timeout=round(request_timeout_s(conf, model.max_length)),
         server_type="vllm",
     )
     return environment, worker_config, [servers]
+
+
+def request_timeout_s(conf: EnvironmentConf, max_length: int) -> float:
+    """Return the deadline of a generation: a fixed one would cut long answers off.
+
+    >>> [request_timeout_s(EnvironmentConf(), length) for length in (2048, 32768)]
+    [600.0, 3276.8]
+    """
+    if conf.request_timeout_s is not None:
+        return conf.request_timeout_s
+    return max(LEAST_TIMEOUT_S, SLOWEST_TOKEN_S * max_length)
 
 
 def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config, seed: int) -> Any:
