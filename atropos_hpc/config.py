@@ -172,6 +172,11 @@ class AlgorithmConf:
         "where the KL penalty is applied; reward: subtracted from the scores before the baseline",
         choices=("loss", "reward"),
     )
+    kl_metric: bool = key(
+        True,
+        "keep the frozen reference for the metric kl_reference even if kl_coef is 0; false saves its "
+        "memory and forward passes",
+    )
     kl_target: Optional[float] = key(
         None,
         "adapt kl_coef to reach this KL, nats per token (arXiv 1909.08593); null: kl_coef is "
@@ -188,6 +193,11 @@ class AlgorithmConf:
     )
     correction: CorrectionConf = section(CorrectionConf)
     batch_size: int = key(256, "sequences per optimizer step, over all ranks", ge=1)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the run keeps the frozen reference model."""
+        return self.kl_coef != 0 or self.kl_metric
 
 
 @dataclass

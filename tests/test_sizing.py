@@ -32,6 +32,19 @@ def test_the_estimate_is_within_ten_percent_of_the_measured_peak(row: dict[str, 
     assert (found.trainer - found.reference) / sizing.GIB == pytest.approx(row["peak GiB"], rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("kl_coef", "kl_metric", "held"), [(0.01, False, 2), (0.0, True, 2), (0.0, False, 0)]
+)
+def test_a_reference_that_nothing_needs_takes_no_memory(
+    kl_coef: float, kl_metric: bool, held: int
+) -> None:
+    model = {**SHAPES["0.5B"], "vocab_size": 151_936, "num_key_value_heads": 2}
+    config = Config(run_dir="/run")
+    config.algorithm.kl_coef, config.algorithm.kl_metric = kl_coef, kl_metric
+    sizes = sizing.sizes({**model, "model_type": "qwen2", "tie_word_embeddings": True})
+    assert sizing.estimate(config, sizes).reference == held * sizes.total
+
+
 @pytest.mark.verl
 def test_the_chunk_of_logits_is_the_loss_head_s() -> None:
     from atropos_hpc.learner.loss_head import CHUNK_LOGITS

@@ -129,7 +129,8 @@ def estimate(config: Config, model: Sizes) -> Estimate:
     trained = MASTER if lora else TRAINED  # an adapter leaves the base without gradient and moments
     held = 0.0 if config.trainer.offload else trained * model.total / ranks
     temporary = 0.0 if lora else OPTIMIZER_TEMPORARY * model.total / ranks
-    reference = 0.0 if lora or config.trainer.offload else COMPUTE * model.total / ranks
+    frozen = config.algorithm.needs_reference and not lora and not config.trainer.offload
+    reference = COMPUTE * model.total / ranks if frozen else 0.0
     backward = _gathered(model, lora) + _activations(config, model)
     parallel = config.rollout.tensor_parallel
     cache = model.cache_bytes * config.model.max_length / min(parallel, model.kv_heads)

@@ -185,7 +185,13 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
     trainer, rank = config.trainer, member.state.rank
-    backend = backend_class(trainer.backend)(config.model, trainer, config.algorithm, config.seed)
+    backend = backend_class(trainer.backend)(
+        config.model,
+        trainer,
+        config.algorithm,
+        config.seed,
+        reference=config.algorithm.needs_reference,
+    )
     checkpoints = Checkpoints(run, trainer.keep_checkpoints, trainer.keep_checkpoints_every)
     state = TrainState(kl_coef=config.algorithm.kl_coef)
     checkpoints.load_latest(backend, state)
