@@ -206,11 +206,11 @@ def _verl(config: Config) -> Iterator[Error]:
                 f"{value!r} does not divide the {ranks} ranks of roles.trainer",
             )
     parallel = engine.get("ulysses_sequence_parallel_size", 1)
-    if parallel != 1 and config.model.attention != "flash_attention_2":
+    if parallel != 1 and config.model.attention == "eager":
         yield (
             f"{prefix}.ulysses_sequence_parallel_size",
-            f"is {parallel}, which needs model.attention=flash_attention_2: with "
-            f"{config.model.attention} each rank would attend only to its part of a sequence",
+            f"is {parallel}, which needs model.attention=sdpa or flash_attention_2: with eager, "
+            "each rank would attend only to its part of a sequence",
         )
 
 

@@ -171,7 +171,11 @@ def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> 
     "overrides, key, says",
     [
         (
-            ["roles.trainer.nodes=2", "+trainer.fsdp_config.ulysses_sequence_parallel_size=2"],
+            [
+                "roles.trainer.nodes=2",
+                "+trainer.fsdp_config.ulysses_sequence_parallel_size=2",
+                "model.attention=eager",
+            ],
             "ulysses_sequence_parallel_size",
             "sdpa",
         ),

@@ -157,7 +157,9 @@ def stand_in_for_flash_attention() -> Callable[..., torch.Tensor]:
     return attend
 
 
-def over_ulysses(rank: int, world: int, path: Path, algorithm: AlgorithmConf) -> Any:
+def over_ulysses(
+    rank: int, world: int, path: Path, attention: str, algorithm: AlgorithmConf
+) -> Any:
     from transformers import PreTrainedModel, modeling_utils
     from verl.models.transformers import monkey_patch
 
@@ -165,7 +167,7 @@ def over_ulysses(rank: int, world: int, path: Path, algorithm: AlgorithmConf) ->
     PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True
     modeling_utils.lazy_import_flash_attention = lambda *_, **__: None
     settings = {"fsdp_config": {"ulysses_sequence_parallel_size": 2}} if world > 1 else {}
-    backend = backend_of(path, "flash_attention_2", algorithm, **settings)
+    backend = backend_of(path, attention, algorithm, **settings)
     return (
         (backend.data_rank, backend.data_world),
         train(backend, 3, BUDGET),
@@ -173,13 +175,16 @@ def over_ulysses(rank: int, world: int, path: Path, algorithm: AlgorithmConf) ->
     )
 
 
-def test_sequences_shared_by_two_ranks_are_trained_as_on_one(small_model: Path) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_sequences_shared_by_two_ranks_are_trained_as_on_one(
+    small_model: Path, attention: str
+) -> None:
     algorithm = AlgorithmConf(
         advantage="reinforce_plus_plus_baseline", kl_coef=0.05, kl_in="reward"
     )
-    (place, want, weights), *_ = on_ranks(1, over_ulysses, small_model, algorithm)
+    (place, want, weights), *_ = on_ranks(1, over_ulysses, small_model, attention, algorithm)
     assert place == (0, 1)
-    for place, metrics, others in on_ranks(2, over_ulysses, small_model, algorithm):
+    for place, metrics, others in on_ranks(2, over_ulysses, small_model, attention, algorithm):
         assert place == (0, 1), "both have the whole batch"
         for one, other in zip(want, metrics, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-6)

@@ -7,6 +7,8 @@ blocks, [B, L], padded at their ends, with causal attention and no mask. No toke
 so padding changes nothing; its output is dropped. Lengths in a block differ by less than a factor
 of 2.
 
+With Ulysses sequence parallelism, ranks exchange heads for tokens before and after.
+
 Layers with a sliding window, or that are not causal, use transformers' own implementation.
 """
 
@@ -18,10 +20,13 @@ from inspect import signature
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+
+from atropos_hpc.learner.backends import verl_api
 
 T = TypeVar("T")
 
@@ -78,6 +83,15 @@ def _offsets(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     return offsets, int(offsets.diff().max())
 
 
+def _gathered(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the positions of the whole pack, [1, T], from each rank's part of it."""
+    group = verl_api.get_ulysses_sequence_parallel_group()
+    parts = [torch.empty_like(position_ids) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, position_ids.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
+
+
+_positions_of_group = _PerPack(_gathered)
 _layout_of = _PerPack(lambda position_ids: layout(position_ids[0]))
 _offsets_of = _PerPack(_offsets)
 
@@ -117,8 +131,30 @@ def attend(
             f"{model} does not pass positions to its attention layers, so the sequences of a pack"
             " cannot be separated: use model.attention=flash_attention_2 or eager"
         )
+    group = verl_api.get_ulysses_sequence_parallel_group()
+    if group is None or dist.get_world_size(group) == 1:
+        return _attend(query, key, value, position_ids, dropout, scaling), None
+    # Ulysses (arXiv 2309.14509): exchange a part of every head for all of some heads, and back.
+    positions = _positions_of_group(position_ids)
+    repeats = max(1, dist.get_world_size(group) // key.shape[1])  # at least one key head per rank
+    parts = (query, *(part.repeat_interleave(repeats, dim=1) for part in (key, value)))
+    query, key, value = (verl_api.gather_seq_scatter_heads(part, 2, 1) for part in parts)
+    whole = _attend(query, key, value, positions, dropout, scaling)
+    found: torch.Tensor = verl_api.gather_heads_scatter_seq(whole, head_dim=2, seq_dim=1)
+    return found, None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend within each sequence of a pack that this rank holds whole."""
     if query.is_cuda and query.dtype != torch.float32:
-        return _varlen(query, key, value, position_ids, scaling), None
+        return _varlen(query, key, value, position_ids, scaling)
     packed, parts = _layout_of(position_ids), []
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
     for block in packed.blocks:
@@ -130,7 +166,7 @@ def attend(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
         parts.append(part.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).index_select(0, packed.places)[None], None
+    return torch.cat(parts).index_select(0, packed.places)[None]
 
 
 @cache

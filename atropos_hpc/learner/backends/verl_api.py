@@ -30,7 +30,12 @@ from verl.trainer.ppo.rollout_corr_helper import (
 )
 from verl.utils import tensordict_utils, torch_functional
 from verl.utils.device import get_device_id, get_device_name
-from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+from verl.utils.ulysses import (
+    gather_heads_scatter_seq,
+    gather_seq_scatter_heads,
+    get_ulysses_sequence_parallel_group,
+    ulysses_pad_and_slice_inputs,
+)
 from verl.workers.config import (
     FSDPActorConfig,
     FSDPEngineConfig,
@@ -57,8 +62,11 @@ __all__ = [
     "PolicyLossConfig",
     "TensorDict",
     "compute_rollout_correction_and_rejection_mask",
+    "gather_heads_scatter_seq",
+    "gather_seq_scatter_heads",
     "get_adv_estimator_fn",
     "get_device_id",
+    "get_ulysses_sequence_parallel_group",
     "kl_penalty",
     "offload_policy",
     "patch_log_probs",
