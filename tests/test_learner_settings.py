@@ -189,3 +189,44 @@ def test_sequences_shared_by_two_ranks_are_trained_as_on_one(
         for one, other in zip(want, metrics, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-6)
         assert max(float((others[key] - weights[key]).abs().max()) for key in weights) < 1e-5
+
+
+def unsharded_gradients(rank: int, world: int, path: Path, keep: bool) -> list[int]:
+    """Bytes of unsharded gradients that are held when a micro-batch begins, for each of them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    fsdp = {"use_no_sync_for_gradient_accumulation": True} if keep else {}
+    backend = backend_of(path, fsdp_config=fsdp)
+    engine, found = backend._policy, []
+    forward_step = engine.forward_step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        groups = [
+            module._get_fsdp_state()._fsdp_param_group
+            for module in engine.module.modules()
+            if isinstance(module, FSDPModule)
+        ]
+        parameters = [p for group in groups if group is not None for p in group.fsdp_params]
+        held = [
+            gradient
+            for parameter in parameters
+            for gradient in (
+                parameter.unsharded_accumulated_grad,
+                getattr(parameter, "_unsharded_param", None) is not None
+                and parameter._unsharded_param.grad,
+            )
+            if isinstance(gradient, torch.Tensor)
+        ]
+        found.append(sum(gradient.numel() * gradient.element_size() for gradient in held))
+        return forward_step(*args, **kwargs)
+
+    engine.forward_step = watched
+    train(backend, 1, BUDGET)
+    return found
+
+
+def test_no_unsharded_gradient_outlives_a_micro_batch(small_model: Path) -> None:
+    for held in on_ranks(2, unsharded_gradients, small_model, False):
+        assert len(held) > 2 and not any(held)
+    for held in on_ranks(2, unsharded_gradients, small_model, True):
+        assert any(held), "the other setting holds them, and the test sees it"
