@@ -14,7 +14,7 @@ DATA = ("configs", "sweeps", "slurm", "requirements")
 
 
 class BuildWithData(build_py):
-    """Copy the package, then the data directories into it. An editable install reads them in place."""
+    """Copy the package and the data directories; an editable install reads them in place."""
 
     def run(self) -> None:
         super().run()

@@ -76,8 +76,7 @@ class EnvironmentConf:
     concurrency: int = key(32, "groups in flight per worker", ge=1)
     request_timeout_s: Optional[float] = key(
         None,
-        "timeout of one generation request, over all servers tried, seconds; null: at least 600, "
-        "and 0.1 per token of model.max_length",
+        "timeout of a generation request, seconds; null: 0.1 per token of max_length, at least 600",
         gt=0,
     )
     metric: str = key(
@@ -173,9 +172,7 @@ class AlgorithmConf:
         choices=("loss", "reward"),
     )
     kl_metric: bool = key(
-        True,
-        "keep the frozen reference for the metric kl_reference even if kl_coef is 0; false saves its "
-        "memory and forward passes",
+        True, "keep the frozen reference for the metric kl_reference even if kl_coef is 0"
     )
     kl_target: Optional[float] = key(
         None,
@@ -267,9 +264,7 @@ class RolloutConf:
 class StalenessConf:
     """Train while the next batches are generated, with a bound on how far behind they may be."""
 
-    max: int = key(
-        1, "maximum staleness of a trained sequence, policy versions; 0: strictly on-policy", ge=0
-    )
+    max: int = key(1, "maximum staleness of a sequence, policy versions; 0: on-policy", ge=0)
 
 
 @dataclass
@@ -302,8 +297,7 @@ class PolicyConf:
     )
     kv: str = key(
         "keep",
-        "KV cache over an update: keep it, although older weights computed it, or recompute it by "
-        "prefilling the requests in flight again",
+        "KV cache of requests in flight over an update: keep it, or recompute it by prefilling",
         choices=("keep", "recompute"),
     )
     poll_s: float = key(0.5, "interval at which node agents look for new versions, seconds", gt=0)

@@ -2,8 +2,9 @@
 
 (a) Push and pull: groups of 8 x 2048 tokens are posted and pulled in batches of 64 sequences, in
     three ways: as each server's own workers post them (JSON to run-api, binary records to this
-    server), as JSON to both, and as gzipped JSON to both. The unit is sequences per CPU second of the server's process; the client's time
-    does not count. This server checks the token and syncs each group to disk (fdatasync) before it
+    server), as JSON to both, and as gzipped JSON to both. The unit is sequences per CPU second of
+    the server's process; the client's time does not count. This server checks the token and
+    syncs each group to disk (fdatasync) before it
     answers; batches are pulled by /lease, as the learner does. Rounds of the two servers alternate
     and the best round counts: other work on the machine takes caches and memory bandwidth and only
     makes CPU time longer. The median of the rounds' ratios, and their range, are given as well.

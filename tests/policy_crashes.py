@@ -1,15 +1,17 @@
-"""Crashes and damage in the policy store, at many random points of each kind: no reader serves wrong weights, and the run goes on.
+"""Crash and damage the policy store at many random points: no reader may serve wrong weights.
 
-The model is made up and small, but the store, the codec, the files and the reader are the real ones. What a reader serves is judged as an
-engine's would be: the output of a forward pass over the files that it was given, against the output of the weights that this version has.
+The model is made up and small; store, codec, files and reader are the real ones. A reader is
+judged as an engine would be: the output of a forward pass over the files that it was given is
+compared with the output of the version's weights.
 
     killed publisher      SIGKILL at a random system call of a publish, or in the middle of a write
     damaged file          one bit flipped in, or the end cut off, a random file of the store
     vanished version      latest.json names a version that is not there
     killed reader         SIGKILL at a random system call of a reader that loads a version
-    two publishers        two starts of the learner, with different weights, publish into one store in a random order
+    two publishers        two starts of the learner with different weights publish in a random order
 
-After each, the learner starts anew or publishes on, and every reader, the present one and a fresh one, has to get to its newest version.
+After each, the learner restarts or publishes on, and the present reader and a fresh one have to
+reach its newest version.
 """
 
 import os
@@ -75,7 +77,7 @@ CALLS = (
 
 @lru_cache(maxsize=64)
 def weights(attempt: int, version: int) -> tuple[ShardBuffer, ...]:
-    """The model of that start of the learner at that version: a few per cent of it move from one to the next."""
+    """The model of a start of the learner at a version: a few per cent change per version."""
     shares = tuple(ShardBuffer(tensors) for tensors in SHARES)
     for number, made in enumerate(shares):
         data = made.bytes[len(made.header) :]
@@ -127,7 +129,7 @@ def served(version: LoadableVersion) -> bytes:
 
 
 class Learner:
-    """One start of a learner, publishing as `learner.publisher` does, in one process and for two ranks."""
+    """One start of a learner that publishes as `learner.publisher` does, in one process."""
 
     def __init__(self, root: Path, anchor_every: int = 4) -> None:
         self.store, self.anchor_every = PolicyStore(root), anchor_every
@@ -179,7 +181,7 @@ class Learner:
 
 
 class Reader:
-    """A node's follower, and the engine behind it. `wrong` counts answers that are not those of the version's weights."""
+    """A node's follower and its engine; `wrong` counts answers of any other weights."""
 
     def __init__(self, root: Path, cache: Path) -> None:
         self.complaints: list[PolicyVersion] = []
@@ -219,7 +221,7 @@ class Point:
         self.wrong = 0
 
     def goes_on(self) -> bool:
-        """Publish on; do both the present reader and a fresh one get to the newest version, with its weights?"""
+        """Publish on; return whether both the reader and a fresh one reach the newest version."""
         self.learner.publish(self.learner.version + 1)
         wanted = self.learner.newest
         fresh = Reader(self.root, self.cache)
@@ -240,7 +242,7 @@ class Point:
 
 @contextmanager
 def dying(rng: random.Random, within: int) -> Iterator[None]:
-    """In a child: SIGKILL at a random one of the next system calls that matter, or half way through it."""
+    """In a child: SIGKILL at a random one of the next system calls, or in the middle of it."""
     left = rng.randrange(1, within)
     real = {name: getattr(os, name) for name in CALLS}
 
@@ -272,7 +274,7 @@ def in_child(
     within: int,
     before: Callable[[], Any] = lambda: None,
 ) -> bool:
-    """Do it in a child that dies somewhere, though not `before` it. True: it has lived to the end."""
+    """Run it in a child that dies somewhere after `before`. True: it ran to its end."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -325,7 +327,7 @@ def vanished_version(point: Point) -> bool:
 
 
 def killed_reader(point: Point) -> bool:
-    """In the child, since another process must not touch this one's copy: with a copy at hand, or without."""
+    """In the child, as another process must not touch this one's copy."""
     readers: list[Reader] = []
 
     def begin() -> None:

@@ -5,8 +5,8 @@
 The arithmetic experiment with two vLLM servers and two environment workers. The memory of every
 member and the size of every part of the run directory are measured every few seconds. At the end
 the run is stopped, resumed for three more steps, and checked. Exit code 0: every step was made
-once, the policy has learnt, no process is left, no member's memory grew by more than GROWTH, and the disk
-usage stayed bounded.
+once, the policy has learnt, no process is left, no member's memory grew by more than GROWTH, and
+the disk usage stayed bounded.
 
 Memory means RssAnon and RssShmem of /proc/PID/status, without mapped files: the maximum of one
 process of a kind in each quarter of the time. The last quarter is compared with the second, because

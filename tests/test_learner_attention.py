@@ -62,8 +62,16 @@ def test_every_sequence_sees_itself_only(lengths: list[int]) -> None:
 def test_a_models_logits_are_those_of_its_sequences_alone(window: int | None) -> None:
     """Mistral's layers attend within a window: those keep transformers' mask."""
     torch.manual_seed(0)
-    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 8, "attn_implementation": packed_attention.register()}  # fmt: skip
+    shape = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attn_implementation": packed_attention.register(),
+    }
     model = (
         Qwen3ForCausalLM(Qwen3Config(**shape))
         if window is None

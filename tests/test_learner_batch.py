@@ -154,12 +154,25 @@ def test_statistics_are_of_all_ranks() -> None:
     assert metrics == other_metrics
     assert metrics == pytest.approx(
         {
-            "groups": 2, "sequences": 5, "trained_sequences": 4, "tokens": 13, "trained_tokens": 7, "first_tokens": 1,
-            "reward_mean": 1.0, "reward_std": np.std([1, 0, 2, 1, 1]), "length_mean": 2.6, "length_max": 4,
-            "response_length_mean": 7 / 4, "truncated_fraction": 0.2, "zero_advantage_groups": 1, "without_log_probs": 4,
-            "staleness_mean": 1.0, "staleness_max": 2, "stale_sequences": 1,
+            "groups": 2,
+            "sequences": 5,
+            "trained_sequences": 4,
+            "tokens": 13,
+            "trained_tokens": 7,
+            "first_tokens": 1,
+            "reward_mean": 1.0,
+            "reward_std": np.std([1, 0, 2, 1, 1]),
+            "length_mean": 2.6,
+            "length_max": 4,
+            "response_length_mean": 7 / 4,
+            "truncated_fraction": 0.2,
+            "zero_advantage_groups": 1,
+            "without_log_probs": 4,
+            "staleness_mean": 1.0,
+            "staleness_max": 2,
+            "stale_sequences": 1,
         }
-    )  # fmt: skip
+    )
 
 
 def test_no_groups_at_all() -> None:

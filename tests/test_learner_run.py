@@ -127,8 +127,14 @@ def learn(run: RunDir, ranks: int = 1) -> list[process.Child]:
     step = f"step-{time.time_ns()}"
     children = []
     for rank in range(ranks):
-        variables = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-                     "ATROPOS_HPC_STEP": step, "ATROPOS_HPC_NODE": "n0"}  # fmt: skip
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "ATROPOS_HPC_STEP": step,
+            "ATROPOS_HPC_NODE": "n0",
+        }
         command = [sys.executable, "-m", "atropos_hpc.learner", "--run-dir", str(run.path)]
         children.append(
             process.start(f"trainer-{rank}", command, run.logs / f"trainer-{rank}.log", variables)

@@ -353,10 +353,14 @@ def expected(
             }[conf.aggregation]
         )
         for name, values in (
-            ("entropy", entropy), ("kl_reference", kl_of("k3", log_prob, ref)), ("clip_fraction", (clipped > free).double()),
-            ("ppo_kl", old - log_prob), ("mismatch_mean", (behaviour - log_prob).abs()), ("mismatch_kl", behaviour - log_prob),
+            ("entropy", entropy),
+            ("kl_reference", kl_of("k3", log_prob, ref)),
+            ("clip_fraction", (clipped > free).double()),
+            ("ppo_kl", old - log_prob),
+            ("mismatch_mean", (behaviour - log_prob).abs()),
+            ("mismatch_kl", behaviour - log_prob),
             ("mismatch_chi2", (2 * (log_prob - behaviour)).exp() - 1),
-        ):  # fmt: skip
+        ):
             sums[name] += float(values[mask].detach().sum())
     loss.backward()
     return Expected(

@@ -184,9 +184,17 @@ def test_fused_experts_go_back_to_the_names_of_the_files(tmp_path: Path) -> None
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
     on_ranks(2, experts_published, tmp_path / "model", tmp_path / "policy")
     want, got = stored(tmp_path / "model"), stored(tmp_path / "policy")

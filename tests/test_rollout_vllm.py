@@ -74,7 +74,7 @@ class Served:
         return asyncio.run(main())
 
     def greedy(self) -> tuple[list[int], list[float], str]:
-        """(tokens, log-probs, version) of the greedy answer to PROMPT, by the adapter if there is one."""
+        """(tokens, log-probs, version) of the greedy answer to PROMPT; the adapter's, if any."""
         sampling = {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
         body = {"token_ids": PROMPT, "sampling_params": sampling}
         if self.adapter:

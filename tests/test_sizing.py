@@ -11,9 +11,19 @@ from atropos_hpc.launch import sizing
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "gpu.json"
 SHAPES: dict[str, dict[str, Any]] = {  # of bench/gpu/parts.py
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-}  # fmt: skip
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
+}
 
 
 def rows() -> list[dict[str, Any]]:

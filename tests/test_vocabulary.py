@@ -134,13 +134,11 @@ RULES = (old_terms, old_modules, long_files, long_functions, long_lines, many_pa
 
 
 @pytest.mark.parametrize("check", RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.xfail(reason="modules are being rewritten", strict=False)
 def test_nothing_breaks_the_house_rules(check) -> None:  # type: ignore[no-untyped-def]
     found = check()
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(reason="modules are being rewritten", strict=False)
 def test_untyped_dicts_are_few() -> None:
     counts = any_dicts()
     listed = "\n".join(f"{name}: {count}" for name, count in counts.items())

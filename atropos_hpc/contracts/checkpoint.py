@@ -1,4 +1,4 @@
-"""The JSON files of checkpoints. Tensors lie beside them, as torch.distributed.checkpoint writes."""
+"""The JSON files of checkpoints; torch.distributed.checkpoint writes the tensors beside them."""
 
 import msgspec
 

@@ -232,8 +232,8 @@ class RunEnvironment(BaseEnv):
         if info is not None and info.batch_size != -1:
             self.config.batch_size = info.batch_size
         if info is not None and info.max_token_len != -1:
-            # BaseEnv drops a group whose longest sequence has `max_token_len` tokens or more. A server
-            # stops at exactly model.max_length, so truncated answers would take their group along.
+            # BaseEnv drops a group whose longest sequence has `max_token_len` tokens or more. A
+            # server stops at exactly model.max_length, so a truncated answer would drop its group.
             self.max_token_len = info.max_token_len + 1
         if self.config.group_size > self.config.batch_size:
             raise ValueError(

@@ -1,17 +1,18 @@
-"""One GPU, no network, under eight minutes: does this software do on a GPU what it does on a CPU, and how fast?
+"""Check one GPU without a network in under eight minutes: correctness, speed and memory.
 
     python -m bench.gpu --model DIR --data DIR --rollout-python PY [--parts learner,update,run]
 
-learner   a step of the verl backend at the shapes of a 0.5B and a 1.5B model with random weights, bfloat16,
-          micro-batches of 8k tokens: tokens/s, MFU, peak memory against the estimate of `launch/sizing.py`;
-          and the numbers it computes, against float32 (`bench/gpu/learner.py`)
-update    a vLLM server of the model under load takes full versions, deltas and LoRA adapters: seconds, and how
-          long no request got a token (`bench/gpu/update.py`)
-run       GSM8K end to end, learner and server sharing the GPU; then the server is killed, and replaced
+learner   a step of the verl backend at the shapes of a 0.5B and a 1.5B model with random weights in
+          bfloat16, micro-batches of 8k tokens: tokens/s, MFU, peak memory; and its log-probs and
+          gradients, compared with float32 (`bench/gpu/learner.py`)
+update    a vLLM server of the model under load loads full versions, deltas and LoRA adapters:
+          seconds, and the longest time without a token (`bench/gpu/update.py`)
+run       GSM8K end to end, learner and server sharing the GPU; the server is killed and replaced
           (`bench/gpu/run.py`)
 
-Each part runs in processes of its own, of the role's Python. Without a GPU the same code runs at tiny shapes
-on the CPU; that is its test, and its figures mean nothing. Results: bench/results/gpu.json.
+Each part runs in processes of its own, of the role's Python. Without a GPU, the same code runs at
+tiny shapes on the CPU; that tests the code, and its figures mean nothing. Results:
+bench/results/gpu.json.
 """
 
 import json
@@ -43,7 +44,7 @@ class Setting:
 
 
 def main(parts: tuple[str, ...] = PARTS, setting: Setting | None = None) -> Result:
-    """Run the parts, each in a process, and gather their rows. A part that fails is a missed bar."""
+    """Run the parts, each in a process, and gather their rows. A failed part is a missed bar."""
     result = Result([])
     with tempfile.TemporaryDirectory() as scratch:
         setting = setting or Setting(
@@ -73,9 +74,13 @@ def _run(part: str, setting: Setting) -> list[dict[str, Any]]:
     with log.open("w") as output:
         try:
             code = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT_S[part],
-                env={**os.environ, "PYTHONUNBUFFERED": "1"}, check=False,
-            ).returncode  # fmt: skip
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=TIMEOUT_S[part],
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                check=False,
+            ).returncode
         except subprocess.TimeoutExpired:
             code = -1
     taken = time.monotonic() - start

@@ -1,11 +1,12 @@
 """A learner step on one device: what it computes, how fast, and in how much memory.
 
 Rows:
-- check: log-probs of a small pack in bfloat16 by the packed attention and the chunked loss head, and the gradient
-  of the loss head, against float32 eager transformers on the same device.
-- step: reference log-probs and update of a batch of four micro-batches of 8,192 tokens; groups of 8 sequences with
-  a prompt of 128 tokens and answers of 256 to 512. MFU counts 6 FLOPs per parameter and token plus causal attention,
-  over the rate of a bfloat16 matrix product measured in the same process; recomputed activations do not count.
+- check: log-probs of a small pack by the packed attention and the chunked loss head, and the
+  gradient of the loss head, compared with float32 eager transformers on the same device.
+- step: reference log-probs and update of about four micro-batches of 8,192 tokens; groups
+  of 8 sequences with a prompt of 128 tokens and answers of 256 to 512. MFU counts 6 FLOPs per
+  parameter and token and causal attention, divided by the rate of a bfloat16 matrix product in the
+  same process. Recomputed activations do not count.
 """
 
 import gc
@@ -81,7 +82,7 @@ def synchronize() -> None:
 
 
 def step_flops(shape: Shape, groups: list[Group]) -> float:
-    """FLOPs of forward and backward passes over the groups: 6 per parameter and token, and causal attention."""
+    """Count the FLOPs of forward and backward passes over the groups."""
     queries, keys = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
     layer = shape.hidden * (2 * queries + 2 * keys + 3 * shape.inner)
     lengths = np.concatenate([group.lengths for group in groups]).astype(np.float64)
@@ -167,7 +168,7 @@ def check(model: Path) -> dict[str, Any]:
 
 
 def head_error() -> dict[str, float]:
-    """The loss head's gradient in float32 against autograd through whole logits, relative to its norm."""
+    """Compare the loss head's float32 gradient with autograd through whole logits, relatively."""
     from atropos_hpc.learner.loss_head import LossHead, Targets
 
     torch.manual_seed(0)

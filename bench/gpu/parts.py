@@ -1,4 +1,4 @@
-"""What the parts of the GPU check share: their command line, made models, and facts about the device."""
+"""What the parts of the GPU check share: command line, made models, facts about the device."""
 
 import argparse
 import json
@@ -52,18 +52,24 @@ def save_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def make_model(shape: Shape, directory: Path, device: str) -> Path:
-    """Save a Qwen2 of random bfloat16 weights, with the byte-level tokenizer of the demo's model."""
+    """Save a Qwen2 of random bfloat16 weights, with the tokenizer of the demo's model."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from atropos_hpc.environments.make_base import make_tokenizer
 
     config = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, max_position_embeddings=32768, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         Qwen2ForCausalLM(config).bfloat16().save_pretrained(directory)
@@ -76,8 +82,11 @@ def device_memory_used() -> float:
     try:
         text = subprocess.run(
             ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=10, check=True,
-        ).stdout  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
         return float(text.splitlines()[0]) / 1024
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return 0.0

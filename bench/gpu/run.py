@@ -1,8 +1,9 @@
 """GSM8K end to end on one GPU that learner and server share, and the recovery from a killed server.
 
-With a real model and GSM8K's files: `STEPS` steps of 256 sequences, an evaluation of held-out problems before and
-after. Without a GPU: the demo's model and task, a few steps. In the middle the server's processes get SIGKILL;
-`recovery s` is the time until a server that serves a policy version is in the roster again. The run has to complete.
+With a real model and GSM8K's files: GPU_STEPS steps of 256 sequences, and an evaluation of held-
+out problems before and after. Without a GPU: the demo's model and task, a few steps. In the
+middle, the server's processes get SIGKILL; `recovery s` is the time until a server that serves a
+policy version is in the roster again. The run has to complete.
 """
 
 import json
@@ -40,12 +41,16 @@ def overrides(options: Any, run_dir: Path, gpu: bool) -> list[str]:
             "evaluation.after=false",
         ]
     return [
-        *common, "experiment=gsm8k_one_gpu", f"model.path={options.model}",
+        *common,
+        "experiment=gsm8k_one_gpu",
+        f"model.path={options.model}",
         f"+environment.config.train_path={options.data / 'train.jsonl'}",
         f"+environment.config.test_path={options.data / 'test.jsonl'}",
-        f"trainer.steps={GPU_STEPS}", "rollout.enforce_eager=true", "environment.config.dataset=null",
+        f"trainer.steps={GPU_STEPS}",
+        "rollout.enforce_eager=true",
+        "environment.config.dataset=null",
         "launch.check_versions=false",
-    ]  # fmt: skip
+    ]
 
 
 def serving(run_dir: Path) -> list[ServerState]:
@@ -71,8 +76,9 @@ def kill_server(run_dir: Path) -> float:
     start = time.monotonic()
     parts.wait_until(
         lambda: not any(s.pid == victim.pid for s in serving(run_dir)),
-        60, "the dead server's removal from the roster",
-    )  # fmt: skip
+        60,
+        "the dead server's removal from the roster",
+    )
     parts.wait_until(lambda: serving(run_dir), PATIENCE_S, "a replaced server's return")
     return time.monotonic() - start
 

@@ -1,11 +1,13 @@
 """A running vLLM server takes new policy versions while it answers requests.
 
-STREAMS requests at a time, each for a few hundred tokens; when one ends, the next begins. Versions are published
-into a policy store, followed, and pushed as a node agent does. Per kind (full, delta, adapter):
+Requests run concurrently, each for a few hundred tokens; when one ends, the next begins. Versions
+are published into a policy store, followed, and pushed as a node agent does. Per kind (full,
+delta, adapter):
 
 follow s      from the published version to the node's verified copy (for a delta: applied)
 push s        from the first request of the update to the answer of the last
-stall s       the longest time without a token of any request, from the start of the push to a second after it
+stall s       the longest time without a token of any request, from the start of the push to a
+              second after it
 preempted     running requests that lost their KV cache, by vLLM's counter
 """
 

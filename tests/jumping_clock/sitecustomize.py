@@ -1,5 +1,7 @@
-"""On PYTHONPATH of a run under test: the wall clock of all its processes is off by what stands in the file that JUMPING_CLOCK names, eight
-bytes, a double in seconds. The monotonic clock goes on as it does when a machine's clock is set.
+"""Put this directory on PYTHONPATH of a run to shift the wall clock of all its processes.
+
+The file that JUMPING_CLOCK names holds the shift: eight bytes, a double, seconds. The monotonic
+clock continues, as it does when a machine's clock is set.
 """
 
 import mmap
