@@ -1,13 +1,11 @@
 """The address and the network interface that a process of a run uses."""
 
-import fcntl
 import os
 import socket
-import struct
-from pathlib import Path
+
+import psutil
 
 HOST = "ATROPOS_HPC_HOST"  # the node's address according to Slurm; set by the supervisor
-_SIOCGIFADDR = 0x8915
 
 
 def own_host(host: str | None) -> str:
@@ -19,23 +17,36 @@ def own_host(host: str | None) -> str:
     """
     if host is None:
         return os.environ.get(HOST) or "127.0.0.1"
-    if not is_interface(host):
+    interfaces = psutil.net_if_addrs()
+    if host not in interfaces:
         return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", host.encode()[:15]))
-    return socket.inet_ntoa(answer[20:24])
+    found = [entry.address for entry in interfaces[host] if entry.family == socket.AF_INET]
+    if not found:
+        raise OSError(f"cluster.host: interface {host} has no IPv4 address")
+    return str(found[0])
 
 
-def is_interface(host: str) -> bool:
-    """Whether `host` is the name of a network interface of this node."""
-    return Path("/sys/class/net", host).exists()
+def interface_of(host: str) -> str | None:
+    """Return the network interface that carries an address or host name; None if none does."""
+    try:
+        resolved = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return None
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] in resolved for entry in entries):
+            return name
+    return None
 
 
 def keep_to_interface(host: str | None) -> None:
-    """Make torch and vLLM use the network interface `host`, where cluster.host names one."""
-    if host is not None and is_interface(host):
+    """Make torch and vLLM communicate over the interface that carries this process's address.
+
+    By default, gloo uses the interface that the host name resolves to, and NCCL the first one that
+    it finds. `host` is cluster.host. Variables that are set already are kept.
+    """
+    if (interface := interface_of(own_host(host))) is not None:
         for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", host)
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
 
 
 def free_port(host: str) -> int:
