@@ -54,8 +54,8 @@ def main() -> int:
     # A point of a local multirun stops with its launcher; processes that it starts are not told so.
     process.die_with_parent(signal.SIGTERM)
     os.environ.pop(process.PARENT, None)
-    sys.argv[1:] = hydra_api.with_demo(sys.argv[1:])
     try:
+        sys.argv[1:] = hydra_api.with_demo(sys.argv[1:])
         app()
     except hydra_api.ERRORS as error:
         return refuse(hydra_api.problems(error))

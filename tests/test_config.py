@@ -42,6 +42,7 @@ def train(
         ("trainer.steps=many", "trainer.steps", "could not be converted to Integer"),
         ("environment=gsm8kk", "environment/gsm8kk", "gsm8k"),
         ("experiment=nothing", "experiment/nothing", "arithmetic_cpu"),
+        ("experiment=null", "experiment", "give experiment=none"),
         ("trainer.steps", "trainer.steps", "not of the form key=value"),
         (
             "+more_environments={b: {targt: b.py:B}}",

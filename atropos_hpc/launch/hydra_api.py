@@ -61,9 +61,14 @@ SWEEP_NAMES = {"dir": "${run_dir}", "subdir": "${hydra.job.num}"}  # as in confi
 def with_demo(arguments: Sequence[str]) -> list[str]:
     """Add the demo's experiment to a command line that chooses no model, environment or experiment.
 
-    It is put beside the other overrides: Hydra's parser takes them only in one piece.
+    It is put beside the other overrides: Hydra's parser takes them only in one piece. Raises
+    Refused for GROUP=null, on which Hydra 1.3 fails with a ValueError.
     """
     overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
+    for group in (path.name for path in CONFIGS.iterdir() if path.is_dir()):
+        if f"{group}=null" in overrides:
+            near = "experiment=none" if group == "experiment" else f"the name of a file of {group}/"
+            raise Refused(Problem(group, f"null is not a choice; give {near}"))
     if any(re.split("[=@]", each)[0].lstrip("+~") in CHOICES for each in overrides):
         return list(arguments)
     at = arguments.index(overrides[0]) if overrides else len(arguments)
