@@ -12,6 +12,7 @@ from atropos_hpc import resources
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.sbatch import Allocation
+from atropos_hpc.launch.slurm.srun import StepRequest, srun
 from atropos_hpc.launch.steps import SlurmSteps
 
 
@@ -386,3 +387,12 @@ def test_a_slurm_allocation_without_a_job_is_refused_with_what_to_do(tmp_path: P
         and "slurm/*.sbatch" in done.stderr
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_a_step_with_gpus_see_all_of_them() -> None:
+    """Slurm does not bind GPUs to tasks: runtime/devices.py gives each process its own."""
+    request = StepRequest("trainer", ["a", "b"], 4, "out", "true")
+    for gpus in (0, 4):
+        conf = composed(f"roles.trainer.gpus_per_node={gpus}").roles.trainer
+        line = srun(request, Allocation(("a", "b"), "7", None), conf)
+        assert ("--gpu-bind=none" in line) == (gpus > 0)

@@ -108,6 +108,8 @@ def srun(step: StepRequest, allocation: Allocation, conf: RoleConf) -> tuple[str
         f"--cpus-per-task={conf.cpus_per_task}",
         "--mem=0",
         "--overlap",
+        # every task sees all GPUs of the step; runtime/devices.py gives each process its own
+        *(["--gpu-bind=none"] if conf.gpus_per_node else []),
         "--unbuffered",
         "--kill-on-bad-exit=1",
         "--wait=30",
