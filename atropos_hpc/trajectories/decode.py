@@ -5,6 +5,7 @@ once, here.
 """
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -88,7 +89,12 @@ def _decode(body: bytes, many: bool) -> list[ScoredGroup]:
 
 
 def _normalize(group: Any) -> Any:
-    """Rewrite what Python clients send and strict JSON parsers refuse: NaN, and 12.0 for 12."""
+    """Rewrite what Python clients send and strict JSON parsers refuse: 12.0 for 12, and NaN in
+    arrays. A field that is NaN itself is refused: it is not the same as an absent one."""
+    if isinstance(group, dict):
+        for name, value in group.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(422, f"{name}: {value} is not a finite number")
     group = _without_nan(group)
     if isinstance(group, dict):
         for name in ("tokens", "masks"):
