@@ -83,8 +83,9 @@ def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
     found = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for pausing and weight updates
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
+    if model.lora.rank:
+        found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the route that registers the adapter
     if model.path is not None and Path(model.path).is_dir():
         found["HF_HUB_OFFLINE"] = (
             "1"  # nothing to look up: compute nodes often have no way out, and would wait for it
