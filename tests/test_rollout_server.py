@@ -8,6 +8,7 @@ import pytest
 from rollout_parts import make_run
 
 from atropos_hpc.config import ModelConf, RolloutConf
+from atropos_hpc.rollout.vllm_api import version_flags
 from atropos_hpc.rollout.vllm_server import arguments, variables
 from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
 
@@ -35,7 +36,7 @@ def test_arguments_follow_the_config() -> None:
         "--middleware": "atropos_hpc.runtime.token_check.TokenGuard",
     }.items():
         assert line[line.index(flag) + 1] == value
-    assert "--enable-scale-out" in line
+    assert set(version_flags()) <= set(line)
     assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--trust-remote-code"} & set(line)
     assert line[-2:] == ["--max-num-batched-tokens", "8192"]  # the user's have the last word
 

@@ -135,7 +135,11 @@ def test_a_run_without_processes_is_lost_and_says_how_to_resume(tmp_path: Path) 
     write_json(run.checkpoints / "latest.json", {"step": 5, "directory": "step-5-0"})
     assert shown(run)["state"] == "lost" and [m["state"] for m in shown(run)["members"]] == ["gone"]
     drawn = subprocess.run(
-        [*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True
+        [*COMMAND, "status", str(tmp_path), "--once"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "300"},  # the path may be long
     ).stdout
     assert f"atropos-hpc resume {tmp_path}" in drawn and "from step 5" in drawn
 
