@@ -25,7 +25,7 @@ from atropos_hpc.runtime.run_dir import RunDir
 from bench.gpu import parts
 
 GPU_STEPS = int(os.environ.get("ATROPOS_HPC_GPU_STEPS", "10"))
-CPU_STEPS = 6
+CPU_STEPS = 60  # the run has to outlast the server's restart
 KILL_AT = 4
 PATIENCE_S = 420.0
 
