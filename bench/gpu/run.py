@@ -64,7 +64,12 @@ def steps(run_dir: Path) -> list[dict[str, Any]]:
         lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return []
-    return [orjson.loads(line) for line in lines if line.endswith(b"}")]
+    found = [orjson.loads(line) for line in lines if line.endswith(b"}")]
+    return [
+        {**line, **line["scalars"], "time/step": line["step_s"]}
+        | {f"time/{name}": seconds for name, seconds in line["phases"].items()}
+        for line in found
+    ]
 
 
 def kill_server(run_dir: Path) -> float:
