@@ -12,9 +12,9 @@ size, I size of the MLP):
                           saved activations: (8 I + 15 H) T per layer, or 2 H T per layer and one
                           whole layer with activation checkpointing
 
-The activation term is fitted to the four peaks in bench/results/gpu.json. The tests compare with the
-same peaks, so they guard the fit and do not validate it. Leave a tenth free for the allocator and
-libraries.
+The activation term is fitted to the four peaks in bench/results/gpu.json. The tests compare with
+the same peaks, so they guard the fit and do not validate it. Leave a tenth free for the allocator
+and libraries.
 """
 
 import json
