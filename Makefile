@@ -72,7 +72,8 @@ test-fast: $(TRAINER)
 		.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test: setup apt
-	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest
+	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest \
+		--numprocesses 2 --dist loadgroup --no-loadscope-reorder
 	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
 
 docs-testing:

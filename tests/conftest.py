@@ -56,6 +56,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return collection_path.name.startswith(ROLLOUT_FILES) != (ROLE == "rollout")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if ROLE == "fast":
         slow = [item for item in items if any(m.name in SLOW_MARKERS for m in item.iter_markers())]
@@ -74,6 +75,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # They kill processes at moments that a busy machine shifts, so a failure is retried once.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.flaky(reruns=RERUNS))
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: {"slurm": 0, "run": 1}.get(group_of(item), 2))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Return the group of a test: with `--dist loadgroup`, one process runs a group in order.
+
+    Clusters mostly wait, so they run beside the whole runs, which need both cores: one cluster and
+    one run at a time. Everything else goes by file, to whichever process is free.
+    """
+    for group in ("slurm", "run"):
+        if item.get_closest_marker(group):
+            return group
+    return item.path.stem
 
 
 # --- how long they take, and how many were retried
@@ -104,11 +119,12 @@ class Durations:
             item.user_properties.append(("cpu_s", cpu_seconds() - self.cpu_before))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.wall_s[report.nodeid] += report.duration
+        name = re.sub(r"@\w+$", "", report.nodeid)  # pytest-xdist appends the group
+        self.wall_s[name] += report.duration
         if report.when == "teardown":
-            self.cpu_s[report.nodeid] += dict(report.user_properties).get("cpu_s", 0.0)
+            self.cpu_s[name] += dict(report.user_properties).get("cpu_s", 0.0)
         if report.outcome == "rerun":
-            self.rerun.append(report.nodeid)
+            self.rerun.append(name)
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
