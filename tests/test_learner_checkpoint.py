@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal resume, other numbers of ranks, and a crash at each point of a save."""
 
+import contextlib
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from atropos_hpc.learner import checkpoint, checkpoint_files  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import CheckpointFailed, Checkpoints  # noqa: E402
 from atropos_hpc.learner.state import TrainState  # noqa: E402
-from atropos_hpc.runtime.run_dir import RunDir, read_json  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json  # noqa: E402
 
 
 def backend_of(path: Path, learning_rate: float = 1e-3) -> VerlBackend:
@@ -234,6 +235,67 @@ def test_a_damaged_manifest_is_noticed_too(run: RunDir) -> None:
     assert on_ranks(2, load_numbers, run) == [1, 1]
     with pytest.raises(checkpoint_files.BadCheckpoint, match=r"step-2-0/manifest.json"):
         checkpoint_files.find(run.checkpoints, 2)
+
+
+LATEST_CASES = {
+    "missing": lambda latest: latest.unlink(),
+    "empty": lambda latest: latest.write_bytes(b""),
+    "no checkpoint named": lambda latest: latest.write_text("{}"),
+    "cut to half": lambda latest: os.truncate(latest, latest.stat().st_size // 2),
+    "another file": lambda latest: latest.write_text('{"step": 2, "directory": "../policy"}'),
+    "not JSON": lambda latest: latest.write_bytes(b"\xff\x00"),
+}
+
+
+@pytest.mark.parametrize("case", LATEST_CASES)
+def test_a_damaged_latest_json_loses_no_checkpoint(
+    run: RunDir, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_ranks(1, save_steps, run, [1, 2])
+    (run.checkpoints / "step-3-0").mkdir()  # of a save that did not end
+    LATEST_CASES[case](run.checkpoints / "latest.json")
+    assert on_ranks(1, load_numbers, run) == [2]
+    assert checkpoint_files.find(run.checkpoints)[0].name == "step-2-0"
+    assert "resuming from step-2-0, because: " in caplog.text and "latest.json" in caplog.text
+    assert {"step-1-0", "step-2-0"} < set(os.listdir(run.checkpoints)), "nothing was removed"
+    assert on_ranks(1, save_steps, run, [3])[0] == ["step-2-0", "step-3-1"]
+
+
+def test_a_damaged_latest_json_without_a_checkpoint_is_refused(run: RunDir) -> None:
+    (run.checkpoints / "latest.json").write_bytes(b"\xff")
+    with pytest.raises(checkpoint_files.BadCheckpoint, match=r"latest.json.*Nothing was changed"):
+        checkpoint_files.find(run.checkpoints)
+
+
+def test_a_checkpoint_with_damaged_content_is_passed_over(run: RunDir) -> None:
+    on_ranks(1, save_steps, run, [1, 2])
+    metadata = run.checkpoints / "step-2-0" / ".metadata"
+    metadata.write_bytes(b"\0" * metadata.stat().st_size)
+    assert on_ranks(2, load_numbers, run) == [1, 1]
+
+
+def learner_with_no_valid_checkpoint(rank: int, world: int, run: RunDir) -> str:
+    """Run a rank's main as far as its checkpoints; return exit code and log."""
+    from atropos_hpc.learner import main as learner
+
+    def fails(*_: Any) -> bool:
+        checkpoint_files.find(run.checkpoints)
+        raise AssertionError("found one")
+
+    learner._train = fails
+    with (run.path / "stderr").open("w+") as output, contextlib.redirect_stderr(output):
+        code = learner.main(["--run-dir", str(run.path)])
+        output.seek(0)
+        return f"{code} {output.read()}"
+
+
+def test_checkpoints_that_are_all_damaged_end_the_learner_with_a_message(run: RunDir) -> None:
+    on_ranks(1, save_steps, run, [1])
+    (run.checkpoints / "step-1-0" / "__0_0.distcp").unlink()
+    write_json(run.run_json, {"id": "x", "config": {}})
+    printed = on_ranks(1, learner_with_no_valid_checkpoint, run)[0]
+    assert printed.startswith("2 ") and "step-1-0/__0_0.distcp: missing" in printed
+    assert "Traceback" not in printed
 
 
 def crash_at(rank: int, world: int, run: RunDir, function: str, call: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from atropos_hpc.contracts.group import Group
 from atropos_hpc.contracts.metrics import Sample
 from atropos_hpc.observe import samples
-from atropos_hpc.observe.metrics import MetricsWriter
+from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
 from atropos_hpc.runtime.run_dir import RunDir, read_records, write_json
 
 pytestmark = pytest.mark.verl  # the tokenizer is made with transformers
@@ -73,7 +73,9 @@ def test_the_best_and_the_worst_of_a_group_are_sampled_at_due_versions(
     assert [str(sample.completion).strip() for sample in found] == ["640", "641"] and PROMPT in str(
         found[0].prompt
     )
-    MetricsWriter(run, [], resume_at=10)  # version 10 is trained on again
+    again = MetricsWriter(run, [], resume_at=10)  # version 10 is trained on again
+    assert {sample.version for sample in read_records(run.samples, Sample)} == {0, 5, 10}
+    again.write(11, {}, StepTimes(1.0, {}))
     assert {sample.version for sample in read_records(run.samples, Sample)} == {0, 5}
 
 

@@ -18,6 +18,7 @@ from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check, role_environment
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.steps import rollout_python, trainer_python
+from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import Problem, problems
 
 # Keys that identify a run: a resumed run must not change them.
@@ -113,8 +114,13 @@ def _run_directory(run_dir: Path) -> Iterator[Problem]:
     except OSError as error:
         yield Problem("run_dir", f"cannot write to {home}: {error.strerror}")
         return
-    is_run = not run_dir.exists() or (run_dir / "run.json").exists()
-    if not is_run and set(os.listdir(run_dir)) - {"lock", "holder.json"}:
+    run = RunDir(run_dir)
+    if not run_dir.exists() or (run.run_json.exists() and run.run_json.stat().st_size):
+        return
+    if any(run.checkpoints.glob("step-*")):
+        reason = f"{run.run_json} is missing or empty, but the run has checkpoints: restore it"
+        yield Problem("run_dir", f"{reason}, or choose another directory")
+    elif not run.secret.exists() and set(os.listdir(run_dir)) - {"lock", "holder.json"}:
         reason = f"{run_dir} holds other files but no run; choose another directory"
         yield Problem("run_dir", reason)
 

@@ -46,7 +46,7 @@ from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
-    read_struct,
+    read_intact,
     write_struct,
 )
 from atropos_hpc.runtime.waiting import Waiting
@@ -70,6 +70,9 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
         action = _launch(config, RunDir(run_dir))
     except Refused as error:
         return refuse(error.problems)
+    except Unreadable as error:
+        headline = "A file of the run is damaged; nothing was started."
+        return refuse([Problem("run_dir", str(error))], headline)
     if action is Action.REQUEUE:
         try:
             commands.retry(requeue)
@@ -88,8 +91,6 @@ def _launch(config: Config, run: RunDir) -> Action | int:
         job, known = _job(config), run.info()
     except commands.SlurmError as error:
         raise Refused(Problem("cluster", str(error))) from None
-    except Unreadable as error:
-        raise Refused(Problem("run_dir", str(error))) from None
     try:
         with ExitStack() as stack:
             if known:
@@ -104,7 +105,7 @@ def _launch(config: Config, run: RunDir) -> Action | int:
                 stack.enter_context(_locked(run))
             return _run(config, run, job)
     except Timeout:
-        holder = read_struct(run.holder, Holder) or Holder()
+        holder = read_intact(run.holder, Holder) or Holder()
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
         who = f"{holder.what}, pid {holder.pid} on {holder.host}, since {since}"
         print(f"{run.path} is in use by {who}; nothing was started.", file=sys.stderr)
@@ -124,7 +125,7 @@ def _dry_run(config: Config, run: RunDir) -> int:
 @contextmanager
 def _locked(run: RunDir) -> Iterator[None]:
     """Hold the run's lock; the kernel releases it when this process ends, however it ends."""
-    job, previous = os.environ.get("SLURM_JOB_ID"), read_struct(run.holder, Holder)
+    job, previous = os.environ.get("SLURM_JOB_ID"), read_intact(run.holder, Holder)
     requeued = job is not None and previous is not None and previous.job == job
     with FileLock(run.lock, timeout=OLD_LOCK_S if requeued else 0, fallback_to_soft=False):
         holder = Holder(
@@ -164,7 +165,7 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
     _end_old_members(run, ROLLOUT_KINDS if split else ())
     console = Console(run, config.trainer.steps)
     with console.logging_to(attempt / "supervisor.log"):
-        done = read_struct(run.done, Done)
+        done = read_intact(run.done, Done)
         if done is not None and done.version >= config.trainer.steps:
             log.info("the run in %s is complete already, at step %d", run.path, done.version)
             return 0
@@ -215,9 +216,12 @@ def _supervise(config: Config, run: RunDir, parts: Supervision) -> Action:
         started=started, ended=time.time(), outcome=outcome, events=supervisor.events
     )
     _write_record(parts.attempt / "attempt.json", record)
-    summary = summarize(run)
-    _write_record(run.summary, summary)
-    parts.console.end(outcome, summary)
+    try:
+        summary = summarize(run)
+        _write_record(run.summary, summary)
+        parts.console.end(outcome, summary)
+    except Unreadable as error:
+        log.error("the run has ended (%s), but cannot be summed up: %s", outcome, error)
     if config.wandb.mode == "offline" and action is not Action.REQUEUE:
         offline = run.path / "wandb" / "offline-run-*"
         log.info("to upload this run to W&B, on a machine with a network: wandb sync %s", offline)
@@ -243,14 +247,14 @@ def _steps(config: Config, run: RunDir, job: Job | None, attempt: Path) -> list[
 
 def _requeued_too_often(config: Config, run: RunDir, attempt: Path, job: Job | None) -> bool:
     """Record this start; return whether Slurm has started the run too often without progress."""
-    latest = read_struct(run.checkpoints / "latest.json", LatestCheckpoint)
+    latest = read_intact(run.checkpoints / "latest.json", LatestCheckpoint)
     durable = latest.step if latest else 0
     write_struct(attempt / "start.json", AttemptStart(job=job.id if job else None, durable=durable))
     attempts = sorted(
         (run.path / "logs").glob("attempt-*/start.json"),
         key=lambda path: int(path.parent.name.removeprefix("attempt-")),
     )
-    records = [read_struct(path, AttemptStart) for path in attempts]
+    records = [read_intact(path, AttemptStart) for path in attempts]
     starts = [(start.job, start.durable) for start in records if start is not None]
     requeues = config.launch.requeues
     if not restart_policy.requeued_too_often(starts, requeues):

@@ -52,7 +52,7 @@ from atropos_hpc.runtime.membership import (
     withdraw_request,
 )
 from atropos_hpc.runtime.process import ProcessSpec
-from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_intact, read_struct
 from atropos_hpc.runtime.supervision import (
     Exit,
     Limits,
@@ -278,7 +278,7 @@ class Supervisor:
         return self._durable
 
     def _is_done(self) -> bool:
-        return read_struct(self.run.done, Done) is not None
+        return read_intact(self.run.done, Done) is not None
 
     # --- hangs
 

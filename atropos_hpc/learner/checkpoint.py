@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -105,25 +106,51 @@ class Checkpoints:
     def load_latest(self, backend: Backend, state: TrainState) -> bool:
         """Restore the newest durable step. Return False if there is none.
 
-        If files of that checkpoint are damaged, an older one is taken, with a warning. Raises
-        BadCheckpoint if none is valid.
+        If that checkpoint is damaged or cannot be loaded, an older one is taken, with a warning.
+        Raises BadCheckpoint if none is valid.
         """
+        failed: CheckpointDir | None = None
+        while (found := self._newest_valid(failed)) is not None:
+            checkpoint, manifest = found
+            if self._try_to_load(backend, state, checkpoint, manifest):
+                self._last = manifest.step
+                log.info("resuming from checkpoint %s", checkpoint.path.name)
+                return True
+            failed = checkpoint
+        return False
+
+    def _newest_valid(
+        self, before: CheckpointDir | None
+    ) -> tuple[CheckpointDir, CheckpointManifest] | None:
+        """Return the checkpoint that rank 0 chooses; see `checkpoint_files.newest_valid`."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                found = [newest_valid(self.root)]
+                found = [newest_valid(self.root, before)]
             except BadCheckpoint as error:
                 found = [error]
         dist.broadcast_object_list(found, src=0, group=self._foreground)
         if isinstance(found[0], BadCheckpoint):
             raise found[0]
-        if found[0] is None:
-            return False
-        checkpoint, manifest = found[0]
-        self._load(backend, state, checkpoint, manifest)
-        self._last = manifest.step
-        log.info("resuming from checkpoint %s", checkpoint.path.name)
-        return True
+        return found[0]  # type: ignore[no-any-return]
+
+    def _try_to_load(
+        self,
+        backend: Backend,
+        state: TrainState,
+        checkpoint: CheckpointDir,
+        manifest: CheckpointManifest,
+    ) -> bool:
+        """Load a checkpoint; return False, on every rank, if its content is damaged on any."""
+        loaded = torch.tensor(1)
+        try:
+            self._load(backend, state, checkpoint, manifest)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            loaded = torch.tensor(0)
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            log.error("cannot load %s: %s", checkpoint.path, reason[0])
+        dist.all_reduce(loaded, op=dist.ReduceOp.MIN, group=self._foreground)
+        return bool(loaded)
 
     def close(self) -> None:
         """Wait for this rank's background work only."""

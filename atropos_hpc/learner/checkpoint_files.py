@@ -66,40 +66,58 @@ def find(root: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]
     return matching[-1].path, verify(matching[-1].path)
 
 
-def newest_valid(root: Path) -> tuple[CheckpointDir, CheckpointManifest] | None:
+def newest_valid(
+    root: Path, before: CheckpointDir | None = None
+) -> tuple[CheckpointDir, CheckpointManifest] | None:
     """Return the checkpoint to resume from; None before the first.
 
     It is the one that latest.json names. If that is damaged, the newest valid one before it is
-    returned, with a warning. Raises BadCheckpoint if none is valid.
+    returned, with a warning; if latest.json itself is missing, empty or damaged, the newest valid
+    one of all. `before`: consider only checkpoints older than this one, which could not be loaded.
+    Raises BadCheckpoint if there is a checkpoint, or latest.json is damaged, and none is valid.
     """
-    latest = read_struct(root / LATEST, LatestCheckpoint)
-    if latest is None:
-        return None
-    if (match := _NAME.fullmatch(latest.directory)) is None:
-        raise BadCheckpoint(f"{root / LATEST} names {latest.directory!r}, which is no checkpoint")
-    newest = CheckpointDir.make_path(root, int(match[1]), int(match[2]))
-    older = [each for each in list_checkpoints(root) if each < newest]
-    failures: list[str] = []
-    for candidate in (newest, *reversed(older)):
+    candidates, failures = _candidates(root)
+    if before is not None:
+        candidates, failures = [each for each in candidates if each < before], [str(before.path)]
+    for candidate in candidates:
         try:
             manifest = verify(candidate.path)
         except BadCheckpoint as error:
             failures.append(str(error))
             continue
         if failures:
-            log.warning("going back to %s, because: %s", candidate.path.name, "; ".join(failures))
+            reasons = "; ".join(failures)
+            log.warning("resuming from %s, because: %s", candidate.path.name, reasons)
         return candidate, manifest
+    if not failures:
+        return None
     raise BadCheckpoint(
         f"no checkpoint under {root} is valid: {'; '.join(failures)}."
-        " To start afresh, use another run directory"
+        " Nothing was changed. To start afresh, use another run directory"
     )
+
+
+def _candidates(root: Path) -> tuple[list[CheckpointDir], list[str]]:
+    """Return the checkpoints to try, best first, and what is wrong with latest.json."""
+    found = list_checkpoints(root)[::-1]
+    complete = [each for each in found if each.complete]
+    try:
+        latest = read_struct(root / LATEST, LatestCheckpoint)
+    except Unreadable as error:
+        return complete, [str(error)]
+    if latest is None:
+        return complete, [f"{root / LATEST} names no checkpoint"] if complete else []
+    if (match := _NAME.fullmatch(latest.directory)) is None:
+        return complete, [f"{root / LATEST} names {latest.directory!r}, which is no checkpoint"]
+    newest = CheckpointDir.make_path(root, int(match[1]), int(match[2]))
+    return [newest, *(each for each in found if each < newest)], []
 
 
 def verify(path: Path) -> CheckpointManifest:
     """Check that every file has the size in the manifest, and return the manifest."""
     try:
         manifest = read_struct(path / MANIFEST, CheckpointManifest)
-    except Unreadable as error:
+    except (Unreadable, OSError) as error:
         raise BadCheckpoint(str(error)) from None
     if manifest is None:
         raise BadCheckpoint(f"{path}: no {MANIFEST}")
@@ -108,6 +126,8 @@ def verify(path: Path) -> CheckpointManifest:
             size = (path / entry.file).stat().st_size
         except FileNotFoundError:
             raise BadCheckpoint(f"{path / entry.file}: missing") from None
+        except OSError as error:
+            raise BadCheckpoint(str(error)) from None
         if size != entry.bytes:
             raise BadCheckpoint(
                 f"{path / entry.file}: {size} bytes, the manifest says {entry.bytes}"

@@ -6,7 +6,7 @@ the rendezvous, builds the backend, restores the last durable step, and trains. 
     0   the run is complete
     75  it was asked to stop, and has saved a checkpoint
     70  something it waited for did not come in time
-    2   the config cannot work, so a restart would fail as well
+    2   the config cannot work or a file of the run is damaged, so a restart would fail as well
     1   anything else
 """
 
@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Any
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import TrainerState
 from atropos_hpc.contracts.messages import Registration
+from atropos_hpc.learner.checkpoint_files import BadCheckpoint
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
-from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable
 from atropos_hpc.runtime.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     member = Member(run, state, os.environ.get("ATROPOS_HPC_NODE", "local"), rank)
     try:
         return DONE if _train(run, config, member) else STOPPED
+    except (BadCheckpoint, Unreadable) as error:
+        log.error("%s", error)
+        return REFUSED
     except ValueError:
         log.exception("the config cannot work; not to be restarted")
         return REFUSED

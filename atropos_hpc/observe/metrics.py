@@ -55,17 +55,29 @@ class MetricsWriter:
     """Write metrics and samples, on the learner's rank 0."""
 
     def __init__(self, run: RunDir, trackers: Sequence[Tracker], resume_at: int) -> None:
-        """`resume_at`: the step that training resumes at. Lines of later steps are removed."""
+        """`resume_at`: the step that training resumes at.
+
+        Lines of later steps are removed with the first line that is written: a start that ends
+        before it has made a step leaves the files as they are.
+        """
         self.run, self._trackers = run, trackers
         self._attempt = run.attempt()
         steps = read_records(run.metrics, StepMetrics)
-        _rewrite(run, "metrics", [line for line in steps if line.step <= resume_at])
         chosen = read_records(run.samples, Sample)
-        _rewrite(run, "samples", [line for line in chosen if line.version < resume_at])
+        self._kept: dict[str, list[StepMetrics] | list[Sample]] = {
+            "metrics": [line for line in steps if line.step <= resume_at],
+            "samples": [line for line in chosen if line.version < resume_at],
+        }
         self._evaluations = 0
+
+    def _remove_later_lines(self) -> None:
+        for name in tuple(self._kept):
+            _rewrite(self.run, name, self._kept[name])
+            del self._kept[name]
 
     def write(self, step: int, scalars: Mapping[str, float], times: StepTimes) -> None:
         """Write one step, with the last held-out accuracy if a new one has arrived."""
+        self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
         evaluations = self._new_evaluations()
         if evaluations and evaluations[-1].accuracy is not None:
@@ -88,6 +100,7 @@ class MetricsWriter:
         """Write samples of the batch trained at `version`, if that version is due."""
         if not groups or not samples.is_due(version, steps):
             return
+        self._remove_later_lines()
         chosen = samples.choose(groups[0], version)
         for sample in chosen:
             append_record(self.run.samples, sample)

@@ -12,7 +12,7 @@ from atropos_hpc.contracts.metrics import (
     Summary,
 )
 from atropos_hpc.observe.report import attempts
-from atropos_hpc.runtime.run_dir import RunDir, read_records, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, read_intact, read_records
 
 
 def summarize(run: RunDir) -> Summary:
@@ -47,7 +47,7 @@ def summarize(run: RunDir) -> Summary:
 
 
 def _attempt_record(directory: Path) -> AttemptRecord | None:
-    return read_struct(directory / "attempt.json", AttemptRecord)
+    return read_intact(directory / "attempt.json", AttemptRecord)
 
 
 def evaluation_summaries(run: RunDir) -> list[EvaluationSummary]:

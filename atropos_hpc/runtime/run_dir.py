@@ -8,6 +8,7 @@ of a name.
 
 import errno
 import json
+import logging
 import os
 import secrets
 import time
@@ -19,6 +20,8 @@ import msgspec
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.run_info import RunInfo
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -105,7 +108,7 @@ class RunDir:
         A run directory of atropos_hpc 0.1 is refused: its other files have another layout.
         """
         known = read_json(self.run_json)
-        if known and known.get("version") == OLD_LAYOUT:
+        if isinstance(known, dict) and known.get("version") == OLD_LAYOUT:
             raise Unreadable(
                 f"{self.path} was made by atropos_hpc {OLD_LAYOUT}, whose run directories have"
                 " another layout. Finish it with that version, or start in a new run_dir with"
@@ -184,6 +187,18 @@ def read_struct(path: Path, kind: type[T]) -> T | None:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:
         raise _unreadable(path, f"not a valid {_name_of(kind)}", error) from None
+
+
+def read_intact(path: Path, kind: type[T]) -> T | None:
+    """Read as `read_struct` does; None, with a warning, when the file is damaged.
+
+    For files that the run can do without, or that are soon replaced.
+    """
+    try:
+        return read_struct(path, kind)
+    except Unreadable as error:
+        log.warning("%s; going on without it", error)
+        return None
 
 
 def read_json(path: Path) -> Any:
