@@ -186,6 +186,11 @@ class TrainerConf:
     )
     weight_decay: float = key(0.01, "weight decay of the optimizer", ge=0)
     grad_clip: float = key(1.0, "maximum gradient norm", gt=0)
+    max_skipped_steps: int = key(
+        10,
+        "fail when this many steps in a row were skipped because their gradients were not finite",
+        ge=1,
+    )
     tokens_per_micro_batch: int = key(
         16384, "tokens per rank and micro-batch; at least model.max_length", ge=1
     )

@@ -6,6 +6,7 @@ docs/config.md and the comments in configs/ are all derived from these declarati
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_args, get_origin
@@ -28,6 +29,8 @@ class Key:
         """Say why a value is not allowed; None if it is."""
         if value is None:
             return None
+        if not _is_finite(value):
+            return f"must be a finite number, not {value}"
         if self.choices and value not in self.choices:
             near = did_you_mean(str(value), self.choices)
             return f"{value!r} is not one of {', '.join(self.choices)}{near}"
@@ -46,6 +49,15 @@ class Key:
         return " | ".join(self.choices) or ", ".join(
             f"{sign} {bound:,}" for bound, sign in bounds if bound is not None
         )
+
+
+def _is_finite(value: Any) -> bool:
+    """Tell whether a value, or every number in a map or list, is finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def key(

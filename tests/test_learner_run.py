@@ -232,7 +232,7 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
             next((run.checkpoints / latest["directory"]).glob("*.distcp")).unlink()
         post(url, run.token(), [group(seed) for seed in range(5 * GROUPS, STEPS * GROUPS)])
         assert ended(run, learn(run)) == [0]
-    assert ("going back to step-2" in (run.logs / "trainer-0.log").read_text()) == (
+    assert ("resuming from step-2-0, because" in (run.logs / "trainer-0.log").read_text()) == (
         newest == "damaged"
     )
     assert weights(run) == weights(uninterrupted)
@@ -250,6 +250,19 @@ def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_st
         assert ended(run, learn(run)) == [2]
     log = (run.logs / "trainer-0.log").read_text()
     assert "batch 0 was acknowledged" in log and "older than the acknowledged batches" in log
+
+
+def test_non_finite_gradients_step_after_step_end_the_run(model: Path, tmp_path: Path) -> None:
+    """A learning rate that destroys the weights at step 1: every later gradient is NaN."""
+    run = new_run(tmp_path, model, learning_rate=1e30, max_skipped_steps=2)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(STEPS * GROUPS)])
+        assert ended(run, learn(run)) == [2]
+    log = (run.logs / "trainer-0.log").read_text()
+    assert "the gradients of the last 2 steps, up to step 3" in log and "max_skipped_steps" in log
+    assert "Traceback" not in log
+    assert [line.scalars["skipped_steps"] for line in step_metrics(run)] == [0, 1, 2]
+    assert scalars(run)[2]["grad_norm"] is None, "JSON has no NaN"
 
 
 @pytest.mark.parametrize("backend", ["verl", "deepspeed"])

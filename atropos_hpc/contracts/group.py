@@ -37,6 +37,7 @@ from atropos_hpc.contracts.wal_record import (
 
 NOT_TRAINED = -100  # Atropos' mask: the label of a token that no loss uses
 UNLIMITED = 2**31 - 1
+MAX_MAGNITUDE = 1e12  # of scores, advantages and log-probs: their squares, summed, fit float32
 
 
 @dataclass(frozen=True)
@@ -223,12 +224,16 @@ def _check_arrays(arrays: _Arrays, limits: Limits) -> None:
     if arrays.scores.size != lengths.size:
         raise RequestError(422, f"scores: {arrays.scores.size} for {lengths.size} sequences")
     for name, array in {"scores": arrays.scores, **arrays.optional}.items():
-        _finite(array, name)
+        _bounded(array, name)
 
 
-def _finite(array: NDArray[Any], name: str) -> NDArray[Any]:
+def _bounded(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Refuse what would make a loss or a gradient infinite, which are computed in float32."""
     if not np.isfinite(array).all():
         raise RequestError(422, f"{name}: NaN or Inf")
+    if array.size and (largest := float(np.abs(array).max())) > MAX_MAGNITUDE:
+        allowed = f"more than {MAX_MAGNITUDE:g} in magnitude is refused"
+        raise RequestError(422, f"{name}: found {largest:g}; {allowed}")
     return array
 
 
@@ -256,7 +261,7 @@ def _optional(group: ScoredGroup, lengths: list[int]) -> dict[str, NDArray[np.fl
         if row_lengths != lengths:
             raise RequestError(422, f"{name}: the lengths differ from those of tokens")
         with np.errstate(over="ignore"):  # an overflow becomes Inf, which is refused
-            found[name] = _finite(numbers.astype("<f4"), name)
+            found[name] = _bounded(numbers.astype("<f4"), name)
     return found
 
 

@@ -6,6 +6,7 @@ score - coefficient * sum over the trained tokens of kl(old log-prob, reference 
 and are not changed.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,9 +24,9 @@ def next_coefficient(algorithm: AlgorithmConf, coefficient: float, kl: float | N
     """Return the coefficient after a step whose KL was `kl`: the mean over trained tokens, nats.
 
     It is constant, or adapts so that the KL approaches algorithm.kl_target (arXiv 1909.08593).
-    `kl` is None if the step had no reference.
+    `kl` is None if the step had no reference. A KL that is not finite changes nothing.
     """
-    if algorithm.kl_target is None or kl is None:
+    if algorithm.kl_target is None or kl is None or not math.isfinite(kl):
         return coefficient
     controller = AdaptiveKLController(coefficient, algorithm.kl_target, algorithm.kl_horizon)
     controller.update(kl, algorithm.batch_size)

@@ -31,6 +31,7 @@ from atropos_hpc.learner.collective import Collective, StopRequested
 from atropos_hpc.learner.importance import correct
 from atropos_hpc.learner.kl import next_coefficient, penalize
 from atropos_hpc.learner.publisher import Publisher
+from atropos_hpc.learner.skipped_steps import SkippedSteps
 from atropos_hpc.learner.state import TrainState
 from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
 from atropos_hpc.runtime.membership import Member
@@ -56,6 +57,10 @@ class TrainContext:
     collective: Collective
     metrics: MetricsWriter | None
     phases: Phases = field(default_factory=Phases)
+    skipped: SkippedSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.skipped = SkippedSteps(self.config.trainer.max_skipped_steps)
 
     @property
     def batch_settings(self) -> BatchSettings:
@@ -77,7 +82,8 @@ def train(context: TrainContext) -> bool:
     """Train from the present version to the last step. Collective.
 
     Return True if the run is complete, False if it was asked to stop; it has saved in either case.
-    Raises TimeoutError when a batch does not come in time.
+    Raises TimeoutError when a batch does not come in time, and NothingLearned when too many steps
+    in a row were skipped.
     """
     state, config = context.state, context.config
     evaluation, launch = config.evaluation, config.launch
@@ -119,6 +125,7 @@ def _step(context: TrainContext, timeout_s: float) -> None:
     with phases("batch"):
         batch = make_batch(leased.groups, context.batch_settings, version)
     scalars = _optimize(context, batch, leased)
+    scalars["skipped_steps"] = context.skipped.count(scalars["grad_norm"])
     state.version = version + 1
     state.kl_coef = next_coefficient(config.algorithm, state.kl_coef, scalars.get("kl_reference"))
     with phases("publish"):
@@ -132,6 +139,7 @@ def _step(context: TrainContext, timeout_s: float) -> None:
         times = phases.take()
         scalars["staleness_limit"] = config.staleness.max
         context.metrics.write(state.version, _scalars(batch, scalars, times, leased.server), times)
+    context.skipped.check(state.version)
 
 
 def _optimize(context: TrainContext, batch: Batch, leased: LeasedBatch) -> dict[str, float]:

@@ -28,6 +28,7 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import TrainerState
 from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.learner.checkpoint_files import BadCheckpoint
+from atropos_hpc.learner.skipped_steps import NothingLearned
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.membership import Member, RosterReader
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     member = Member(run, state, os.environ.get("ATROPOS_HPC_NODE", "local"), rank)
     try:
         return DONE if _train(run, config, member) else STOPPED
-    except (BadCheckpoint, Unreadable) as error:
+    except (BadCheckpoint, NothingLearned, Unreadable) as error:
         log.error("%s", error)
         return REFUSED
     except ValueError:

@@ -3,6 +3,7 @@
 Each shows one run over all its attempts. Steps are policy versions.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -29,7 +30,11 @@ class Tracker(Protocol):
 
 def flat_scalars(line: StepMetrics) -> Mapping[str, float]:
     """Return the finite scalars and the times of a step under the names that trackers show."""
-    scalars = {name: value for name, value in line.scalars.items() if value is not None}
+    scalars = {
+        name: value
+        for name, value in line.scalars.items()
+        if value is not None and math.isfinite(value)
+    }
     phases = {f"time/{name}": seconds for name, seconds in line.phases.items()}
     return {**scalars, **phases, "time/step": line.step_s}
 
