@@ -13,6 +13,7 @@ import psutil
 from atropos_hpc.contracts.members import AgentState, TrajectoriesState
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.trajectories.http_body import BodyLimits
 from atropos_hpc.trajectories.server import application
 from atropos_hpc.trajectories.service import Service
 
@@ -75,7 +76,7 @@ def http_servers(run: RunDir) -> dict[Listener, set[str]]:
     """The run's HTTP servers with every path that they know."""
     token, roster = run.token(), RosterReader(run.roster)
     (trajectories,) = roster.members(TrajectoriesState)
-    routes = application(create_autospec(Service), token, 0).router.resources()
+    routes = application(create_autospec(Service), token, BodyLimits(0)).router.resources()
     found = {_listener(trajectories.url or ""): {resource.canonical for resource in routes}}
     for agent in roster.members(AgentState):
         for server in agent.servers:

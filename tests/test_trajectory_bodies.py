@@ -78,7 +78,7 @@ def test_more_bodies_at_once_than_memory_allows_are_sent_again_later(tmp_path):
         half_sent, go_on = asyncio.Event(), asyncio.Event()
 
         async def slowly():
-            yield b" " * 10
+            yield b" " * 19_500
             half_sent.set()
             await go_on.wait()
             yield json.dumps(group(1)).encode()
@@ -88,7 +88,8 @@ def test_more_bodies_at_once_than_memory_allows_are_sent_again_later(tmp_path):
             for _ in range(CONCURRENT_BODIES)
         ]
         await half_sent.wait()
-        while (refused := await http.raw("POST", "/scored_data", group(2)))[
+        large = json.dumps(group(2)).encode() + b" " * 15_000
+        while (refused := await http.raw("POST", "/scored_data", large))[
             0
         ] == 200:  # until all of them are being read
             pass

@@ -23,6 +23,7 @@ from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 from atropos_hpc.trajectories import events
 from atropos_hpc.trajectories.client import groups_of
 from atropos_hpc.trajectories.events import Environment
+from atropos_hpc.trajectories.http_body import BodyLimits
 from atropos_hpc.trajectories.journal import Place
 from atropos_hpc.trajectories.pacing import Pacing
 from atropos_hpc.trajectories.server import application, start
@@ -166,7 +167,7 @@ def with_service(
     async def run() -> None:
         service = Service(directory, ServiceSettings(**{"segment_bytes": 1 << 20} | settings))
         listener = socket.create_server(("127.0.0.1", 0))
-        runner = await start(application(service, TOKEN, max_body_bytes), listener)
+        runner = await start(application(service, TOKEN, BodyLimits(max_body_bytes)), listener)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
             await story(Http(service, client))
         service.end_waits()
@@ -185,7 +186,7 @@ def serving(directory: Path, max_body_bytes: int = 1 << 20) -> Iterator[tuple[Se
         service = Service(directory, ServiceSettings(segment_bytes=1 << 20))
         over = asyncio.Event()
         listener = socket.create_server(("127.0.0.1", 0))
-        runner = await start(application(service, TOKEN, max_body_bytes), listener)
+        runner = await start(application(service, TOKEN, BodyLimits(max_body_bytes)), listener)
         made.put((service, listener.getsockname()[1], asyncio.get_running_loop(), over))
         await over.wait()
         await runner.cleanup()

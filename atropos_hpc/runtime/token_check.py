@@ -38,7 +38,9 @@ def authorized(header: str, token: str) -> bool:
             return False
     elif scheme.lower() != "bearer":
         return False
-    return hmac.compare_digest(credentials.strip().encode(), token.encode())
+    # aiohttp decodes bytes that are not UTF-8 to surrogates
+    given = credentials.strip().encode(errors="surrogateescape")
+    return hmac.compare_digest(given, token.encode())
 
 
 class TokenGuard:

@@ -29,8 +29,9 @@ from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.network import own_host
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct
 from atropos_hpc.runtime.token_check import authorized
+from atropos_hpc.trajectories.connections import ConnectionLimits, LimitedSite, authenticate
 from atropos_hpc.trajectories.decode import decode_json, decode_records, to_json
-from atropos_hpc.trajectories.http_body import BodyReader
+from atropos_hpc.trajectories.http_body import BodyLimits, BodyReader
 from atropos_hpc.trajectories.journal import Damaged, Place
 from atropos_hpc.trajectories.service import Service, ServiceSettings
 
@@ -51,10 +52,10 @@ T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(service: Service, token: str, max_body_bytes: int) -> web.Application:
+def application(service: Service, token: str, bodies: BodyLimits) -> web.Application:
     """Build the aiohttp application; `start` runs it."""
-    routes = Routes(service, token, max_body_bytes)
-    app = web.Application(middlewares=[routes.guard], client_max_size=max_body_bytes)
+    routes = Routes(service, token, bodies)
+    app = web.Application(middlewares=[routes.guard], client_max_size=bodies.max_bytes)
     get, post, with_body = web.get, web.post, routes.with_body
     app.add_routes(
         [
@@ -87,9 +88,9 @@ def application(service: Service, token: str, max_body_bytes: int) -> web.Applic
 class Routes:
     """The handlers of the routes that need more than a JSON body and a method of the service."""
 
-    def __init__(self, service: Service, token: str, max_body_bytes: int) -> None:
+    def __init__(self, service: Service, token: str, bodies: BodyLimits) -> None:
         self.service, self.token = service, token
-        self.bodies = BodyReader(max_body_bytes)
+        self.bodies = BodyReader(bodies)
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -97,7 +98,11 @@ class Routes:
         header = request.headers.get("Authorization", "")
         if request.path != "/health" and not authorized(header, self.token):
             how = "Authorization: Bearer <token>, or as the password of Basic"
-            return self._reject(request, 401, f"this run's token is needed: {how}")
+            response = self._reject(request, 401, f"this run's token is needed: {how}")
+            response.force_close()
+            return response
+        if request.path != "/health":
+            authenticate(request)
         try:
             return await handler(request)
         except RequestError as error:
@@ -271,7 +276,9 @@ def url_of(server: socket.socket, host: str) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
 
 
-async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
+async def start(
+    app: web.Application, server: socket.socket, limits: ConnectionLimits | None = None
+) -> web.AppRunner:
     """Serve `app` on a bound socket, until the returned runner's cleanup()."""
     runner = web.AppRunner(
         app,
@@ -281,7 +288,7 @@ async def start(app: web.Application, server: socket.socket) -> web.AppRunner:
         shutdown_timeout=CLOSE_S,
     )
     await runner.setup()
-    await web.SockSite(runner, server, backlog=BACKLOG).start()
+    await LimitedSite(runner, server, limits or ConnectionLimits(), BACKLOG).start()
     return runner
 
 
@@ -320,7 +327,8 @@ async def serve(run: RunDir, node: str) -> None:
             name: n for name, n in counts.items() if name in TrajectoriesState.__struct_fields__
         }
 
-    runner = await start(application(service, token, config.trajectories.max_body_bytes), server)
+    bodies = BodyLimits(config.trajectories.max_body_bytes)
+    runner = await start(application(service, token, bodies), server)
     url = url_of(server, host)
     log.info("trajectory server listening on %s", url)
     await asyncio.to_thread(member.update, state="serving", url=url, **status())
