@@ -100,10 +100,16 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def samples(options: argparse.Namespace) -> int:
-    """Show prompts, completions and scores."""
+    """Show trained sequences with their scores."""
     from atropos_hpc.observe import samples as observe
 
-    found = observe.read(_run(options.run), options.version, options.last)
+    names = observe.Selection.__dataclass_fields__
+    selection = observe.Selection(**{name: getattr(options, name) for name in names})
+    try:
+        found = observe.read(_run(options.run), selection)
+    except observe.BadFilter as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.json:
         import msgspec
 
@@ -111,8 +117,9 @@ def samples(options: argparse.Namespace) -> int:
     elif found:
         observe.show(found)
     else:
-        version = "" if options.version is None else " of that version"
-        print(f"{options.run} has no samples{version} yet", file=sys.stderr)
+        filtered = any((options.score, options.environment, options.text, options.step is not None))
+        what = "no rollouts that match" if filtered else "no rollouts yet"
+        print(f"{options.run} has {what}", file=sys.stderr)
     return 0 if found else 1
 
 
@@ -219,25 +226,10 @@ def templates(options: argparse.Namespace) -> int:
 
 def completion(_options: argparse.Namespace) -> int:
     """Print the completion script of bash, which zsh reads after `bashcompinit`."""
-    names = " ".join(command.name for command in COMMANDS)
-    print(COMPLETION.format(commands=names), end="")
+    from atropos_hpc.shell_completion import SCRIPT
+
+    print(SCRIPT.format(commands=" ".join(command.name for command in COMMANDS)), end="")
     return 0
-
-
-COMPLETION = """\
-# in ~/.bashrc: eval "$(atropos-hpc completion)"
-# in ~/.zshrc, before it: autoload -U bashcompinit && bashcompinit
-_atropos_hpc() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}}
-    if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "{commands}" -- "$word"))
-    elif [ "${{COMP_WORDS[1]}}" = logs ] && [ "$COMP_CWORD" -eq 3 ]; then
-        local logs=("${{COMP_WORDS[2]}}"/logs/latest/*.log)
-        logs=("${{logs[@]##*/}}")
-        COMPREPLY=($(compgen -W "${{logs[*]%.log}}" -- "$word"))
-    else COMPREPLY=($(compgen -d -- "$word")); fi
-}}
-complete -o filenames -F _atropos_hpc atropos-hpc
-"""
 
 
 @dataclass(frozen=True)
@@ -300,11 +292,21 @@ COMMANDS = (
     ),
     Command(
         samples,
-        "prompts, completions and scores by policy version",
+        "trained prompts and completions with their scores",
         (
             RUN,
-            _argument("--version", type=int, help="only of this policy version"),
-            _argument("-n", "--last", type=int, default=5, help="number of the newest to show (5)"),
+            _argument("--step", type=int, help="only of this optimizer step"),
+            _argument("--score", help="only of this score; also a condition, such as '>0.5'"),
+            _argument("--environment", help="only of this environment"),
+            _argument("--text", help="only where this regular expression matches"),
+            _argument(
+                "--sort",
+                choices=("step", "score", "length"),
+                default="step",
+                help="the largest first (default: step, the newest)",
+            ),
+            _argument("--reverse", action="store_true", help="the smallest first"),
+            _argument("-n", "--last", type=int, default=5, help="number to show (5)"),
             JSON,
         ),
     ),

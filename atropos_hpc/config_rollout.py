@@ -75,6 +75,12 @@ class TrajectoriesConf:
         "in checkpoints",
         ge=1 << 20,
     )
+    rollouts_max_bytes: int = key(
+        4 << 30,
+        "maximum size of the trained sequences that are kept in rollouts/, bytes; the oldest are "
+        "removed first; 0: none are kept",
+        ge=0,
+    )
 
 
 @dataclass

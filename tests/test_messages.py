@@ -62,7 +62,7 @@ MISTAKES: list[tuple[Arrange, int, tuple[str, ...]]] = [
         1,
         ("no attempt 7", "there are: 0"),
     ),
-    (lambda path: ["samples", str(finished(path).path)], 1, ("has no samples",)),
+    (lambda path: ["samples", str(finished(path).path)], 1, ("has no rollouts",)),
     (
         lambda path: ["resume", str(finished(path).path), "trainer.stepss=5"],
         2,

@@ -18,10 +18,11 @@ from run_files import activity, evaluations, scalars
 from run_parts import Started
 from test_config import composed
 
-from atropos_hpc.contracts.metrics import RestartMark, Sample
+from atropos_hpc.contracts.metrics import RestartMark, StepMetrics
 from atropos_hpc.launch import base_model
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
+from atropos_hpc.observe.samples import Selection
 from atropos_hpc.policy.manifest import read_manifest
 from atropos_hpc.runtime.run_dir import read_json, read_records
 
@@ -77,10 +78,15 @@ def assert_the_records_are_complete(started: Started, killed: str) -> None:
     )
     page = (started.run.path / "report" / "report.html").read_text()
     assert f"<td>{killed}</td>" in page and (started.run.path / "report" / "timeline.png").exists()
-    versions = [sample.version for sample in read_records(started.run.samples, Sample)]
-    assert sorted(set(versions)) == list(range(found.steps)) and versions == sorted(versions)
-    (best, *_) = samples.read(started.run, version=0, last=2)
-    assert re.fullmatch(r"\d\d\+\d\d=", best.prompt) and best.policy_versions == (0, 0)
+    rollouts = samples.read(started.run, Selection(last=1 << 20))
+    once = {(each.step, each.group, each.index) for each in rollouts}
+    assert len(once) == len(rollouts), "a step's rollouts are there twice"
+    assert {each.step for each in rollouts} == set(range(1, found.steps + 1))
+    first = rollouts[-1]
+    assert first.prompt is not None and re.search(r"\d\d\+\d\d=$", first.prompt)
+    assert first.step == 1 and first.policy_versions == (0, 0)
+    lines = read_records(started.run.metrics, StepMetrics)
+    assert any("env/environment/train/percent_correct" in line.scalars for line in lines)
 
 
 # Who is killed after which step, and whose log tells of it.

@@ -2,7 +2,8 @@
 
     metrics.jsonl        StepMetrics      learner rank 0, one line per optimizer step
     evaluations.jsonl    Evaluation       evaluator, one line per held-out evaluation
-    samples.jsonl        Sample           learner rank 0, about a hundred steps per run
+    environments.jsonl   EnvironmentMetrics  trajectory server, one line per log of a worker
+    rollouts/*.zst       Rollout          learner, one line per trained sequence
     activity.jsonl       ActivityLine     supervisor, every few seconds
     summary.json         Summary          supervisor, at the end of an attempt
     jobs.json            [SweepPoint]     the submission of a sweep
@@ -10,7 +11,23 @@
 A float that is not finite is written as null, because JSON has no other spelling for it.
 """
 
-from msgspec import Struct
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+
+def finite_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Return the finite numbers among an environment's metrics, numpy's and torch's included."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+            value = value.item()
+        if isinstance(value, Real) and math.isfinite(value):
+            found[name] = float(value)
+    return found
 
 
 class StepMetrics(Struct, frozen=True):
@@ -42,14 +59,39 @@ class Evaluation(Struct, frozen=True):
     error: str | None = None
 
 
-class Sample(Struct, frozen=True):
-    """One sequence of a trained batch. Token ids in the file, text once it is decoded."""
+class EnvironmentMetrics(Struct, frozen=True):
+    """What a worker's environment has logged for training; also the body of its request.
 
-    version: int  # the policy version that was trained
-    policy_versions: tuple[int, int] | None  # oldest and newest that generated it
-    score: float
-    prompt: list[int] | str
-    completion: list[int] | str  # from the first trained token on
+    The trajectory server sets `time`.
+    """
+
+    environment: Annotated[str, Meta(max_length=256)]  # its name in metrics
+    member: Annotated[str, Meta(max_length=256)]
+    values: Annotated[dict[str, float], Meta(max_length=1024)]
+    time: float = 0.0
+
+
+class Rollout(Struct, frozen=True, omit_defaults=True):
+    """One sequence of a trained batch."""
+
+    step: int  # that trained it, as in metrics.jsonl
+    environment: str  # its name in metrics
+    group: int  # number of its group in order of arrival
+    index: int  # within its group
+    score: float | None  # None: not finite
+    tokens: list[int]
+    trained: list[tuple[int, int]]  # [start, end) of the spans of trained tokens
+    policy_versions: tuple[int, int] | None = None  # oldest and newest that generated it
+    advantage: float | None = None  # mean over its trained tokens; None: not in the batch
+    advantages: list[float] | None = None  # of each trained token, where they differ
+    finish_reason: str | None = None
+    prompt: str | None = None  # text up to the first trained token
+    completion: str | None = None  # text from there on
+
+    @property
+    def length(self) -> int:
+        """Number of trained tokens."""
+        return sum(end - start for start, end in self.trained)
 
 
 class ActivitySample(Struct, frozen=True, tag_field="kind", tag="sample"):

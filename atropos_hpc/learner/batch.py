@@ -27,6 +27,7 @@ from atropos_hpc.contracts.group import Group
 from atropos_hpc.learner.backends.verl_api import TensorDict, tensordict_utils
 from atropos_hpc.learner.sequences import Flags, Sequences, flatten
 from atropos_hpc.learner.statistics import Statistics, local_statistics, over_ranks
+from atropos_hpc.observe.rollouts import Advantages
 
 FILLER_TOKENS = 2  # length of a filler: the shortest sequence that has a response
 
@@ -118,6 +119,15 @@ def make_batch(groups: Sequence[Group], settings: BatchSettings, version: int) -
         included=sequences.included,
         replicas=replicas,
     )
+
+
+def advantages_of(batch: Batch) -> Advantages:
+    """Return the advantages that the batch is trained with, without those of fillers."""
+    own, mask = (batch.tensors[name].cpu() for name in ("advantages", "response_mask"))
+    lengths = own.offsets().diff().numpy()[: int(batch.included.sum())]
+    tokens = int(lengths.sum())
+    values, trained = own.values()[:tokens].numpy(), mask.values()[:tokens].bool().numpy()
+    return Advantages(values, trained, lengths, batch.included)
 
 
 def jagged(

@@ -9,7 +9,7 @@
 5. Publish the new version, in the background of the next step.
 6. Every `checkpoint_every` steps, save a checkpoint in the background. Acknowledge the batches that
    no resume needs any more.
-7. Write the metrics.
+7. Write the metrics, and in the background the trained sequences.
 
 Batch k is trained at policy version k and makes version k + 1. A learner that dies resumes from its
 last durable step s and leases batches s, s+1, ... again, the same ones: no group is lost, and none
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from atropos_hpc.config import Config, environment_name, environments
 from atropos_hpc.contracts.members import Done, TrainerState
 from atropos_hpc.contracts.messages import ServerStatus
-from atropos_hpc.contracts.metrics import Evaluation
+from atropos_hpc.contracts.metrics import Evaluation, Rollout
 from atropos_hpc.learner.backends.base import Backend
-from atropos_hpc.learner.batch import Batch, BatchSettings, make_batch
+from atropos_hpc.learner.batch import Batch, BatchSettings, advantages_of, make_batch
 from atropos_hpc.learner.batch_leaser import BatchLeaser, LeasedBatch
 from atropos_hpc.learner.checkpoint import Checkpoints
 from atropos_hpc.learner.collective import Collective, StopRequested
@@ -34,6 +34,7 @@ from atropos_hpc.learner.publisher import Publisher
 from atropos_hpc.learner.skipped_steps import SkippedSteps
 from atropos_hpc.learner.state import TrainState
 from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
+from atropos_hpc.observe.rollouts import RolloutWriter, rollouts_of
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, read_records, write_struct
 from atropos_hpc.trajectories.client import TrajectoryClient
@@ -56,6 +57,7 @@ class TrainContext:
     publisher: Publisher
     collective: Collective
     metrics: MetricsWriter | None
+    rollouts: RolloutWriter | None = None  # of one rank of those that hold the same groups
     phases: Phases = field(default_factory=Phases)
     skipped: SkippedSteps = field(init=False)
 
@@ -134,12 +136,29 @@ def _step(context: TrainContext, timeout_s: float) -> None:
         if state.version % config.trainer.checkpoint_every == 0:
             context.checkpoints.save(context.backend, state)
         _acknowledge(context, context.checkpoints.newly_durable())
+    _keep_rollouts(context, batch, leased)
     if context.metrics is not None:
-        context.metrics.sample(version, steps, leased.groups)
         times = phases.take()
         scalars["staleness_limit"] = config.staleness.max
         context.metrics.write(state.version, _scalars(batch, scalars, times, leased.server), times)
     context.skipped.check(state.version)
+
+
+def _keep_rollouts(context: TrainContext, batch: Batch, leased: LeasedBatch) -> None:
+    """Write the sequences that were trained, and show the trackers some of them."""
+    step, groups = context.state.version, leased.groups
+    if not groups:
+        return
+    if context.rollouts is not None:
+        context.rollouts.submit(step, groups, advantages_of(batch))
+    if context.metrics is not None:
+        steps = context.config.trainer.steps
+
+        def first() -> list[Rollout]:
+            every = rollouts_of(groups, step, advantages_of(batch))
+            return every[: len(groups[0].lengths)]
+
+        context.metrics.sample(step, steps, first)
 
 
 def _optimize(context: TrainContext, batch: Batch, leased: LeasedBatch) -> dict[str, float]:

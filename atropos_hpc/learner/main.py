@@ -38,7 +38,9 @@ from atropos_hpc.runtime.run_dir import RunDir, Unreadable
 from atropos_hpc.runtime.waiting import wait_for
 
 if TYPE_CHECKING:
+    from atropos_hpc.learner.backends.base import Backend
     from atropos_hpc.learner.loop import TrainContext
+    from atropos_hpc.observe.rollouts import RolloutWriter
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +176,8 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     try:
         return train(context)
     finally:
+        if context.rollouts is not None:
+            context.rollouts.close()
         if context.metrics is not None:
             context.metrics.close()
 
@@ -236,7 +240,22 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
         publisher=Publisher(run.policy, config.policy, config.model.dtype, link),
         collective=Collective(run, member),
         metrics=metrics,
+        rollouts=_rollout_writer(run, config, backend, state.version),
     )
+
+
+def _rollout_writer(
+    run: RunDir, config: Config, backend: "Backend", resume_at: int
+) -> "RolloutWriter | None":
+    """Open the writer of this rank, if it is the first of those that hold the same groups."""
+    from atropos_hpc.observe.rollouts import Part, RolloutWriter
+    from atropos_hpc.observe.samples import decoder
+
+    max_bytes = config.trajectories.rollouts_max_bytes
+    if not max_bytes or backend.rank % (backend.world // backend.data_world):
+        return None
+    part, texts = Part(backend.data_rank, backend.data_world), decoder(config.model.path or "")
+    return RolloutWriter(run.rollouts, part, max_bytes, resume_at, texts)
 
 
 def _variable(name: str, slurm: str, default: str) -> int:

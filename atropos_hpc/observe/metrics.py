@@ -1,20 +1,22 @@
 """Write the metrics of a run: one line per optimizer step to metrics.jsonl and to the trackers.
 
+A line has the learner's own metrics, and what environments have logged since the previous step.
 metrics.jsonl is the source for status, report and summary. A step that is repeated after a crash
 replaces its earlier line, so every step is there once.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from atropos_hpc.config import WandbConf
-from atropos_hpc.contracts.group import Group
-from atropos_hpc.contracts.metrics import Evaluation, Sample, StepMetrics
+from atropos_hpc.contracts.metrics import Evaluation, Rollout, StepMetrics
 from atropos_hpc.observe import samples
+from atropos_hpc.observe.environment_metrics import EnvironmentMetricsReader
+from atropos_hpc.observe.rollouts import with_text
 from atropos_hpc.observe.trackers import TensorBoardTracker, Tracker, WandbTracker
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records, write_file
 
@@ -52,7 +54,7 @@ class Phases:
 
 
 class MetricsWriter:
-    """Write metrics and samples, on the learner's rank 0."""
+    """Write metrics, on the learner's rank 0."""
 
     def __init__(self, run: RunDir, trackers: Sequence[Tracker], resume_at: int) -> None:
         """`resume_at`: the step that training resumes at.
@@ -63,22 +65,21 @@ class MetricsWriter:
         self.run, self._trackers = run, trackers
         self._attempt = run.attempt()
         steps = read_records(run.metrics, StepMetrics)
-        chosen = read_records(run.samples, Sample)
-        self._kept: dict[str, list[StepMetrics] | list[Sample]] = {
-            "metrics": [line for line in steps if line.step <= resume_at],
-            "samples": [line for line in chosen if line.version < resume_at],
-        }
+        self._kept: list[StepMetrics] | None = [line for line in steps if line.step <= resume_at]
+        self._environments = EnvironmentMetricsReader(run.environments)
         self._evaluations = 0
 
     def _remove_later_lines(self) -> None:
-        for name in tuple(self._kept):
-            _rewrite(self.run, name, self._kept[name])
-            del self._kept[name]
+        if self._kept is not None:
+            lines = (msgspec.json.encode(line) + b"\n" for line in self._kept)
+            write_file(self.run.metrics, b"".join(lines))
+        self._kept = None
 
     def write(self, step: int, scalars: Mapping[str, float], times: StepTimes) -> None:
         """Write one step, with the last held-out accuracy if a new one has arrived."""
         self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
+        scalars |= self._environments.take()
         evaluations = self._new_evaluations()
         if evaluations and evaluations[-1].accuracy is not None:
             scalars["accuracy"] = evaluations[-1].accuracy
@@ -96,18 +97,14 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.step(line)
 
-    def sample(self, version: int, steps: int, groups: Sequence[Group]) -> None:
-        """Write samples of the batch trained at `version`, if that version is due."""
-        if not groups or not samples.is_due(version, steps):
+    def sample(self, step: int, steps: int, group: Callable[[], Sequence[Rollout]]) -> None:
+        """Show the trackers the best and the worst sequence of a group, if that step is due."""
+        if not self._trackers or not samples.is_due(step, steps):
             return
-        self._remove_later_lines()
-        chosen = samples.choose(groups[0], version)
-        for sample in chosen:
-            append_record(self.run.samples, sample)
-        if self._trackers:
-            decoded = samples.decode(chosen, self.run.config().model.path or "")
-            for tracker in self._trackers:
-                tracker.samples(decoded)
+        chosen = samples.best_and_worst(group())
+        decoded = with_text(chosen, samples.decoder(self.run.config().model.path or ""))
+        for tracker in self._trackers:
+            tracker.samples(decoded)
 
     def _new_evaluations(self) -> list[Evaluation]:
         """Return the evaluations since the last call that have an accuracy; pass them on."""
@@ -125,11 +122,6 @@ class MetricsWriter:
             self._new_evaluations()
         for tracker in self._trackers:
             tracker.close()
-
-
-def _rewrite(run: RunDir, name: str, lines: Sequence[StepMetrics] | Sequence[Sample]) -> None:
-    path = run.path / f"{name}.jsonl"
-    write_file(path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
 
 
 def open_trackers(

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from atropos_hpc.config import WandbConf
-from atropos_hpc.contracts.metrics import Evaluation, Sample, StepMetrics
+from atropos_hpc.contracts.metrics import Evaluation, Rollout, StepMetrics
 from atropos_hpc.runtime.run_dir import RunDir
 
 
@@ -22,8 +22,8 @@ class Tracker(Protocol):
     def evaluation(self, evaluation: Evaluation) -> None:
         """Report an evaluation at its own version; later steps may have been reported before."""
 
-    def samples(self, samples: Sequence[Sample]) -> None:
-        """Report decoded samples of one version."""
+    def samples(self, samples: Sequence[Rollout]) -> None:
+        """Report sequences of one step, as text where they could be decoded."""
 
     def close(self) -> None: ...
 
@@ -70,14 +70,14 @@ class WandbTracker:
         accuracy = {"step": evaluation.version, "evaluation/accuracy": evaluation.accuracy}
         self._run.log({**accuracy, **evaluation.metrics})
 
-    def samples(self, samples: Sequence[Sample]) -> None:
-        columns = ["version", "policy_versions", "score", "prompt", "completion"]
+    def samples(self, samples: Sequence[Rollout]) -> None:
+        columns = ["step", "policy_versions", "score", "prompt", "completion"]
         rows = [
-            [s.version, str(s.policy_versions), s.score, str(s.prompt), str(s.completion)]
+            [s.step, str(s.policy_versions), s.score, s.prompt or "", s.completion or str(s.tokens)]
             for s in samples
         ]
         table = self._table(columns=columns, data=rows)
-        self._run.log({"step": samples[0].version, "samples": table})
+        self._run.log({"step": samples[0].step, "samples": table})
 
     def close(self) -> None:
         self._run.finish()
@@ -97,14 +97,16 @@ class TensorBoardTracker:
             self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line.step)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        accuracy = evaluation.accuracy
-        self._writer.add_scalar("evaluation/accuracy", accuracy, evaluation.version)
+        scalars = {"evaluation/accuracy": evaluation.accuracy, **evaluation.metrics}
+        for name, value in scalars.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, evaluation.version)
 
-    def samples(self, samples: Sequence[Sample]) -> None:
+    def samples(self, samples: Sequence[Rollout]) -> None:
         text = "\n\n---\n\n".join(
-            f"score {s.score:g}\n\n{s.prompt}\n\n**{s.completion}**" for s in samples
+            f"score {s.score}\n\n{s.prompt}\n\n**{s.completion or s.tokens}**" for s in samples
         )
-        self._writer.add_text("samples", text, samples[0].version)
+        self._writer.add_text("samples", text, samples[0].step)
 
     def close(self) -> None:
         self._writer.close()

@@ -4,7 +4,8 @@
   - generates through VllmServer, over all of the run's vLLM servers;
   - stamps each group with the policy versions that produced it;
   - starts as many rollouts as the trajectory server's quota allows;
-  - posts groups as binary records, with the run's token, and survives restarts of the server.
+  - posts groups as binary records, with the run's token, and survives restarts of the server;
+  - sends what the environment logs for training to the run's metrics.
 Everything else is BaseEnv's (atroposlib 0.4.0) or the environment's own.
 """
 
@@ -26,6 +27,7 @@ from atropos_hpc.contracts.group import encode_group, group_bytes
 from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
+from atropos_hpc.rollout.env_metrics import LoggedEnvironment
 from atropos_hpc.rollout.server_pool import Pool
 from atropos_hpc.rollout.stamping import record_generations, recorded, stamp
 from atropos_hpc.rollout.vllm_client import VllmServer
@@ -368,6 +370,6 @@ def as_member(environment: type[BaseEnv]) -> type[Any]:
     """Make the class of this environment as a member of a run."""
     return type(
         f"{environment.__name__}Member",
-        (RunEnvironment, environment),
+        (RunEnvironment, environment, LoggedEnvironment),
         {"__doc__": environment.__doc__},
     )

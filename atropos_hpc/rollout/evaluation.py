@@ -16,13 +16,11 @@ metrics of the others carry their names.
 import argparse
 import asyncio
 import logging
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from msgspec.structs import replace
 
 from atropos_hpc.config import EvaluationConf, environment_name, environments
 from atropos_hpc.contracts.members import EvaluatorState, Wait
-from atropos_hpc.contracts.metrics import Evaluation
+from atropos_hpc.contracts.metrics import Evaluation, finite_numbers
 from atropos_hpc.rollout.env_worker import quiet_atropos, run_member, seed_everything
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
@@ -59,13 +57,8 @@ def next_due(conf: EvaluationConf, served: int, last: int, done: set[int]) -> in
 
 def numbers(metrics: Mapping[str, object]) -> dict[str, float | None]:
     """Return the finite numbers among an environment's metrics, except those about training."""
-    found: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # numpy's and torch's scalars
-            value = value.item()
-        if isinstance(value, Real) and not name.startswith("train") and math.isfinite(value):
-            found[name] = float(value)
-    return found
+    found = finite_numbers(metrics)
+    return {name: value for name, value in found.items() if not name.startswith("train")}
 
 
 def as_evaluator(environment: type[Any]) -> type[Any]:

@@ -49,7 +49,8 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"  # one line per optimizer step
         self.evaluations = path / "evaluations.jsonl"  # one line per held-out evaluation
         self.activity = path / "activity.jsonl"  # what members did over time: observe/timeline.py
-        self.samples = path / "samples.jsonl"  # some trained sequences: observe/samples.py
+        self.environments = path / "environments.jsonl"  # what environments log for training
+        self.rollouts = path / "rollouts"  # all trained sequences: observe/rollouts.py
         self.done = path / "done.json"  # contracts.members.Done: the last step is durable
         self.summary = path / "summary.json"
 

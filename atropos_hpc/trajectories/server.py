@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +23,13 @@ from aiohttp import web
 
 from atropos_hpc.contracts import messages
 from atropos_hpc.contracts.members import TrajectoriesState
+from atropos_hpc.contracts.metrics import EnvironmentMetrics
 from atropos_hpc.contracts.scored_group import OPTIONAL_ARRAYS, RequestError
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.network import own_host
-from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, append_record, read_struct
 from atropos_hpc.runtime.token_check import authorized
 from atropos_hpc.trajectories.connections import ConnectionLimits, LimitedSite, authenticate
 from atropos_hpc.trajectories.decode import decode_json, decode_records, to_json
@@ -52,8 +54,13 @@ T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(service: Service, token: str, bodies: BodyLimits) -> web.Application:
-    """Build the aiohttp application; `start` runs it."""
+def application(
+    service: Service, token: str, bodies: BodyLimits, metrics: Path | None = None
+) -> web.Application:
+    """Build the aiohttp application; `start` runs it.
+
+    Metrics of the environments are appended to the file `metrics`.
+    """
     routes = Routes(service, token, bodies)
     app = web.Application(middlewares=[routes.guard], client_max_size=bodies.max_bytes)
     get, post, with_body = web.get, web.post, routes.with_body
@@ -80,6 +87,7 @@ def application(service: Service, token: str, bodies: BodyLimits) -> web.Applica
             ),
             post("/scored_data", routes.scored_data),
             post("/scored_data_list", routes.scored_data_list),
+            post("/environment-metrics", routes.with_body(EnvironmentMetrics, keep_in(metrics))),
         ]
     )
     return app
@@ -202,6 +210,19 @@ class Routes:
         """GET /reset_data, of Atropos' protocol."""
         await self.service.reset()
         return web.Response(text="Reset successful")
+
+
+def keep_in(
+    path: Path | None,
+) -> Callable[[EnvironmentMetrics], Awaitable[messages.Stored]]:
+    """Make the method that appends an environment's metrics to a file; None: to none."""
+
+    async def keep(logged: EnvironmentMetrics) -> messages.Stored:
+        if path is not None:
+            append_record(path, msgspec.structs.replace(logged, time=time.time()))
+        return messages.Stored("received")
+
+    return keep
 
 
 def without_body(method: Callable[[], object]) -> Handler:
@@ -328,7 +349,8 @@ async def serve(run: RunDir, node: str) -> None:
         }
 
     bodies = BodyLimits(config.trajectories.max_body_bytes)
-    runner = await start(application(service, token, bodies), server)
+    app = application(service, token, bodies, run.environments)
+    runner = await start(app, server)
     url = url_of(server, host)
     log.info("trajectory server listening on %s", url)
     await asyncio.to_thread(member.update, state="serving", url=url, **status())
