@@ -23,6 +23,7 @@ from atropos_hpc.rollout.env_metrics import LoggedEnvironment  # noqa: E402
 from atropos_hpc.runtime.http import HttpClient  # noqa: E402
 from atropos_hpc.runtime.membership import Member  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir, read_records  # noqa: E402
+from atropos_hpc.trajectories.http_body import BodyLimits  # noqa: E402
 from atropos_hpc.trajectories.server import application, listen, start, url_of  # noqa: E402
 from atropos_hpc.trajectories.service import Service, ServiceSettings  # noqa: E402
 
@@ -63,7 +64,9 @@ async def logged(run: RunDir, times: int) -> None:
     """Have a worker log against a trajectory server of its own."""
     listener = listen(run, "trajectories-a-0", "127.0.0.1")
     service = Service(run.trajectories, ServiceSettings(segment_bytes=1 << 20))
-    runner = await start(application(service, TOKEN, 1 << 20, run.environments), listener)
+    runner = await start(
+        application(service, TOKEN, BodyLimits(1 << 20), run.environments), listener
+    )
     url = url_of(listener, "127.0.0.1")
     http = HttpClient(lambda: url, TOKEN, patience_s=5)
     worker = Worker(http, Member(run, EnvironmentState(), "a"))
