@@ -22,7 +22,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from atropos_hpc.launch import hydra_api
+from atropos_hpc.launch import hydra_api, new_directory
 from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.runtime import process
 from atropos_hpc.validate import Problem, refuse
@@ -66,6 +66,11 @@ def main() -> int:
     except PointFailed as error:
         print(f"{error}; see the table above and the logs of the points", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was started", file=sys.stderr)
+        return 130
+    finally:
+        new_directory.remove_unused()
     return 0
 
 

@@ -26,17 +26,17 @@ ROUNDS = 5
 # A submission by `python -m atropos_hpc.train -m`, with its seconds and those spent in sbatch.
 SUBMIT = """
 import json, sys, time
-from submitit.core import utils
 from atropos_hpc import train
 from atropos_hpc.launch import submitit_api, sweep  # before the clock starts
-run_command, in_sbatch = utils.CommandFunction.__call__, []
-def timed(self, *args, **kwargs):
+from atropos_hpc.launch.slurm import commands
+run_command, in_sbatch = commands.submit, []
+def timed(*args, **kwargs):
     start = time.perf_counter()
     try:
-        return run_command(self, *args, **kwargs)
+        return run_command(*args, **kwargs)
     finally:
         in_sbatch.append(time.perf_counter() - start)
-utils.CommandFunction.__call__ = timed
+commands.submit = timed
 submit, queueing = sweep._submit, []
 def timed_submit(*args):
     start = time.perf_counter()

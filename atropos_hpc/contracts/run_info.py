@@ -1,4 +1,4 @@
-"""Contents of run.json: what every process of a run reads first."""
+"""Contents of run.json, what every process of a run reads first, and of a sweep's points.json."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ class RunInfo(msgspec.Struct, frozen=True):
     created: float = 0.0  # Unix time, seconds
     version: str = ""  # of atropos_hpc
     command: list[str] = []  # of the first start
+
+
+class PointConfig(msgspec.Struct, frozen=True):
+    """A submitted point of a sweep: what it is before its run has begun."""
+
+    run_dir: str
+    config: Config

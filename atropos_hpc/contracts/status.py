@@ -18,6 +18,7 @@ RunState = Literal[
     "cancelled",
     "lost",  # no process is left, and no outcome was recorded
 ]
+LIVE: tuple[RunState, ...] = ("queued", "requeued", "starting", "running")
 ENDED: tuple[RunState, ...] = ("complete", "failed", "stopped", "lost", "cancelled")
 
 

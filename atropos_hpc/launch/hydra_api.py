@@ -29,6 +29,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, EnvironmentConf
+from atropos_hpc.launch import new_directory
 from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.validate import Problem, Refused
 
@@ -166,6 +167,7 @@ def register() -> None:
     # `--help` lists: more than half of that command's time. Stored configs are not changed there
     # (`ConfigStore.load` returns copies), so the copy may be the store itself.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
+    OmegaConf.register_new_resolver("new_directory", new_directory.claim, replace=True)
     store.store(name="base", node=_with_open_maps(OmegaConf.structured(Config)))
     for path in sorted(resources.data("sweeps").glob("*.yaml")):
         node = OmegaConf.load(path)
@@ -238,6 +240,11 @@ class LocalLauncher(SlurmLauncher):
 class GridSweeper(BasicSweeper):
     """Hydra's own sweeper. The launchers compose every point before they submit any, so composing
     each one here as well, which the base class does as a check, would only double the time."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.config is not None
+        with new_directory.left_as_found(Path(str(self.config.hydra.sweep.dir))):
+            return super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         pass

@@ -129,7 +129,7 @@ def _changes(config: Config, previous: RunInfo | None) -> Iterator[Problem]:
     """Report keys that a resumed run must not change."""
     if previous is None:
         return
-    before, now = _flat(previous.config), _flat(config)
+    before, now = flat(previous.config), flat(config)
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(IDENTITY) and key != "model.path" and before.get(key) != now.get(key):
             yield Problem(
@@ -139,7 +139,7 @@ def _changes(config: Config, previous: RunInfo | None) -> Iterator[Problem]:
             )
 
 
-def _flat(config: Config) -> dict[str, object]:
+def flat(config: Config) -> dict[str, object]:
     """Map dotted keys to values, the entries of maps one by one."""
     flat: dict[str, object] = {}
     for key, _, value in schema.values(config):

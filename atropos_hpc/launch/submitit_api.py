@@ -5,6 +5,7 @@ and reads job states from squeue, because many sites have no accounting.
 """
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,14 @@ class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
             str(utils.JobPaths(self.folder).stdout).replace("%t", "0"),
         )
 
-    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        """Call sbatch without variables of an enclosing job, which sbatch would obey."""
-        unwanted = sorted(set(os.environ) - set(sbatch.submission_environment(os.environ)))
-        unset = ["env", *(f"--unset={name}" for name in unwanted)] if unwanted else []
-        return [*unset, "sbatch", str(submission_file_path)]
+    def _submit_command(self, command: str) -> core.Job[Any]:
+        """Write the script and call sbatch; as in the base class, but for `commands.submit`."""
+        uid = uuid.uuid4().hex
+        script = self.folder / f".submission_file_{uid}.sh"
+        script.write_text(self._make_submission_file_text(command, uid))
+        job_id = commands.submit(str(script), sbatch.submission_environment(os.environ))
+        job: core.Job[Any] = self.job_class(folder=self.folder, job_id=job_id, tasks=[0])
+        job.paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)
+        self._write_job_id(job.job_id, uid)
+        self._set_job_permissions(job.paths.folder)
+        return job

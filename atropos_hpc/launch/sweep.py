@@ -17,12 +17,12 @@ from typing import Any
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.status import ENDED
-from atropos_hpc.launch import preflight, run
+from atropos_hpc.launch import preflight, resubmission, run
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
-from atropos_hpc.validate import Problem, refuse
+from atropos_hpc.validate import Problem, Refused, refuse
 
 POLL_S = 3.0
 SWEEP_REFUSED = "The sweep was refused; nothing was queued."
@@ -74,55 +74,89 @@ Outcomes = list[tuple[Point, str | None]]
 
 
 def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
-    """Submit one job per point. Returns at once, unless launch.wait is set.
+    """Submit one job per point, unless the point is complete or live already. Returns at once,
+    unless launch.wait is set.
 
-    Exits with 2 if a point is refused, with 1 if sbatch refuses one.
+    Exits with 2 if a point is refused, with 1 if sbatch refuses one, with 130 after Ctrl-C.
     """
     for point in points:
         if point.config.launch.allocation == "local":
             point.config.launch.allocation = "het"
     launch = points[0].config.launch
-    names = sbatch.slot_names(launch.job_name, str(sweep_dir), len(points), slots)
     folder = sweep_dir / ".submitit"
-    if launch.dry_run:
-        answers = commands.is_reachable()
-        _refuse(points, answers, roles=False)
-        return _dry_run(points, folder, names, answers)
-    _refuse(points, True)
-    rows = _submit(points, names, folder)
-    if len(rows) < len(points):
-        print(
-            f"sbatch refused point {len(rows)}: the {len(rows)} points before it are queued, the "
-            "points after it were not submitted",
-            file=sys.stderr,
-        )
-        sys.exit(1)
     try:
-        return _wait(points, rows) if launch.wait else [(point, None) for point in points]
+        with resubmission.locked(sweep_dir):
+            new = _unfinished(points, sweep_dir)
+            names = [_slot(point, sweep_dir, slots) for point in new]
+            if launch.dry_run:
+                answers = commands.is_reachable()
+                _refuse(new, answers, roles=False)
+                return _dry_run(new, folder, names, answers)
+            _refuse(new, True)
+            _submit(new, names, folder)
+        if not launch.wait:
+            return [(point, None) for point in points]
+        return _wait(points, sweep_dir)
+    except Refused as error:
+        sys.exit(refuse(error.problems, SWEEP_REFUSED))
     except KeyboardInterrupt:
-        print("no longer waiting; the jobs continue", file=sys.stderr)
+        print("interrupted; what is queued stays queued", file=sys.stderr)
         sys.exit(130)
 
 
-def _submit(points: list[Point], names: list[str | None], folder: Path) -> list[SweepPoint]:
-    """Return a row for each submitted point. After an error of sbatch, which is printed, stop."""
-    from submitit.core.utils import FailedJobError
+def _unfinished(points: list[Point], sweep_dir: Path) -> list[Point]:
+    """Return the points that are neither complete nor live, and name those that are. Raises
+    Refused for a point whose directory has another one."""
+    found = resubmission.sort(points, sweep_dir)
+    if found.problems:
+        raise Refused(*found.problems)
+    for point, status in found.skipped:
+        job = f" (job {status.job})" if status.job and status.state != "complete" else ""
+        print(f"point {point.num} is {status.state}{job}, in {point.run_dir}: not started again")
+    return found.new
 
+
+def _slot(point: Point, sweep_dir: Path, slots: int) -> str | None:
+    """Return the job name of a point's singleton slot; of one that had a slot, the same again."""
+    for row in report.sweep_table(sweep_dir):
+        if row.run_dir == str(point.run_dir) and row.slot is not None:
+            return row.slot
+    return sbatch.slot_name(point.config.launch.job_name, str(sweep_dir), point.num, slots)
+
+
+def _submit(points: list[Point], names: list[str | None], folder: Path) -> None:
+    """Submit the points and write their table. Exits after an error of sbatch, and after Ctrl-C."""
+    if not points:
+        return
     from atropos_hpc.launch.submitit_api import SlurmhetExecutor
 
-    sweep_dir, rows = folder.parent, []  # type: tuple[Path, list[SweepPoint]]
-    folder.mkdir(parents=True, exist_ok=True)
-    executor = SlurmhetExecutor(folder)
+    folder.mkdir(exist_ok=True)
+    resubmission.record(folder.parent, points)
+    executor, rows, failure = SlurmhetExecutor(folder), list[SweepPoint](), None
     try:
         for point, name in zip(points, names, strict=True):
-            job = executor.submit_with(_script(point, name), point.config.launch.minutes, point)
-            rows.append(_row(point, job=job.job_id, slot=name, log=str(job.paths.stdout)))
-    except FailedJobError as error:
-        print(error, file=sys.stderr)
+            with process.deferred_interrupt():  # so that no queued job misses in the table
+                script = _script(point, name)
+                job = executor.submit_with(script, point.config.launch.minutes, point)
+                log = str(job.paths.stdout)
+                rows.append(_row(point, job=job.job_id, slot=name, log=log))
+    except commands.SlurmError as error:
+        failure = f"sbatch refused point {points[len(rows)].num}: {error}"
     finally:
-        _write_table(sweep_dir, rows)  # an interrupted submission, too
-    _show(rows, sweep_dir)
-    return rows
+        _write_table(folder.parent, rows)
+        if rows:
+            _show(rows, folder.parent)
+        if len(rows) < len(points):
+            left = ", ".join(str(point.num) for point in points[len(rows) :])
+            print(
+                *([failure] if failure else []),
+                f"{len(rows)} of {len(points)} points were queued. Not submitted: point {left}. "
+                "The same command submits them.",
+                sep="\n",
+                file=sys.stderr,
+            )
+    if failure:
+        sys.exit(1)
 
 
 def _script(point: Point, name: str | None) -> Any:
@@ -147,8 +181,10 @@ def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked
     return [(point, None) for point in points]
 
 
-def _wait(points: list[Point], rows: list[SweepPoint]) -> Outcomes:
+def _wait(points: list[Point], sweep_dir: Path) -> Outcomes:
     """Wait until every point has ended, and print a line for each change of a point."""
+    known = {row.run_dir: row for row in report.sweep_table(sweep_dir)}
+    rows = [known.get(str(p.run_dir)) or _row(p, job=None, slot=None, log=None) for p in points]
     printed: list[str] = []
     ended = 0  # in this many polls in a row: a job being requeued appears ended for a moment
     while True:
@@ -184,15 +220,23 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
             print(" ".join(_command(point)))
         print("# Nothing was started (launch.dry_run).")
         return [(point, None) for point in points]
-    _refuse(points, False)
-    logs = {point.num: sweep_dir / f"{point.num}.log" for point in points}
-    rows = [_row(point, job=None, slot=None, log=str(logs[point.num])) for point in points]
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    _write_table(sweep_dir, rows)
-    _show(rows, sweep_dir)
-    codes = _run_processes(points, logs, slots)
-    print(report.table([report.point_status(row, {}) for row in rows]), file=sys.stderr)
-    return [(point, _OUTCOMES.get(codes.get(point.num, 75), "failed")) for point in points]
+    logs, codes = dict[int, Path](), dict[int, int]()
+    try:
+        with resubmission.locked(sweep_dir):
+            new = _unfinished(points, sweep_dir)
+            _refuse(new, False)
+            logs = {point.num: sweep_dir / f"{point.num}.log" for point in new}
+            rows = [_row(point, job=None, slot=None, log=str(logs[point.num])) for point in new]
+            resubmission.record(sweep_dir, new)
+            _write_table(sweep_dir, rows)
+    except Refused as error:
+        sys.exit(refuse(error.problems, SWEEP_REFUSED))
+    if new:
+        _show(rows, sweep_dir)
+        codes = _run_processes(new, logs, slots)
+        print(report.table([report.point_status(row, {}) for row in rows]), file=sys.stderr)
+    skipped: Outcomes = [(point, None) for point in points if point not in new]
+    return skipped + [(p, _OUTCOMES.get(codes.get(p.num, 75), "failed")) for p in new]
 
 
 def _run_processes(points: list[Point], logs: dict[int, Path], slots: int) -> dict[int, int]:
@@ -235,7 +279,7 @@ def _command(point: Point) -> list[str]:
 
 
 def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None:
-    """Exit with 2 and the problems of all points, each listed once, if there are any."""
+    """Raise Refused with the problems of all points, each listed once, if there are any."""
     found: dict[Problem, list[int]] = {}
     for point in points:
         previous = RunDir(point.run_dir).info()
@@ -244,7 +288,7 @@ def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None
         ):
             found.setdefault(problem, []).append(point.num)
     if found:
-        sys.exit(refuse(itertools.starmap(_at_points, found.items()), SWEEP_REFUSED))
+        raise Refused(*itertools.starmap(_at_points, found.items()))
 
 
 def _at_points(problem: Problem, nums: list[int]) -> Problem:
@@ -252,7 +296,7 @@ def _at_points(problem: Problem, nums: list[int]) -> Problem:
     return Problem(problem.key, f"{problem.message} (point {listed})")
 
 
-def _row(point: Point, job: str | None, slot: str | None, log: str) -> SweepPoint:
+def _row(point: Point, job: str | None, slot: str | None, log: str | None) -> SweepPoint:
     return SweepPoint(
         num=point.num,
         overrides=point.overrides,
@@ -267,6 +311,8 @@ def _row(point: Point, job: str | None, slot: str | None, log: str) -> SweepPoin
 
 def _write_table(sweep_dir: Path, rows: list[SweepPoint]) -> None:
     """Write the table. Rows of earlier submissions to the same run directories are replaced."""
+    if not rows:
+        return
     new = {row.run_dir for row in rows}
     old = [row for row in report.find_points(sweep_dir) if row.run_dir not in new]
     table = sorted([*old, *rows], key=lambda row: row.num)

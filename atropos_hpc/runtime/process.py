@@ -10,6 +10,7 @@ that a member hangs requests them (`request_stacks`).
 """
 
 import asyncio
+import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
     _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != int(parent):  # it died before prctl was called
         os.kill(os.getpid(), number)
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Deliver Ctrl-C after the block. Programs that the block starts do not see it either."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def adopt_orphans() -> None:

@@ -3,6 +3,7 @@
 Only the controller is asked (squeue, scontrol, sinfo), never the accounting, which many sites lack.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -17,6 +18,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 60.0
+SUBMISSIONS = 5  # attempts at a submission to a controller that is busy
+BUSY = (
+    "Socket timed out",
+    "Unable to contact slurm controller",
+    "Slurm temporarily unable to accept job",
+    "Resource temporarily unavailable",
+    "timed out after",
+)
 ENDED = set(
     [
         "COMPLETED",
@@ -48,6 +57,29 @@ def run_command(*command: str, env: Mapping[str, str] | None = None) -> str:
         output = "; ".join(done.stderr.strip().splitlines()) or f"exit code {done.returncode}"
         raise SlurmError(f"{shlex.join(command)}: {output}")
     return done.stdout.strip()
+
+
+def submit(script: str, env: Mapping[str, str], pause_s: float = 5.0) -> str:
+    """Submit a script with sbatch and return the job's id. Raises SlurmError.
+
+    A controller that is busy is asked again. It may have queued the job before its answer was
+    lost, so first the queue is searched for a job of this script, whose path must be unique.
+    """
+    for retry in range(SUBMISSIONS):
+        try:
+            answer = run_command("sbatch", "--parsable", script, env=env)
+            return answer.splitlines()[-1].partition(";")[0]
+        except SlurmError as error:
+            if retry == SUBMISSIONS - 1 or not any(sign in str(error) for sign in BUSY):
+                raise
+            log.warning("%s; trying again in %.0f s", error, pause_s)
+        time.sleep(pause_s)
+        with contextlib.suppress(SlurmError):
+            for line in run_command("squeue", "--me", "-h", "-o", "%A|%o").splitlines():
+                job, _, command = line.partition("|")
+                if command.split(" ")[0] == script:
+                    return job
+    raise AssertionError("unreachable")
 
 
 def try_command(*command: str) -> None:

@@ -63,9 +63,7 @@ class RolloutJob:
         command = shlex.join([sys.executable, *module, "--run-dir", str(run.path)])
         output = f"{run.path}/logs/rollout-job-%A_%a.log"
         write_file(script, sbatch.rollout_script(config, output, command).encode())
-        environment = sbatch.submission_environment(os.environ)
-        answer = commands.run_command("sbatch", "--parsable", str(script), env=environment)
-        return answer.partition(";")[0]
+        return commands.submit(str(script), sbatch.submission_environment(os.environ))
 
     def poll(self) -> Action | None:
         """Every few seconds: log what has changed, and end the run when the job has ended."""

@@ -170,17 +170,16 @@ def _option(key: str, value: Option) -> str:
     return name if value is True else f"{name}={shlex.quote(str(value))}"
 
 
-def slot_names(job_name: str, sweep: str, points: int, slots: int) -> list[str | None]:
-    """Return a job name per point of a sweep, `slots` different ones: jobs that share a name run
-    one after another. 0 slots: no limit, no names.
+def slot_name(job_name: str, sweep: str, point: int, slots: int) -> str | None:
+    """Return the job name of a point of a sweep, one of `slots`: jobs that share a name run one
+    after another. 0 slots: no limit, no name.
 
-    >>> slot_names("kl", "/runs/a", 3, 2)
+    >>> [slot_name("kl", "/runs/a", point, 2) for point in range(3)]
     ['kl-76a66ae4-0', 'kl-76a66ae4-1', 'kl-76a66ae4-0']
-    >>> slot_names("kl", "/runs/a", 2, 0)
-    [None, None]
+    >>> slot_name("kl", "/runs/a", 0, 0)
     """
-    prefix = f"{job_name}-{zlib.crc32(sweep.encode()):08x}"  # no slots are shared
-    return [f"{prefix}-{i % slots}" if slots else None for i in range(points)]
+    sweep_id = f"{zlib.crc32(sweep.encode()):08x}"  # no slots are shared between sweeps
+    return f"{job_name}-{sweep_id}-{point % slots}" if slots else None
 
 
 def gpu_hours(config: Config) -> float:
