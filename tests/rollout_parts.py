@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,13 @@ from atropos_hpc.runtime.process import PARENT
 from atropos_hpc.runtime.run_dir import RunDir, write_file, write_json, write_struct
 
 ANSWER = {
-    "choices": [{"token_ids": [7], "weight_versions": [{"version": "1-1", "start": 0, "end": 1}]}]
+    "choices": [
+        {
+            "token_ids": [7],
+            "finish_reason": "stop",
+            "weight_versions": [{"version": "1-1", "start": 0, "end": 1}],
+        }
+    ]
 }
 Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -176,3 +182,15 @@ def status(code: int) -> Behaviour:
         return web.json_response({"error": "x"}, status=code)
 
     return behave
+
+
+def ks_distance(one: Sequence[int], other: Sequence[int]) -> float:
+    """The Kolmogorov-Smirnov distance: the largest between the two empirical distributions."""
+    at = np.union1d(one, other)
+    cumulated = [np.searchsorted(np.sort(each), at, "right") / len(each) for each in (one, other)]
+    return float(np.abs(cumulated[0] - cumulated[1]).max())
+
+
+def ks_critical(size: int) -> float:
+    """What that distance exceeds with probability 0.01 for two samples of one distribution."""
+    return float(1.628 * (2 / size) ** 0.5)

@@ -15,6 +15,7 @@ from atropos_hpc.contracts.messages import (
     GenerateRequest,
     Generation,
     SamplingParams,
+    Usage,
     VersionSpan,
 )
 from atropos_hpc.rollout.server_pool import Pool, decode_answer
@@ -23,6 +24,7 @@ from atropos_hpc.runtime.run_dir import RunDir
 
 REQUEST = GenerateRequest([1], SamplingParams(), "tokens")
 EXPECTED = decode_answer(json.dumps(ANSWER).encode())
+EXPECTED.usage = Usage(1, 1, 2)
 
 
 def on_a_run(test: Callable[[RunDir], Awaitable[None]]) -> Callable[[Path], None]:

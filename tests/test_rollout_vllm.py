@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,12 @@ pytest.importorskip("vllm")
 
 import aiohttp  # noqa: E402
 from run_files import evaluations  # noqa: E402
+from vllm_servers import ENVIRONMENT, PROMPT, Served, serving  # noqa: E402
 
 from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
 from atropos_hpc.contracts.messages import Registration  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
-from atropos_hpc.contracts.policy import ADAPTER_NAME, FileEntry, Manifest, PolicyVersion  # noqa: E402
-from atropos_hpc.environments.make_base import make_base  # noqa: E402
+from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
 from atropos_hpc.policy.manifest import file_digest  # noqa: E402
@@ -35,82 +34,9 @@ from atropos_hpc.policy.weight_update import PushError, UpdateOptions, push  # n
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
 from atropos_hpc.runtime.process import descendants_of  # noqa: E402
-from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 from atropos_hpc.trajectories.client import TrajectoryClient  # noqa: E402
 
-PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
 NOTHING = "environment: LookupError('this environment has no held-out problems')"
-ENVIRONMENT = {"target": f"{Path(__file__).parent}/kinds_env.py:KindsEnv", "group_size": 4}
-ROLLOUT = {
-    "memory_utilization": 0.05,
-    "kv_cache_bytes": 64 << 20,
-    "enforce_eager": True,
-    "variables": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-}
-
-
-class Served:
-    """A running server and its run. It starts with `base`; `other` has the same shapes."""
-
-    def __init__(self, run: RunDir, url: str, pid: int, base: Path, other: Path) -> None:
-        self.run, self.url, self.pid, self.base, self.other = run, url, pid, base, other
-        self.adapter = run.config().model.lora.rank > 0
-        self.token = run.token()
-        self.version = 0
-
-    def ask(
-        self, method: str, route: str, json: Any = None, token: str | None = None
-    ) -> tuple[int, Any]:
-        async def main() -> tuple[int, Any]:
-            headers = {"Authorization": f"Bearer {token or self.token}"}
-            async with (
-                aiohttp.ClientSession() as session,
-                session.request(method, self.url + route, json=json, headers=headers) as answer,
-            ):
-                return answer.status, await (
-                    answer.json() if answer.content_type == "application/json" else answer.text()
-                )
-
-        return asyncio.run(main())
-
-    def greedy(self) -> tuple[list[int], list[float], str]:
-        """(tokens, log-probs, version) of the greedy answer to PROMPT; the adapter's, if any."""
-        sampling = {"temperature": 0.0, "max_tokens": 4, "min_tokens": 4, "logprobs": 0}
-        body = {"token_ids": PROMPT, "sampling_params": sampling}
-        if self.adapter:
-            body["model"] = ADAPTER_NAME
-        status, answer = self.ask("POST", GENERATE, body)
-        assert status == 200, answer
-        (choice,) = answer["choices"]
-        (span,) = choice["weight_versions"]
-        return (
-            choice["token_ids"],
-            [position["logprob"] for position in choice["logprobs"]["content"]],
-            span["version"],
-        )
-
-    @property
-    def key(self) -> PolicyVersion:
-        """The version that was published last."""
-        return PolicyVersion(version=self.version, attempt=1)
-
-    def push(self, weights: Path, damage: bool = False) -> int:
-        """Publish as the next version and push it."""
-        self.version += 1
-        directory = publish(self.run, weights / "model.safetensors", self.version)
-        if damage:
-            shard = directory / "part-0.safetensors"
-            shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
-        self.push_directory(directory)
-        return self.version
-
-    def push_directory(self, directory: Path) -> None:
-        async def main() -> None:
-            async with aiohttp.ClientSession() as session:
-                options = UpdateOptions(adapter=self.adapter)
-                await push(session, self.url, self.token, directory, self.key, options)
-
-        asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
@@ -122,44 +48,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def served_adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("vllm-adapter"), rank=4) as server:
-        yield server
-
-
-@contextlib.contextmanager
-def serving(root: Path, rank: int = 0) -> Iterator[Served]:
-    """A server of a made model; of its adapters of that rank, if it is not 0."""
-    make_base(root / "base", seed=0, steps=120)
-    make_base(root / "other", seed=1, steps=20)
-    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    (root / "base" / "chat_template.jinja").write_text(template)
-    run = make_run(
-        root / "run",
-        model={
-            "path": str(root / "base"),
-            "max_length": 32,
-            "dtype": "float32",
-            "lora": {"rank": rank, "alpha": 8, "targets": []},
-        },
-        rollout=ROLLOUT,
-        environment=ENVIRONMENT,
-        evaluation={"before": True, "after": False},
-        staleness={"max": 0},
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = root / "server.log"
-    with module(
-        "atropos_hpc.rollout.vllm_server", "--run-dir", str(run.path), "--port", str(port), log=log
-    ) as child:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
-        server = Served(run, url, child.pid, root / "base", root / "other")
-        while True:
-            with contextlib.suppress(aiohttp.ClientError):
-                if server.ask("GET", "/health")[0] == 200:
-                    break
-            assert child.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.3)
         yield server
 
 

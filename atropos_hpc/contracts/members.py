@@ -122,10 +122,15 @@ class TrajectoriesState(MemberState, tag="trajectories"):
 
 class EnvironmentState(MemberState, tag="environment"):
     """An environment worker, with counts of its groups since it started: sent; refused by the
-    trajectory server; unsent because of equal scores, excessive length or a failure."""
+    trajectory server; unsent because of equal scores, excessive length or a failure.
+
+    Tokens of answers whose server was lost, or that an update aborted: `continued_tokens` were
+    kept, `regenerated_tokens` had to be generated again."""
 
     in_flight: int | None = None
     tokens_per_s: float | None = None
+    continued_tokens: int | None = None
+    regenerated_tokens: int | None = None
     sent: int | None = None
     refused: int | None = None
     unsent: int | None = None

@@ -234,6 +234,7 @@ class GenerateRequest(Struct, omit_defaults=True):
     sampling_params: SamplingParams
     output_mode: Literal["tokens", "text"]
     model: str | None = None  # the adapter's name; None: the base model
+    stream: bool = False  # vLLM 0.25 answers as a whole nevertheless
 
 
 class TokenLogprob(Struct):
@@ -265,10 +266,12 @@ class VersionSpan(Struct):
 
 
 class Generation(Struct):
-    """One sampled sequence of an answer."""
+    """One sampled sequence of an answer; in a stream, what is new of it."""
 
     token_ids: list[int]
+    index: int = 0
     finish_reason: str | None = None  # "abort" where a weight update cut it short
+    stop_reason: int | str | None = None  # the stop string or stop token that ended it
     text: str | None = None
     logprobs: Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
@@ -288,10 +291,19 @@ class Usage(Struct):
     total_tokens: int = 0
 
 
+PromptLogprobs = list[dict[str, TokenLogprob] | None]  # per token of the prompt, by token id
+
+
 class GenerateAnswer(Struct):
     """The answer of /inference/v1/generate."""
 
     choices: list[Generation]
-    prompt_logprobs: list[dict[str, TokenLogprob] | None] | None = None  # by token id
-    created: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
     usage: Usage | None = None
+
+
+class StreamChunk(Struct):
+    """One event of a streamed answer: new tokens of some samples, or the error that ends it."""
+
+    choices: list[Generation] = []
+    error: Raw = Raw()

@@ -100,6 +100,9 @@ class ActivitySample(Struct, frozen=True, tag_field="kind", tag="sample"):
     time: float
     states: dict[str, dict[str, int]]
     tokens_per_s: float  # generated, all environment workers together
+    # Tokens of interrupted answers, since the workers started: kept, and generated again.
+    continued_tokens: int = 0
+    regenerated_tokens: int = 0
 
 
 class RestartMark(Struct, frozen=True, tag_field="kind", tag="restart"):

@@ -173,6 +173,10 @@ def _details(members: Sequence[MemberStatus]) -> str:
         details.append(f"{in_flight} groups in flight")
     if sent := sum(worker.sent or 0 for worker in workers):
         details.append(f"{sent:,} sent")
+    if kept := sum(worker.continued_tokens or 0 for worker in workers):
+        details.append(f"{kept:,} tokens of interrupted answers kept")
+    if lost := sum(worker.regenerated_tokens or 0 for worker in workers):
+        details.append(f"{lost:,} generated again")
     details += [shown.member.error for shown in members if shown.member.error][:1]
     return ", ".join(details)
 

@@ -66,15 +66,18 @@ def _now() -> float:
 def sample(members: Mapping[str, AnyMember]) -> ActivitySample:
     """Count the members of each kind by state; vLLM servers are a kind of their own."""
     states: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    rate = 0.0
+    rate, continued, regenerated = 0.0, 0, 0
     for member in members.values():
         states[member.kind][state(member)] += 1
         for server in _servers(member):
             states["server"]["serving" if server.version is not None else "starting"] += 1
         if isinstance(member, EnvironmentState) and member.alive:
             rate += member.tokens_per_s or 0.0
+        if isinstance(member, EnvironmentState):
+            continued += member.continued_tokens or 0
+            regenerated += member.regenerated_tokens or 0
     counts = {kind: dict(of_kind) for kind, of_kind in states.items()}
-    return ActivitySample(_now(), counts, round(rate, 1))
+    return ActivitySample(_now(), counts, round(rate, 1), continued, regenerated)
 
 
 def state(member: MemberState) -> str:

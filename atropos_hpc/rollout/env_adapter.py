@@ -180,6 +180,8 @@ class RunEnvironment(BaseEnv):
             in_flight=len(self.workers),
             state="generating" if self.workers else "idle",
             tokens_per_s=self._tokens_per_s(now),
+            continued_tokens=self.pool.kept,
+            regenerated_tokens=self.pool.dropped,
         )
 
     def _tokens_per_s(self, now: float) -> float:

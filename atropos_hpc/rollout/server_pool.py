@@ -1,8 +1,10 @@
 """The run's vLLM servers as one: load balancing, failover, and the decoding of answers.
 
 The roster says which servers may be used; it is checked ten times a second. A request goes to the
-server with the fewest outstanding requests. When that one dies, hangs, or leaves the roster, the
-request moves to another; one deadline covers all moves.
+server that holds its prefix, as the turns of a conversation do, or to the one with the fewest
+outstanding samples. When that one dies, hangs, leaves the roster, or aborts the request for a
+weight update, the samples continue on another from the tokens they have (`partial_answer`); one
+deadline covers all moves.
 """
 
 import asyncio
@@ -11,12 +13,22 @@ import itertools
 import logging
 import time
 from collections import Counter, defaultdict
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
-from atropos_hpc.contracts.messages import GenerateAnswer, GenerateRequest
+from atropos_hpc.contracts.messages import (
+    GenerateAnswer,
+    GenerateRequest,
+    Generation,
+    PromptLogprobs,
+    StreamChunk,
+)
+from atropos_hpc.rollout.partial_answer import Decode, Sample, answer_of
+from atropos_hpc.rollout.prefix_homes import PrefixHomes
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -30,9 +42,14 @@ CONNECTIONS = 512
 ABORT_PAUSE_S = 0.05  # before a request that a weight update aborted is sent again
 SUSPECT_S = 5.0  # for how long a server that failed is used only if there is no other
 LONGEST_PAUSE_S = 2.0  # between two moves
+# A server that holds the prefix is overloaded from this many outstanding samples: factor times the
+# fewest that a server has, plus slack.
+HOME_FACTOR, HOME_SLACK = 1.5, 16
+STREAM, EVENT_END = "text/event-stream", b"\n\n"
 RETRIED = {401, 408, 429}  # below 500, but another server or a later attempt may succeed
 
 _decoder = msgspec.json.Decoder(GenerateAnswer)
+_chunk_decoder = msgspec.json.Decoder(StreamChunk)
 _encoder = msgspec.json.Encoder(enc_hook=lambda value: value.item())  # numpy's scalars
 
 
@@ -41,13 +58,50 @@ def decode_answer(body: bytes) -> GenerateAnswer:
     return _decoder.decode(body)
 
 
+@dataclass
+class _Call:
+    """One call of `Pool.post`."""
+
+    deadline: float  # monotonic
+    failure: str  # the last
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+@dataclass
+class _Attempt:
+    """A request to one server for these samples, in the order of the answer's indices."""
+
+    call: _Call
+    request: GenerateRequest
+    samples: list[Sample]
+
+    def add(self, choices: list[Generation]) -> int:
+        """Add what the server sent, and return how many tokens it was."""
+        for choice in choices:
+            self.samples[choice.index].add(choice)
+        return sum(len(choice.token_ids) for choice in choices)
+
+
+async def _all(parts: Sequence[Coroutine[None, None, None]]) -> None:
+    """Run the parts at the same time; when one fails, cancel the others."""
+    tasks = [asyncio.create_task(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 class Pool:
     """The live vLLM servers of a run, and their outstanding requests. Belongs to one event loop."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.outstanding: Counter[str] = Counter()
-        self.generated = 0  # tokens, in total
+        self.homes = PrefixHomes()
+        self.generated = 0  # tokens that have arrived
+        # Tokens that interrupted samples had: continued from, and generated again.
+        self.kept = self.dropped = 0
         self._roster = RosterReader(run.roster)
         self._servers = self._roster.servers()  # URL -> version
         self._headers = {
@@ -55,7 +109,7 @@ class Pool:
             "Content-Type": "application/json",
         }
         self._suspect_until: dict[str, float] = {}
-        self._requests: defaultdict[str, set[asyncio.Task[tuple[int, bytes]]]] = defaultdict(set)
+        self._requests: defaultdict[str, set[asyncio.Task[str | None]]] = defaultdict(set)
         self._turn = itertools.count()
         self._watcher: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -88,78 +142,151 @@ class Pool:
             self._servers = servers
             await asyncio.sleep(ROSTER_S)
 
-    def pick(self) -> str | None:
-        """Return the server with the fewest outstanding requests, None if there is no server.
+    def pick(self, home: str | None = None) -> str | None:
+        """Return the server with the fewest outstanding samples, None if there is no server.
 
-        Servers with equally many take turns.
+        Servers with equally many take turns. `home`, which holds the prompt's prefix, goes first,
+        unless it has failed recently or is overloaded compared with the others.
         """
         now, turn = time.monotonic(), next(self._turn)
         trusted = [url for url in self._servers if self._suspect_until.get(url, 0) < now]
         candidates = trusted or self.servers
         at = turn % len(candidates) if candidates else 0
         order = candidates[at:] + candidates[:at]
-        return min(order, key=lambda url: self.outstanding[url], default=None)
+        least = min(order, key=lambda url: self.outstanding[url], default=None)
+        if least is not None and home in candidates:
+            limit = HOME_FACTOR * self.outstanding[least] + HOME_SLACK
+            return home if self.outstanding[home] < limit else least
+        return least
 
-    async def post(self, request: GenerateRequest, timeout_s: float) -> GenerateAnswer:
-        """Generate on some live server, moving on until one answers.
+    async def post(
+        self, request: GenerateRequest, timeout_s: float, decode: Decode | None = None
+    ) -> GenerateAnswer:
+        """Generate on some live server, moving on until all samples are complete.
+
+        Samples continue on the next server from the tokens that they have. `decode` is needed to
+        continue those of requests with stop strings.
 
         Raises TimeoutError after `timeout_s` with the last failure, and ValueError when a server
         rejects the request itself.
         """
         self.watch()
-        body = _encoder.encode(request)
-        deadline, moves = time.monotonic() + timeout_s, 0
-        failure = f"no server in {self.run.roster}"
-        while (left := deadline - time.monotonic()) > 0:
-            server = self.pick()
+        samples = [Sample(request, i, decode) for i in range(request.sampling_params.n)]
+        call = _Call(time.monotonic() + timeout_s, f"no server in {self.run.roster}")
+        try:
+            await self._complete(call, request, samples)
+        except TimeoutError:
+            raise TimeoutError(
+                f"no vLLM server answered {GENERATE} within {timeout_s:.0f} s; last: {call.failure}"
+            ) from None
+        finally:
+            self.kept += sum(sample.kept for sample in samples)
+            self.dropped += sum(sample.dropped for sample in samples)
+        answer = answer_of(samples)
+        answer.prompt_logprobs = call.prompt_logprobs
+        return answer
+
+    async def _complete(
+        self, call: "_Call", request: GenerateRequest, samples: list[Sample]
+    ) -> None:
+        """Complete the samples of a request; after an interruption, each by a request of its own.
+
+        Raises TimeoutError at the call's deadline.
+        """
+        moves, home = 0, self.homes.find(request.token_ids)
+        while (left := call.deadline - time.monotonic()) > 0:
+            server = self.pick(home)
             if server is None:
                 await asyncio.sleep(min(left, ROSTER_S / 4))
                 continue
-            answer = await self._try(server, body, left)
-            if isinstance(answer, GenerateAnswer):
-                if all(choice.finish_reason != "abort" for choice in answer.choices):
-                    return answer
-                # A weight update cut it short: the server is fine, but the answer is not usable.
+            failure = await self._try(server, _Attempt(call, request, samples), left)
+            for sample in samples:
+                if sample.finished:
+                    tokens = sample.generation.token_ids
+                    self.homes.remember([*sample.request.token_ids, *tokens], server)
+                else:
+                    sample.interrupt()
+            unfinished = [sample for sample in samples if not sample.finished]
+            if not unfinished:
+                return
+            if failure is None:  # a weight update aborted the request: the server is fine
+                home = server
                 await asyncio.sleep(ABORT_PAUSE_S)
-                continue
-            failure, moves = answer, moves + 1
-            self._suspect_until[server] = time.monotonic() + SUSPECT_S
-            log.warning("moving a generation to another server (move %d): %s", moves, failure)
-            await asyncio.sleep(min(0.05 * 2**moves, LONGEST_PAUSE_S))
-        raise TimeoutError(
-            f"no vLLM server answered {GENERATE} within {timeout_s:.0f} s; last: {failure}"
-        )
+            else:
+                call.failure, moves = failure, moves + 1
+                self._suspect_until[server] = time.monotonic() + SUSPECT_S
+                log.warning("moving a generation to another server (move %d): %s", moves, failure)
+                await asyncio.sleep(min(0.05 * 2**moves, LONGEST_PAUSE_S))
+            if len(samples) == 1:
+                request = samples[0].rest()
+            elif len(unfinished) < len(samples) or any(sample.joint for sample in unfinished):
+                parts = [self._complete(call, each.rest(), [each]) for each in unfinished]
+                return await _all(parts)
+        raise TimeoutError
 
-    async def _try(self, server: str, body: bytes, left_s: float) -> GenerateAnswer | str:
-        """Return the answer of this server, or why there is none. Raises ValueError as `post`."""
-        request = asyncio.create_task(self._post_to(server, body, left_s))
-        self.outstanding[server] += 1
+    async def _try(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
+        """Have this server generate. Return why it did not complete, None if it answered.
+
+        Raises ValueError as `post`.
+        """
+        request = asyncio.create_task(self._post_to(server, attempt, left_s))
+        self.outstanding[server] += len(attempt.samples)
         self._requests[server].add(request)
         try:
             await asyncio.wait([request])  # raises only if the caller is cancelled
             if request.cancelled():
                 return f"{server} left the roster"
-            status, answer = request.result()
-            if status == 200:
-                return decode_answer(answer)
-            text = answer[:500].decode(errors="replace")
-            if status < 500 and status not in RETRIED:
-                raise ValueError(f"{server}{GENERATE} rejected the request with {status}: {text}")
-            return f"{server} answered {status}: {text}"
+            return request.result()
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
             return f"{server}: {error!r}"
         finally:
             request.cancel()
-            self.outstanding[server] -= 1
+            self.outstanding[server] -= len(attempt.samples)
             self._requests[server].discard(request)
 
-    async def _post_to(self, server: str, body: bytes, left_s: float) -> tuple[int, bytes]:
+    async def _post_to(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
         if self._session is None or self._session.closed:
             connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        body = _encoder.encode(attempt.request)
         timeout = aiohttp.ClientTimeout(total=left_s, sock_connect=CONNECT_S)
         async with self._session.post(server + GENERATE, data=body, timeout=timeout) as response:
-            return response.status, await response.read()
+            if response.status == 200 and response.content_type == STREAM:
+                return await self._read_stream(server, attempt, response)
+            data = await response.read()
+            if response.status == 200:
+                answer = decode_answer(data)
+                attempt.call.prompt_logprobs = answer.prompt_logprobs
+                self.generated += attempt.add(answer.choices)
+                return None
+            text = data[:500].decode(errors="replace")
+            if response.status < 500 and response.status not in RETRIED:
+                raise ValueError(
+                    f"{server}{GENERATE} rejected the request with {response.status}: {text}"
+                )
+            return f"{server} answered {response.status}: {text}"
+
+    async def _read_stream(
+        self, server: str, attempt: "_Attempt", response: aiohttp.ClientResponse
+    ) -> str | None:
+        """Add the events of a stream to the samples."""
+        buffer, ended = bytearray(), False
+        async for data in response.content.iter_any():  # to its end: the connection is used again
+            buffer += data
+            *events, buffer = buffer.split(EVENT_END)
+            for event in events:
+                payload = event.removeprefix(b"data:").strip()
+                if payload == b"[DONE]":
+                    ended = True
+                    continue
+                chunk = _chunk_decoder.decode(payload)
+                if bytes(chunk.error) not in (b"", b"null"):
+                    text = bytes(chunk.error)[:500].decode(errors="replace")
+                    return f"{server} ended its answer with an error: {text}"
+                self.generated += attempt.add(chunk.choices)
+            if any(sample.cut for sample in attempt.samples):
+                return None  # the server does not know, and goes on
+        return None if ended else f"{server} ended its answer early"
 
     async def close(self) -> None:
         """Stop following the roster and close the connections."""

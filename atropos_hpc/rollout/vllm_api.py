@@ -5,6 +5,10 @@ version is recorded in the API server's output processor (`_record_weight_versio
 sampled between the answers of /pause and /resume, so every output that is processed belongs to the
 version that the last finished update named.
 
+Clients ask for a stream, so that they hold the tokens of an unfinished answer when its server is
+lost. 0.32 names the versions in the last chunk only (`_stamp_every_chunk`); the stream of 0.25 has
+no field for them, so it answers as a whole (`_answer_as_a_whole`), which clients accept too.
+
 `policy/vllm_engine.py` is the other file that touches vLLM: it runs in vLLM's worker processes.
 """
 
@@ -16,11 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 ENTRY = "vllm.entrypoints.launchers.api_server.entry"  # since 0.32
+# Tokens of a sample that are sent together. A killed server takes up to one less than that of each
+# sample with it; smaller chunks cost its API server and the clients more time per token.
+CHUNK_TOKENS = 4
 
 
 def version_flags() -> list[str]:
     """Return the flags that only some versions know: 0.32 needs one for its token endpoint."""
-    return ["--enable-scale-out"] if _has_entry() else []
+    if not _has_entry():
+        return []
+    return ["--enable-scale-out", "--stream-interval", str(CHUNK_TOKENS)]
 
 
 def serve(arguments: list[str]) -> None:
@@ -28,6 +37,7 @@ def serve(arguments: list[str]) -> None:
     sys.argv = ["vllm", *arguments]
     if _has_entry():
         entry: Any = importlib.import_module(ENTRY)
+        _stamp_every_chunk()
         entry.main()
         return
     import uvloop
@@ -49,6 +59,24 @@ def _has_entry() -> bool:
         return False
 
 
+def _stamp_every_chunk() -> None:
+    """Have 0.32 name the weight versions in every chunk of a stream, not in the last one only.
+
+    The spans cover all tokens of the request so far.
+    """
+    from vllm.v1.engine import output_processor
+
+    state: Any = output_processor.RequestState
+    new_completion = state._new_completion_output
+
+    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = new_completion(self, *args, **kwargs)
+        output.weight_versions = self._weight_version_spans()
+        return output
+
+    state._new_completion_output = new_completion_output
+
+
 def _record_weight_versions() -> None:
     """Have vLLM 0.25 report the version behind each token, as 0.32 does.
 
@@ -57,6 +85,7 @@ def _record_weight_versions() -> None:
     label = _Label()
     _stamp_outputs(label)
     _add_spans_to_answers()
+    _answer_as_a_whole()
     _name_versions_in_routes(label)
 
 
@@ -131,6 +160,19 @@ def _add_spans_to_answers() -> None:
         return response
 
     serving.ServingTokens.serve_tokens_full_generator = serve_tokens_full_generator
+
+
+def _answer_as_a_whole() -> None:
+    """Have 0.25 answer requests for a stream without one."""
+    from vllm.entrypoints.scale_out.token_in_token_out import serving
+
+    serve_tokens = serving.ServingTokens.serve_tokens
+
+    async def serve_whole(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        request.stream = False
+        return await serve_tokens(self, request, *args, **kwargs)
+
+    serving.ServingTokens.serve_tokens = serve_whole
 
 
 def _name_versions_in_routes(label: _Label) -> None:

@@ -6,6 +6,7 @@ chat_completion, completion, or a managed server.
 """
 
 import asyncio
+import functools
 import json
 import logging
 import time
@@ -38,6 +39,7 @@ from atropos_hpc.rollout.stamping import record
 
 log = logging.getLogger(__name__)
 
+DECODED_TAIL = 6  # tokens of the prompt that an answer's text may depend on
 # OpenAI's options by what becomes of them; the rest is dropped, with one warning.
 SAMPLING = set(SamplingParams.__struct_fields__) - {"logprobs"}
 TEMPLATE = {
@@ -203,12 +205,20 @@ class VllmServer(APIServer):
         self, prompt: list[int], sampling: SamplingParams, mode: Literal["tokens", "text"]
     ) -> GenerateAnswer:
         sampling.logprobs = sampling.logprobs or 0
-        request = GenerateRequest(prompt, sampling, mode, self._model)
-        answer = await self.pool.post(request, self.config.timeout)
+        request = GenerateRequest(prompt, sampling, mode, self._model, stream=True)
+        skip = sampling.skip_special_tokens is not False
+        decode = functools.partial(self._decode_after, prompt, skip)
+        answer = await self.pool.post(request, self.config.timeout, decode)
         temperature = 1.0 if sampling.temperature is None else float(sampling.temperature)
         record(answer.choices, temperature)
-        self.pool.generated += sum(len(choice.token_ids) for choice in answer.choices)
         return answer
+
+    def _decode_after(self, prompt: list[int], skip_special: bool, tokens: Sequence[int]) -> str:
+        """Decode an answer as the continuation of its prompt: a leading space stays."""
+        tail = prompt[-DECODED_TAIL:]
+        before = self.tokenizer.decode(tail, skip_special_tokens=skip_special)
+        text = self.tokenizer.decode([*tail, *tokens], skip_special_tokens=skip_special)
+        return str(text)[len(before) :]
 
     def _sampling(self, options: JsonObject) -> SamplingParams:
         """Translate OpenAI's options. Without max_tokens the server fills its context."""
@@ -250,7 +260,7 @@ class VllmServer(APIServer):
         return {
             "id": str(uuid.uuid4()),
             "object": kind,
-            "created": answer.created,
+            "created": int(time.time()),
             "model": self.config.model_name,
             "choices": choices,
             "usage": msgspec.to_builtins(answer.usage),
