@@ -5,6 +5,7 @@ That holds whether it is stopped, killed, or runs undisturbed.
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import signal
@@ -263,6 +264,28 @@ def test_non_finite_gradients_step_after_step_end_the_run(model: Path, tmp_path:
     assert "Traceback" not in log
     assert [line.scalars["skipped_steps"] for line in step_metrics(run)] == [0, 1, 2]
     assert scalars(run)[2]["grad_norm"] is None, "JSON has no NaN"
+
+
+def test_a_journal_that_was_cut_while_stopped_is_reported_with_what_is_trained_again(
+    uninterrupted: RunDir, model: Path, tmp_path: Path
+) -> None:
+    """Killed after step 5, with checkpoint 4; the journal then loses its end."""
+    run = new_run(tmp_path, model)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
+        first = learn(run)
+        wait_for("step 5", "the learner", lambda: len(step_metrics(run)) == 5, 120)
+        first[0].signal(signal.SIGKILL)
+        ended(run, first)
+    (journal,) = run.trajectories.glob("*.journal")
+    os.truncate(journal, journal.stat().st_size // 2)
+    with trajectory_server(run) as url:
+        post(url, run.token(), [group(seed) for seed in range(100, 100 + 2 * GROUPS)])
+        assert ended(run, learn(run)) == [0]
+    log = (run.logs / "trainer-0.log").read_text()
+    assert "batches 0 to 4 were trained on and are missing" in log
+    assert "before step 4 is in the checkpoint. Steps 5 to 5 are trained again" in log
+    assert [line.step for line in step_metrics(run)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("backend", ["verl", "deepspeed"])

@@ -55,3 +55,23 @@ class BatchLeaser:
             if groups is not None:
                 return LeasedBatch(groups, self.client.status() if self.rank == 0 else None)
         return LeasedBatch([], None)
+
+
+def missing_batches(next_batch: int, durable: int, trained: int) -> str | None:
+    """Describe what the trajectory server's journal has lost; None if nothing is missing.
+
+    `next_batch`: the first batch that the journal does not have. `durable`: the step that training
+    resumes from. `trained`: the last step in the metrics. Step k trains batch k - 1.
+    """
+    known = max(durable, trained)
+    if next_batch >= known:
+        return None
+    text = (
+        f"the trajectory journal is incomplete: batches {next_batch} to {known - 1} were trained on"
+        " and are missing in it, so it was cut, removed, or replaced by an older copy. "
+    )
+    if next_batch < durable:
+        text += f"What is before step {durable} is in the checkpoint. "
+    if (first := max(durable, next_batch)) < trained:
+        text += f"Steps {first + 1} to {trained} are trained again, with new groups. "
+    return text + "Groups that waited in the missing part are lost, and generated anew"

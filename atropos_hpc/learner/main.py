@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import TrainerState
 from atropos_hpc.contracts.messages import Registration
+from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.learner.checkpoint_files import BadCheckpoint
 from atropos_hpc.learner.skipped_steps import NothingLearned
 from atropos_hpc.runtime import process
@@ -34,13 +35,14 @@ from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
-from atropos_hpc.runtime.run_dir import RunDir, Unreadable
+from atropos_hpc.runtime.run_dir import RunDir, Unreadable, last_records
 from atropos_hpc.runtime.waiting import wait_for
 
 if TYPE_CHECKING:
     from atropos_hpc.learner.backends.base import Backend
     from atropos_hpc.learner.loop import TrainContext
     from atropos_hpc.observe.rollouts import RolloutWriter
+    from atropos_hpc.trajectories.client import TrajectoryClient
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +226,7 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
             wandb_project=config.wandb.project,
             wandb_group=config.wandb.group or "",
         )
+        _report_missing_batches(run, config, leasing, state.version)
         leasing.register(registration)
         trackers = open_trackers(run, config.wandb, config.tensorboard, state.version)
         metrics = MetricsWriter(run, trackers, state.version)
@@ -256,6 +259,19 @@ def _rollout_writer(
         return None
     part, texts = Part(backend.data_rank, backend.data_world), decoder(config.model.path or "")
     return RolloutWriter(run.rollouts, part, max_bytes, resume_at, texts)
+
+
+def _report_missing_batches(
+    run: RunDir, config: Config, client: "TrajectoryClient", durable: int
+) -> None:
+    """Warn if the trajectory server's journal lacks batches that the run has trained on."""
+    from atropos_hpc.learner.batch_leaser import missing_batches
+
+    if config.trajectories.server == "atropos":  # its state does not survive a restart anyway
+        return
+    trained = max((line.step for line in last_records(run.metrics, StepMetrics, 1)), default=0)
+    if missing := missing_batches(client.status().next_batch, durable, trained):
+        log.warning("%s", missing)
 
 
 def _variable(name: str, slurm: str, default: str) -> int:
