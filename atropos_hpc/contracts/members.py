@@ -30,8 +30,9 @@ STARTING_STATES = ("starting", "joining", "loading", "registering", "starting se
 class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
     """What every member says. The fields of the first block are set by `runtime.membership.Member`.
 
-    `state` is one or two words about the present activity; "ended" is final. `alive` is valid in
-    the roster only: the supervisor's judgement by the heartbeat.
+    `state` is one or two words about the present activity; "ended" is final. `alarm` describes what
+    keeps failing while others wait for it: a full disk, for example. `alive` is valid in the roster
+    only: the supervisor's judgement by the heartbeat.
     """
 
     name: str = ""
@@ -43,6 +44,7 @@ class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
     state: str = "starting"
     waiting: Wait | None = None
     error: str | None = None
+    alarm: str | None = None
     alive: bool = True
 
     @property
@@ -77,13 +79,12 @@ class RolloutJobState(MemberState, tag="rollout_job"):
 
 class TrainerState(MemberState, tag="trainer"):
     """A learner rank. `store` is (host, port) of rank 0's process group store; `step_id` names this
-    start of the trainer step; `alarm` describes a publish that keeps failing."""
+    start of the trainer step."""
 
     rank: int = 0
     step: int | None = None
     step_id: str | None = None
     store: tuple[str, int] | None = None
-    alarm: str | None = None
 
 
 class ServerState(msgspec.Struct, kw_only=True):
@@ -96,13 +97,12 @@ class ServerState(msgspec.Struct, kw_only=True):
 
 
 class AgentState(MemberState, tag="agent"):
-    """A node agent. `policy` is the newest version in the node's cache, `bad_policy` says why the
-    newest published one cannot be used, `children` has the pids of workers and evaluator."""
+    """A node agent. `policy` is the newest version in the node's cache, `children` has the pids of
+    workers and evaluator."""
 
     number: int = 0
     servers: list[ServerState] = []
     policy: PolicyVersion | None = None
-    bad_policy: str | None = None
     children: dict[str, int] = {}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import cluster_check, role_environment
+from atropos_hpc.launch import cluster_check, role_environment, storage_check
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.steps import rollout_python, trainer_python
 from atropos_hpc.runtime.run_dir import RunDir
@@ -57,7 +57,7 @@ def check(
     found = [
         *problems(config),
         *sbatch.problems(config),
-        *_run_directory(run_dir),
+        *_storage(config, run_dir),
         *_changes(config, previous),
         *_model_files(config),
     ]
@@ -101,10 +101,13 @@ def _rollout_role(config: Config, wrong: frozenset[str], imports: bool) -> list[
     ]
 
 
+def _storage(config: Config, run_dir: Path) -> list[Problem]:
+    """Check the run directory, and then the space for what is written there."""
+    return [*_run_directory(run_dir)] or [*storage_check.check(config, run_dir)]
+
+
 def _run_directory(run_dir: Path) -> Iterator[Problem]:
-    home = run_dir
-    while not home.exists():
-        home = home.parent
+    home = storage_check.existing(run_dir)
     if not home.is_dir():
         yield Problem("run_dir", f"{home} is not a directory")
         return

@@ -26,6 +26,7 @@ from atropos_hpc.config import Config
 
 MASTER, COMPUTE = 4, 2  # bytes of a float32 and of a bfloat16
 TRAINED = 4 * MASTER  # weight, gradient, two moments
+CHECKPOINT = 3 * MASTER  # weight, two moments
 OPTIMIZER_TEMPORARY = MASTER
 LOSS_CHUNK = 96 << 20  # logits; as in learner/loss_head.py, which imports torch
 CHUNK_LOGIT = 2 * COMPUTE + MASTER  # logits, their gradient, a float32 temporary
@@ -108,13 +109,20 @@ def sizes(model: dict[str, Any]) -> Sizes:
     )
 
 
-def describe(config: Config) -> str | None:
-    """Render the estimate in one line; None without a config.json of that kind."""
+def sizes_of(config: Config) -> Sizes | None:
+    """Read the sizes of the config's model; None without a config.json of that kind."""
     try:
         path = Path(config.model.path or "", "config.json").expanduser()
-        found = estimate(config, sizes(json.loads(path.read_text())))
+        return sizes(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def describe(config: Config) -> str | None:
+    """Render the estimate in one line; None without a config.json of that kind."""
+    if (model := sizes_of(config)) is None:
+        return None
+    found = estimate(config, model)
     return (
         f"trainer {found.trainer / GIB:.2g} GiB per rank; "
         f"a server {found.weights / GIB:.2g} GiB of weights, "
@@ -144,6 +152,17 @@ def estimate(config: Config, model: Sizes) -> Estimate:
         cache_of_one=cache,
         policy_cache=2 * published,
     )
+
+
+def stored_bytes(config: Config, model: Sizes) -> tuple[int, int]:
+    """Return the bytes on disk of one policy version and of one checkpoint.
+
+    An adapter's are small and counted as nothing.
+    """
+    if config.model.lora.rank > 0:
+        return 0, 0
+    parameter = MASTER if config.model.dtype == "float32" else COMPUTE
+    return model.total * parameter, model.total * CHECKPOINT
 
 
 def _gathered(model: Sizes, lora: bool) -> float:

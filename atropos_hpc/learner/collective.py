@@ -39,11 +39,19 @@ class Collective:
         for number in (signal.SIGTERM, END_TASKS):
             signal.signal(number, self._on_signal)
 
-    def wait(self, what: str, from_whom: str, ready: Callable[[], bool], timeout_s: float) -> None:
+    def wait(
+        self,
+        what: str,
+        from_whom: str,
+        ready: Callable[[], bool],
+        timeout_s: float,
+        alarm: Callable[[], str | None] = lambda: None,
+    ) -> None:
         """Wait until `ready()` is true on all ranks.
 
-        Raises StopRequested when the run is to stop, and TimeoutError after `timeout_s` seconds,
-        both on all ranks.
+        `alarm`: what keeps failing meanwhile, which becomes part of the error. Raises
+        StopRequested when the run is to stop, and TimeoutError after `timeout_s` seconds, both on
+        all ranks.
         """
         with Waiting(what, from_whom, timeout_s, self.member) as waiting:
             while True:
@@ -55,7 +63,7 @@ class Collective:
                 if stop:
                     raise StopRequested
                 if expired:
-                    raise waiting.timeout()
+                    raise waiting.timeout(alarm() or "")
                 waiting.show()
                 time.sleep(POLL_S)
 

@@ -120,7 +120,13 @@ def _step(context: TrainContext, timeout_s: float) -> None:
     context.member.update(state="training", step=version)
     with phases("wait"):
         source = "the trajectory server"
-        context.collective.wait(f"batch {version}", source, context.leaser.ready, timeout_s)
+        context.collective.wait(
+            f"batch {version}",
+            source,
+            context.leaser.ready,
+            timeout_s,
+            lambda: context.publisher.alarm,
+        )
         leased = context.leaser.take()
     if version + 1 < steps:
         context.leaser.start(version + 1, version)

@@ -109,7 +109,7 @@ class Publisher:
         self._snapshot: Snapshot | None = None
         self._base: PolicyVersion | None = None  # the version that deltas start from
         self._since_full = 0  # versions since the last full one
-        self._alarm: str | None = None
+        self.alarm: str | None = None  # on rank 0: why the newest version cannot be published
         attempt = torch.tensor(self.store.claim_attempt() if self.is_leader else 0)
         dist.broadcast(attempt, src=0)
         self.attempt = int(attempt)
@@ -287,6 +287,6 @@ class Publisher:
             return None
 
     def _show_alarm(self, alarm: str | None) -> None:
-        if alarm != self._alarm:
-            self._alarm = alarm
+        if alarm != self.alarm:
+            self.alarm = alarm
             self.link.show_alarm(alarm)

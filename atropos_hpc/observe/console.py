@@ -57,6 +57,7 @@ class Console:
             disable=not self.terminal.is_terminal,
         )
         self.task = self.progress.add_task("starting", total=steps, metrics="")
+        self._alarms: dict[str, str] = {}  # by member
         self._next_look, self._next_plain, self._last_plain = 0.0, 0.0, ""
         self._evaluated = {line.version for line in read_records(run.evaluations, Evaluation)}
 
@@ -90,6 +91,7 @@ class Console:
             return
         self._next_look = time.monotonic() + LOOK_S
         self._log_evaluations()
+        self._log_alarms(members)
         if lines := last_records(self.run.metrics, StepMetrics, 1):
             last = lines[0]
             values = [(label, last.get(name), form) for label, name, form in METRICS]
@@ -103,6 +105,17 @@ class Console:
             self._log_plain(f"step {last.step}/{self.steps}  {metrics}")
         else:
             self._log_plain(_starting(members))
+
+    def _log_alarms(self, members: Mapping[str, AnyMember]) -> None:
+        """Log what keeps failing in a member while the others wait for it, when that changes."""
+        log = logging.getLogger("atropos_hpc.alarm")
+        alarms = {name: member.alarm for name, member in members.items() if member.alarm}
+        for name, alarm in alarms.items():
+            if self._alarms.get(name) != alarm:
+                log.error("%s: %s", name, alarm)
+        for name in self._alarms.keys() - alarms.keys():
+            log.info("%s: resolved", name)
+        self._alarms = alarms
 
     def _log_evaluations(self) -> None:
         log = logging.getLogger("atropos_hpc.evaluation")

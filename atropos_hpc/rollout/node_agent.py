@@ -217,7 +217,7 @@ class NodeAgent:
             state="serving" if serving else "starting servers",
             servers=servers,
             policy=newest.version if newest else None,
-            bad_policy=self.follower.failure,
+            alarm=self.follower.failure,
             children={m.name: m.pid for m in self.others if m.pid is not None},
         )
         waits = (server.wait() for server in self.servers)

@@ -51,6 +51,10 @@ class Damaged(Exception):
     """The journal is damaged; the message says where, and what to do."""
 
 
+class InUse(Damaged):
+    """Another trajectory server has the journal open."""
+
+
 class NotWritten(Exception):
     """A record could not be written (full disk, quota), and is not in the journal.
 
@@ -81,6 +85,7 @@ class Journal:
         self._wake = threading.Condition()
         self._closed = False
         self._failures = 0  # since the last successful write
+        self.alarm: str | None = None  # why it cannot be written at present
         self._thread: threading.Thread | None = None
 
     def replay(self) -> Iterator[tuple[Place, Header, memoryview]]:
@@ -214,6 +219,7 @@ class Journal:
                 places = self._commit([record for record, _, _ in batch])
             except Exception as failure:  # whatever it is, the senders must get an error
                 self._failures += 1
+                self.alarm = f"the journal in {self.directory} cannot be written: {failure}"
                 # Log the 1st, 2nd, 4th, 8th, ... failure: a full disk lasts.
                 if self._failures & (self._failures - 1) == 0:
                     log.error(
@@ -222,10 +228,7 @@ class Journal:
                         self._failures,
                         failure,
                     )
-                error = NotWritten(
-                    f"the journal in {self.directory} cannot be written: {failure}; "
-                    "nothing was stored, send it again later"
-                )
+                error = NotWritten(f"{self.alarm}; nothing was stored, send it again later")
             self._loop.call_soon_threadsafe(_finish, batch, places, error)
 
     def _commit(self, records: list[Record]) -> list[Place]:
@@ -255,7 +258,7 @@ class Journal:
                     error,
                 )
             raise
-        self._dirty, self._failures = False, 0
+        self._dirty, self._failures, self.alarm = False, 0, None
         self._tail = (segment, at)
         return places[-len(records) :]
 
@@ -324,7 +327,7 @@ def _lock(path: Path, wait_s: float) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(fd)
-                raise Damaged(
+                raise InUse(
                     f"{path.parent}: another trajectory server has had this open for "
                     f"{wait_s:.0f} s; stop it first"
                 ) from None

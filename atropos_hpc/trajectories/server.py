@@ -34,7 +34,7 @@ from atropos_hpc.runtime.token_check import authorized
 from atropos_hpc.trajectories.connections import ConnectionLimits, LimitedSite, authenticate
 from atropos_hpc.trajectories.decode import decode_json, decode_records, to_json
 from atropos_hpc.trajectories.http_body import BodyLimits, BodyReader
-from atropos_hpc.trajectories.journal import Damaged, Place
+from atropos_hpc.trajectories.journal import Damaged, InUse, Place
 from atropos_hpc.trajectories.service import Service, ServiceSettings
 
 log = logging.getLogger(__name__)
@@ -314,7 +314,7 @@ async def start(
 
 
 async def report_status(
-    member: Member[TrajectoriesState], status: Callable[[], dict[str, int]], end: asyncio.Task[Any]
+    member: Member[TrajectoriesState], status: Callable[[], dict[str, Any]], end: asyncio.Task[Any]
 ) -> None:
     """Keep the queue's counts in the member file up to date, until `end` is done."""
     while not (await asyncio.wait([end], timeout=STATUS_S))[0]:
@@ -340,13 +340,13 @@ async def serve(run: RunDir, node: str) -> None:
     except Damaged as error:
         log.error("%s", error)
         member.leave(state="ended", error=str(error))
-        raise SystemExit(1) from None
+        raise SystemExit(1 if isinstance(error, InUse) else process.REFUSED) from None
 
-    def status() -> dict[str, int]:
+    def status() -> dict[str, Any]:
         counts = msgspec.structs.asdict(service.status())
-        return {
-            name: n for name, n in counts.items() if name in TrajectoriesState.__struct_fields__
-        }
+        known = TrajectoriesState.__struct_fields__
+        shown = {name: n for name, n in counts.items() if name in known}
+        return {**shown, "alarm": service.journal.alarm}
 
     bodies = BodyLimits(config.trajectories.max_body_bytes)
     app = application(service, token, bodies, run.environments)
