@@ -19,14 +19,16 @@ from atropos_hpc.config_rollout import RolloutConf as RolloutConf
 from atropos_hpc.config_rollout import TrajectoriesConf as TrajectoriesConf
 from atropos_hpc.schema import MISSING, key, section
 
+MOST_STEPS = 10_000_000
+
 
 @dataclass
 class LoraConf:
     """Train a LoRA adapter (arXiv 2106.09685) instead of all weights. Only the adapter is published
     and checkpointed."""
 
-    rank: int = key(0, "rank of the adapter's matrices; 0 trains all weights", ge=0)
-    alpha: int = key(16, "the adapter's output is scaled by alpha / rank", ge=1)
+    rank: int = key(0, "rank of the adapter's matrices; 0 trains all weights", ge=0, le=512)
+    alpha: int = key(16, "the adapter's output is scaled by alpha / rank", ge=1, le=1 << 16)
     targets: List[str] = key(
         [],
         "name suffixes of the linear layers to adapt, such as q_proj; empty: every linear layer "
@@ -52,6 +54,7 @@ class ModelConf:
         "maximum length of prompt plus completion, tokens; longer sequences are refused, never "
         "truncated",
         ge=2,
+        le=1 << 24,
     )
     dtype: str = key(
         "bfloat16",
@@ -114,13 +117,16 @@ class AlgorithmConf:
         {},
         "options of the loss: sapo has tau_pos, tau_neg; clip_cov has clip_cov_ratio, clip_cov_lb, "
         "clip_cov_ub; kl_cov has kl_cov_ratio, ppo_kl_coef",
+        ge=-1000,
+        le=1000,
     )
-    clip_low: float = key(0.2, "clip ratios below 1 - clip_low", ge=0)
-    clip_high: float = key(0.2, "clip ratios above 1 + clip_high", ge=0)
+    clip_low: float = key(0.2, "clip ratios below 1 - clip_low", ge=0, le=1)
+    clip_high: float = key(0.2, "clip ratios above 1 + clip_high", ge=0, le=100)
     clip_dual: float = key(
         3.0,
         "bound of the loss for negative advantages (dual-clip PPO, arXiv 1912.09729)",
         ge=1,
+        le=1000,
     )
     aggregation: str = key(
         "token-mean",
@@ -133,7 +139,10 @@ class AlgorithmConf:
         ),
     )
     kl_coef: float = key(
-        0.001, "weight of the KL to the reference model; the KL is reported even if this is 0", ge=0
+        0.001,
+        "weight of the KL to the reference model; the KL is reported even if this is 0",
+        ge=0,
+        le=100,
     )
     kl_estimator: str = key(
         "k3",
@@ -153,9 +162,10 @@ class AlgorithmConf:
         "adapt kl_coef to reach this KL, nats per token (arXiv 1909.08593); null: kl_coef is "
         "constant",
         gt=0,
+        le=100,
     )
-    kl_horizon: int = key(10000, "horizon of the adaptation of kl_coef, sequences", ge=1)
-    entropy_coef: float = key(0.0, "weight of the entropy bonus", ge=0)
+    kl_horizon: int = key(10000, "horizon of the adaptation of kl_coef, sequences", ge=1, le=10**9)
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", ge=0, le=100)
     old_log_probs: str = key(
         "behaviour",
         "denominator of the ratio: the log-probs of the servers (behaviour), or the learner's own, "
@@ -163,7 +173,7 @@ class AlgorithmConf:
         choices=("behaviour", "recompute"),
     )
     correction: CorrectionConf = section(CorrectionConf)
-    batch_size: int = key(256, "sequences per optimizer step, over all ranks", ge=1)
+    batch_size: int = key(256, "sequences per optimizer step, over all ranks", ge=1, le=1 << 20)
 
     @property
     def needs_reference(self) -> bool:
@@ -176,36 +186,40 @@ class TrainerConf:
     """verl's FSDP2 engine, one process per rank."""
 
     backend: str = key("verl", "training backend", choices=("verl", "deepspeed"))
-    steps: int = key(100, "optimizer steps; each produces one policy version", ge=1)
-    learning_rate: float = key(1e-6, "learning rate after warm-up", ge=0)
-    warmup_steps: int = key(0, "steps of linear warm-up", ge=0)
+    steps: int = key(100, "optimizer steps; each produces one policy version", ge=1, le=MOST_STEPS)
+    learning_rate: float = key(1e-6, "learning rate after warm-up", ge=0, le=10)
+    warmup_steps: int = key(0, "steps of linear warm-up", ge=0, le=MOST_STEPS)
     schedule: str = key(
         "constant",
         "learning rate after warm-up; cosine decays to 0 at the last step",
         choices=("constant", "cosine"),
     )
-    weight_decay: float = key(0.01, "weight decay of the optimizer", ge=0)
-    grad_clip: float = key(1.0, "maximum gradient norm", gt=0)
+    weight_decay: float = key(0.01, "weight decay of the optimizer", ge=0, le=10)
+    grad_clip: float = key(1.0, "maximum gradient norm", gt=0, le=1e6)
     max_skipped_steps: int = key(
         10,
         "fail when this many steps in a row were skipped because their gradients were not finite",
         ge=1,
+        le=MOST_STEPS,
     )
     tokens_per_micro_batch: int = key(
-        16384, "tokens per rank and micro-batch; at least model.max_length", ge=1
+        16384, "tokens per rank and micro-batch; at least model.max_length", ge=1, le=1 << 24
     )
     gradient_checkpointing: bool = key(
         True, "recompute activations in the backward pass instead of storing them"
     )
     offload: bool = key(False, "keep parameters and optimizer state in host memory between uses")
     checkpoint_every: int = key(
-        20, "steps between checkpoints: at most this much work is lost with the learner", ge=1
+        20,
+        "steps between checkpoints: at most this much work is lost with the learner",
+        ge=1,
+        le=MOST_STEPS,
     )
-    keep_checkpoints: int = key(2, "number of newest complete checkpoints to keep", ge=1)
+    keep_checkpoints: int = key(2, "number of newest complete checkpoints to keep", ge=1, le=10_000)
     keep_checkpoints_every: int = key(
-        0, "also keep checkpoints at multiples of this many steps; 0: none", ge=0
+        0, "also keep checkpoints at multiples of this many steps; 0: none", ge=0, le=MOST_STEPS
     )
-    threads: Optional[int] = key(None, "CPU threads per rank; null: torch's default", ge=1)
+    threads: Optional[int] = key(None, "CPU threads per rank; null: torch's default", ge=1, le=1024)
     fsdp_config: Dict[str, Any] = key(
         {},
         "further settings of verl's engine, by verl's names, such as reshard_after_forward, "
@@ -225,7 +239,9 @@ class TrainerConf:
 class StalenessConf:
     """Train while the next batches are generated, with a bound on how far behind they may be."""
 
-    max: int = key(1, "maximum staleness of a sequence, policy versions; 0: on-policy", ge=0)
+    max: int = key(
+        1, "maximum staleness of a sequence, policy versions; 0: on-policy", ge=0, le=10_000
+    )
 
 
 @dataclass
@@ -242,13 +258,17 @@ class PolicyConf:
         "with sync=delta, publish a full version every `anchor_every` versions; a server that "
         "starts reads the newest full version and the deltas since",
         ge=1,
+        le=10_000,
     )
-    keep: int = key(2, "published versions to keep on disk, with the versions they depend on", ge=1)
+    keep: int = key(
+        2, "published versions to keep on disk, with the versions they depend on", ge=1, le=10_000
+    )
     max_bytes: Optional[int] = key(
         None,
         "maximum size of the policy store, bytes; a version that exceeds it is not published, and "
         "an alarm is raised; null: the free space of the filesystem",
         ge=1,
+        le=1 << 60,
     )
     update_mode: str = key(
         "keep",
@@ -261,7 +281,9 @@ class PolicyConf:
         "KV cache of requests in flight over an update: keep it, or recompute it by prefilling",
         choices=("keep", "recompute"),
     )
-    poll_s: float = key(0.5, "interval at which node agents look for new versions, seconds", gt=0)
+    poll_s: float = key(
+        0.5, "interval at which node agents look for new versions, seconds", ge=0.01, le=3600
+    )
     cache: str = key(
         "/dev/shm",
         "directory of a rollout node's copy of the newest version, shared by its servers; needs "
@@ -291,7 +313,12 @@ class Config:
         "run directory; given again, the run in it is resumed. The points of a multirun become "
         "subdirectories. Default: a new directory named after the date",
     )
-    seed: int = key(0, "seed of the base model, the environments' sampling and the learner")
+    seed: int = key(
+        0,
+        "seed of the base model, the environments' sampling and the learner",
+        ge=0,
+        le=2**32 - 1,
+    )
     model: ModelConf = section(ModelConf)
     environment: EnvironmentConf = section(EnvironmentConf)
     more_environments: Dict[str, EnvironmentConf] = key(

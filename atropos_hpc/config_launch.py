@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
 
+from atropos_hpc.config_rollout import WEEK_S
 from atropos_hpc.schema import key, section
 
 
@@ -51,11 +52,16 @@ class LaunchConf:
     )
     job_name: str = key("atropos", "name of the Slurm job")
     minutes: int = key(
-        60, "time limit of a Slurm job; the run is saved and requeued before it is reached", ge=1
+        60,
+        "time limit of a Slurm job; the run is saved and requeued before it is reached",
+        ge=1,
+        le=525_600,
     )
-    signal_s: int = key(180, "how long before the time limit Slurm sends its signal, seconds", ge=0)
+    signal_s: int = key(
+        180, "how long before the time limit Slurm sends its signal, seconds", ge=0, le=65535
+    )
     requeues: int = key(
-        3, "how often a job is requeued in a row without a durable step in between", ge=0
+        3, "how often a job is requeued in a row without a durable step in between", ge=0, le=1000
     )
     submit_rollout: bool = key(
         True,
@@ -69,31 +75,39 @@ class LaunchConf:
         "versions in their minor number",
     )
     dry_run: bool = key(False, "show what would be submitted or started, then exit")
-    restarts: int = key(5, "restarts of one process without progress before the run fails", ge=0)
+    restarts: int = key(
+        5, "restarts of one process without progress before the run fails", ge=0, le=1000
+    )
     backoff_s: float = key(
-        1.0, "delay before the first restart, doubled at each further one, seconds", gt=0
+        1.0, "delay before the first restart, doubled at each further one, seconds", gt=0, le=3600
     )
-    start_timeout_s: float = key(900.0, "timeout of the learner's first batch, seconds", gt=0)
-    step_timeout_s: float = key(1800.0, "timeout of every further batch, seconds", gt=0)
+    start_timeout_s: float = key(
+        900.0, "timeout of the learner's first batch, seconds", gt=0, le=WEEK_S
+    )
+    step_timeout_s: float = key(1800.0, "timeout of every further batch, seconds", gt=0, le=WEEK_S)
     save_timeout_s: float = key(
-        120.0, "timeout of the final checkpoint of a run that is stopped, seconds", gt=0
+        120.0, "timeout of the final checkpoint of a run that is stopped, seconds", gt=0, le=WEEK_S
     )
-    grace_s: float = key(10.0, "time from SIGTERM to SIGKILL, seconds", gt=0)
+    grace_s: float = key(10.0, "time from SIGTERM to SIGKILL, seconds", gt=0, le=3600)
 
 
 @dataclass
 class RoleConf:
     """A group of nodes with its own resources and its own Python environment."""
 
-    nodes: int = key(1, "number of nodes", ge=1)
+    nodes: int = key(1, "number of nodes", ge=1, le=16384)
     ranks_per_node: int = key(
-        1, "learner ranks per node, usually one per GPU; not used by the rollout role", ge=1
+        1, "learner ranks per node, usually one per GPU; not used by the rollout role", ge=1, le=256
     )
-    cpus_per_task: int = key(1, "CPUs per learner rank; for the rollout role, CPUs per node", ge=1)
-    gpus_per_node: int = key(0, "GPUs per node, requested with cluster.gpus", ge=0)
+    cpus_per_task: int = key(
+        1, "CPUs per learner rank; for the rollout role, CPUs per node", ge=1, le=4096
+    )
+    gpus_per_node: int = key(0, "GPUs per node, requested with cluster.gpus", ge=0, le=64)
     gres: Optional[str] = key(None, "value of --gres, instead of gpus_per_node")
     mem: Optional[str] = key(
-        None, "memory per node in Slurm's notation, such as 64G; null: the partition's default"
+        None,
+        "memory per node; null: the partition's default",
+        pattern=(r"(?i)0|[1-9]\d*([KMGT]B?)?", "a whole number with K, M (the default), G or T"),
     )
     partition: Optional[str] = key(None, "null: cluster.partition")
     account: Optional[str] = key(None, "null: cluster.account")

@@ -5,6 +5,8 @@ from typing import Any, Dict, List, Optional
 
 from atropos_hpc.schema import MISSING, key
 
+WEEK_S = 7 * 24 * 3600
+
 
 @dataclass
 class EnvironmentConf:
@@ -14,25 +16,27 @@ class EnvironmentConf:
     config: Dict[str, Any] = key(
         {}, "fields of the environment's own config class; fields that other keys set are refused"
     )
-    group_size: int = key(8, "sequences per prompt", ge=2)
-    workers: int = key(1, "worker processes per rollout node", ge=1)
-    concurrency: int = key(32, "groups in flight per worker", ge=1)
+    group_size: int = key(8, "sequences per prompt", ge=2, le=65536)
+    workers: int = key(1, "worker processes per rollout node", ge=1, le=1024)
+    concurrency: int = key(32, "groups in flight per worker", ge=1, le=100_000)
     request_timeout_s: Optional[float] = key(
         None,
         "timeout of a generation request, seconds; null: 0.1 per token of max_length, at least 600",
         gt=0,
+        le=WEEK_S,
     )
     metric: str = key(
         "eval/percent_correct",
         "the environment's evaluation metric that is reported as the run's accuracy",
     )
     weight: float = key(
-        1.0, "fraction of the generated groups, relative to the other environments", gt=0
+        1.0, "fraction of the generated groups, relative to the other environments", gt=0, le=1e9
     )
     min_batch_allocation: float = key(
         0.0,
         "minimum fraction of every batch; a batch waits for it as long as the environment delivers",
         ge=0,
+        le=1,
     )
 
 
@@ -40,15 +44,20 @@ class EnvironmentConf:
 class RolloutConf:
     """vLLM servers on a rollout node."""
 
-    servers: int = key(1, "vLLM servers per node", ge=1)
-    tensor_parallel: int = key(1, "devices per server", ge=1)
+    servers: int = key(1, "vLLM servers per node", ge=1, le=256)
+    tensor_parallel: int = key(1, "devices per server", ge=1, le=64)
     memory_utilization: float = key(
         0.9, "fraction of each device's memory that a server may use", gt=0, le=1
     )
     kv_cache_bytes: Optional[int] = key(
-        None, "size of the KV cache, bytes; null: derived from memory_utilization", ge=1
+        None,
+        "size of the KV cache, bytes; null: derived from memory_utilization",
+        ge=1 << 20,
+        le=1 << 50,
     )
-    max_sequences: int = key(256, "maximum number of concurrent sequences per server", ge=1)
+    max_sequences: int = key(
+        256, "maximum number of concurrent sequences per server", ge=1, le=1 << 20
+    )
     enforce_eager: bool = key(False, "disable graph capture")
     arguments: List[str] = key([], "further command-line arguments of vLLM's server")
     variables: Dict[str, str] = key({}, "further environment variables of the servers")
@@ -68,12 +77,14 @@ class TrajectoriesConf:
         64 << 20,
         "maximum size of a request body, bytes; twice that when decompressed",
         ge=1 << 16,
+        le=1 << 34,
     )
     segment_bytes: int = key(
         256 << 20,
         "size of a journal segment, bytes; a full segment is deleted once its groups are durable "
         "in checkpoints",
         ge=1 << 20,
+        le=1 << 40,
     )
     rollouts_max_bytes: int = key(
         4 << 30,
@@ -87,9 +98,11 @@ class TrajectoriesConf:
 class EvaluationConf:
     """Held-out evaluation, on the same servers, by the environment's own evaluate()."""
 
-    every: int = key(0, "policy versions between evaluations during training; 0: none", ge=0)
+    every: int = key(
+        0, "policy versions between evaluations during training; 0: none", ge=0, le=10_000_000
+    )
     before: bool = key(True, "evaluate the initial policy before training starts")
     after: bool = key(True, "evaluate the final policy")
     timeout_s: float = key(
-        1800.0, "timeout of the evaluations before and after training, seconds", gt=0
+        1800.0, "timeout of the evaluations before and after training, seconds", gt=0, le=WEEK_S
     )

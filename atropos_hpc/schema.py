@@ -7,6 +7,7 @@ docs/config.md and the comments in configs/ are all derived from these declarati
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_args, get_origin
@@ -17,13 +18,18 @@ METADATA = "key"
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a config key beside its type and default. Bounds do not apply to null."""
+    """What is known of a config key beside its type and default.
+
+    Bounds do not apply to null; those of a map apply to its values. `pattern` is a regular
+    expression and what it means, for text.
+    """
 
     help: str
     ge: float | None = None  # at least
     gt: float | None = None  # greater than
     le: float | None = None  # at most
     choices: tuple[str, ...] = ()
+    pattern: tuple[str, str] | None = None
 
     def error(self, value: Any) -> str | None:
         """Say why a value is not allowed; None if it is."""
@@ -34,6 +40,11 @@ class Key:
         if self.choices and value not in self.choices:
             near = did_you_mean(str(value), self.choices)
             return f"{value!r} is not one of {', '.join(self.choices)}{near}"
+        if self.pattern is not None and not re.fullmatch(self.pattern[0], value):
+            return f"must be {self.pattern[1]}, not {value!r}"
+        if isinstance(value, dict):
+            found = ((name, self.error(entry)) for name, entry in value.items())
+            return next((f"{name} {error}" for name, error in found if error), None)
         for bound, holds, words in (
             (self.ge, self.ge is None or value >= self.ge, "at least"),
             (self.gt, self.gt is None or value > self.gt, "greater than"),
@@ -46,6 +57,8 @@ class Key:
     def allowed(self) -> str:
         """Describe the allowed values, as in "1 to 8" or "a | b"; empty if any will do."""
         bounds = ((self.ge, "≥"), (self.gt, ">"), (self.le, "≤"))
+        if self.pattern is not None:
+            return self.pattern[1]
         return " | ".join(self.choices) or ", ".join(
             f"{sign} {bound:,}" for bound, sign in bounds if bound is not None
         )
@@ -68,9 +81,10 @@ def key(
     gt: float | None = None,
     le: float | None = None,
     choices: tuple[str, ...] = (),
+    pattern: tuple[str, str] | None = None,
 ) -> Any:
     """Declare a config key."""
-    metadata = {METADATA: Key(help, ge, gt, le, choices)}
+    metadata = {METADATA: Key(help, ge, gt, le, choices, pattern)}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from atropos_hpc import schema, validate_trainer
+from atropos_hpc import schema, validate_options, validate_trainer
 from atropos_hpc.config import Config, EnvironmentConf, environment_name, environments
 
 REFUSED = 2  # exit code
@@ -82,7 +82,7 @@ def _combinations(config: Config) -> Iterator[Problem]:
             "environment.min_batch_allocation",
             f"adds up with those of more_environments to {minimum:g}, more than a whole batch",
         )
-    for key, message in validate_trainer.errors(config):
+    for key, message in (*validate_trainer.errors(config), *validate_options.errors(config)):
         yield Problem(key, message)
     yield from _devices(config)
     ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
