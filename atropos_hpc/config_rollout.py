@@ -91,6 +91,7 @@ class TrajectoriesConf:
         "maximum size of the trained sequences that are kept in rollouts/, bytes; the oldest are "
         "removed first; 0: none are kept",
         ge=0,
+        le=1 << 50,
     )
 
 
