@@ -216,18 +216,7 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     leasing, client = (Client(address, run.token(), SERVER_TIMEOUT_S) for _ in range(2))
     metrics = None
     if rank == 0:
-        registration = Registration(
-            batch_size=config.algorithm.batch_size,
-            max_token_len=config.model.max_length,
-            starting_step=state.version,
-            num_steps=trainer.steps,
-            vocab_size=backend.vocab_size,
-            checkpoint_dir=str(run.path / "environments"),
-            wandb_project=config.wandb.project,
-            wandb_group=config.wandb.group or "",
-        )
-        _report_missing_batches(run, config, leasing, state.version)
-        leasing.register(registration)
+        _register(run, config, leasing, backend.vocab_size, state.version)
         trackers = open_trackers(run, config.wandb, config.tensorboard, state.version)
         metrics = MetricsWriter(run, trackers, state.version)
     link = ReaderLink(partial(take_request, run), lambda alarm: member.update(alarm=alarm))
@@ -261,17 +250,28 @@ def _rollout_writer(
     return RolloutWriter(run.rollouts, part, max_bytes, resume_at, texts)
 
 
-def _report_missing_batches(
-    run: RunDir, config: Config, client: "TrajectoryClient", durable: int
+def _register(
+    run: RunDir, config: Config, client: "TrajectoryClient", vocabulary: int, version: int
 ) -> None:
-    """Warn if the trajectory server's journal lacks batches that the run has trained on."""
+    """Register with the trajectory server, and warn if it lacks batches that were trained on."""
     from atropos_hpc.learner.batch_leaser import missing_batches
 
-    if config.trajectories.server == "atropos":  # its state does not survive a restart anyway
-        return
-    trained = max((line.step for line in last_records(run.metrics, StepMetrics, 1)), default=0)
-    if missing := missing_batches(client.status().next_batch, durable, trained):
-        log.warning("%s", missing)
+    if config.trajectories.server == "durable":  # Atropos' own keeps nothing over a restart
+        trained = max((line.step for line in last_records(run.metrics, StepMetrics, 1)), default=0)
+        if missing := missing_batches(client.status().next_batch, version, trained):
+            log.warning("%s", missing)
+    client.register(
+        Registration(
+            batch_size=config.algorithm.batch_size,
+            max_token_len=config.model.max_length,
+            starting_step=version,
+            num_steps=config.trainer.steps,
+            vocab_size=vocabulary,
+            checkpoint_dir=str(run.path / "environments"),
+            wandb_project=config.wandb.project,
+            wandb_group=config.wandb.group or "",
+        )
+    )
 
 
 def _variable(name: str, slurm: str, default: str) -> int:
