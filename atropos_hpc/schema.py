@@ -73,18 +73,9 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def key(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    choices: tuple[str, ...] = (),
-    pattern: tuple[str, str] | None = None,
-) -> Any:
-    """Declare a config key."""
-    metadata = {METADATA: Key(help, ge, gt, le, choices, pattern)}
+def key(default: Any, help: str, **allowed: Any) -> Any:
+    """Declare a config key. `allowed`: fields of Key."""
+    metadata = {METADATA: Key(help, **allowed)}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
