@@ -51,6 +51,7 @@ def app(cfg: DictConfig) -> None:
 
 def main() -> int:
     """Run the app and report a refused config as messages with keys. Returns the exit code."""
+    process.keep_files_private()
     # A point of a local multirun stops with its launcher; processes that it starts are not told so.
     process.die_with_parent(signal.SIGTERM)
     os.environ.pop(process.PARENT, None)

@@ -30,6 +30,13 @@ SET_BY_RUN = {
     "use_wandb": "wandb.mode",
     "rollout_server_url": "trajectories.server",
 }
+# Variables of vLLM that are not the user's, with the reason.
+SET_FOR_SERVERS = {
+    "VLLM_API_KEY": "the servers ask for the run's token; with a key of their own they refuse it",
+    "VLLM_SERVER_DEV_MODE": "the run sets it: its weight updates need it",
+    "VLLM_RPC_BASE_PATH": "the run sets it: a directory that only this user can enter",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "would let whoever reaches a server run code in it",
+}
 DEMO_MODEL = "atropos_hpc.environments.make_base"
 DEMO_ENVIRONMENT = "atropos_hpc.environments.arithmetic:ArithmeticEnv"
 MODEL_NEEDED = "give model=hugging_face model.path=DIRECTORY_OR_HUB_NAME model.max_length=TOKENS"
@@ -101,6 +108,9 @@ def _devices(config: Config) -> Iterator[Problem]:
             f"{trainer.ranks_per_node} ranks need a GPU each, but roles.trainer.gpus_per_node is "
             f"{trainer.gpus_per_node}",
         )
+    for name, reason in SET_FOR_SERVERS.items():
+        if name in servers.variables:
+            yield Problem(f"rollout.variables.{name}", reason)
     needed = servers.servers * servers.tensor_parallel
     if rollout.gpus_per_node and needed > rollout.gpus_per_node:
         yield Problem(

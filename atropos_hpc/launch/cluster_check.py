@@ -5,6 +5,7 @@ checks the script itself: it knows every option, and what only the accounting da
 """
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -224,7 +225,12 @@ def _test(key: str, text: str) -> list[Problem]:
         command = ["sbatch", "--test-only", script.name]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TEST_TIMEOUT_S, check=False
+                command,
+                capture_output=True,
+                text=True,
+                timeout=TEST_TIMEOUT_S,
+                check=False,
+                env=sbatch.submission_environment(os.environ),
             )
         except subprocess.TimeoutExpired:
             reason = f"sbatch --test-only did not answer within {TEST_TIMEOUT_S:.0f} s"
@@ -233,7 +239,9 @@ def _test(key: str, text: str) -> list[Problem]:
         return []
     lines = done.stderr.strip().splitlines()
     error = "; ".join(line.partition("error: ")[2] or line for line in lines)
-    return [Problem(key_of(error) or key, f"sbatch refuses it: {error}")]
+    unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
+    hint = f" ({', '.join(unused)} of your shell is not used)" if unused else ""
+    return [Problem(key_of(error) or key, f"sbatch refuses it: {error}{hint}")]
 
 
 def key_of(error: str) -> str | None:

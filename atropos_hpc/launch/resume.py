@@ -14,12 +14,14 @@ from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch import hydra_api, run, sweep
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
+from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import REFUSED, refuse
 
 
 def resume(directory: RunDir, overrides: Sequence[str]) -> int:
     """Resume a run. Returns train.py's exit code; 2 also if there is nothing to resume."""
+    process.keep_files_private()
     path, known = directory.path, directory.info()
     if known is None:
         print(f"{path} has no run.json yet: repeat the command that started it", file=sys.stderr)

@@ -6,12 +6,14 @@ will run (cluster.setup, roles.ROLE.setup). Results are cached: the points of a 
 
 import functools
 import json
+import os
 import shlex
 import subprocess
 
 from atropos_hpc import resources
 from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.launch.steps import rollout_python, trainer_python
+from atropos_hpc.runtime import environment
 from atropos_hpc.validate import Problem
 
 CHECK_TIMEOUT_S = 300.0
@@ -148,7 +150,12 @@ def _run(setup: tuple[str, ...], *command: str) -> "subprocess.CompletedProcess[
     """Run a program as the role's steps do. Raises OSError and subprocess.SubprocessError."""
     words = ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(command)}"])] if setup else command
     return subprocess.run(
-        words, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False
+        words,
+        capture_output=True,
+        text=True,
+        timeout=CHECK_TIMEOUT_S,
+        check=False,
+        env=environment.kept(os.environ),
     )
 
 

@@ -42,7 +42,7 @@ from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import environment, private_tmp, process
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
@@ -66,6 +66,9 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     `requeue` makes Slurm start this job again. It is called last, when no process of the run is
     left here and its lock is free.
     """
+    process.keep_files_private()
+    if dropped := environment.drop_from(os.environ):
+        print(environment.describe(dropped), file=sys.stderr)
     try:
         action = _launch(config, RunDir(run_dir))
     except Refused as error:
@@ -73,6 +76,8 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     except Unreadable as error:
         headline = "A file of the run is damaged; nothing was started."
         return refuse([Problem("run_dir", str(error))], headline)
+    finally:
+        private_tmp.sweep()  # a killed node agent has left its directory
     if action is Action.REQUEUE:
         try:
             commands.retry(requeue)

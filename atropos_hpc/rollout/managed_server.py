@@ -16,6 +16,7 @@ from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
 from atropos_hpc.runtime import devices
 from atropos_hpc.runtime.network import free_port
+from atropos_hpc.runtime.private_tmp import PrivateDirectory
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Limits, ManagedProcess, SupervisionEngine
@@ -26,6 +27,7 @@ PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 5.0
 # vLLM passes this route on to its engine, while /health answers even though the engine hangs.
 ENGINE_ROUTE = "/is_sleeping"
+REFUSING = (401, 403)
 UNHEALTHY_S = 60.0  # without an answer, after which a server that was up is killed
 
 
@@ -40,6 +42,7 @@ class ServerContext:
     engine: SupervisionEngine
     follower: Follower
     http: aiohttp.ClientSession
+    private: PrivateDirectory  # of the servers' temporary files
 
 
 class ManagedServer:
@@ -81,9 +84,12 @@ class ManagedServer:
         self._answered = time.monotonic()
         arguments = ("--run-dir", str(self.context.run.path), "--port", str(port))
         command = (sys.executable, "-m", "atropos_hpc.rollout.vllm_server", *arguments)
-        return [ProcessSpec(self.name, command, self._variables())]
+        # of this start of the server; a killed one has left its sockets
+        private = str(self.context.private.empty(str(self.index)))
+        variables = {"TMPDIR": private, "VLLM_RPC_BASE_PATH": private, **self._devices()}
+        return [ProcessSpec(self.name, command, variables)]
 
-    def _variables(self) -> dict[str, str]:
+    def _devices(self) -> dict[str, str]:
         """Return the variable that gives the server its own GPUs."""
         config = self.context.config
         if not (gpus := config.roles.rollout.gpus_per_node):
@@ -109,8 +115,8 @@ class ManagedServer:
         return self._updating is not None and not self._updating.done()
 
     async def _probe(self) -> None:
-        """Request the server's health. One that does not come up, or does not answer any more, is
-        killed; the engine starts it again."""
+        """Request an answer. A server that does not come up, or answers no more, is killed;
+        the engine starts it again."""
         child = self.managed.children[0]
         if await self._answers():
             if self.managed.children != [child]:
@@ -129,12 +135,17 @@ class ManagedServer:
 
     async def _answers(self) -> bool:
         # An update has deadlines of its own, and keeps the engine busy.
-        route = ENGINE_ROUTE if self.managed.ready and not self._is_updating() else "/health"
+        route = "/health" if self._is_updating() else ENGINE_ROUTE
         headers = {"Authorization": f"Bearer {self.context.token}"}
         try:
             async with self.context.http.get(self.url + route, headers=headers) as answer:
+                if answer.status in REFUSING:
+                    log.error(
+                        "%s answers %d to this run's token at %s: it asks for another key",
+                        *(self.name, answer.status, route),
+                    )
                 # A server without that route answers, too.
-                return answer.status == 200 or (route == ENGINE_ROUTE and answer.status < 500)
+                return answer.status == 200 or (route == ENGINE_ROUTE and answer.status == 404)
         except (TimeoutError, aiohttp.ClientError, OSError):
             return False
 

@@ -33,6 +33,7 @@ from atropos_hpc.runtime import devices, process
 from atropos_hpc.runtime.hang_detection import SilenceWatch
 from atropos_hpc.runtime.membership import Member, RosterReader, post_request
 from atropos_hpc.runtime.network import own_host
+from atropos_hpc.runtime.private_tmp import PrivateDirectory
 from atropos_hpc.runtime.process import REFUSED, STOPPED, ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Exit, Limits, ManagedProcess, SupervisionEngine
@@ -57,6 +58,7 @@ class NodeAgent:
         self.follower = Follower(store, cache, self.member.name, self._request_republish)
         self.engine = SupervisionEngine(run.logs, lambda: self.follower.newest)
         self.servers: list[ManagedServer] = []  # made by `work`
+        self.private: PrivateDirectory | None = None  # made by `work`
         self.others = self._workers()
         evaluation = self.config.evaluation
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)
@@ -92,6 +94,7 @@ class NodeAgent:
         """Run the node until cancelled, or until `refused` is set."""
         process.dump_tasks_on_request(request_all_stacks)
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        self.private = PrivateDirectory()
         async with aiohttp.ClientSession(timeout=timeout) as http:
             context = ServerContext(
                 self.run,
@@ -101,6 +104,7 @@ class NodeAgent:
                 self.engine,
                 self.follower,
                 http,
+                self.private,
             )
             self.servers = [
                 ManagedServer(f"server-{self.index}-{i}", i, self.limits, context)
@@ -226,6 +230,8 @@ class NodeAgent:
     def end(self) -> None:
         """End every process of the node."""
         self.engine.end_all(self.config.launch.grace_s)
+        if self.private is not None:
+            self.private.remove()
         self.follower.close()
         self.member.leave(servers=[])
         self.failover.await_certainty()

@@ -37,6 +37,7 @@ PARENT = "ATROPOS_HPC_PARENT"  # pid of the process whose death ends this one
 NODE = "ATROPOS_HPC_NODE"  # the name of this process's node in the run
 STEP_ID = "ATROPOS_HPC_STEP"  # tells one start of a process from the next
 SRUN_S = 5.0  # for an srun to kill its tasks
+PRIVATE = 0o077  # the umask of every process of a run
 KILLED_S = 30.0  # for a killed process to disappear; a dead filesystem holds it for longer
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -45,6 +46,11 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl
 def log_to_stderr() -> None:
     """Set up a member's logging: one line format, to stderr, which its parent sends to its log."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
+
+
+def keep_files_private() -> None:
+    """Let nobody else read or write what this process and its children create."""
+    os.umask(PRIVATE)
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
@@ -140,6 +146,7 @@ def start(
             env={**os.environ, **(env or {}), PARENT: str(os.getpid())},
             cwd=cwd,
             start_new_session=True,
+            umask=PRIVATE,
         )
     return Child(name, process, log, end_by)
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from atropos_hpc.runtime import environment
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -47,6 +49,7 @@ class SlurmError(RuntimeError):
 
 def run_command(*command: str, env: Mapping[str, str] | None = None) -> str:
     """Run a Slurm command and return its output. Raises SlurmError."""
+    env = environment.kept(os.environ if env is None else env, environment.SLURM)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False, env=env

@@ -28,7 +28,7 @@ from atropos_hpc.launch.slurm.sbatch import Allocation
 from atropos_hpc.launch.slurm.slurm_job import current_job
 from atropos_hpc.launch.steps import SlurmSteps
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import environment, process
 from atropos_hpc.runtime.membership import RosterReader, RosterWatch
 from atropos_hpc.runtime.run_dir import RunDir, read_json, read_struct, write_file, write_struct
 from atropos_hpc.runtime.waiting import Waiting, wait_for
@@ -151,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run-dir", type=Path, required=True)
     run = RunDir(parser.parse_args(arguments).run_dir.absolute())
+    process.keep_files_private()
+    environment.drop_from(os.environ)
     process.log_to_stderr()
     started = lambda: read_json(run.run_json) and read_json(run.roster)  # noqa: E731
     wait_for(str(run.run_json), "the trainer job's supervisor", started, LEADER_S, poll_s=2.0)

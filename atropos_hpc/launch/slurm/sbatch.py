@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.runtime import environment
 from atropos_hpc.validate import Problem
 
 # In het jobs, the number of a role's component. The first one leads: its first node runs the batch
@@ -256,9 +257,11 @@ def problems(config: Config) -> Iterator[Problem]:
 def submission_environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for sbatch, without variables of a surrounding job, which would leak
     into the new one."""
-    leaks = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "CUDA_VISIBLE", "GPU_DEVICE", "ROCR_VISIBLE")
+    leaks = ("SLURM_", "SLURMD_", "CUDA_VISIBLE", "GPU_DEVICE", "ROCR_VISIBLE")
     return {
-        key: value for key, value in env.items() if key == "SLURM_CONF" or not key.startswith(leaks)
+        key: value
+        for key, value in environment.kept(env, environment.SLURM).items()
+        if key == "SLURM_CONF" or not key.startswith(leaks)
     }
 
 

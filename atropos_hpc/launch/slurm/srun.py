@@ -138,4 +138,7 @@ def program(
     prefix = [*shlex.split(container), image] if image else []
     exports = [f'export {key}="{value}"' for key, value in variables.items()]
     last = f"exec {shlex.join([*prefix, *command])}"
-    return "\n".join([*cluster_setup, *conf.setup, "unset ATROPOS_HPC_PARENT", *exports, last])
+    # Slurm passes the umask on, a container or a login script may not.
+    return "\n".join(
+        [*cluster_setup, *conf.setup, "umask 077", "unset ATROPOS_HPC_PARENT", *exports, last]
+    )

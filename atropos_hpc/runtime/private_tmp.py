@@ -1,0 +1,81 @@
+"""A directory for temporary files that only this user can enter, removed with its owner.
+
+vLLM keeps Unix sockets, over which its processes exchange pickled objects, and rendezvous files in
+the temporary directory, where every user of the node could connect to them. The owner holds a lock
+in its directory, which the kernel releases however the owner ends: `sweep` removes directories that
+nobody holds.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# The path of a Unix socket has at most 107 bytes, and vLLM's sockets have names of 36.
+LONGEST_PARENT = 40
+UNLOCKED_S = 60.0  # a directory without a lock is being made, unless it is older than this
+LOCK = "lock"
+
+
+class PrivateDirectory:
+    """A directory with mode 0700 that belongs to this process."""
+
+    def __init__(self) -> None:
+        sweep()
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=_parent()))
+            self._lock = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if (self.path / LOCK).exists():
+                return
+            os.close(self._lock)  # removed by a sweep before it was locked
+
+    def empty(self, name: str) -> Path:
+        """Return a subdirectory, made anew."""
+        made = self.path / name
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(mode=0o700)
+        return made
+
+    def remove(self) -> None:
+        """Remove the directory with its contents."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def sweep() -> None:
+    """Remove this user's directories on this node whose owners have ended."""
+    for path in _left_behind():
+        with contextlib.suppress(OSError):
+            lock = os.open(path / LOCK, os.O_WRONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while it is owned
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _left_behind() -> Iterator[Path]:
+    for parent in {_parent(), Path("/tmp")}:
+        for path in parent.glob(f"{_prefix()}*"):
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                if status.st_uid != os.getuid() or not path.is_dir() or path.is_symlink():
+                    continue
+                if (path / LOCK).exists():
+                    yield path
+                elif time.time() - status.st_mtime > UNLOCKED_S:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _parent() -> Path:
+    given = Path(tempfile.gettempdir())
+    return given if len(os.fsencode(given)) <= LONGEST_PARENT else Path("/tmp")
+
+
+def _prefix() -> str:
+    return f"atropos-{os.getuid()}-"
