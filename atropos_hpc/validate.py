@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from atropos_hpc import schema, validate_options, validate_trainer
 from atropos_hpc.config import Config, EnvironmentConf, environment_name, environments
+from atropos_hpc.runtime import masking
 
 REFUSED = 2  # exit code
 
@@ -65,7 +66,8 @@ def refuse(
     problems: Iterable[Problem], headline: str = "The config was refused; nothing was started."
 ) -> int:
     """Print the problems to stderr, one per line, and return the exit code."""
-    print(headline, *(f"  {problem}" for problem in problems), sep="\n", file=sys.stderr)
+    lines = [masking.mask_assignments(f"  {problem}") for problem in problems]
+    print(headline, *lines, sep="\n", file=sys.stderr)
     return REFUSED
 
 

@@ -102,6 +102,19 @@ def test_private_directories_of_others_and_links_are_left_alone(parent: Path) ->
     assert target.exists() and fresh.exists() and not old.exists()
 
 
+def test_compiled_code_is_kept_in_a_directory_that_nobody_else_has_made(parent: Path) -> None:
+    made = private_tmp.compile_cache()
+    assert made is not None and mode(made) == 0o700
+    assert private_tmp.compile_cache() == made
+    PrivateDirectory().remove()
+    assert made.exists()
+    made.chmod(0o777)  # anybody may have written into it
+    assert private_tmp.compile_cache() is None
+    made.rmdir()
+    made.symlink_to(parent)
+    assert private_tmp.compile_cache() is None
+
+
 def test_private_files_are_what_every_child_of_a_run_creates(
     tmp_path: Path,
 ) -> None:

@@ -1,4 +1,7 @@
-"""Contents of run.json, what every process of a run reads first, and of a sweep's points.json."""
+"""Contents of run.json, what every process of a run reads first, and of a sweep's points.json.
+
+Both are masked; private.json has the values.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,19 @@ class RunInfo(msgspec.Struct, frozen=True):
     created: float = 0.0  # Unix time, seconds
     version: str = ""  # of atropos_hpc
     command: list[str] = []  # of the first start
+
+
+class SecretValue(msgspec.Struct, frozen=True):
+    """A value that is masked in run.json. `path`: its keys in the config, from the root."""
+
+    path: list[str]
+    value: str
+
+
+class Private(msgspec.Struct, frozen=True):
+    """Contents of private.json."""
+
+    secrets: list[SecretValue] = []
 
 
 class PointConfig(msgspec.Struct, frozen=True):

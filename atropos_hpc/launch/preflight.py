@@ -18,6 +18,7 @@ from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check, role_environment, storage_check
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.steps import rollout_python, trainer_python
+from atropos_hpc.runtime import masking
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import Problem, problems
 
@@ -132,7 +133,7 @@ def _changes(config: Config, previous: RunInfo | None) -> Iterator[Problem]:
     """Report keys that a resumed run must not change."""
     if previous is None:
         return
-    before, now = flat(previous.config), flat(config)
+    before, now = flat(previous.config), flat(masking.mask_config(config)[0])
     for key in sorted(before.keys() | now.keys()):
         if key.startswith(IDENTITY) and key != "model.path" and before.get(key) != now.get(key):
             yield Problem(

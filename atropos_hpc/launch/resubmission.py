@@ -20,6 +20,7 @@ from atropos_hpc.launch.new_directory import LOCK
 from atropos_hpc.launch.preflight import flat
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
+from atropos_hpc.runtime import masking
 from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_struct
 from atropos_hpc.validate import Problem, Refused
 
@@ -70,7 +71,8 @@ def sort(points: "Sequence[Point]", sweep_dir: Path) -> Sorted:
     rows = {row.run_dir: row for row in report.find_points(sweep_dir)}
     known = known_configs(sweep_dir, [*rows, *(str(point.run_dir) for point in points)])
     found = Sorted([], [], [])
-    matched = match([(str(point.run_dir), point.config) for point in points], known)
+    masked = [(str(point.run_dir), masking.mask_config(point.config)[0]) for point in points]
+    matched = match(masked, known)
     jobs = _job_states([row.job for row in rows.values()])
     for point, place in zip(points, matched, strict=True):
         if isinstance(place, Problem):
@@ -143,7 +145,8 @@ def _job_states(jobs: Sequence[str | None]) -> dict[str, str | None]:
 def _status(point: "Point", row: SweepPoint | None, jobs: report.JobStates) -> PointStatus | None:
     """Return the state of a point that needs nothing: complete, or live; None: it is to be run."""
     steps, job = point.config.trainer.steps, row.job if row is not None else None
-    where = SweepPoint(point.num, point.overrides, str(point.run_dir), steps, job)
+    shown = [masking.mask_assignments(override) for override in point.overrides]
+    where = SweepPoint(point.num, shown, str(point.run_dir), steps, job)
     status = report.point_status(where, jobs)
     if status.state == "complete":
         return status
@@ -170,7 +173,8 @@ def record(sweep_dir: Path, points: "Sequence[Point]") -> None:
     """Add the configs of points to points.json, before they are submitted."""
     new = {str(point.run_dir) for point in points}
     kept = [each for each in _read(sweep_dir) if each.run_dir not in new]
-    added = [PointConfig(str(point.run_dir), point.config) for point in points]
+    masked = [(str(point.run_dir), masking.mask_config(point.config)[0]) for point in points]
+    added = [PointConfig(run_dir, config) for run_dir, config in masked]
     write_struct(sweep_dir / "points.json", [*kept, *added])
 
 

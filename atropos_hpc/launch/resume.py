@@ -26,10 +26,11 @@ def resume(directory: RunDir, overrides: Sequence[str]) -> int:
     if known is None:
         print(f"{path} has no run.json yet: repeat the command that started it", file=sys.stderr)
         return REFUSED
-    if known.config.model.make is not None:
-        known.config.model.path = None  # create it again if the cache was emptied since
+    before = directory.config()
+    if before.model.make is not None:
+        before.model.path = None  # create it again if the cache was emptied since
     try:
-        config = hydra_api.change(known.config, overrides)
+        config = hydra_api.change(before, overrides)
     except hydra_api.ERRORS as error:
         return refuse(hydra_api.problems(error))
     sweep_dir, row = _find_row(path)

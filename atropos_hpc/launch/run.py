@@ -42,7 +42,7 @@ from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
-from atropos_hpc.runtime import environment, private_tmp, process
+from atropos_hpc.runtime import environment, masking, private_tmp, process
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
@@ -122,7 +122,7 @@ def _dry_run(config: Config, run: RunDir) -> int:
     for step in local_steps(config, run.path):
         for spec in step.processes:
             variables = [f"{name}={value}" for name, value in spec.variables.items()]
-            print(" ".join([*variables, shlex.join(spec.command)]))
+            print(masking.mask_assignments(" ".join([*variables, shlex.join(spec.command)])))
     print("Nothing was started (launch.dry_run).")
     return 0
 
@@ -284,7 +284,7 @@ def _write_run_json(config: Config, run: RunDir) -> None:
         version=atropos_hpc.__version__,
         command=(known and known.command) or sys.argv,
     )
-    write_struct(run.run_json, info)
+    run.write_info(info)
 
 
 def _end_old_members(run: RunDir, spared: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ Nothing is queued before every point has passed the checks. The table is jobs.js
 
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from atropos_hpc.contracts.status import ENDED
 from atropos_hpc.launch import preflight, resubmission, run
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
 from atropos_hpc.validate import Problem, Refused, refuse
 
@@ -169,8 +170,9 @@ def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked
     hours = 0.0
     for point, name in zip(points, names, strict=True):
         hours += sbatch.gpu_hours(point.config)
-        print(f"# point {point.num}: {' '.join(point.overrides)}")
-        print(sbatch.script(point.config, f"{folder}/%j_0_log.out", command, name))
+        print(f"# point {point.num}: {' '.join(_shown(point))}")
+        script = sbatch.script(point.config, f"{folder}/%j_0_log.out", command, name)
+        print(masking.mask_assignments(script))
     unchecked = (
         " The roles' Python environments were not checked: `atropos-hpc validate` does that."
     )
@@ -217,7 +219,7 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     """
     if points[0].config.launch.dry_run:
         for point in points:
-            print(" ".join(_command(point)))
+            print(masking.mask_assignments(shlex.join(_command(point))))
         print("# Nothing was started (launch.dry_run).")
         return [(point, None) for point in points]
     logs, codes = dict[int, Path](), dict[int, int]()
@@ -252,7 +254,7 @@ def _run_processes(points: list[Point], logs: dict[int, Path], slots: int) -> di
                 point = waiting.pop(0)
                 name, command = f"point-{point.num}", _command(point)
                 running[point.num] = process.start(name, command, logs[point.num])
-                print(f"point {point.num} started: {' '.join(point.overrides)}", file=sys.stderr)
+                print(f"point {point.num} started: {' '.join(_shown(point))}", file=sys.stderr)
             for child in running.values() if len(signals) > forwarded else ():
                 os.kill(child.pid, signal.SIGTERM)
             forwarded = len(signals)
@@ -278,6 +280,11 @@ def _command(point: Point) -> list[str]:
 # --- both of them
 
 
+def _shown(point: Point) -> list[str]:
+    """Return a point's overrides without secrets."""
+    return [masking.mask_assignments(override) for override in point.overrides]
+
+
 def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None:
     """Raise Refused with the problems of all points, each listed once, if there are any."""
     found: dict[Problem, list[int]] = {}
@@ -299,7 +306,7 @@ def _at_points(problem: Problem, nums: list[int]) -> Problem:
 def _row(point: Point, job: str | None, slot: str | None, log: str | None) -> SweepPoint:
     return SweepPoint(
         num=point.num,
-        overrides=point.overrides,
+        overrides=_shown(point),
         run_dir=str(point.run_dir),
         steps=point.config.trainer.steps,
         job=job,

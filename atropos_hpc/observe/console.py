@@ -20,7 +20,7 @@ from rich.table import Table
 
 from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, Summary
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_records
 
 LOOK_S = 0.5
@@ -75,6 +75,7 @@ class Console:
         level = root.level
         root.setLevel(logging.INFO)
         for handler in (to_file, to_terminal):
+            handler.addFilter(masking.MaskingFilter())
             root.addHandler(handler)
         try:
             with self.progress:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 POLL_S = 0.5
@@ -16,6 +16,7 @@ def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None
 
     With `follow`, print new lines until the run is complete. Returns 1 if there is no such log.
     """
+    run.learn_secrets()
     folder = run.logs if attempt is None else run.path / "logs" / f"attempt-{attempt}"
     found = matching(folder, member)
     if not found and not follow:
@@ -54,7 +55,7 @@ def _new_lines(path: Path, offsets: dict[Path, int]) -> str:
         file.seek(min(before, size))
         new = file.read().rpartition(b"\n")[0]
     offsets[path] = min(before, size) + len(new) + (1 if new else 0)
-    return new.decode(errors="replace")
+    return masking.mask(new.decode(errors="replace"), masking.known_values())
 
 
 def matching(folder: Path, member: str) -> list[Path]:

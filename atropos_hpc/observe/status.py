@@ -34,6 +34,7 @@ from atropos_hpc.contracts.status import (
     WaitStatus,
 )
 from atropos_hpc.observe import report
+from atropos_hpc.runtime import masking
 from atropos_hpc.runtime.membership import DEAD_S
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
@@ -162,6 +163,8 @@ def log_warnings(run: RunDir) -> list[LogWarning]:
 
     Messages that differ only in numbers are shown once, by the newest.
     """
+    run.learn_secrets()
+    known = masking.known_values()
     logs = sorted(run.logs.glob("*.log")) if run.logs.is_dir() else []
     limit = min(LOG_BYTES, max(1 << 12, LOGS_BYTES // max(1, len(logs))))
     found = []
@@ -178,7 +181,7 @@ def log_warnings(run: RunDir) -> list[LogWarning]:
         ]
         vllm = [(f"{year}-{when.decode()}", "E", text) for when, text in _VLLM_LINE.findall(data)]
         found += [
-            LogWarning(when, path.name, level, text.decode(errors="replace"))
+            LogWarning(when, path.name, level, masking.mask(text.decode(errors="replace"), known))
             for when, level, text in own + vllm
         ]
     found.sort(key=lambda warning: warning.time)

@@ -16,7 +16,7 @@ from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
 from atropos_hpc.runtime import devices
 from atropos_hpc.runtime.network import free_port
-from atropos_hpc.runtime.private_tmp import PrivateDirectory
+from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_cache
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Limits, ManagedProcess, SupervisionEngine
@@ -87,6 +87,8 @@ class ManagedServer:
         # of this start of the server; a killed one has left its sockets
         private = str(self.context.private.empty(str(self.index)))
         variables = {"TMPDIR": private, "VLLM_RPC_BASE_PATH": private, **self._devices()}
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (compiled := compile_cache()):
+            variables["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
         return [ProcessSpec(self.name, command, variables)]
 
     def _devices(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,6 +46,19 @@ class PrivateDirectory:
         """Remove the directory with its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+
+
+def compile_cache() -> Path | None:
+    """Return a directory on this node for compiled code, which stays; None if that is impossible.
+
+    torch's own has a name that another user can take first, with code of his choice in it.
+    """
+    path = _parent() / f"atropos-compiled-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    own = status.st_uid == os.getuid() and stat.S_IMODE(status.st_mode) == 0o700
+    return path if own and stat.S_ISDIR(status.st_mode) else None
 
 
 def sweep() -> None:

@@ -26,6 +26,8 @@ from typing import Any
 
 import psutil
 
+from atropos_hpc.runtime import masking
+
 log = logging.getLogger(__name__)
 
 # Exit codes with which a member says how it ended; any other code is a crash.
@@ -46,6 +48,8 @@ _prctl = ctypes.CDLL(None, use_errno=True).prctl
 def log_to_stderr() -> None:
     """Set up a member's logging: one line format, to stderr, which its parent sends to its log."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(masking.MaskingFilter())
 
 
 def keep_files_private() -> None:
@@ -287,10 +291,11 @@ async def run_until_signal(work: Coroutine[Any, Any, None]) -> bool:
 
 
 def tail(path: Path, lines: int = 12) -> str:
-    """The last lines of a log, for a message."""
+    """The last lines of a log, masked, for a message."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 64_000))
-            return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+            text = "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+            return masking.mask(text, masking.known_values())
     except FileNotFoundError:
         return "(no log)"

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from atropos_hpc.config import Config
-from atropos_hpc.contracts.run_info import RunInfo
+from atropos_hpc.contracts.run_info import Private, RunInfo, SecretValue
+from atropos_hpc.runtime import masking
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class RunDir:
         self.lock = path / "lock"
         self.holder = path / "holder.json"  # contracts.members.Holder
         self.secret = path / "secret"
+        self.private = path / "private.json"  # contracts.run_info.Private
         self.members = path / "rendezvous" / "members"
         self.roster = path / "rendezvous" / "roster.json"
         self.requests = path / "rendezvous" / "requests"
@@ -118,10 +120,28 @@ class RunDir:
         return read_struct(self.run_json, RunInfo)
 
     def config(self) -> Config:
-        """Return the resolved config of the run. Raises Unreadable."""
+        """Return the resolved config of the run, with its secrets. Raises Unreadable."""
         if (info := self.info()) is None:
             raise Unreadable(f"{self.run_json} does not exist: no run was started here yet")
-        return info.config
+        found = self.learn_secrets()
+        try:
+            return masking.unmask_config(info.config, found)
+        except (LookupError, TypeError) as error:
+            raise _unreadable(self.private, "not of this run's config", error) from None
+
+    def learn_secrets(self) -> list[SecretValue]:
+        """Have this process mask the run's secrets in what it logs and shows; return them."""
+        found = (read_struct(self.private, Private) or Private()).secrets
+        masking.learn(found)
+        return found
+
+    def write_info(self, info: RunInfo) -> None:
+        """Write run.json, masked, and what is masked there to private.json."""
+        config, values = masking.mask_config(info.config)
+        masking.learn(values)
+        write_file(self.private, msgspec.json.encode(Private(values)), mode=0o600)
+        command = [masking.mask_assignments(word) for word in info.command]
+        write_struct(self.run_json, msgspec.structs.replace(info, config=config, command=command))
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:
