@@ -59,6 +59,17 @@ class RolloutConf:
         256, "maximum number of concurrent sequences per server", ge=1, le=1 << 20
     )
     enforce_eager: bool = key(False, "disable graph capture")
+    max_support: int = key(
+        1024,
+        "token ids that top_p, top_k, min_p or a grammar may leave at a position of a training "
+        "answer; a group in which more are left is refused",
+        ge=1,
+    )
+    allow_biased_sampling: bool = key(
+        False,
+        "train on groups whose sampling distribution the learner cannot replay (penalties, "
+        "logit_bias, greedy decoding, too large a support), as if they were sampled without",
+    )
     arguments: List[str] = key([], "further command-line arguments of vLLM's server")
     variables: Dict[str, str] = key({}, "further environment variables of the servers")
 

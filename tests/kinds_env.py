@@ -37,7 +37,7 @@ class KindsEnv(BaseEnv):
 
     async def tokens(self, prompt: str, n: int) -> ScoredDataGroup:
         ids, outputs, logprobs, _ = await self.server.tokens_and_logprobs_completion(
-            prompt=prompt, n=n, max_tokens=4, temperature=1.0
+            prompt=prompt, n=n, max_tokens=4, temperature=1.0, top_p=0.9
         )
         masked = len(ids)
         return ScoredDataGroup(
@@ -62,14 +62,13 @@ class KindsEnv(BaseEnv):
         for _ in range(n):
             async with self.server.managed_server(tokenizer=self.tokenizer) as server:
                 messages = [{"role": "user", "content": prompt}]
-                answer = await server.chat_completion(
-                    messages=messages, n=1, max_tokens=4, temperature=1.0
-                )
+                options = {"n": 1, "max_tokens": 4, "temperature": 1.0, "top_k": 6}
+                answer = await server.chat_completion(messages=messages, **options)
                 messages += [
                     {"role": "assistant", "content": answer.choices[0].message.content},
                     {"role": "tool", "content": TOOL},
                 ]
-                await server.chat_completion(messages=messages, n=1, max_tokens=4, temperature=1.0)
+                await server.chat_completion(messages=messages, **options)
                 nodes += server.get_state()["nodes"]
         return of_nodes(nodes)
 

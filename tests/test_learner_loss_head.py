@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from atropos_hpc.learner import loss_head  # noqa: E402
-from atropos_hpc.learner.loss_head import LossHead, Targets  # noqa: E402
+from atropos_hpc.learner.loss_head import LossHead, Supports, Targets  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -61,10 +61,35 @@ def test_a_logit_costs_at_most_six_bytes_at_any_size(tokens: int) -> None:
     assert 0.1 < memory.peak / (tokens * vocabulary) <= 6.0
 
 
+def random_supports(labels: torch.Tensor, vocabulary: int) -> tuple[Supports, torch.Tensor]:
+    """Supports of 1 to 20 ids, with the label, of two tokens of three; and the same as a mask."""
+    mask = torch.zeros(len(labels), vocabulary, dtype=torch.bool)
+    for i, label in enumerate(labels.tolist()):
+        mask[i, torch.randperm(vocabulary)[: int(torch.randint(20, ()))]] = True
+        mask[i, label] = True
+    counts = mask.sum(-1)
+    counts[::3] = 0
+    ids = torch.cat([mask[i].nonzero()[:, 0] for i in range(len(labels)) if counts[i]])
+    mask[::3] = True
+    # the ids of the tokens may lie anywhere
+    shift = 7
+    starts = counts.cumsum(0) - counts + shift
+    return Supports(starts, counts, torch.cat([ids.new_full((shift,), vocabulary), ids])), mask
+
+
+def log_prob_and_entropy(
+    logits: torch.Tensor, mask: torch.Tensor, label: torch.Tensor
+) -> torch.Tensor:
+    """Of one token, over the ids of the mask."""
+    log_p = logits[mask].log_softmax(-1)
+    return torch.stack([log_p[mask[:label].sum()], -(log_p.exp() * log_p).sum()])
+
+
+@pytest.mark.parametrize("truncated", [True, False])
 @pytest.mark.parametrize("differentiable_entropy", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_equal_float64(
-    differentiable_entropy: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+    truncated: bool, differentiable_entropy: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
         loss_head.CHUNK_LOGITS, "cpu", 97 * 70
@@ -81,10 +106,9 @@ def test_values_and_gradients_equal_float64(
     temperatures = torch.rand(230) + 0.5
 
     z = exact(hidden64)[0, rows] / temperatures.double()[:, None]
-    log_p = z.log_softmax(-1)
-    want = torch.stack(
-        [log_p.gather(-1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)], dim=-1
-    )
+    everything = torch.ones(230, vocabulary, dtype=torch.bool)
+    kept, mask = random_supports(labels, vocabulary) if truncated else (None, everything)
+    want = torch.stack([log_prob_and_entropy(*row) for row in zip(z, mask, labels, strict=True)])
     weights = torch.randn(230, 2, dtype=torch.float64)
     if not differentiable_entropy:
         weights[:, 1] = 0
@@ -92,7 +116,7 @@ def test_values_and_gradients_equal_float64(
 
     head = LossHead(layer, vocabulary)
     head.differentiable_entropy = differentiable_entropy
-    head.targets = Targets(rows, labels, temperatures)
+    head.targets = Targets(rows, labels, temperatures, kept)
     found = layer(hidden)[0]
     (found[rows] * weights.float()).sum().backward()
 

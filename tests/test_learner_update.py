@@ -25,6 +25,7 @@ from learner_ranks import (  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, CorrectionConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402
+from atropos_hpc.contracts.support import Support  # noqa: E402
 from atropos_hpc.learner.backends import verl as backend_module  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import jagged, make_batch  # noqa: E402
@@ -127,11 +128,40 @@ def model64(model_path: Any) -> torch.nn.Module:
     ).eval()
 
 
-def log_probs64(model: torch.nn.Module, tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs of tokens 1.., entropies of what predicts them)"""
+def log_probs64(
+    model: torch.nn.Module, tokens: np.ndarray, support: Support | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs of tokens 1.., entropies of what predicts them), over the supports"""
     ids = torch.tensor(tokens, dtype=torch.long)
-    every = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-    return every.gather(-1, ids[1:, None])[:, 0], -(every.exp() * every).sum(-1)
+    logits = model(ids[None], use_cache=False).logits[0, :-1]
+    excluded = torch.zeros(logits.shape, dtype=torch.bool)
+    if support is not None:
+        for row, kept in enumerate(np.split(support.ids, np.cumsum(support.counts)[:-1])[1:]):
+            excluded[row] = len(kept) > 0
+            excluded[row, kept] = False
+    every = logits.masked_fill(excluded, -torch.inf).log_softmax(-1)
+    entropy = -(every.exp() * every.masked_fill(excluded, 0)).sum(-1)
+    return every.gather(-1, ids[1:, None])[:, 0], entropy
+
+
+def with_supports(group: Group) -> Group:
+    """The group as if two tokens of three had been sampled from a part of the vocabulary."""
+    draw = np.random.default_rng(5)
+    kept = [
+        [*draw.choice(VOCABULARY, draw.integers(40), replace=False).tolist(), token]
+        if i % 3
+        else []
+        for i, token in enumerate(group.tokens.tolist())
+    ]
+    return replace(group, support=Support.of_lists(kept))
+
+
+def supports_of(group: Group) -> list[Support | None]:
+    """Of each sequence."""
+    if group.support is None:
+        return [None] * len(group.lengths)
+    owner = np.repeat(np.arange(len(group.lengths)), group.lengths)
+    return [group.support.select(owner == i) for i in range(len(group.lengths))]
 
 
 def noisy_twins(model: torch.nn.Module, groups: list[Group]) -> tuple[list[Group], list[Group]]:
@@ -144,7 +174,10 @@ def noisy_twins(model: torch.nn.Module, groups: list[Group]) -> tuple[list[Group
     with torch.no_grad():
         exact = [
             np.concatenate(
-                [[0, *log_probs64(model, r)[0].numpy()][: len(r)] for r in rows(g, g.tokens)]
+                [
+                    [0, *log_probs64(model, r, kept)[0].numpy()][: len(r)]
+                    for r, kept in zip(rows(g, g.tokens), supports_of(g), strict=True)
+                ]
             )
             for g in groups
         ]
@@ -238,7 +271,7 @@ def expected(
         found.append([])
         for i, tokens in enumerate(rows(group, group.tokens)):
             mask = torch.tensor(rows(group, group.trained)[i][1:])
-            log_prob, entropy = log_probs64(model, tokens)
+            log_prob, entropy = log_probs64(model, tokens, supports_of(group)[i])
             log_prob.retain_grad()
             behaviour, ref = (
                 torch.tensor(rows(g, g.inference_logprobs)[i][1:], dtype=torch.float64)
@@ -458,7 +491,8 @@ def _by_sequence(watched: list[Any], world: int) -> Any:
 def test_gradients_are_those_of_the_float64_loop(
     model_path: Any, model64: torch.nn.Module, deal: list[list[int]]
 ) -> None:
-    groups, references = noisy_twins(model64, make_groups())
+    plain, *others = make_groups()
+    groups, references = noisy_twins(model64, [with_supports(plain), *others])
     limits = (4096, 120) if len(deal) == 1 else (120,)
     results = on_ranks(len(deal), update_all, model_path, deal, groups, references, limits)
     for name, conf in CASES.items():

@@ -18,6 +18,7 @@ from atropos_hpc.contracts.messages import (
     Usage,
     VersionSpan,
 )
+from atropos_hpc.rollout.sampling_support import sampled
 from atropos_hpc.rollout.server_pool import Pool, decode_answer
 from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 from atropos_hpc.runtime.run_dir import RunDir
@@ -169,16 +170,17 @@ def test_generations_are_recorded_with_their_oldest_and_newest_version() -> None
     spans = [VersionSpan("default", 0, 1), VersionSpan("12-1", 1, 3)]
 
     async def elsewhere() -> None:
-        record([Generation([3, 4, 5], weight_versions=spans)], 0.7)
+        made = Generation([3, 4, 5], weight_versions=spans)
+        record(sampled([made], [1, 2], SamplingParams(temperature=0.7)))
 
     async def main() -> list[Sampled]:
         with record_generations() as seen:
             await asyncio.create_task(elsewhere())
-            record([Generation([1])], 1.0)
-        record([Generation([9], weight_versions=spans)], 1.0)
+            record(sampled([Generation([1])], [1], SamplingParams()))
+        record([Sampled((9,), (0, 12))])
         return seen
 
-    assert asyncio.run(main()) == [Sampled((3, 4, 5), (0, 12), 0.7)]
+    assert asyncio.run(main()) == [Sampled((3, 4, 5), (0, 12), 0.7, (1, 2))]
 
 
 def test_options_without_a_value_are_not_sent() -> None:

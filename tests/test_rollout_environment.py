@@ -32,7 +32,7 @@ def test_stamps_are_per_sequence_with_the_whole_group_s_range_as_fallback() -> N
     assert group["generation_params"]["policy_versions"] == [[1, 1], [1, 3], [1, 3]]
 
 
-def test_the_temperature_is_stamped_where_it_is_one_and_the_environment_has_not_said_it() -> None:
+def test_sequences_are_stamped_with_their_temperature_unless_the_environment_said_it() -> None:
     generations = [Sampled((1,), (0, 0), 0.7), Sampled((2,), (0, 0), 0.7)]
     group: dict[str, Any] = {"tokens": [[1], [2]]}
     stamp(group, generations)
@@ -40,9 +40,14 @@ def test_the_temperature_is_stamped_where_it_is_one_and_the_environment_has_not_
     said: dict[str, Any] = {"tokens": [[1]], "generation_params": {"temperature": 0.9}}
     stamp(said, generations)
     assert said["generation_params"]["temperature"] == 0.9
-    mixed: dict[str, Any] = {"tokens": [[1], [2]]}
-    stamp(mixed, [*generations, Sampled((3,), (0, 0), 1.0)])
+    mixed: dict[str, Any] = {"tokens": [[1], [2], [3]], "overrides": [{}, {}, {"x": 1}]}
+    stamp(mixed, [*generations, Sampled((3,), (0, 0), 1.0), Sampled((4,), (0, 0), 0.0)])
     assert "temperature" not in mixed["generation_params"]
+    assert mixed["overrides"] == [
+        {"temperature": 0.7},
+        {"temperature": 0.7},
+        {"temperature": 1.0, "x": 1},
+    ]
 
 
 def test_a_group_without_generations_has_unknown_versions_and_keeps_its_parameters() -> None:

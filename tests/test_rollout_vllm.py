@@ -23,7 +23,7 @@ from run_files import evaluations  # noqa: E402
 from vllm_servers import ENVIRONMENT, PROMPT, Served, serving  # noqa: E402
 
 from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
-from atropos_hpc.contracts.messages import Registration  # noqa: E402
+from atropos_hpc.contracts.messages import WANTED, Registration  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
 from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
@@ -251,6 +251,64 @@ def test_log_probs_are_of_the_policy_at_the_sampling_temperature(served: Served)
     )
 
 
+TRUNCATIONS = (
+    {"top_p": 0.8},
+    {"top_k": 3},
+    {"min_p": 0.1},
+    {"top_p": 0.8, "top_k": 3, "min_p": 0.02},
+    {"allowed_token_ids": [2, 3, 5]},
+    {"structured_outputs": {"regex": "[0-9]{4}"}},
+)
+
+
+def kept_by(logits: Any, options: dict[str, Any]) -> list[int] | None:
+    """The ids that vLLM's order of truncation leaves: min_p, top_k, top_p; None: not known here."""
+    import torch
+
+    if "structured_outputs" in options:
+        return None
+    if (allowed := options.get("allowed_token_ids")) is not None:
+        return list(allowed)
+    p = logits.softmax(-1)
+    p = torch.where(p >= options.get("min_p", 0) * p.max(), p, 0)
+    order = p.argsort(descending=True)[: options.get("top_k", len(p))]
+    p = p[order] / p[order].sum()
+    return sorted(order[(p.cumsum(0) - p < options.get("top_p", 1)) & (p > 0)].tolist())
+
+
+@pytest.mark.parametrize("options", TRUNCATIONS, ids=lambda options: "+".join(options))
+def test_log_probs_are_of_the_truncated_policy_and_its_support_is_reported(
+    served: Served, options: dict[str, Any]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    served.push(served.base)
+    sampling = {"temperature": 0.7, "max_tokens": 4, "n": 6, "logprobs": 1024, **options}
+    sampling["extra_args"] = {WANTED: 0}
+    status, answer = served.ask(
+        "POST", GENERATE, {"token_ids": PROMPT, "sampling_params": sampling}
+    )
+    assert status == 200, answer
+    model = AutoModelForCausalLM.from_pretrained(served.base, dtype=torch.float32)
+    sizes = set()
+    for choice in answer["choices"]:
+        tokens = choice["token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1] / 0.7
+        assert len(choice["sampling_mask"]) == len(tokens)
+        positions = choice["logprobs"]["content"]
+        for row, token, kept, position in zip(
+            logits, tokens, choice["sampling_mask"], positions, strict=True
+        ):
+            expected = kept_by(row, options)
+            assert kept == (expected or kept) and token in kept
+            exact = float(row[kept].log_softmax(-1)[kept.index(token)])
+            assert position["logprob"] == pytest.approx(exact, abs=1e-3)
+            sizes.add(len(kept))
+    assert max(sizes) < len(logits[0]), "something was truncated"
+
+
 def test_requests_in_flight_outlive_a_push(served: Served) -> None:
     async def main() -> list[int]:
         body = {
@@ -340,6 +398,11 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     for kind in ("managed", "tokens", "turns"):
         group = kinds[kind]
         assert (group.inference_logprobs[group.trained] <= 0).all()
+        truncated = kind != "managed"
+        assert (group.support is not None) == truncated
+        if truncated:  # each sampled token, and no other, comes with what it was sampled from
+            assert ((group.support.counts > 0) == group.trained).all()
+            assert group.support.contains(group.tokens).all()
     starts = group.lengths.cumsum() - group.lengths
     for start, length in zip(starts, group.lengths, strict=True):  # prompt, turn, tool, turn
         trained = "".join("x" if each else "." for each in group.trained[start : start + length])

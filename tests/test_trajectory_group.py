@@ -1,13 +1,17 @@
 """Groups between JSON, record and arrays; and what is refused on the way."""
 
+import base64
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
 from trajectory_parts import group
 
-from atropos_hpc.contracts.group import NO_LIMITS, Limits, encode_group, read_group
+from atropos_hpc.contracts.group import NO_LIMITS, Limits, encode_group, read_group, verify_record
 from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup
+from atropos_hpc.contracts.support import Support
+from atropos_hpc.contracts.wal_record import header_at
 from atropos_hpc.trajectories.decode import decode_json, to_json
 
 NAN, INF = float("nan"), float("inf")
@@ -240,3 +244,53 @@ def test_equal_groups_of_one_body_are_told_apart_in_the_same_way_each_time():
         for r in records
     )
     assert json.loads(to_json(records[2].to_bytes()))["messages"] == [[]] * 4
+
+
+def test_the_support_of_sampled_tokens_goes_along_with_a_group():
+    kept = [[], [], [2, 131071], list(range(300))] * 4
+    support = Support.of_lists(kept)
+    sent = group(1, length=4, overrides=[{}] * 4)
+    (record,) = decode(json.dumps({**sent, "support": b64(support)}).encode(), many=False)
+    sent_again = verify_record(
+        header_at(record.to_bytes(), 0), memoryview(record.to_bytes()), NO_LIMITS
+    )
+    assert sent_again.payload == record.payload
+    record.disambiguate(7)
+    got = read_group(bytearray(record.to_bytes()))
+    assert got.support.counts.tolist() == [len(ids) for ids in kept]
+    assert got.support.ids.tolist() == [token for ids in kept for token in ids]
+    assert got.overrides == [{}] * 4 and got.tokens.tolist() == list(chain(*sent["tokens"]))
+
+
+WRONG_SUPPORTS = {
+    "not the support of": Support.unrestricted(15),
+    "in its own": Support.of_lists([[], [], [9], []] * 4),
+    r"ids must be in \[0, 1000\)": Support.of_lists([[], [], [2, 1000], []] * 4),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_SUPPORTS)
+def test_a_wrong_support_is_refused(message):
+    sent = {**group(1, length=4), "support": b64(WRONG_SUPPORTS[message])}
+    with pytest.raises(RequestError, match=f"support: .*{message}"):
+        decode(json.dumps(sent).encode(), many=False, limits=Limits(vocabulary=1000))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_bytes_are_a_support_or_refused(seed):
+    """What decodes is encoded to something that decodes to the same."""
+    draw = np.random.default_rng(seed)
+    data = draw.integers(0, 4, draw.integers(12)).astype(np.uint8)
+    data[draw.random(data.size) < 0.1] += 128
+    tokens = int(draw.integers(4))
+    try:
+        support = Support.decode(data.tobytes(), tokens)
+    except ValueError:
+        return
+    again = Support.decode(support.encode(), tokens)
+    assert again.counts.tolist() == support.counts.tolist()
+    assert again.ids.tolist() == support.ids.tolist()
+
+
+def b64(support):
+    return base64.b64encode(support.encode()).decode()

@@ -4,6 +4,7 @@ Payload of a group's record, G sequences of N tokens in all:
 
     scores f64[G] | lengths u32[G] | tokens i32[N] | f32[N] per flag of OPTIONAL_ARRAYS
     | mask bits u8[ceil(N/8)] | JSON object of the free-form fields
+    | with the flag SUPPORT: u32 size, and a `Support` of the N tokens, encoded in that many bytes
 
 An environment worker encodes with `encode_group`. The trajectory server checks the record with
 `verify_record` and journals the same payload. The learner maps it with `read_group`.
@@ -19,12 +20,14 @@ from numpy.typing import NDArray
 
 from atropos_hpc.contracts.scored_group import (
     OPTIONAL_ARRAYS,
+    SUPPORT,
     JsonObject,
     RequestError,
     ScoredGroup,
     check_free_form,
     free_form_json,
 )
+from atropos_hpc.contracts.support import Support
 from atropos_hpc.contracts.wal_record import (
     GROUP,
     HEADER_BYTES,
@@ -63,6 +66,7 @@ class Group:
     inference_logprobs: NDArray[np.float32] | None = None
     advantages: NDArray[np.float32] | None = None  # [N], token-level, given by the environment
     ref_logprobs: NDArray[np.float32] | None = None  # [N], nats
+    support: Support | None = None  # of the N tokens; None: all were sampled from the vocabulary
     overrides: list[JsonObject] | None = None  # [G]
     group_overrides: JsonObject | None = None
     generation_params: JsonObject | None = None
@@ -90,6 +94,10 @@ def encode_group(group: ScoredGroup, limits: Limits = NO_LIMITS) -> Record:
     _check_arrays(arrays, limits)
     arrays.optional = _optional(group, lengths)
     trained = _trained(group, lengths, tokens)
+    support = group.support or b""
+    if support:
+        _check_support(support, tokens, limits)
+        support = len(support).to_bytes(4, "little") + support
     meta, oldest = free_form_json(group), UNKNOWN
     if meta:
         oldest = check_free_form(meta, len(lengths))
@@ -100,11 +108,13 @@ def encode_group(group: ScoredGroup, limits: Limits = NO_LIMITS) -> Record:
         *arrays.optional.values(),
         np.packbits(trained),
         meta,
+        support,
     )
+    flags = sum(1 << OPTIONAL_ARRAYS.index(name) for name in arrays.optional)
     return Record(
         GROUP,
         b"".join(parts),
-        flags=sum(1 << OPTIONAL_ARRAYS.index(name) for name in arrays.optional),
+        flags=flags | (SUPPORT if support else 0),
         meta_size=len(meta),
         sequences=len(lengths),
         tokens=tokens.size,
@@ -118,16 +128,20 @@ def verify_record(header: Header, record: memoryview, limits: Limits) -> Record:
 
     `header` is that of `header_at`, so both hashes are correct. Raises RequestError (422).
     """
-    spare = header.size - _meta_start(header) - header.meta_size
-    if header.kind != GROUP or header.flags >> len(OPTIONAL_ARRAYS) or not 0 <= spare < 16:
+    payload = bytes(record[HEADER_BYTES:])
+    end = _meta_start(header) + header.meta_size
+    support = _support_bytes(payload, end, header)
+    spare = header.size - end - (4 + len(support) if header.flags & SUPPORT else 0)
+    if header.kind != GROUP or header.flags >= SUPPORT << 1 or not 0 <= spare < 16:
         raise RequestError(422, "record: its header does not describe its payload")
     if header.sequences < 1:
         raise RequestError(422, "tokens: an empty group")
-    payload = bytes(record[HEADER_BYTES:])
     arrays, at = _map_arrays(payload, 0, header)
     if int(arrays.lengths.sum(dtype=np.uint64)) != header.tokens:
         raise RequestError(422, "tokens: the lengths do not sum to the number of tokens")
     _check_arrays(arrays, limits)
+    if header.flags & SUPPORT:
+        _check_support(support, arrays.tokens, limits)
     at += (header.tokens + 7) // 8
     meta = payload[at : at + header.meta_size]
     return Record(
@@ -156,12 +170,17 @@ def read_group(buffer: Buffer, start: int = 0, header: Header | None = None) -> 
     bits = np.frombuffer(buffer, "u1", (header.tokens + 7) // 8, at)
     at += bits.nbytes
     meta = orjson.loads(bytes(buffer[at : at + header.meta_size])) if header.meta_size else {}
+    support = None
+    if header.flags & SUPPORT:
+        encoded = _support_bytes(buffer, at + header.meta_size, header)
+        support = Support.decode(encoded, header.tokens)
     return Group(
         arrays.lengths,
         arrays.scores,
         arrays.tokens,
         np.unpackbits(bits, count=header.tokens).view(bool),
         **arrays.optional,
+        support=support,
         overrides=meta.get("overrides") or None,
         group_overrides=meta.get("group_overrides"),
         generation_params=meta.get("generation_params"),
@@ -189,8 +208,16 @@ class _Arrays:
 
 def _meta_start(header: Header) -> int:
     """Return the offset in the payload at which the free-form fields begin."""
-    arrays = 1 + header.flags.bit_count()
+    arrays = 1 + (header.flags & (SUPPORT - 1)).bit_count()
     return 12 * header.sequences + 4 * header.tokens * arrays + (header.tokens + 7) // 8
+
+
+def _support_bytes(buffer: Buffer, at: int, header: Header) -> bytes:
+    """Return the encoded support at `at`; empty if the record has none."""
+    if not header.flags & SUPPORT:
+        return b""
+    size = int.from_bytes(bytes(buffer[at : at + 4]), "little")
+    return bytes(buffer[at + 4 : at + 4 + size])
 
 
 def _map_arrays(buffer: Buffer, at: int, header: Header) -> tuple[_Arrays, int]:
@@ -225,6 +252,19 @@ def _check_arrays(arrays: _Arrays, limits: Limits) -> None:
         raise RequestError(422, f"scores: {arrays.scores.size} for {lengths.size} sequences")
     for name, array in {"scores": arrays.scores, **arrays.optional}.items():
         _bounded(array, name)
+
+
+def _check_support(encoded: bytes, tokens: NDArray[Any], limits: Limits) -> None:
+    """Check a support. Raises RequestError (422)."""
+    try:
+        support = Support.decode(encoded, tokens.size)
+    except ValueError as error:
+        raise RequestError(422, f"support: {error}") from None
+    if support.ids.size and support.ids.max() >= limits.vocabulary:
+        found = f"found {support.ids.max()}"
+        raise RequestError(422, f"support: ids must be in [0, {limits.vocabulary}), {found}")
+    if not support.contains(tokens).all():
+        raise RequestError(422, "support: a token is not in its own support")
 
 
 def _bounded(array: NDArray[Any], name: str) -> NDArray[Any]:

@@ -198,6 +198,10 @@ class ErrorBody(Struct):
 
 # --- vLLM's token endpoint
 
+# The key of SamplingParams.extra_args that asks for `Generation.sampling_mask`: the number of top
+# log-probs that the caller wants. `logprobs` is then the largest support to be reported.
+WANTED = "support_top_logprobs"
+
 
 class SamplingParams(Struct, omit_defaults=True):
     """vLLM's SamplingParams, as far as OpenAI's names or Atropos environments use them."""
@@ -225,6 +229,7 @@ class SamplingParams(Struct, omit_defaults=True):
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
     logprobs: int | None = None
+    extra_args: dict[str, int] | None = None  # of this package's extensions of the server
 
 
 class GenerateRequest(Struct, omit_defaults=True):
@@ -275,6 +280,8 @@ class Generation(Struct):
     text: str | None = None
     logprobs: Logprobs | None = None
     weight_versions: list[VersionSpan] | None = None
+    # the ids that were left to sample each token from; none of a token where they are too many
+    sampling_mask: list[list[int]] | None = None
 
     @property
     def versions(self) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from msgspec import Meta, Raw, Struct
 from atropos_hpc.contracts.wal_record import UNKNOWN
 
 OPTIONAL_ARRAYS = ("inference_logprobs", "advantages", "ref_logprobs")  # flag bit = 1 << index
+SUPPORT = 1 << len(OPTIONAL_ARRAYS)  # flag bit: the payload ends with a support
 NULL = Raw(b"null")
 
 JsonObject = dict[str, Any]  # its keys belong to the environment, not to this package
@@ -48,6 +49,7 @@ class ScoredGroup(Struct):
     images: Raw = NULL
     distill_token_ids: Raw = NULL
     distill_logprobs: Raw = NULL
+    support: bytes | None = None  # `Support.encode`, in JSON base64; not Atropos'
 
     @classmethod
     def from_python(cls, group: Mapping[str, Any]) -> "ScoredGroup":
@@ -55,7 +57,7 @@ class ScoredGroup(Struct):
         for name in ("tokens", "masks", "scores"):
             if group.get(name) is None:
                 raise RequestError(422, f"{name}: missing")
-        arrays = ("tokens", "masks", "scores", *OPTIONAL_ARRAYS)
+        arrays = ("tokens", "masks", "scores", "support", *OPTIONAL_ARRAYS)
         values: JsonObject = {name: group.get(name) for name in arrays}
         for name in FREE_FORM_FIELDS:
             if group.get(name) is not None:

@@ -33,7 +33,7 @@ class Header(NamedTuple):
     """The fields of a record's header."""
 
     kind: int  # GROUP, EVENT or SNAPSHOT
-    flags: int  # bit i: the payload holds the optional array OPTIONAL_ARRAYS[i]
+    flags: int  # bit i: the payload holds the optional array OPTIONAL_ARRAYS[i]; SUPPORT
     hash: int  # xxh3 of the payload
     gid: int  # number of the group, in order of arrival
     durable: int  # the record's file was durable up to this offset when the record was written

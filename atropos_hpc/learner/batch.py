@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.support import Support
 from atropos_hpc.learner.backends.verl_api import TensorDict, tensordict_utils
 from atropos_hpc.learner.sequences import Flags, Sequences, flatten
 from atropos_hpc.learner.statistics import Statistics, local_statistics, over_ranks
@@ -105,6 +106,10 @@ def make_batch(groups: Sequence[Group], settings: BatchSettings, version: int) -
     trained = int(totals.sums["trained_sequences"])
     fillers = max(1, int(totals.maxima["trained_sequences"])) - len(sequences.lengths)
     tensors = jagged(sequences, fillers, trained, settings.tokens_per_micro_batch, recompute)
+    versions = [known for group in groups for known in group.policy_versions]
+    same = np.array([known == (version, version) for known in versions], bool)
+    same_version = np.append(same[sequences.included], np.zeros(fillers, bool))
+    tensors["same_version"] = torch.from_numpy(same_version)
     given_reference = _response(sequences, sequences.reference, fillers)
     needs_reference = totals.sums["without_reference"] > 0
     if not needs_reference:
@@ -181,12 +186,32 @@ def jagged(
         "global_batch_size": trained_sequences,
         "pad_token_id": 0,
     }
+    if (support := sequences.support) is not None:
+        tensors |= _support_tensors(support, lengths - starts, fillers)
     if (sequences.temperatures == 1).all():
         options["temperature"] = 1.0  # spares verl a copy of the logits
     else:
         temperatures = np.append(sequences.temperatures, np.ones(fillers, np.float32))
         tensors["temperature"] = torch.from_numpy(temperatures)
     return tensordict_utils.get_tensordict(tensors, non_tensor_dict=options)
+
+
+def _support_tensors(
+    support: Support, responses: NDArray[np.int64], fillers: int
+) -> dict[str, torch.Tensor]:
+    """Return the support of B = S + `fillers` sequences, see `loss_head.Supports`.
+
+    support_counts is response-shaped; support_ids, jagged [B, 1 + ids of the sequence], begins with
+    a 0 in each sequence, because verl's indexing does not take empty rows.
+    """
+    counts = np.append(support.counts, np.zeros(fillers, np.int64))
+    rows = np.repeat(np.arange(len(responses)), responses)
+    ids_of_rows = np.bincount(rows, counts, len(responses)).astype(np.int64)
+    ids = np.insert(support.ids, np.cumsum(ids_of_rows) - ids_of_rows, 0)
+    return {
+        "support_counts": from_jagged(torch.from_numpy(counts), _offsets(responses)),
+        "support_ids": from_jagged(torch.from_numpy(ids), _offsets(ids_of_rows + 1)),
+    }
 
 
 def _response(sequences: Sequences, values: NDArray[Any], fillers: int) -> torch.Tensor:

@@ -11,6 +11,10 @@ With z = logits / temperature, p = softmax(z), H = -sum p log p:
 
     d log p[label] / d z = onehot(label) - p          d H / d z = -p (log p + H)
 
+A token that was sampled from a part of the vocabulary (its support) has -inf for all other z, or
+rather a number whose exponential is 0, so that 0 times it is 0: p and H are those of the truncated
+policy.
+
 Weight gradients of the chunks are accumulated in float32, whatever the dtype of the weights.
 """
 
@@ -30,6 +34,28 @@ CHUNK_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 24}
 LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
+EXCLUDED = -1e30  # the logit of an id outside of a support, whatever the temperature
+
+
+@dataclass(frozen=True)
+class Supports:
+    """The supports of N tokens: ids[start : start + count] of each; count 0: the vocabulary."""
+
+    starts: torch.Tensor  # [N] int64
+    counts: torch.Tensor  # [N] int64
+    ids: torch.Tensor  # int64
+
+    def restrict(self, logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """Return the logits of a chunk of the tokens, [n, vocabulary], with EXCLUDED elsewhere."""
+        starts, counts = self.starts[chunk], self.counts[chunk]
+        rows = torch.repeat_interleave(counts)
+        begins = counts.cumsum(0) - counts
+        at = torch.arange(len(rows), device=rows.device) + (starts - begins)[rows]
+        excluded = (counts > 0)[:, None].repeat(1, logits.shape[-1])
+        excluded[rows, self.ids[at]] = False
+        return logits.masked_fill(excluded, EXCLUDED)
+
+
 @dataclass(frozen=True)
 class Targets:
     """What to compute for a pack of T tokens: of each selected token, the log-prob of its label."""
@@ -37,6 +63,11 @@ class Targets:
     rows: torch.Tensor  # [N] int64, the tokens that predict something trained
     labels: torch.Tensor  # [N] int64
     temperatures: torch.Tensor  # [N] float32
+    supports: Supports | None = None  # None: all from the whole vocabulary
+
+    def restrict(self, logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """Return the logits of a chunk, restricted to the supports of its tokens."""
+        return logits if self.supports is None else self.supports.restrict(logits, chunk)
 
 
 class LossHead:
@@ -86,7 +117,7 @@ class _ChunkedHead(torch.autograd.Function):
         normalizers = hidden.new_empty(len(hidden), dtype=torch.float32)
         statistics = _compiled(_statistics, hidden.device)
         for chunk in head.chunks(len(hidden), hidden.device):
-            logits = head.logits(hidden[chunk])
+            logits = targets.restrict(head.logits(hidden[chunk]), chunk)
             found[chunk, 0], found[chunk, 1], normalizers[chunk] = statistics(
                 logits, targets.labels[chunk], targets.temperatures[chunk]
             )
@@ -109,7 +140,8 @@ class _ChunkedHead(torch.autograd.Function):
             with torch.enable_grad(), ctx.autocast:
                 logits = head.logits(part)
             of_chunk = of_logits(
-                logits.detach(), targets.labels[chunk], targets.temperatures[chunk],
+                targets.restrict(logits.detach(), chunk),
+                targets.labels[chunk], targets.temperatures[chunk],
                 normalizers[chunk], entropies[chunk], gradient[chunk],
             )  # fmt: skip
             first, *rest = torch.autograd.grad(logits, [part, *parameters], of_chunk)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.support import Support
 from atropos_hpc.learner.advantages import batch_advantages
 
 Floats = NDArray[np.float32]
@@ -42,6 +43,7 @@ class Sequences:
     behaviour: Floats  # [R], log-probs of the policy that sampled
     reference: Floats  # [R], log-probs of a reference that the environment gave
     included: Flags  # [all sequences of the groups], whether the sequence is one of the S
+    support: Support | None = None  # of the R tokens; None: all were sampled from the vocabulary
     first_tokens: int = 0
     zero_advantage_groups: int = 0
 
@@ -101,6 +103,7 @@ def flatten(
         behaviour=log_probs("inference_logprobs"),
         reference=log_probs("ref_logprobs"),
         included=included,
+        support=_support(groups, trained, in_response),
         first_tokens=first_tokens,
         zero_advantage_groups=zero_groups,
     )
@@ -120,6 +123,17 @@ def _log_probs(groups: Sequence[Group], name: str) -> NDArray[np.floating]:
             for group, array in arrays
         ]
     )
+
+
+def _support(groups: Sequence[Group], trained: Flags, in_response: Flags) -> Support | None:
+    """Return the support of the response tokens, unrestricted where a token is not trained."""
+    if all(group.support is None for group in groups):
+        return None
+    whole = Support.concatenate(
+        [group.support or Support.unrestricted(len(group.tokens)) for group in groups]
+    )
+    kept = np.repeat(trained, whole.counts)
+    return Support(np.where(trained, whole.counts, 0), whole.ids[kept]).select(in_response)
 
 
 def _group_advantages(

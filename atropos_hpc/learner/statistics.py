@@ -37,6 +37,7 @@ class Statistics:
             "zero_advantage_groups",
             "without_log_probs",
             "stale_sequences",
+            "biased_sequences",
         )
         metrics = {name: sums[name] for name in counts} | {
             "reward_mean": mean,
@@ -96,6 +97,7 @@ def local_statistics(
         "versions_known": staleness.size,
         "staleness": staleness.sum(),
         "stale_sequences": (staleness > 0).sum(),
+        "biased_sequences": sum(len(group.lengths) for group in groups if _is_biased(group)),
     }
     for name in environments:
         own = [
@@ -115,6 +117,11 @@ def local_statistics(
         {name: float(value) for name, value in sums.items()},
         {name: float(value) for name, value in maxima.items()},
     )
+
+
+def _is_biased(group: Group) -> bool:
+    """Return whether the group is one that rollout.allow_biased_sampling let pass."""
+    return bool((group.generation_params or {}).get("biased_sampling"))
 
 
 def over_ranks(local: Statistics, replicas: int = 1) -> Statistics:

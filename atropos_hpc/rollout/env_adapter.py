@@ -28,6 +28,7 @@ from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
 from atropos_hpc.rollout.env_metrics import LoggedEnvironment
+from atropos_hpc.rollout.sampling_support import add_support
 from atropos_hpc.rollout.server_pool import Pool
 from atropos_hpc.rollout.stamping import record_generations, recorded, stamp
 from atropos_hpc.rollout.vllm_client import VllmServer
@@ -71,6 +72,7 @@ class RunEnvironment(BaseEnv):
     ) -> None:
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
+        self._rollout = self.pool.run.config().rollout
         self.http = HttpClient(self._trajectory_server, token, member=member)
         self.member, self.counts = member, Counts()
         self.label = label  # written into each group, in a run with several environments
@@ -291,13 +293,24 @@ class RunEnvironment(BaseEnv):
         rollout.
         """
         groups = scored_data if isinstance(scored_data, list) else [scored_data]
-        for group in groups:
-            stamp(group, recorded(), self.label)
         self._senders.add(asyncio.current_task())
+        groups = [group for group in groups if self._is_faithful(group)]
+        if not groups:
+            return
         send = asyncio.create_task(self._send(groups))
         self._sends.add(send)
         send.add_done_callback(self._sends.discard)
         await asyncio.shield(send)
+
+    def _is_faithful(self, group: JsonObject) -> bool:
+        """Stamp a group, and add its support. Return False, and count it, if it is refused."""
+        stamp(group, recorded(), self.label)
+        try:
+            add_support(group, recorded(), self._rollout, binary=self.quota is not None)
+        except RequestError as error:
+            self._count_refused(1, str(error))
+            return False
+        return True
 
     async def _send(self, groups: list[JsonObject]) -> None:
         """Encode and post groups, retrying while the server is away.

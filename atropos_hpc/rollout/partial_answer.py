@@ -81,6 +81,9 @@ class Sample:
         if new.logprobs is not None:
             whole.logprobs = whole.logprobs or Logprobs([])
             whole.logprobs.content += new.logprobs.content
+        if new.sampling_mask is not None:
+            whole.sampling_mask = whole.sampling_mask or []
+            whole.sampling_mask += new.sampling_mask
         if new.weight_versions is not None:
             whole.weight_versions = self._spans + [
                 VersionSpan(span.version, self.joint + span.start, self.joint + span.end)
@@ -159,6 +162,8 @@ class Sample:
         del whole.token_ids[end:]
         if whole.logprobs is not None:
             del whole.logprobs.content[end:]
+        if whole.sampling_mask is not None:
+            del whole.sampling_mask[end:]
         whole.weight_versions = [
             VersionSpan(span.version, span.start, min(span.end, end))
             for span in whole.weight_versions or ()

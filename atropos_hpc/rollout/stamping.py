@@ -8,11 +8,11 @@ import contextlib
 import contextvars
 import uuid
 from array import array
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from atropos_hpc.contracts.messages import Generation
+from atropos_hpc.contracts.support import Support
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,14 @@ class Sampled:
     tokens: tuple[int, ...]
     versions: tuple[int, int]  # oldest and newest policy version
     temperature: float = 1.0
+    prompt: tuple[int, ...] = ()
+    support: Support | None = None  # None: sampled from the whole vocabulary, or not known
+    bias: str | None = None  # the options that the learner cannot replay
+
+    @property
+    def restricted(self) -> bool:
+        """Return whether the tokens were sampled from something else than the vocabulary."""
+        return self.support is not None or self.bias is not None
 
 
 _recording: contextvars.ContextVar[list[Sampled] | None] = contextvars.ContextVar(
@@ -45,14 +53,15 @@ def recorded() -> list[Sampled]:
     return _recording.get() or []
 
 
-def record(generations: list[Generation], temperature: float) -> None:
+def is_recording() -> bool:
+    """Return whether generations are collected: in a rollout, not in an evaluation."""
+    return _recording.get() is not None
+
+
+def record(sampled: Iterable[Sampled]) -> None:
     """Add generations to the surrounding block, if there is one."""
-    seen = _recording.get()
-    if seen is None:
-        return
-    for generation in generations:
-        if (versions := generation.versions) is not None:
-            seen.append(Sampled(tuple(generation.token_ids), versions, temperature))
+    if (seen := _recording.get()) is not None:
+        seen.extend(sampled)
 
 
 def stamp(
@@ -63,8 +72,8 @@ def stamp(
     A sequence gets the version range [oldest, newest] of the generations whose tokens it contains.
     One that contains none, because the environment tokenized the text again and got other ids, gets
     the range of the whole group, whose oldest version is never newer than the true one. None if
-    nothing was generated. The temperature is set if all generations have the same one and the
-    environment did not set it: the log-probs are those of the policy at that temperature.
+    nothing was generated. The temperature of these generations is set likewise, unless the
+    environment did: the log-probs are those of the policy at that temperature.
     """
     params = dict(group.get("generation_params") or {})
     params["group_id"] = uuid.uuid4().hex
@@ -72,16 +81,22 @@ def stamp(
     if environment is not None:
         params["environment"] = environment
     if seen:
-        outputs = [(array("i", each.tokens).tobytes(), each.versions) for each in seen]
-        whole_group = _span([each.versions for each in seen])
-        ranges = []
+        outputs = [(array("i", each.tokens).tobytes(), each) for each in seen]
+        sources = []
         for tokens in group["tokens"]:
             sequence = array("i", [int(t) for t in tokens]).tobytes()
-            found = [range_ for output, range_ in outputs if output and _contains(sequence, output)]
-            ranges.append(_span(found) if found else whole_group)
-        params["policy_versions"] = ranges
-        if len(temperatures := {each.temperature for each in seen}) == 1:
-            params.setdefault("temperature", *temperatures)
+            found = [each for output, each in outputs if output and _contains(sequence, output)]
+            sources.append(found or seen)
+        params["policy_versions"] = [_span([each.versions for each in s]) for s in sources]
+        temperatures = [{each.temperature for each in source} for source in sources]
+        if len(every := set[float]().union(*temperatures)) == 1:
+            params.setdefault("temperature", *every)
+        elif "temperature" not in params:
+            given = group.get("overrides") or [{} for _ in temperatures]
+            group["overrides"] = [
+                {"temperature": next(iter(own)), **override} if len(own) == 1 else override
+                for own, override in zip(temperatures, given, strict=True)
+            ]
     group["generation_params"] = params
 
 
@@ -89,9 +104,14 @@ def _span(ranges: list[tuple[int, int]]) -> list[int]:
     return [min(oldest for oldest, _ in ranges), max(newest for _, newest in ranges)]
 
 
-def _contains(sequence: bytes, part: bytes, width: int = array("i").itemsize) -> bool:
-    """Return whether `part` is in `sequence` at a multiple of `width`."""
+def _contains(sequence: bytes, part: bytes) -> bool:
+    return next(find_tokens(sequence, part), None) is not None
+
+
+def find_tokens(sequence: bytes, part: bytes, width: int = array("i").itemsize) -> Iterator[int]:
+    """Yield the indices at which `part` begins in `sequence`, both arrays of integers as bytes."""
     at = sequence.find(part)
-    while at % width and at != -1:
+    while at != -1:
+        if at % width == 0:
+            yield at // width
         at = sequence.find(part, at + 1)
-    return at != -1

@@ -9,15 +9,22 @@ Clients ask for a stream, so that they hold the tokens of an unfinished answer w
 lost. 0.32 names the versions in the last chunk only (`_stamp_every_chunk`); the stream of 0.25 has
 no field for them, so it answers as a whole (`_answer_as_a_whole`), which clients accept too.
 
+In all versions, answers carry the support of each token where the request asks for it
+(`_report_support`).
+
 `policy/vllm_engine.py` is the other file that touches vLLM: it runs in vLLM's worker processes.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+
+from atropos_hpc.contracts.messages import WANTED
 
 ENTRY = "vllm.entrypoints.launchers.api_server.entry"  # since 0.32
 # Tokens of a sample that are sent together. A killed server takes up to one less than that of each
@@ -35,6 +42,7 @@ def version_flags() -> list[str]:
 def serve(arguments: list[str]) -> None:
     """Run vLLM's OpenAI-compatible server with these arguments until it is stopped."""
     sys.argv = ["vllm", *arguments]
+    _report_support()
     if _has_entry():
         entry: Any = importlib.import_module(ENTRY)
         _stamp_every_chunk()
@@ -131,6 +139,7 @@ def _add_spans_to_answers() -> None:
 
     class Choice(protocol.GenerateResponseChoice):  # type: ignore[misc, name-defined]
         weight_versions: list[dict[str, str | int]] | None = None
+        sampling_mask: list[list[int]] | None = None  # which 0.32 has and fills by itself
 
     class Response(protocol.GenerateResponse):  # type: ignore[misc, name-defined]
         choices: list[Choice]
@@ -157,6 +166,8 @@ def _add_spans_to_answers() -> None:
         if isinstance(response, Response):
             for choice, output in zip(response.choices, last.outputs, strict=True):
                 choice.weight_versions = output.weight_versions
+                if (mask := output.__dict__.get("sampling_mask")) is not None:
+                    choice.sampling_mask = mask.token_ids
         return response
 
     serving.ServingTokens.serve_tokens_full_generator = serve_tokens_full_generator
@@ -173,6 +184,71 @@ def _answer_as_a_whole() -> None:
         return await serve_tokens(self, request, *args, **kwargs)
 
     serving.ServingTokens.serve_tokens = serve_whole
+
+
+def _report_support() -> None:
+    """Have requests with WANTED in extra_args answered with each token's support.
+
+    Reason (0.25 to 0.32): only 0.32 reports the support (--return-sampling-mask), and then only
+    with its model runner V2 (no CPU), for requests with top_k, and not at all to greedy ones. The
+    log-probs of mode "processed_logprobs" show it in every version and with every runner: an id
+    that was masked has -inf. So such a request has `logprobs` set to the largest support, the
+    engine sends that many log-probs, and here, in the API server's output processor, they are
+    reduced to `sampling_mask` and to the number of log-probs that the caller wants. A token with
+    more ids than `logprobs` gets an empty list.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.engine.output_processor import RequestState
+
+    parameters: Any = SamplingParams
+    processor: Any = LogprobsProcessor
+    state: Any = RequestState
+    validate, new_completion = parameters._validate_logprobs, state._new_completion_output
+    from_request, update = processor.from_new_request, processor._update_sample_logprobs
+    vocabulary = sys.maxsize
+
+    def validate_logprobs(self: Any, model_config: Any) -> None:
+        nonlocal vocabulary
+        vocabulary = model_config.get_vocab_size()
+        if _wanted(self) is not None:  # the sampler fails if it has to find more than there are
+            self.logprobs = min(self.logprobs, vocabulary)
+        validate(self, model_config)
+
+    def from_new_request(tokenizer: Any, request: Any) -> Any:
+        made = from_request(tokenizer=tokenizer, request=request)
+        if (wanted := _wanted(request.sampling_params)) is not None:
+            made.support, made.largest, made.num_logprobs = [], made.num_logprobs, wanted
+        return made
+
+    def update_sample_logprobs(self: Any, found: Any) -> None:
+        if (support := self.__dict__.get("support")) is not None:
+            ids, log_probs, ranks, *rest = found
+            complete = self.largest >= vocabulary
+            for row, values in zip(ids, log_probs, strict=True):
+                kept = values > -math.inf
+                full = bool(kept.all()) and not complete
+                support.append([] if full else sorted(set(row[kept].tolist())))
+            columns = slice(self.num_logprobs + 1)
+            found = type(found)(ids[:, columns], log_probs[:, columns], ranks, *rest)
+        update(self, found)
+
+    def new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = new_completion(self, *args, **kwargs)
+        if (support := self.logprobs_processor.__dict__.get("support")) is not None:
+            new = len(support) - len(output.token_ids)  # in a stream, those of this chunk
+            output.sampling_mask = SimpleNamespace(token_ids=support[new:])
+        return output
+
+    parameters._validate_logprobs = validate_logprobs
+    processor.from_new_request = staticmethod(from_new_request)
+    processor._update_sample_logprobs = update_sample_logprobs
+    state._new_completion_output = new_completion_output
+
+
+def _wanted(sampling: Any) -> int | None:
+    """Return the number of log-probs that a caller wants beside the support, None without it."""
+    return (sampling.extra_args or {}).get(WANTED) if sampling is not None else None
 
 
 def _name_versions_in_routes(label: _Label) -> None:

@@ -34,14 +34,15 @@ from atropos_hpc.contracts.messages import (
 )
 from atropos_hpc.contracts.policy import ADAPTER_NAME
 from atropos_hpc.contracts.scored_group import JsonObject
+from atropos_hpc.rollout.sampling_support import sampled, with_support
 from atropos_hpc.rollout.server_pool import pool_of
-from atropos_hpc.rollout.stamping import record
+from atropos_hpc.rollout.stamping import is_recording, record
 
 log = logging.getLogger(__name__)
 
 DECODED_TAIL = 6  # tokens of the prompt that an answer's text may depend on
 # OpenAI's options by what becomes of them; the rest is dropped, with one warning.
-SAMPLING = set(SamplingParams.__struct_fields__) - {"logprobs"}
+SAMPLING = set(SamplingParams.__struct_fields__) - {"logprobs", "extra_args"}
 TEMPLATE = {
     "tools",
     "documents",
@@ -81,8 +82,9 @@ class VllmServer(APIServer):
         name = config.model_name if config.tokenizer_name == "none" else config.tokenizer_name
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.pool = pool_of(config.run_dir)
-        lora = self.pool.run.config().model.lora
-        self._model = ADAPTER_NAME if lora.rank else None
+        of_run = self.pool.run.config()
+        self._model = ADAPTER_NAME if of_run.model.lora.rank else None
+        self._max_support = of_run.rollout.max_support
         self._warned: set[str] = set()  # unknown options that were reported
 
     async def chat_completion(self, **kwargs: Any) -> ChatCompletion:
@@ -205,12 +207,13 @@ class VllmServer(APIServer):
         self, prompt: list[int], sampling: SamplingParams, mode: Literal["tokens", "text"]
     ) -> GenerateAnswer:
         sampling.logprobs = sampling.logprobs or 0
+        if is_recording():
+            sampling = with_support(sampling, self._max_support)
         request = GenerateRequest(prompt, sampling, mode, self._model, stream=True)
         skip = sampling.skip_special_tokens is not False
         decode = functools.partial(self._decode_after, prompt, skip)
         answer = await self.pool.post(request, self.config.timeout, decode)
-        temperature = 1.0 if sampling.temperature is None else float(sampling.temperature)
-        record(answer.choices, temperature)
+        record(sampled(answer.choices, prompt, sampling))
         return answer
 
     def _decode_after(self, prompt: list[int], skip_special: bool, tokens: Sequence[int]) -> str:

@@ -62,6 +62,8 @@ class Backend(Protocol):
             and the learner's before this step, where the former are known, nats
           mismatch_kl: from behaviour to learner; mismatch_chi2: mean of the squared ratio learner /
             behaviour, minus 1; mismatch_ratio_max
+          same_version_ratio_mean, same_version_log_ratio_p999: mean of behaviour / learner, and the
+            99.9th percentile of |log ratio|, over tokens that the learner's own version sampled
           grad_norm: before clipping; lr: of this step
 
         Raises ValueError for a batch without trained tokens.

@@ -23,7 +23,7 @@ from atropos_hpc.learner.backends.verl_api import (
     tensordict_utils,
     ulysses_pad_and_slice_inputs,
 )
-from atropos_hpc.learner.loss_head import LossHead, Targets, transforms_logits
+from atropos_hpc.learner.loss_head import LossHead, Supports, Targets, transforms_logits
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,12 @@ class Engine(FSDPEngineWithLMHead):
         )
         if self._loss_head is not None:
             self._loss_head.targets = self._targets(micro_batch, arguments) if packed else None
+        if "support_counts" in micro_batch and (self._loss_head is None or not packed):
+            raise ValueError(
+                "a group was sampled with top_p, top_k, min_p or a grammar, which only the chunked"
+                " loss head can replay: this model or trainer.fsdp_config.use_remove_padding=false"
+                " excludes it; sample from the whole vocabulary"
+            )
         return inputs, arguments
 
     def _targets(self, micro_batch: TensorDict, arguments: dict[str, Any]) -> Targets:
@@ -96,8 +102,9 @@ class Engine(FSDPEngineWithLMHead):
         first = torch.repeat_interleave(ends - lengths - 1 - mask.offsets()[:-1], lengths)
         trained = mask.values().bool()
         rows = (first + torch.arange(len(first), device=first.device))[trained]
-        wanted = torch.zeros(int(micro_batch["input_ids"].values().shape[0]), device=first.device)
-        wanted[rows] = 1
+        # of each row, 1 + the index of its response token; 0: not wanted
+        wanted = rows.new_zeros(int(micro_batch["input_ids"].values().shape[0]))
+        wanted[rows] = 1 + trained.nonzero()[:, 0]
         if self.use_ulysses_sp:
             wanted = ulysses_pad_and_slice_inputs(
                 wanted[None], sp_size=self.ulysses_sequence_parallel_size
@@ -106,7 +113,10 @@ class Engine(FSDPEngineWithLMHead):
         labels, temperatures = (
             arguments[k] for k in ("input_ids_rmpad_rolled", "temperature_rmpad")
         )
-        return Targets(rows, labels[rows], temperatures[rows].float())
+        supports = (
+            _supports(micro_batch, wanted[rows] - 1) if "support_counts" in micro_batch else None
+        )
+        return Targets(rows, labels[rows], temperatures[rows].float(), supports)
 
     def prepare_model_outputs(
         self,
@@ -130,3 +140,13 @@ class Engine(FSDPEngineWithLMHead):
         )
         log_probs, entropy = (torch.nested.nested_tensor_from_jagged(c, offsets) for c in columns)
         return {"log_probs": log_probs, "entropy": entropy}
+
+
+def _supports(micro_batch: TensorDict, response_tokens: torch.Tensor) -> Supports:
+    """Return the supports of these response tokens, given as indices into flat responses."""
+    counts, ids = micro_batch["support_counts"], micro_batch["support_ids"]
+    flat = counts.values()
+    # each sequence's ids have an entry in front
+    sequence = torch.repeat_interleave(counts.offsets().diff())
+    starts = flat.cumsum(0) - flat + sequence + 1
+    return Supports(starts[response_tokens], flat[response_tokens], ids.values())

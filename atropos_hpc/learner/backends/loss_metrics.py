@@ -28,6 +28,7 @@ class LossMetrics:
         # d = behaviour - own log-prob: count, sums of |d|, d, exp(-2 d); maxima of |d| and -d.
         self._mismatch = torch.zeros(4, dtype=torch.float64)
         self._maxima = torch.tensor([0.0, -math.inf], dtype=torch.float64)
+        self._same_version = _Ratios()
 
     def __call__(
         self, model_output: dict[str, torch.Tensor], data: TensorDict, dp_group: Any = None
@@ -45,14 +46,21 @@ class LossMetrics:
             if "ref_log_prob" in data:
                 kl: Any = kl_penalty(log_probs, data["ref_log_prob"].values()[mask], "k3")
                 self._token_sums["kl_reference"] += kl.sum().item()
-            self._add_mismatch(data["behaviour_log_probs"].values()[mask] - log_probs)
+            difference = data["behaviour_log_probs"].values()[mask] - log_probs
+            self._add_mismatch(difference)
+            lengths = data["response_mask"].offsets().diff()
+            same = torch.repeat_interleave(data["same_version"], lengths)[mask]
+            self._same_version.add(difference[same])
         return loss, {}
 
     def over_ranks(self) -> dict[str, float]:
         """Return the metrics over all ranks, see `Backend.update`. Collective."""
         sums = [self._tokens, *self._token_sums.values(), *self._loss_terms.values()]
-        totals = torch.cat([torch.tensor(sums, dtype=torch.float64), self._mismatch])
+        totals = torch.cat(
+            [torch.tensor(sums, dtype=torch.float64), self._mismatch, self._same_version.sums]
+        )
         dist.all_reduce(totals)
+        totals, same_version = totals.split([len(sums) + 4, len(self._same_version.sums)])
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
         tokens, *rest = totals.tolist()
         values = iter(rest)
@@ -71,6 +79,7 @@ class LossMetrics:
             "mismatch_kl": kl / known,
             "mismatch_chi2": squares / known - 1,
             "mismatch_ratio_max": math.exp(min(max_log_ratio, MAX_LOG_RATIO)),
+            **_Ratios(same_version).metrics(),
         }
 
     def _add_terms(
@@ -95,3 +104,35 @@ class LossMetrics:
         self._mismatch += torch.stack([torch.tensor(float(len(known)), dtype=torch.float64), *sums])
         maxima = torch.stack([known.abs().max(), -known.min()])
         self._maxima = torch.maximum(self._maxima, maxima)
+
+
+class _Ratios:
+    """The ratio behaviour / learner of tokens that the learner's own version sampled.
+
+    It is 1 but for rounding, if the learner replays the distribution that was sampled. `sums` holds
+    the sum of the ratios, and a histogram of |log ratio| whose bins are 5 % wide.
+    """
+
+    SMALLEST, WIDTH, BINS = 1e-9, math.log(1.05), 512  # the largest is 6e1
+
+    def __init__(self, sums: torch.Tensor | None = None) -> None:
+        empty = torch.zeros(1 + self.BINS, dtype=torch.float64)
+        self.sums = empty if sums is None else sums
+
+    def add(self, log_ratios: torch.Tensor) -> None:
+        """Add tokens; those whose log-ratio is not known are left out."""
+        known = log_ratios[log_ratios.isfinite()].double().cpu()
+        self.sums[0] += known.clamp(max=MAX_LOG_RATIO).exp().sum()
+        bins = (known.abs().clamp(min=self.SMALLEST) / self.SMALLEST).log() / self.WIDTH
+        self.sums[1:] += torch.bincount(bins.long().clamp(max=self.BINS - 1), minlength=self.BINS)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean ratio, and the 99.9th percentile of |log ratio|, rounded up by 5 %."""
+        counts = self.sums[1:]
+        if not (count := float(counts.sum())):
+            return {}
+        at = int((counts.cumsum(0) >= 0.999 * count).nonzero()[0])
+        return {
+            "same_version_ratio_mean": float(self.sums[0]) / count,
+            "same_version_log_ratio_p999": self.SMALLEST * math.exp(self.WIDTH * (at + 1)),
+        }
