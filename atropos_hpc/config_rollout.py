@@ -25,6 +25,12 @@ class EnvironmentConf:
         gt=0,
         le=WEEK_S,
     )
+    trial_timeout_s: float = key(
+        60.0,
+        "`validate` and submission import the class, draw one prompt and roll out one group "
+        "against a stub of the servers, each within this many seconds; 0: they only import it",
+        ge=0,
+    )
     metric: str = key(
         "eval/percent_correct",
         "the environment's evaluation metric that is reported as the run's accuracy",
@@ -69,6 +75,16 @@ class RolloutConf:
         False,
         "train on groups whose sampling distribution the learner cannot replay (penalties, "
         "logit_bias, greedy decoding, too large a support), as if they were sampled without",
+    )
+    give_up_after_groups: Optional[int] = key(
+        16,
+        "an environment worker that gets this many groups in a row that cannot be trained on "
+        "(rollouts that fail, return nothing or are refused; equal scores do not count) ends the "
+        "run with its last error; null: never",
+        ge=1,
+    )
+    give_up_after_s: float = key(
+        300.0, "but not before they have failed for this long, seconds", ge=0
     )
     arguments: List[str] = key([], "further command-line arguments of vLLM's server")
     variables: Dict[str, str] = key({}, "further environment variables of the servers")

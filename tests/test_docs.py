@@ -12,9 +12,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from atropos_hpc import cli
-from atropos_hpc.config import Config
+from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.launch import hydra_api, role_environment
 from atropos_hpc.launch.steps import rollout_python
+from atropos_hpc.validate import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,13 +119,16 @@ def test_the_environment_of_the_page_loads_and_a_misspelt_field_of_it_is_refused
     python = rollout_python(Config())
     if not Path(python).exists():
         pytest.skip("needs the rollout role's environment; `make setup` makes it")
-    assert (
-        role_environment.check_environment(python, (), f"{path}:LettersEnv", '{"letter": "a"}')
-        == []
-    )
-    (problem,) = role_environment.check_environment(
-        python, (), f"{path}:LettersEnv", '{"leter": "a"}'
-    )
+    config = Config(environment=EnvironmentConf(f"{path}:LettersEnv", config={"letter": "a"}))
+
+    def check() -> list[Problem]:
+        return role_environment.check_environment(
+            config, "environment", config.environment, trial=False
+        )
+
+    assert check() == []
+    config.environment.config = {"leter": "a"}
+    (problem,) = check()
     assert problem.key == "config.leter" and "letter" in problem.message
 
 

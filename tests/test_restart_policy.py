@@ -30,7 +30,7 @@ def test_every_kind_event_and_phase_has_an_action() -> None:
 def test_every_exit_is_an_event_of_the_table(kind: Kind) -> None:
     causes = (None, Event.PREEMPTED, Event.NODE_LOST, Event.CANCELLED)
     for code, hung, done, left, cause, slurm in itertools.product(
-        (0, 1, 2, 70, 75, -9), (False, True), (False, True), (0, 1), causes, (False, True)
+        (0, 1, 2, 69, 70, 75, -9), (False, True), (False, True), (0, 1), causes, (False, True)
     ):
         facts = ExitFacts(code, hung, done, left, cause, slurm)
         assert classify(kind, facts) in Event
@@ -49,7 +49,7 @@ def test_a_run_that_ends_ends_once_the_learner_has_and_starts_nothing_but_the_se
 
 def test_nothing_is_restarted_past_its_limit() -> None:
     for kind, phase in itertools.product(Kind, Phase):
-        for event in (Event.CRASH_LIMIT, Event.HANG_LIMIT, Event.REFUSED):
+        for event in (Event.CRASH_LIMIT, Event.HANG_LIMIT, Event.REFUSED, Event.GAVE_UP):
             assert TABLE[kind, event, phase] not in (Action.RESTART, Action.RESTART_ALL)
 
 

@@ -68,6 +68,15 @@ def test_a_group_keeps_all_that_it_holds():
     assert got.env_id == 7
 
 
+@pytest.mark.parametrize("scores", [[True, False], [True, 0.0], [np.True_, np.False_]])
+def test_boolean_scores_are_numbers_from_a_worker_and_in_json(scores):
+    value = {"tokens": [[1, 2], [3]], "masks": [[-100, 2], [3]], "scores": scores}
+    record = encode_group(ScoredGroup.from_python(value))
+    assert read_group(record.to_bytes()).scores.tolist() == [1.0, 0.0]
+    value["scores"] = [score if isinstance(score, float) else bool(score) for score in scores]
+    assert through(value).scores.tolist() == [1.0, 0.0]
+
+
 def test_what_is_left_out_stays_unknown():
     got = through({"tokens": [[1, 2], [3]], "masks": [[-100, 2], [3]], "scores": [1, 0]})
     assert got.lengths.tolist() == [2, 1]

@@ -285,7 +285,7 @@ def wrong_fields(value: Any) -> set[str]:
     if (
         not isinstance(scores, list)
         or len(scores) != len(tokens)
-        or not all(_finite(score) for score in scores)
+        or not all(isinstance(score, bool) or _finite(score) for score in scores)
     ):
         found.add("scores")
     log_probs = value.get("inference_logprobs")

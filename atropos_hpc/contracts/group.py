@@ -10,6 +10,7 @@ An environment worker encodes with `encode_group`. The trajectory server checks 
 `verify_record` and journals the same payload. The learner maps it with `read_group`.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +91,7 @@ def encode_group(group: ScoredGroup, limits: Limits = NO_LIMITS) -> Record:
     lengths, tokens = _flatten(group.tokens, "tokens")
     if not lengths:
         raise RequestError(422, "tokens: an empty group")
-    arrays = _Arrays(np.array(lengths, "<u4"), _array(group.scores, "scores"), tokens)
+    arrays = _Arrays(np.array(lengths, "<u4"), _scores(group.scores), tokens)
     _check_arrays(arrays, limits)
     arrays.optional = _optional(group, lengths)
     trained = _trained(group, lengths, tokens)
@@ -313,6 +314,16 @@ def _flatten(rows: Any, name: str, whole: bool = True) -> tuple[list[int], NDArr
         raise RequestError(422, f"{name}: an array of arrays of numbers is needed") from None
     flat = np.concatenate([array for array in arrays if array.size] or [np.zeros(0)])
     return [array.size for array in arrays], flat
+
+
+def _scores(numbers: Any) -> NDArray[Any]:
+    """Return scores as an array; booleans, of any library, are numbers."""
+    if not isinstance(numbers, np.ndarray) and hasattr(numbers, "tolist"):
+        numbers = numbers.tolist()
+    with contextlib.suppress(ValueError, TypeError):
+        array = np.asarray(numbers)
+        numbers = array.astype("<f8") if array.dtype.kind == "b" else numbers
+    return _array(numbers, "scores")
 
 
 def _array(numbers: Any, name: str, whole: bool = False) -> NDArray[Any]:

@@ -64,7 +64,8 @@ class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
 
 
 class SupervisorState(MemberState, tag="supervisor"):
-    """The supervisor of the run. `outcome` is the name of the action that ended it."""
+    """The supervisor of the run. `outcome` is the name of the action that ended it; then `error`
+    says why a run failed."""
 
     job: str | None = None
     outcome: str | None = None
@@ -120,13 +121,24 @@ class TrajectoriesState(MemberState, tag="trajectories"):
     refused: int | None = None
 
 
+class LossReason(msgspec.Struct, kw_only=True, frozen=True):
+    """A reason for which groups were not trained on: its kind (rollout_failures.Loss), how often it
+    occurred, and the last message."""
+
+    kind: str
+    count: int
+    text: str
+
+
 class EnvironmentState(MemberState, tag="environment"):
-    """An environment worker, with counts of its groups since it started: sent; refused by the
-    trajectory server; unsent because of equal scores, excessive length or a failure.
+    """An environment worker, with counts of its groups since it started: sent; refused as malformed
+    or by the trajectory server; unsent, by kind (rollout_failures.Loss). `reasons` are the most
+    frequent reasons of the refused and unsent ones.
 
     Tokens of answers whose server was lost, or that an update aborted: `continued_tokens` were
     kept, `regenerated_tokens` had to be generated again."""
 
+    environment: str = ""  # the key and target of its environment
     in_flight: int | None = None
     tokens_per_s: float | None = None
     continued_tokens: int | None = None
@@ -134,6 +146,8 @@ class EnvironmentState(MemberState, tag="environment"):
     sent: int | None = None
     refused: int | None = None
     unsent: int | None = None
+    unsent_by: dict[str, int] = {}
+    reasons: list[LossReason] = []
     complete: bool | None = None
 
 
@@ -229,6 +243,7 @@ class AttemptRecord(msgspec.Struct, kw_only=True):
     ended: float
     outcome: str
     events: list[RestartEvent]
+    error: str | None = None  # why the run failed
 
 
 class RolloutJobRecord(msgspec.Struct, kw_only=True):

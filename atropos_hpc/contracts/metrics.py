@@ -141,6 +141,7 @@ class Summary(Struct, frozen=True):
     """What a run achieved, over all its attempts. None: not measured."""
 
     outcome: str | None  # of the last attempt
+    error: str | None  # why it failed
     accuracy_before: float | None  # of version 0
     accuracy_after: float | None  # of the last version
     evaluations: list[EvaluationSummary]

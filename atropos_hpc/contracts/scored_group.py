@@ -37,7 +37,7 @@ class ScoredGroup(Struct):
 
     tokens: list[list[int]]
     masks: list[list[int]]
-    scores: list[float]
+    scores: list[float | bool]  # True is 1
     inference_logprobs: list[list[float]] | None = None
     advantages: list[list[float]] | None = None
     ref_logprobs: list[list[float]] | None = None

@@ -89,6 +89,7 @@ class RunStatus(Struct, frozen=True):
 
     run_dir: str
     state: RunState
+    error: str | None  # why it failed
     job: str | None
     slurm: str | None  # the state of the job in Slurm's own words
     attempts: int

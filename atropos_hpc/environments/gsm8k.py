@@ -101,13 +101,12 @@ class GSM8KEnv(SingleTurnEnv):
             self.config.max_token_length - 1 - len(self.tokenizer.encode(prompt)),
         )
 
-    async def collect_trajectories(
-        self, item: dict[str, str]
-    ) -> tuple[ScoredDataGroup | None, list[Any]]:
+    async def collect_trajectories(self, item: dict[str, str]) -> tuple[ScoredDataGroup, list[Any]]:
         prompt = self.prompt(item["question"])
         left = self.tokens_left(prompt)
         if left < 1:
-            return None, []  # the question alone is too long
+            limit = f"model.max_length={self.config.max_token_length}"
+            raise ValueError(f"the prompt leaves no token of {limit} for an answer")
 
         def reward(node: Any) -> float:
             answer = self.tokenizer.decode(

@@ -17,7 +17,7 @@ from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check, role_environment, storage_check
 from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.launch.steps import rollout_python, trainer_python
+from atropos_hpc.launch.steps import trainer_python
 from atropos_hpc.runtime import masking
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import Problem, problems
@@ -37,6 +37,8 @@ IDENTITY = (
     "trainer.grad_clip",
     "trajectories.server",
 )
+# and those among them that may change
+NO_IDENTITY = (".trial_timeout_s", ".request_timeout_s")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -51,9 +53,9 @@ def check(
     """Return every problem. Starts nothing but short checks.
 
     `previous`: the run in `run_dir`, None for a new run. `roles`: check the roles' Python
-    environments and what is loaded in them. `imports`: import every package there, which takes
-    seconds; useful for queued jobs, which would only fail hours later. `on_slurm`: compare the
-    requested resources with the cluster.
+    environments and what is loaded in them. `imports`: import every package there and try the
+    environments out, which takes seconds; useful for queued jobs, which would only fail hours
+    later. `on_slurm`: compare the requested resources with the cluster.
     """
     found = [
         *problems(config),
@@ -85,20 +87,21 @@ def _trainer_role(config: Config, wrong: frozenset[str], imports: bool) -> list[
 
 
 def _rollout_role(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
-    """Check the rollout role's interpreter, and load the environment classes there."""
+    """Check the rollout role's interpreter, and load the environment classes there.
+
+    With `imports`, they are tried out, too.
+    """
     role = config.roles.rollout
     if role.container:
         return []
     if found := role_environment.check_interpreter(config, "rollout", imports):
         return found
-    python, setup = rollout_python(config), role_environment.setup_lines(config, role)
+    trial = imports and not wrong & {"model.path", "model.max_length"}
     return [
         Problem(f"{key}.{problem.key}", problem.message)
         for key, environment in environments(config).items()
         if f"{key}.target" not in wrong
-        for problem in role_environment.check_environment(
-            python, setup, environment.target, json.dumps(environment.config)
-        )
+        for problem in role_environment.check_environment(config, key, environment, trial)
     ]
 
 
@@ -135,7 +138,9 @@ def _changes(config: Config, previous: RunInfo | None) -> Iterator[Problem]:
         return
     before, now = flat(previous.config), flat(masking.mask_config(config)[0])
     for key in sorted(before.keys() | now.keys()):
-        if key.startswith(IDENTITY) and key != "model.path" and before.get(key) != now.get(key):
+        if key.endswith(NO_IDENTITY) or key == "model.path":
+            continue
+        if key.startswith(IDENTITY) and before.get(key) != now.get(key):
             yield Problem(
                 key,
                 f"is {now.get(key)!r}, but the run in this run_dir was started with "

@@ -7,7 +7,7 @@ phase. docs/failures.md shows the same table.
 from dataclasses import dataclass
 from enum import Enum
 
-from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
+from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STOPPED, STUCK
 
 
 class PointFailed(Exception):
@@ -46,6 +46,7 @@ class Event(Enum):
     COMPLETED = "its work is done"
     STOPPED = "exit code 75"
     REFUSED = "its config cannot work, exit code 2"
+    GAVE_UP = "every rollout of an environment worker fails, exit code 69"
     WAIT_TIMEOUT = "exit code 70"
     CRASHED = "any other exit code"
     KILLED = "by a signal"
@@ -82,6 +83,8 @@ _WHILE_RUNNING = {
     ),
     # The member has logged why; starting it again would change nothing.
     Event.REFUSED: (_A.FAIL,) * 7,
+    # Only an environment worker gives up; it has been patient already.
+    Event.GAVE_UP: (_A.FAIL,) * 7,
     # The trainer may have waited for a rollout node that hangs.
     Event.WAIT_TIMEOUT: (
         _A.RESTART_ALL, _A.RESTART, _A.RESTART, _A.RESTART, _A.RESTART, _A.RESTART, _A.RESTART,
@@ -133,6 +136,9 @@ class ExitFacts:
     slurm: bool = False
 
 
+_BY_CODE = {STOPPED: Event.STOPPED, REFUSED: Event.REFUSED, GAVE_UP: Event.GAVE_UP}
+
+
 def classify(kind: Kind, exit: ExitFacts) -> Event:
     """The event behind the end of a process.
 
@@ -153,8 +159,8 @@ def classify(kind: Kind, exit: ExitFacts) -> Event:
         return exit.cause
     if exit.code == DONE and kind in (Kind.ENVIRONMENT, Kind.EVALUATOR):
         return Event.COMPLETED
-    if exit.code in (STOPPED, REFUSED):
-        return Event.STOPPED if exit.code == STOPPED else Event.REFUSED
+    if (event := _BY_CODE.get(exit.code)) is not None:
+        return event
     stuck = exit.hung or exit.code == STUCK
     if exit.restarts_left <= 0:
         return Event.HANG_LIMIT if stuck and exit.slurm else Event.CRASH_LIMIT

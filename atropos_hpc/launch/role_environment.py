@@ -10,8 +10,11 @@ import os
 import shlex
 import subprocess
 
+import msgspec
+
 from atropos_hpc import resources
-from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.config import Config, EnvironmentConf, RoleConf
+from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch.steps import rollout_python, trainer_python
 from atropos_hpc.runtime import environment
 from atropos_hpc.validate import Problem
@@ -127,17 +130,33 @@ def check_model(
     return [Problem("model.path", f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}")]
 
 
-@functools.cache
 def check_environment(
-    python: str, setup: tuple[str, ...], target: str, config: str
+    config: Config, key: str, environment: EnvironmentConf, trial: bool
 ) -> list[Problem]:
-    """Load an environment class in the rollout role's interpreter, and validate its config (JSON).
+    """Load an environment class in the rollout role's interpreter, and validate its config.
 
-    The keys of the problems are relative to the environment's section.
+    `trial`: try it out there, too. The keys of the problems are relative to the environment's
+    section.
     """
+    setup = setup_lines(config, config.roles.rollout)
+    options = ["--target", environment.target, "--config", json.dumps(environment.config)]
+    timeout_s = environment.trial_timeout_s
+    if timeout_s and trial:
+        options += ["--timeout-s", str(timeout_s), "--environment", key]
+    if timeout_s and trial and config.model.path is not None:
+        # Only what a trial depends on, so that the points of a sweep share it.
+        part = Config(seed=config.seed, model=config.model, environment=environment)
+        options += ["--trial", msgspec.json.encode(RunInfo(part)).decode()]
+    return _check_environment(rollout_python(config), setup, tuple(options), timeout_s)
+
+
+@functools.cache
+def _check_environment(
+    python: str, setup: tuple[str, ...], options: tuple[str, ...], part_s: float
+) -> list[Problem]:
     command = ("-m", "atropos_hpc.rollout.env_worker", "--check")
     try:
-        done = _run(setup, python, *command, "--target", target, "--config", config)
+        done = _run(setup, python, *command, *options, timeout_s=CHECK_TIMEOUT_S + 4 * part_s)
         answer = json.loads(_last_line(done.stdout, ""))
         return [Problem(each["key"], each["message"]) for each in answer]
     except (OSError, subprocess.SubprocessError) as error:
@@ -146,14 +165,16 @@ def check_environment(
         return [Problem("target", f"could not be checked: {_last_line(done.stderr, 'no answer')}")]
 
 
-def _run(setup: tuple[str, ...], *command: str) -> "subprocess.CompletedProcess[str]":
+def _run(
+    setup: tuple[str, ...], *command: str, timeout_s: float = CHECK_TIMEOUT_S
+) -> "subprocess.CompletedProcess[str]":
     """Run a program as the role's steps do. Raises OSError and subprocess.SubprocessError."""
     words = ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(command)}"])] if setup else command
     return subprocess.run(
         words,
         capture_output=True,
         text=True,
-        timeout=CHECK_TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
         env=environment.kept(os.environ),
     )

@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from filelock import FileLock, Timeout
 
 import atropos_hpc
@@ -43,6 +42,7 @@ from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
 from atropos_hpc.runtime import environment, masking, private_tmp, process
+from atropos_hpc.runtime.membership import read_members
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
@@ -217,8 +217,9 @@ def _supervise(config: Config, run: RunDir, parts: Supervision) -> Action:
     if parts.rollout_job is not None and action is not Action.REQUEUE:
         parts.rollout_job.end(at_once=action is not Action.FINISH)
     outcome = action.name.lower()
+    error = supervisor.error if action is Action.FAIL else None
     record = AttemptRecord(
-        started=started, ended=time.time(), outcome=outcome, events=supervisor.events
+        started=started, ended=time.time(), outcome=outcome, events=supervisor.events, error=error
     )
     _write_record(parts.attempt / "attempt.json", record)
     try:
@@ -230,6 +231,8 @@ def _supervise(config: Config, run: RunDir, parts: Supervision) -> Action:
     if config.wandb.mode == "offline" and action is not Action.REQUEUE:
         offline = run.path / "wandb" / "offline-run-*"
         log.info("to upload this run to W&B, on a machine with a network: wandb sync %s", offline)
+    if error is not None:
+        log.error("the run failed: %s", error)  # the last line, so that nobody has to search
     return action
 
 
@@ -306,11 +309,7 @@ def _old_pids(run: RunDir, spared: tuple[str, ...]) -> list[int]:
     """Pids on this machine of members of this run, according to their member files. Only those
     whose command line names the run directory: pids are reused."""
     found = []
-    for path in run.members.glob("*.json"):
-        try:
-            member = msgspec.json.decode(path.read_bytes(), type=AnyMember)
-        except (OSError, msgspec.MsgspecError):
-            continue
+    for member in read_members(run):
         here = member.host == socket.gethostname() and member.pid != os.getpid()
         is_old = here and member.kind not in spared
         if is_old and str(run.path) in process.command_line(member.pid):

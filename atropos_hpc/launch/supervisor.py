@@ -38,7 +38,7 @@ from atropos_hpc.contracts.members import (
     TrajectoriesState,
     Wait,
 )
-from atropos_hpc.launch import restart_policy
+from atropos_hpc.launch import failure_cause, restart_policy
 from atropos_hpc.launch.restart_policy import Action, Event, ExitFacts, Kind, Phase, RunEnding
 from atropos_hpc.launch.slurm.commands import SlurmError
 from atropos_hpc.launch.slurm.slurm_job import Job
@@ -49,6 +49,7 @@ from atropos_hpc.runtime.membership import (
     Member,
     RosterPublisher,
     post_request,
+    read_members,
     withdraw_request,
 )
 from atropos_hpc.runtime.process import ProcessSpec
@@ -107,6 +108,7 @@ class Supervisor:
             self.engine.add(managed)
         self.roster = RosterPublisher(run)
         self.events: list[RestartEvent] = []  # restarts, for the summary
+        self.error: str | None = None  # why the run fails, once it does
         self.silence = SilenceWatch()
         self.progress = ProgressWatch(launch.start_timeout_s, launch.step_timeout_s)
         self.ending = RunEnding(launch.save_timeout_s)
@@ -136,7 +138,10 @@ class Supervisor:
             member.update(state="ending")
             self._publish()
             self.engine.end_all(self.launch.grace_s, last=Kind.TRAJECTORIES.value)
-            member.leave(outcome=end.name.lower() if end else None)
+            failed = end is Action.FAIL
+            member.leave(
+                outcome=end.name.lower() if end else None, error=self.error if failed else None
+            )
             self._publish()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -171,6 +176,8 @@ class Supervisor:
         end = self.watch(members)
         if end is Action.FINISH:
             return end
+        if end is Action.FAIL and self.error is None:
+            self.error = self._explain("the rollout nodes have ended", lambda member: True)
         if end is not None:
             self._begin_ending(end)
         for managed in self.engine.processes:
@@ -223,6 +230,9 @@ class Supervisor:
         event = restart_policy.classify(kind, facts)
         action = restart_policy.TABLE[kind, event, self._phase(ended)]
         self._log_exit(ended, event, action)
+        if action is Action.FAIL and self.error is None:
+            how = f"{ended.child.name} {ended.how} ({event.label})"
+            self.error = self._explain(how, lambda member: _belongs(member, step))
         if ended.code == process.STUCK:
             self._explain_wait_timeout(ended.managed)
         if action is Action.RESTART_ALL:
@@ -239,6 +249,10 @@ class Supervisor:
             self._begin_ending(action)
             return None if self._learner_runs() else self.ending.action
         return None
+
+    def _explain(self, how: str, is_own: Callable[[AnyMember], bool]) -> str:
+        members = read_members(self.run)
+        return failure_cause.explain(how, [m for m in members if is_own(m)], members)
 
     def _kind_of(self, managed: ManagedProcess) -> Kind:
         others = (m for m in self.engine.processes if m is not managed and m.active)

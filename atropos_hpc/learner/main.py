@@ -32,6 +32,7 @@ from atropos_hpc.learner.checkpoint_files import BadCheckpoint
 from atropos_hpc.learner.skipped_steps import NothingLearned
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.devices import local_device, require_gpus
+from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import keep_to_interface, own_host
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
@@ -68,25 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step_id = os.environ.get("ATROPOS_HPC_STEP")
     state = TrainerState(rank=rank, step_id=step_id)
     member = Member(run, state, os.environ.get("ATROPOS_HPC_NODE", "local"), rank)
+    failure: str | None = None
     try:
         return DONE if _train(run, config, member) else STOPPED
     except (BadCheckpoint, NothingLearned, Unreadable) as error:
+        failure = str(error)
         log.error("%s", error)
         return REFUSED
-    except ValueError:
+    except ValueError as error:
+        failure = describe_error(error)
         log.exception("the config cannot work; not to be restarted")
         return REFUSED
-    except TimeoutError:
+    except TimeoutError as error:
+        failure = describe_error(error)
         log.exception("a wait has timed out")
         return STUCK
     except BaseException as error:
+        failure = describe_error(error)
         traceback.print_exc()
         if getattr(error, "status", None) == HTTPStatus.GONE:
             log.error(GONE, error)
             return REFUSED
         return 1
     finally:
-        member.leave()
+        member.leave(error=failure)
         sys.stdout.flush()
         sys.stderr.flush()
 

@@ -6,18 +6,21 @@ replaces its earlier line, so every step is there once.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 
 from atropos_hpc.config import WandbConf
+from atropos_hpc.contracts.members import EnvironmentState
 from atropos_hpc.contracts.metrics import Evaluation, Rollout, StepMetrics
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.environment_metrics import EnvironmentMetricsReader
 from atropos_hpc.observe.rollouts import with_text
 from atropos_hpc.observe.trackers import TensorBoardTracker, Tracker, WandbTracker
+from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records, write_file
 
 
@@ -63,6 +66,7 @@ class MetricsWriter:
         before it has made a step leaves the files as they are.
         """
         self.run, self._trackers = run, trackers
+        self._roster = RosterReader(run.roster)
         self._attempt = run.attempt()
         steps = read_records(run.metrics, StepMetrics)
         self._kept: list[StepMetrics] | None = [line for line in steps if line.step <= resume_at]
@@ -80,6 +84,7 @@ class MetricsWriter:
         self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
         scalars |= self._environments.take()
+        scalars |= group_counts(self._roster.members(EnvironmentState))
         evaluations = self._new_evaluations()
         if evaluations and evaluations[-1].accuracy is not None:
             scalars["accuracy"] = evaluations[-1].accuracy
@@ -122,6 +127,21 @@ class MetricsWriter:
             self._new_evaluations()
         for tracker in self._trackers:
             tracker.close()
+
+
+def group_counts(workers: Iterable[EnvironmentState]) -> dict[str, float]:
+    """Add up what the environment workers report about their groups, since these workers started.
+
+    >>> group_counts([EnvironmentState(sent=3, unsent=2, unsent_by={"equal_scores": 2})])
+    {'groups_sent': 3, 'groups_refused': 0, 'groups_unsent': 2, 'groups_unsent/equal_scores': 2}
+    """
+    counts: Counter[str] = Counter()
+    for worker in workers:
+        counts["groups_sent"] += worker.sent or 0
+        counts["groups_refused"] += worker.refused or 0
+        counts["groups_unsent"] += worker.unsent or 0
+        counts.update({f"groups_unsent/{kind}": n for kind, n in worker.unsent_by.items()})
+    return dict(counts)
 
 
 def open_trackers(

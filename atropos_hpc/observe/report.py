@@ -106,8 +106,7 @@ def run_state(point: SweepPoint, jobs: JobStates, steps: int | None, trained: bo
         return "running" if trained else "starting"
     if state == "CANCELLED":
         return "cancelled"
-    attempt = attempts(run)[-1:]
-    record = read_struct(attempt[0] / "attempt.json", AttemptRecord) if attempt else None
+    attempt, record = attempts(run)[-1:], last_attempt(run)
     outcome = record.outcome if record is not None else None
     if outcome == "stop":
         return "stopped"
@@ -122,6 +121,12 @@ def attempts(run: RunDir) -> list[Path]:
     """Return the log directories of the run's attempts, in order."""
     found = (run.path / "logs").glob("attempt-*")
     return sorted(found, key=lambda path: int(path.name.removeprefix("attempt-")))
+
+
+def last_attempt(run: RunDir) -> AttemptRecord | None:
+    """Return the record of the last attempt, once it has ended."""
+    attempt = attempts(run)[-1:]
+    return read_struct(attempt[0] / "attempt.json", AttemptRecord) if attempt else None
 
 
 def is_held(run: RunDir) -> bool:

@@ -67,6 +67,7 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
     present = [each for each in shown if each.state not in ("ended", "gone")]
     members = [each.member for each in present]
     workers = [member for member in members if isinstance(member, EnvironmentState)]
+    record = report.last_attempt(run)
     served = [v for member in members if (v := served_version(member)) is not None]
     queues = [m.queued_sequences for m in members if isinstance(m, TrajectoriesState)]
     evaluation = report.last_evaluation(run)
@@ -76,6 +77,7 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
     return RunStatus(
         run_dir=str(run.path),
         state=state,
+        error=record.error if record is not None and state == "failed" else None,
         job=point.job,
         slurm=jobs.get(point.job or ""),
         attempts=len(report.attempts(run)),

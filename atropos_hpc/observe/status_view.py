@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -45,6 +45,7 @@ def _run(status: RunStatus) -> RenderableType:
         parts += [Text(), _metrics(status)]
     if status.members:
         parts += [Text(), _members(status.members)]
+    parts += list(_losses(status.members))
     waits = [wait for wait in status.waits if wait.waited_s >= SHORT_WAIT_S]
     if waits:
         parts += [Text(), Text("waits", style="bold")]
@@ -64,6 +65,23 @@ def _run(status: RunStatus) -> RenderableType:
     return Group(*parts)
 
 
+def _losses(members: Sequence[MemberStatus]) -> Iterator[RenderableType]:
+    """Describe the groups that environment workers could not send, by reason."""
+    workers = [each.member for each in members if isinstance(each.member, EnvironmentState)]
+    counts: Counter[tuple[str, str]] = Counter()
+    texts = {}
+    for worker in workers:
+        for reason in worker.reasons:
+            counts[worker.environment, reason.kind] += reason.count
+            texts[worker.environment, reason.kind] = reason.text
+    if counts:
+        yield Text()
+        yield Text("groups that were not trained on", style="bold")
+    for key, count in counts.most_common(MANY):
+        kind = key[1].replace("_", " ")
+        yield Text(f"  {count:,} of {key[0]}, {kind}: {texts[key]}")
+
+
 def _head(status: RunStatus) -> RenderableType:
     head = Text.assemble(
         (status.run_dir, "bold"), "  ", (status.state, STYLES.get(status.state, ""))
@@ -77,11 +95,13 @@ def _head(status: RunStatus) -> RenderableType:
         head.append(f"  job {status.job}" + (f" ({status.slurm})" if status.slurm else ""))
     if status.attempts > 1:
         head.append(f"  attempt {status.attempts}")
-    advice = ADVICE.get(status.state)
-    if advice is None:
-        return head
-    durable = status.versions.durable or 0
-    return Group(head, Text(advice.format(run=status.run_dir, durable=durable), style="dim"))
+    parts: list[RenderableType] = [head]
+    if status.error is not None:
+        parts.append(Text(status.error, style="red"))
+    if (advice := ADVICE.get(status.state)) is not None:
+        durable = status.versions.durable or 0
+        parts.append(Text(advice.format(run=status.run_dir, durable=durable), style="dim"))
+    return Group(*parts)
 
 
 def _metrics(status: RunStatus) -> Table:

@@ -28,6 +28,7 @@ def summarize(run: RunDir) -> Summary:
 
     return Summary(
         outcome=records[-1].outcome if records else None,
+        error=records[-1].error if records else None,
         accuracy_before=next((e.accuracy for e in evaluations if e.version == 0), None),
         accuracy_after=next((e.accuracy for e in reversed(evaluations) if e.version == last), None),
         evaluations=evaluations,

@@ -14,7 +14,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -28,9 +28,10 @@ from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
 from atropos_hpc.rollout.env_metrics import LoggedEnvironment
+from atropos_hpc.rollout.rollout_failures import AccountedRollouts, GaveUp, Loss, Losses, note_sent
 from atropos_hpc.rollout.sampling_support import add_support
 from atropos_hpc.rollout.server_pool import Pool
-from atropos_hpc.rollout.stamping import record_generations, recorded, stamp
+from atropos_hpc.rollout.stamping import recorded, stamp
 from atropos_hpc.rollout.vllm_client import VllmServer
 from atropos_hpc.runtime.http import HttpClient, Request
 from atropos_hpc.runtime.membership import Member
@@ -46,20 +47,12 @@ LEAVE_PATIENCE_S = 2.0  # for /disconnect-env at the end
 M = TypeVar("M", bound=msgspec.Struct)
 
 
-@dataclass
-class Counts:
-    """What became of this worker's groups."""
-
-    sent: int = 0
-    refused: int = 0  # malformed
-    unsent: int = 0  # rollouts that sent nothing: equal scores, too long, or failed
-
-
-class RunEnvironment(BaseEnv):
+class RunEnvironment(AccountedRollouts):
     """Comes before an environment class in the MRO: its `super()` is that class."""
 
     server_cls = VllmServer
     env_id: int
+    on_turn: Callable[[], None] = staticmethod(lambda: None)  # called as long as BaseEnv gets on
 
     def __init__(
         self,
@@ -68,19 +61,19 @@ class RunEnvironment(BaseEnv):
         *,
         member: Member[EnvironmentState],
         token: str,
+        losses: Losses,
         label: str | None = None,
     ) -> None:
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
         self._rollout = self.pool.run.config().rollout
         self.http = HttpClient(self._trajectory_server, token, member=member)
-        self.member, self.counts = member, Counts()
+        self.member, self.losses = member, losses
         self.label = label  # written into each group, in a run with several environments
         self.quota: messages.Quota | None = None  # None: Atropos' own server, which computes none
         self._token = token
         self._outages_seen = 0
         self._sends: set[asyncio.Task[None]] = set()
-        self._senders: set[asyncio.Task[Any] | None] = set()  # rollouts that reached their send
         self._early: asyncio.Task[None] | None = None
         self._looping = False
         self._idle_since: float | None = None
@@ -107,6 +100,7 @@ class RunEnvironment(BaseEnv):
 
     async def _refresh(self) -> None:
         """Report to the trajectory server and take its status and quota, registering if needed."""
+        self.on_turn()
         status = await self._request_status()
         self.status_dict = msgspec.structs.asdict(status)  # BaseEnv reads it as a dict
         self.quota = status.quota
@@ -119,7 +113,11 @@ class RunEnvironment(BaseEnv):
         await self.server.update_weight(status.env_weight)
         if self.quota is not None:
             self._show_idle(self.quota)
+            if self.losses.pausing():
+                self.quota.groups = 0
         self._report()
+        if (verdict := self.losses.verdict()) is not None:
+            raise GaveUp(verdict)
 
     async def add_train_workers(self) -> None:
         """Start as many rollouts as the quota allows. BaseEnv's scheduling hook.
@@ -178,7 +176,7 @@ class RunEnvironment(BaseEnv):
             return
         self._reported = now
         self.member.update_if_changed(
-            **asdict(self.counts),
+            **self.losses.state(),
             in_flight=len(self.workers),
             state="generating" if self.workers else "idle",
             tokens_per_s=self._tokens_per_s(now),
@@ -210,6 +208,7 @@ class RunEnvironment(BaseEnv):
 
     async def _register_env(self) -> JsonObject:
         """Try to register once; BaseEnv repeats it until a trainer is there."""
+        self.on_turn()
         config = self.config
         message = messages.EnvironmentRegistration(
             max_token_length=config.max_token_length,
@@ -274,17 +273,7 @@ class RunEnvironment(BaseEnv):
             self.config.rollout_server_url = urlunsplit(parts._replace(netloc=netloc))
         return url
 
-    # --- sending: one handle_env is one group's life, in one task
-
-    async def handle_env(self, item_uuid: str) -> Any:
-        """Run one rollout, recording its generations."""
-        task = asyncio.current_task()
-        try:
-            with record_generations():
-                return await super().handle_env(item_uuid)
-        finally:
-            self.counts.unsent += task not in self._senders
-            self._senders.discard(task)
+    # --- sending
 
     async def _send_scored_data_to_api(self, scored_data: Any) -> None:
         """Stamp and send. BaseEnv calls this last in a rollout.
@@ -293,7 +282,7 @@ class RunEnvironment(BaseEnv):
         rollout.
         """
         groups = scored_data if isinstance(scored_data, list) else [scored_data]
-        self._senders.add(asyncio.current_task())
+        note_sent(groups)
         groups = [group for group in groups if self._is_faithful(group)]
         if not groups:
             return
@@ -304,11 +293,14 @@ class RunEnvironment(BaseEnv):
 
     def _is_faithful(self, group: JsonObject) -> bool:
         """Stamp a group, and add its support. Return False, and count it, if it is refused."""
-        stamp(group, recorded(), self.label)
         try:
+            stamp(group, recorded(), self.label)
             add_support(group, recorded(), self._rollout, binary=self.quota is not None)
         except RequestError as error:
-            self._count_refused(1, str(error))
+            self._count_refused([group], str(error))
+            return False
+        except Exception as error:  # malformed tokens
+            self._count_refused([group], f"tokens: {type(error).__name__}: {error}")
             return False
         return True
 
@@ -325,7 +317,7 @@ class RunEnvironment(BaseEnv):
                     lambda: [encode_group(ScoredGroup.from_python(group)) for group in groups]
                 )
             except RequestError as error:
-                return self._count_refused(len(groups), str(error))
+                return self._count_refused(groups, str(error))
         began = time.monotonic()
         while True:
             while self.http.outages != self._outages_seen:  # `get_status` registers again
@@ -335,15 +327,15 @@ class RunEnvironment(BaseEnv):
             try:
                 answer = await self.http.send(self._post(groups, records), patience_s=0)
                 break
-            except TimeoutError:
+            except TimeoutError as error:
                 if time.monotonic() - began > self.http.patience_s:
-                    raise
+                    return self._count_refused(groups, str(error))
                 await asyncio.sleep(RETRY_S)
         if answer.status >= 400:
             text = bytes(answer.body[:500]).decode(errors="replace")
-            self._count_refused(len(groups), f"status {answer.status}: {text}")
+            self._count_refused(groups, f"status {answer.status}: {text}")
         else:
-            self.counts.sent += len(groups)
+            self.losses.accept(len(groups))
 
     def _post(self, groups: list[JsonObject], records: list[Record]) -> Request:
         """Build the request, with this worker's current env_id."""
@@ -359,9 +351,9 @@ class RunEnvironment(BaseEnv):
         )
         return Request("POST", "/scored_data_list", body)
 
-    def _count_refused(self, groups: int, why: str) -> None:
-        self.counts.refused += groups
-        log.error("dropping %d malformed groups: %s", groups, why)
+    def _count_refused(self, groups: list[JsonObject], why: str) -> None:
+        for _ in groups:
+            self.losses.lose(Loss.REFUSED, why)
 
     async def leave(self) -> None:
         """Stop generating, wait for sends in progress, disconnect, close the connections."""

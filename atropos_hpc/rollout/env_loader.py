@@ -17,6 +17,7 @@ from atropos_hpc.config import Config, EnvironmentConf, environments
 from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
+from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.schema import did_you_mean
 from atropos_hpc.validate import SET_BY_RUN, Problem
@@ -48,10 +49,9 @@ def load(target: str) -> type[BaseEnv]:
             sys.path.insert(0, str(path.parent))
             where = path.stem
         module = importlib.import_module(where)
-    except Exception as error:  # whatever the module raises
-        raise TargetError(
-            [Problem("target", f"{target}: cannot be imported: {error!r}")]
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever the module raises
+        reason = f"{target}: cannot be imported: {describe_error(error)}"
+        raise TargetError([Problem("target", reason)]) from error
     environment = getattr(module, name, None)
     if not (isinstance(environment, type) and issubclass(environment, BaseEnv)):
         classes = [
@@ -70,10 +70,9 @@ def default_config(environment: type[BaseEnv]) -> Any:
     """Return the config of the class's config_init, without its servers. Raises TargetError."""
     try:
         config, _ = environment.config_init()
-    except Exception as error:
-        raise TargetError(
-            [Problem("target", f"{environment.__name__}.config_init() failed: {error!r}")]
-        ) from error
+    except (Exception, SystemExit) as error:
+        reason = f"{environment.__name__}.config_init() failed: {describe_error(error)}"
+        raise TargetError([Problem("target", reason)]) from error
     return config
 
 

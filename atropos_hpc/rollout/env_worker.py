@@ -3,13 +3,15 @@
     python -m atropos_hpc.rollout.env_worker --run-dir R --index I --environment KEY
     python -m atropos_hpc.rollout.env_worker --check --target MODULE:CLASS --config '{"field": 1}'
 
-The second form starts nothing. It prints what is wrong with a target and its config as a JSON list
-of {"key", "message"}, with keys within the environment's section. Run it in the rollout role's
-Python, where the environment can be imported.
+The second form prints what is wrong with a target and its config as a JSON list of {"key",
+"message"}, with keys within the environment's section. With --trial it also rolls a group out
+against a stub of the servers. Run it in the rollout role's Python, where the environment can be
+imported.
 """
 
 import argparse
 import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -20,18 +22,29 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from atropos_hpc.config import environment_name
-from atropos_hpc.contracts.members import EnvironmentState
+from atropos_hpc.config import environment_name, environments
+from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.runtime import process
+from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED
+from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.stall_watch import StallWatch
+from atropos_hpc.validate import Problem
 
 log = logging.getLogger(__name__)
+
+MAIN_LOOP = "a turn of the worker's main loop, or get_next_item(),"
+STALL_PART = 0.5  # of the learner's timeout: what blocks the main loop for longer is killed
+CRASHED = 1  # exit code of a member that an exception ended: it is restarted
+
+
+class EnvironmentFailed(Exception):
+    """An environment's setup or get_next_item raised; the message says which, what and where."""
 
 
 class RateLimit(logging.Filter):
@@ -54,10 +67,12 @@ class RateLimit(logging.Filter):
 
 
 def quiet_atropos() -> None:
-    """Limit BaseEnv's log: it has its status ten times a second, and every dropped group."""
+    """Limit BaseEnv's log: it has its status ten times a second, and every dropped group. What it
+    logs on the root logger is logged by rollout_failures, too, with the cause."""
     logger = logging.getLogger("atroposlib.envs.base")
     logger.setLevel(logging.WARNING)
     logger.addFilter(RateLimit())
+    logging.getLogger().addFilter(lambda record: "atroposlib/envs/base.py" not in record.pathname)
 
 
 def seed_everything(seed: int) -> None:
@@ -66,30 +81,75 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-async def work(run: RunDir, member: Member, index: int, key: str) -> None:
-    """Run the environment at that key until cancelled. Raises TargetError."""
+async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: str) -> None:
+    """Run the environment at that key until cancelled. Raises TargetError and GaveUp."""
     from atropos_hpc.rollout import env_loader
     from atropos_hpc.rollout.env_adapter import as_member
+    from atropos_hpc.rollout.rollout_failures import GaveUp, Losses, Patience, files_of
 
     config = run.config()
     seed = config.seed * 1000 + index
+    name = f"{key} ({environments(config)[key].target})"
+    member.update(environment=name)
+    stall = StallWatch(
+        lambda why: end_stalled(member, f"{name}: {why}"),
+        excused=lambda: waits_for_server(member.state.waiting),
+    )
     seed_everything(seed)
     env_loader.patch_chat_templates()
     quiet_atropos()
+    stall.expect("the import", config.launch.start_timeout_s)
     environment, env_config, servers = env_loader.of_run(run, key, seed)
-    name = environment_name(key) if config.more_environments else None
-    env = as_member(environment)(env_config, servers, member=member, token=run.token(), label=name)
+    stall.files = files_of(environment)
+    limits = config.rollout
+    patience = None
+    if limits.give_up_after_groups is not None:
+        patience = Patience(limits.give_up_after_groups, limits.give_up_after_s)
+    env = as_member(environment)(
+        env_config,
+        servers,
+        member=member,
+        token=run.token(),
+        losses=Losses(name, patience, stall.files),
+        label=environment_name(key) if config.more_environments else None,
+    )
+    turn_s = STALL_PART * min(config.launch.start_timeout_s, config.launch.step_timeout_s)
+    env.on_turn = lambda: stall.expect(MAIN_LOOP, turn_s)
     try:
         member.update(state="registering")
+        stall.expect("the environment's setup()", config.launch.start_timeout_s)
         await env.env_manager()
+    except GaveUp:
+        raise
+    except Exception as error:
+        raise EnvironmentFailed(f"{name}: {describe_error(error, stall.files)}") from error
     finally:
+        stall.stop()
         await env.leave()
+        member.update_if_changed(**env.losses.state())
 
 
-def run_member(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """Run a member's work until it is done or SIGTERM, and return the exit code."""
+def waits_for_server(wait: Wait | None) -> bool:
+    """Whether a worker waits for what is not the environment's fault."""
+    return wait is not None and wait.from_whom in ("the trajectory server", "the learner")
+
+
+def end_stalled(member: Member[Any], error: str) -> None:
+    """End this process, which no longer gets on; the supervision decides what follows."""
+    log.error("%s", error)
+    faulthandler.dump_traceback(sys.stderr)
+    member.leave(error=error)
+    os._exit(STUCK)
+
+
+def run_member(member: Member[Any], work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Run a member's work until it is done or SIGTERM, and return the exit code.
+
+    Whatever else ends it is in the member file, as `error`.
+    """
     # A slow import: here, so that the member is visible during it.
     from atropos_hpc.rollout.env_loader import TargetError
+    from atropos_hpc.rollout.rollout_failures import GaveUp
 
     try:
         complete = asyncio.run(process.run_until_signal(work()))
@@ -98,8 +158,41 @@ def run_member(member: Member, work: Callable[[], Coroutine[Any, Any, None]]) ->
             log.error("%s", problem)
         member.leave(error=str(error))
         return REFUSED
+    except GaveUp as error:
+        log.error("%s", error)
+        member.leave(error=str(error))
+        return GAVE_UP
+    except (Exception, SystemExit) as error:
+        log.exception("ending")
+        name = getattr(member.state, "environment", "") or member.name
+        own = isinstance(error, EnvironmentFailed)
+        member.leave(error=str(error) if own else f"{name}: {describe_error(error)}")
+        return CRASHED
     member.leave(complete=complete)
     return DONE if complete else STOPPED
+
+
+def check(options: argparse.Namespace) -> NoReturn:
+    """Check an environment, print the problems, and end this process, whatever it has started."""
+    from atropos_hpc.rollout.env_loader import check_target, patch_chat_templates
+    from atropos_hpc.rollout.trial import try_out
+
+    def end(*problems: Problem) -> NoReturn:
+        print("\n" + json.dumps([asdict(problem) for problem in problems]), flush=True)
+        os._exit(DONE)
+
+    stall = StallWatch(lambda why: end(Problem("target", f"{options.target}: {why}")))
+    stall.expect("the import", options.timeout_s)
+    problems = check_target(options.target, options.config)
+    if problems or options.trial is None:
+        end(*problems)
+    patch_chat_templates()
+    quiet_atropos()
+    wrong = try_out(options.trial.encode(), lambda what: stall.expect(what, options.timeout_s))
+    if wrong is None:
+        end()
+    skip = f"{options.environment}.trial_timeout_s=0 skips the trial"
+    end(Problem("target", f"{options.target}: a trial rollout failed: {wrong} ({skip})"))
 
 
 def main() -> int:
@@ -118,13 +211,13 @@ def main() -> int:
     )
     parser.add_argument("--target")
     parser.add_argument("--config", type=json.loads, default={}, help="as JSON")
+    parser.add_argument("--trial", help="with --check: a run.json with the environment to try out")
+    parser.add_argument(
+        "--timeout-s", type=float, default=float("inf"), help="with --check: of each part"
+    )
     options = parser.parse_args()
     if options.check:
-        from atropos_hpc.rollout.env_loader import check_target
-
-        problems = check_target(options.target, options.config)
-        print(json.dumps([asdict(problem) for problem in problems]))
-        return DONE
+        check(options)
 
     process.log_to_stderr()
     run = RunDir(options.run_dir)

@@ -31,7 +31,7 @@ from atropos_hpc.rollout.leader_failover import LeaderFailover
 from atropos_hpc.rollout.managed_server import PROBE_TIMEOUT_S, ManagedServer, ServerContext
 from atropos_hpc.runtime import devices, process
 from atropos_hpc.runtime.hang_detection import SilenceWatch
-from atropos_hpc.runtime.membership import Member, RosterReader, post_request
+from atropos_hpc.runtime.membership import Member, RosterReader, post_request, read_members
 from atropos_hpc.runtime.network import own_host
 from atropos_hpc.runtime.private_tmp import PrivateDirectory
 from atropos_hpc.runtime.process import REFUSED, STOPPED, ProcessSpec
@@ -207,10 +207,16 @@ class NodeAgent:
                 f"; the end of its log:\n{last_lines}" if ended.crashed else "",
             )
             return
-        self.refused = (
-            f"{managed.name} {ended.how} ({event.label}) and is not restarted, after"
-            f" {life.restarts} restarts; the end of its log:\n{last_lines}"
-        )
+        log.error("%s: the end of its log:\n%s", managed.name, last_lines)
+        how = f"{managed.name} {ended.how} ({event.label}, after {life.restarts} restarts)"
+        last_line = last_lines.rpartition("\n")[2]
+        self.refused = f"{how}: {self._error_of(ended) or last_line}"
+
+    def _error_of(self, ended: Exit) -> str | None:
+        """What a worker or the evaluator has said in its member file about its end."""
+        pid, here = ended.child.pid, self.node
+        found = (m.error for m in read_members(self.run) if (m.pid, m.node) == (pid, here))
+        return next(found, None)
 
     def _report(self) -> None:
         """Write the member file when something has changed."""
@@ -233,7 +239,7 @@ class NodeAgent:
         if self.private is not None:
             self.private.remove()
         self.follower.close()
-        self.member.leave(servers=[])
+        self.member.leave(servers=[], error=self.refused)
         self.failover.await_certainty()
 
 

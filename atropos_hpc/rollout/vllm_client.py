@@ -34,6 +34,7 @@ from atropos_hpc.contracts.messages import (
 )
 from atropos_hpc.contracts.policy import ADAPTER_NAME
 from atropos_hpc.contracts.scored_group import JsonObject
+from atropos_hpc.rollout.rollout_failures import note_request_error
 from atropos_hpc.rollout.sampling_support import sampled, with_support
 from atropos_hpc.rollout.server_pool import pool_of
 from atropos_hpc.rollout.stamping import is_recording, record
@@ -85,6 +86,7 @@ class VllmServer(APIServer):
         of_run = self.pool.run.config()
         self._model = ADAPTER_NAME if of_run.model.lora.rank else None
         self._max_support = of_run.rollout.max_support
+        self._max_length = of_run.model.max_length
         self._warned: set[str] = set()  # unknown options that were reported
 
     async def chat_completion(self, **kwargs: Any) -> ChatCompletion:
@@ -106,7 +108,11 @@ class VllmServer(APIServer):
     async def _timed(self, call: Callable[..., Awaitable[Any]], kwargs: JsonObject) -> Any:
         is_eval = kwargs.pop("split", "train") != "train"
         start = time.time()
-        result = await call(**self._inject_reasoning_kwargs(kwargs))
+        try:
+            result = await call(**self._inject_reasoning_kwargs(kwargs))
+        except Exception as error:
+            note_request_error(error)
+            raise
         (self.eval_request_timings if is_eval else self.request_timings).append(time.time() - start)
         return result
 
@@ -206,6 +212,9 @@ class VllmServer(APIServer):
     async def _generate(
         self, prompt: list[int], sampling: SamplingParams, mode: Literal["tokens", "text"]
     ) -> GenerateAnswer:
+        if len(prompt) >= self._max_length:
+            found = f"the prompt has {len(prompt)} tokens"
+            raise ValueError(f"{found}, no shorter than model.max_length={self._max_length}")
         sampling.logprobs = sampling.logprobs or 0
         if is_recording():
             sampling = with_support(sampling, self._max_support)

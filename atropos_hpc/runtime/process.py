@@ -31,7 +31,7 @@ from atropos_hpc.runtime import masking
 log = logging.getLogger(__name__)
 
 # Exit codes with which a member says how it ended; any other code is a crash.
-DONE, REFUSED, STUCK, STOPPED = 0, 2, 70, 75
+DONE, REFUSED, GAVE_UP, STUCK, STOPPED = 0, 2, 69, 70, 75
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 # Asks the tasks behind an srun to end: srun forwards it, while TERM makes srun kill its tasks.
 END_TASKS = signal.SIGUSR2

@@ -1,0 +1,172 @@
+"""A trial of an environment before anything is queued: one group, against a stub of the servers.
+
+It sets the environment up, draws a prompt, and rolls a group out as a worker would. The stub
+answers with random tokens, so scores say nothing; but a chat template that refuses a message, data
+of a wrong shape, or a group that the trajectory server would refuse shows here.
+"""
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from atroposlib.envs.base import BaseEnv
+
+from atropos_hpc.contracts.group import Limits, encode_group
+from atropos_hpc.contracts.members import AgentState, Roster, ServerState
+from atropos_hpc.contracts.messages import (
+    GenerateAnswer,
+    GenerateRequest,
+    Generation,
+    Logprobs,
+    TokenLogprob,
+    Usage,
+    VersionSpan,
+)
+from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup
+from atropos_hpc.rollout import env_loader
+from atropos_hpc.rollout.rollout_failures import AccountedRollouts, Loss, Losses, files_of
+from atropos_hpc.rollout.server_pool import GENERATE
+from atropos_hpc.rollout.stamping import recorded, stamp
+from atropos_hpc.rollout.vllm_client import VllmServer
+from atropos_hpc.runtime.error_text import describe_error
+from atropos_hpc.runtime.run_dir import RunDir, write_file, write_struct
+
+PROMPTS = 3  # that are tried until one gives a group: a single one may be too long
+STUB_TOKENS = 16  # of an answer, at most
+
+Expect = Callable[[str], None]
+
+
+class StubServer:
+    """A vLLM token endpoint that samples tokens at random, for this process's event loop."""
+
+    def __init__(self, vocabulary: int, eos: int | None, max_length: int) -> None:
+        self.vocabulary, self.eos, self.max_length = vocabulary, eos, max_length
+        self.random = random.Random(0)
+        self.served = 0
+        self.url = ""
+
+    async def __aenter__(self) -> "StubServer":
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_post(GENERATE, self._generate)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _generate(self, http: web.Request) -> web.Response:
+        request = msgspec.json.decode(await http.read(), type=GenerateRequest)
+        self.served += 1
+        wanted, prompt = request.sampling_params, request.token_ids
+        choices = [self._sample(prompt, wanted.max_tokens) for _ in range(wanted.n)]
+        logprobs: list[dict[str, TokenLogprob] | None] | None = None
+        if wanted.prompt_logprobs:
+            logprobs = [None, *({str(token): TokenLogprob(-1.0)} for token in prompt[1:])]
+        answer = GenerateAnswer(choices, logprobs, int(time.time()), Usage(len(prompt)))
+        return web.json_response(body=msgspec.json.encode(answer))
+
+    def _sample(self, prompt: list[int], max_tokens: int | None) -> Generation:
+        room = max(1, min(max_tokens or STUB_TOKENS, self.max_length - len(prompt), STUB_TOKENS))
+        tokens = [
+            self.random.randrange(self.vocabulary) for _ in range(self.random.randint(1, room))
+        ]
+        if self.eos is not None:
+            tokens[-1] = self.eos
+        return Generation(
+            token_ids=tokens,
+            finish_reason="stop",
+            logprobs=Logprobs([TokenLogprob(-1.0) for _ in tokens]),
+            weight_versions=[VersionSpan("default", 0, len(tokens))],
+        )
+
+
+class TrialRollouts(AccountedRollouts):
+    """Checks groups as a worker and the trajectory server would, and sends nothing."""
+
+    server_cls = VllmServer
+    limits: Limits
+
+    async def _send_scored_data_to_api(self, scored_data: Any) -> None:
+        for group in scored_data if isinstance(scored_data, list) else [scored_data]:
+            try:
+                stamp(group, recorded())
+                encode_group(ScoredGroup.from_python(group), self.limits)
+            except RequestError as error:
+                self.losses.lose(Loss.REFUSED, str(error))
+            except Exception as error:
+                self.losses.lose(Loss.REFUSED, f"tokens: {type(error).__name__}: {error}")
+            else:
+                self.losses.accept(1)
+
+
+def try_out(info: bytes, expect: Expect) -> str | None:
+    """Try an environment out, and return what is wrong.
+
+    `info`: the content of a run.json whose `environment` is tried. `expect` is called with what
+    happens next.
+    """
+    with tempfile.TemporaryDirectory(prefix="atropos-hpc-trial-") as directory:
+        run = RunDir(Path(directory))
+        run.create()
+        write_file(run.run_json, info)
+        environment, config, servers = env_loader.of_run(run, "environment", run.config().seed)
+        files = files_of(environment)
+        kind = type(environment.__name__, (TrialRollouts, environment), {"files": files})
+        try:
+            return asyncio.run(_try_out(run, lambda: kind(config, servers, slurm=False), expect))
+        except (Exception, SystemExit) as error:
+            return describe_error(error, files)
+
+
+async def _try_out(run: RunDir, make: Callable[[], BaseEnv], expect: Expect) -> str | None:
+    expect("the constructor")
+    max_length = run.config().model.max_length
+    stub = StubServer(1, None, max_length)
+    async with stub:
+        server = ServerState(url=stub.url, version=PolicyVersion(version=0, attempt=1))
+        roster = Roster(members={"agent-trial-0": AgentState(servers=[server])})
+        write_struct(run.roster, roster)
+        env: Any = make()
+        stub.vocabulary, stub.eos = len(env.tokenizer), env.tokenizer.eos_token_id
+        env.limits, env.max_token_len = Limits(stub.vocabulary, max_length), max_length + 1
+        expect("setup()")
+        await env.setup()
+        problem = None
+        for _ in range(PROMPTS):
+            problem = await _roll_out(env, stub, expect)
+            if problem is None:
+                break
+        await env.server.servers[0].pool.close()
+    return problem
+
+
+async def _roll_out(env: Any, stub: StubServer, expect: Expect) -> str | None:
+    """Roll one group out, and return what is wrong."""
+    expect("get_next_item()")
+    item = await env.get_next_item()
+    if item is None:
+        return "get_next_item() returned None: the environment has no prompt"
+    env.losses = Losses("the trial", None, env.files)
+    env.running_items["trial"] = {"item": item, "worker": None, "start_time": time.time()}
+    served = stub.served
+    expect("a rollout")
+    await env.handle_env("trial")
+    losses = env.losses
+    if losses.sent or losses.counts[Loss.EQUAL_SCORES]:
+        return None
+    reasons = losses.state()["reasons"]
+    nothing = losses.counts[Loss.NOTHING] == losses.counts.total()
+    if not reasons or (nothing and stub.served > served and "request" not in reasons[0].text):
+        return None  # the environment may have judged random answers to be useless
+    return str(reasons[0].text)
