@@ -77,9 +77,9 @@ class StubServer:
         return web.json_response(body=msgspec.json.encode(answer))
 
     def _sample(self, prompt: list[int], max_tokens: int | None) -> Generation:
-        room = max(1, min(max_tokens or STUB_TOKENS, self.max_length - len(prompt), STUB_TOKENS))
+        longest = max(1, min(max_tokens or STUB_TOKENS, self.max_length - len(prompt), STUB_TOKENS))
         tokens = [
-            self.random.randrange(self.vocabulary) for _ in range(self.random.randint(1, room))
+            self.random.randrange(self.vocabulary) for _ in range(self.random.randint(1, longest))
         ]
         if self.eos is not None:
             tokens[-1] = self.eos
