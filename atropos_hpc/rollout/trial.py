@@ -69,14 +69,14 @@ class StubServer:
         request = msgspec.json.decode(await http.read(), type=GenerateRequest)
         self.served += 1
         wanted, prompt = request.sampling_params, request.token_ids
-        choices = [self._sample(prompt, wanted.max_tokens) for _ in range(wanted.n)]
+        choices = [self._sample(i, prompt, wanted.max_tokens) for i in range(wanted.n)]
         logprobs: list[dict[str, TokenLogprob] | None] | None = None
         if wanted.prompt_logprobs:
             logprobs = [None, *({str(token): TokenLogprob(-1.0)} for token in prompt[1:])]
-        answer = GenerateAnswer(choices, logprobs, int(time.time()), Usage(len(prompt)))
+        answer = GenerateAnswer(choices, logprobs, Usage(len(prompt)))
         return web.json_response(body=msgspec.json.encode(answer))
 
-    def _sample(self, prompt: list[int], max_tokens: int | None) -> Generation:
+    def _sample(self, index: int, prompt: list[int], max_tokens: int | None) -> Generation:
         longest = max(1, min(max_tokens or STUB_TOKENS, self.max_length - len(prompt), STUB_TOKENS))
         tokens = [
             self.random.randrange(self.vocabulary) for _ in range(self.random.randint(1, longest))
@@ -84,6 +84,7 @@ class StubServer:
         if self.eos is not None:
             tokens[-1] = self.eos
         return Generation(
+            index=index,
             token_ids=tokens,
             finish_reason="stop",
             logprobs=Logprobs([TokenLogprob(-1.0) for _ in tokens]),
