@@ -203,7 +203,7 @@ class Cluster:
             capture_output=True,
         )
         for node in self.nodes:
-            if not (self.home / "run" / f"slurmd-{node}.pid").exists():
+            if not self._pidfile(node).exists():
                 self.start_node(node)
         until("idle nodes", self.is_idle, 60, self.story)
 
@@ -227,20 +227,33 @@ class Cluster:
         All are suspended before the first is killed: otherwise an srun that sees another process
         die would cancel its step on other nodes.
         """
-        pidfile = self.home / "run" / f"slurmd-{node}.pid"
-        log = self.home / "log" / f"slurmd-{node}.log"
-        stepds = [
-            each.pid
-            for each in psutil.process_iter(["cmdline"])
-            if " ".join(each.info["cmdline"] or ()).startswith("slurmstepd") and _holds(each, log)
-        ]
-        doomed = [int(pidfile.read_text()), *stepds, *self.processes(node)]
+        doomed = [self._slurmd(node), *self._step_daemons(node), *self.processes(node)]
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in doomed:
                 _kill(pid, number)
         for pid in self.processes(node):  # started before its parent was stopped
             _kill(pid, signal.SIGKILL)
-        pidfile.unlink()
+        self._pidfile(node).unlink()
+
+    def kill_daemons(self, node: str, of_steps: bool) -> None:
+        """Kill a node's slurmd, and the daemons of its steps if asked; the jobs' processes live."""
+        for pid in [self._slurmd(node), *(self._step_daemons(node) if of_steps else ())]:
+            _kill(pid, signal.SIGKILL)
+        self._pidfile(node).unlink()
+
+    def _pidfile(self, node: str) -> Path:
+        return self.home / "run" / f"slurmd-{node}.pid"
+
+    def _slurmd(self, node: str) -> int:
+        return int(self._pidfile(node).read_text())
+
+    def _step_daemons(self, node: str) -> list[int]:
+        log = self.home / "log" / f"slurmd-{node}.log"
+        return [
+            each.pid
+            for each in psutil.process_iter(["cmdline"])
+            if " ".join(each.info["cmdline"] or ()).startswith("slurmstepd") and _holds(each, log)
+        ]
 
     def processes(self, node: str | None = None) -> list[int]:
         """Pids of all processes of jobs, on one node or on all."""

@@ -102,7 +102,7 @@ def agent(path: Path, index: str) -> int:
         f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}",
         flush=True,
     )
-    while not terms:
+    while not terms and not watch.abandoned(member.state):
         time.sleep(0.2)
         watch.poll()
     member.leave()

@@ -54,7 +54,7 @@ class Point:
 
         A no-op if Slurm has requeued the job already. Raises SlurmError.
         """
-        if commands.was_restarted(commands.show_job(os.environ["SLURM_JOB_ID"])[0]):
+        if commands.requeued_already(os.environ["SLURM_JOB_ID"]):
             return
         try:
             signal.raise_signal(signal.SIGUSR2)

@@ -1,14 +1,16 @@
-"""Failover when the leader's node dies: a node agent requeues the job.
+"""Failover when the leader's node dies: a node agent requeues the job, or ends.
 
 Slurm may let the rest of a job run on for ever without its batch step. Only a process inside the
-job can have it requeued then, and a node agent is one.
+job can have it requeued then, and a node agent is one. Nor does Slurm end the processes of a node
+whose daemons have died: there, an agent has to notice itself that the run goes on without it.
 """
 
 import logging
 import os
 import time
+from collections.abc import Callable
 
-from atropos_hpc.contracts.members import SupervisorState
+from atropos_hpc.contracts.members import MemberState, SupervisorState
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.runtime.membership import RosterReader, RosterWatch
 from atropos_hpc.runtime.run_dir import RunDir
@@ -18,19 +20,50 @@ log = logging.getLogger(__name__)
 
 SILENT_S = 20.0  # without a new roster, which is written every 2 s, before Slurm is asked
 ASK_S = 10.0  # between two questions to Slurm
+ENDED_S = 60.0  # without a new roster after a supervisor that has ended
 LAST_LOOK_S = 900.0  # Slurm may take minutes to notice a dead node (SlurmdTimeout)
 
 
 class LeaderFailover:
-    """An agent's watch over the supervisor of the job that both are in. A no-op in other jobs: a
-    job of rollout nodes only ends by itself."""
+    """An agent's watch over the supervisor of its run.
 
-    def __init__(self, run: RunDir) -> None:
-        shared = run.config().launch.allocation in ("het", "single")
+    `poll` and `await_certainty` concern the job that both are in. They are no-ops in other jobs: a
+    job of rollout nodes only ends by itself.
+    """
+
+    def __init__(self, run: RunDir, clock: Callable[[], float] = time.monotonic) -> None:
+        launch = run.config().launch
+        shared = launch.allocation in ("het", "single")
         in_step = "SLURM_STEP_ID" in os.environ and shared
         self.job = os.environ["SLURM_JOB_ID"] if in_step else None
+        self.run, self.attempt, self.shared = run, run.attempt(), shared
+        self.patience_s = launch.start_timeout_s
         self.roster = RosterReader(run.roster)
-        self.watch, self._asked = RosterWatch(self.roster), 0.0
+        self.watch, self._asked = RosterWatch(self.roster, clock), 0.0
+        self._abandoned = self._listed = False
+
+    def abandoned(self, own: MemberState) -> str | None:
+        """Return why the agent with this member state has to end: nobody supervises it any more,
+        or another agent has its place. None while it is needed."""
+        why = self._why_abandoned(own)
+        self._abandoned = why is not None
+        return why
+
+    def _why_abandoned(self, own: MemberState) -> str | None:
+        if self.shared and self.run.attempt() != self.attempt:
+            return f"attempt {self.run.attempt()} of the run has begun without this agent"
+        same = self.roster.read().members.get(own.name)
+        # Clocks jump, so it has to have come after this one was listed as well.
+        if same is not None and same.started == own.started:
+            self._listed = True
+        elif self._listed and same is not None and same.alive and same.started > own.started:
+            return f"another {own.name}, pid {same.pid} on {same.host}, has its place"
+        silent_s = self.watch.silent_s()
+        leader = next(iter(self.roster.members(SupervisorState, alive=False)), None)
+        ended = leader is not None and leader.state == "ended" and leader.outcome != "requeue"
+        if silent_s > (ENDED_S if ended else self.patience_s):
+            return f"the run's supervisor has been silent for {silent_s:.0f} s"
+        return None
 
     def poll(self) -> bool:
         """Requeue the job if the supervisor is silent and Slurm says that its node is gone. Returns
@@ -54,7 +87,7 @@ class LeaderFailover:
     def await_certainty(self) -> None:
         """Before the agent ends, which may leave nobody else in the job: wait until the supervisor
         is seen alive, or ends the run itself, or is lost and the job requeued."""
-        if self.job is None:
+        if self.job is None or self._abandoned:
             return
         beat = self.roster.read().beat
         waiting = Waiting("a sign of life, or Slurm's word", "the supervisor", LAST_LOOK_S)

@@ -64,6 +64,7 @@ class NodeAgent:
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)
         self.failover = LeaderFailover(run)
         self.refused: str | None = None
+        self.abandoned: str | None = None  # why nobody needs this agent any more
         self.new_version = asyncio.Event()  # the node has one that the servers do not have yet
 
     def _workers(self) -> list[ManagedProcess]:
@@ -116,7 +117,7 @@ class NodeAgent:
                 asyncio.create_task(self._watch_members()),
             ]
             try:
-                while self.refused is None:
+                while self.refused is None and self.abandoned is None:
                     self._tick()
                     for task in tasks:
                         if task.done():
@@ -160,6 +161,7 @@ class NodeAgent:
         first_since = time.monotonic()
         while True:
             await asyncio.to_thread(self.failover.poll)
+            self.abandoned = self.failover.abandoned(self.member.state)
             members = list(roster.read().members.values())
             children = {m.pid: m for m in self.others if m.pid is not None}
             own = [m for m in members if m.node == self.node and m.pid in children]
@@ -274,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(process.run_until_signal(agent.work()))
     finally:
         agent.end()
+    if agent.abandoned is not None:
+        log.error("ending with all processes of this node: %s", agent.abandoned)
     if agent.refused is not None:
         log.error("%s", agent.refused)
         return REFUSED

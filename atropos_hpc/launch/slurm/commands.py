@@ -43,6 +43,9 @@ ENDED = set(
 )
 
 
+NEVER = "never starts"  # of a pending heterogeneous job that has lost a component
+
+
 class SlurmError(RuntimeError):
     """A Slurm command failed; the message has its error output."""
 
@@ -146,8 +149,23 @@ def requeue(job: str) -> None:
 
     Slurm lets it wait for about two minutes. A no-op if that was done already. Raises SlurmError.
     """
-    if not was_restarted(show_job(job)[0]):
+    if not requeued_already(job):
         run_command("scontrol", "requeue", job)
+
+
+def requeued_already(job: str) -> bool:
+    """Whether Slurm has requeued the job that this process is in. Raises SlurmError.
+
+    When only the daemon of the leader's node has died, Slurm requeues the leading component alone,
+    which would wait for ever for the others. They are requeued here; Slurm reports an error for the
+    leader, which is pending.
+    """
+    leader, *others = show_job(job)
+    if not was_restarted(leader):
+        return False
+    if any(each["JobState"] == "RUNNING" and not was_restarted(each) for each in others):
+        try_command("scontrol", "requeue", job)
+    return True
 
 
 def was_restarted(record: Mapping[str, str]) -> bool:
@@ -184,11 +202,16 @@ def merge_states(states: Sequence[str]) -> str:
     ('RUNNING', 'NODE_FAIL')
     >>> merge_states(["COMPLETED"] * 2), merge_states(["PENDING"] * 2)
     ('COMPLETED', 'PENDING')
+    >>> merge_states(["PENDING", "FAILED"])
+    'PENDING, but a component is FAILED: never starts'
     """
     active = [state for state in states if state not in ENDED]
+    ended = next((state for state in states if state in ENDED - {"COMPLETED"}), "COMPLETED")
+    if set(active) == {"PENDING"} and len(active) < len(states):
+        return f"PENDING, but a component is {ended}: {NEVER}"
     if active:
         return "RUNNING" if "RUNNING" in active or len(active) < len(states) else active[0]
-    return next((state for state in states if state != "COMPLETED"), "COMPLETED")
+    return ended
 
 
 def is_installed() -> bool:
