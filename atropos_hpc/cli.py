@@ -91,12 +91,15 @@ def _html_report(options: argparse.Namespace, rows: "list[PointStatus]") -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
-    """Show the logs of a run's members."""
+    """Show the logs of a run's members, or of the points of a sweep."""
     from atropos_hpc.observe import logs as observe
+    from atropos_hpc.observe import report
 
-    return observe.show(
-        _run(options.run), options.member, options.follow, options.lines, options.attempt
-    )
+    points = report.require_points(options.directory)
+    if not report.is_point(options.directory, points):
+        return observe.show_points(points, options.lines)
+    wanted = observe.LogOptions(options.member, options.follow, options.lines, options.attempt)
+    return observe.show_point(points[0], wanted)
 
 
 def samples(options: argparse.Namespace) -> int:
@@ -124,27 +127,17 @@ def samples(options: argparse.Namespace) -> int:
 
 
 def stop(options: argparse.Namespace) -> int:
-    """Post the request to stop, which the supervisor and the learner obey wherever they run."""
-    from atropos_hpc.contracts.members import StopRequest, SupervisorState
-    from atropos_hpc.runtime.membership import RosterReader, post_request
+    """Save a checkpoint and end the run, or every run of a sweep; cancel what is queued."""
+    from atropos_hpc.launch import stop as launch
 
-    run = _run(options.run)
-    if not RosterReader(run.roster).members(SupervisorState):
-        print(f"nothing runs in {run.path}", file=sys.stderr)
-        return 1
-    post_request(run, StopRequest(by="atropos-hpc stop"))
-    print(
-        f"requested: the learner saves a checkpoint and the run in {run.path} ends; "
-        f"`atropos-hpc resume {run.path}` continues it"
-    )
-    return 0
+    return launch.stop(options.directory)
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Continue a run from its last durable step, with the config it has."""
+    """Continue a run, or every run of a sweep, from its last durable step."""
     from atropos_hpc.launch import resume as launch
 
-    return launch.resume(_run(options.run), options.overrides)
+    return launch.resume(options.directory, options.overrides)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -279,9 +272,9 @@ COMMANDS = (
     ),
     Command(
         logs,
-        "the logs of a run's members",
+        "the logs of a run's members, or of a sweep's points",
         (
-            RUN,
+            DIRECTORY,
             _argument(
                 "member", nargs="?", default="", help="such as trainer-0 or server; default: all"
             ),
@@ -310,12 +303,12 @@ COMMANDS = (
             JSON,
         ),
     ),
-    Command(stop, "save a checkpoint, then end the run", (RUN,)),
+    Command(stop, "save a checkpoint, then end the run; cancel what is queued", (DIRECTORY,)),
     Command(
         resume,
         "continue a run from its last durable step, here or as a new job",
         (
-            RUN,
+            DIRECTORY,
             _argument(
                 "overrides", nargs="*", metavar="KEY=VALUE", help="such as trainer.steps=300"
             ),
@@ -372,12 +365,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Refusals are printed as one line."""
+    from atropos_hpc.launch.slurm.commands import SlurmError
     from atropos_hpc.observe.report import NotARunError
 
     options = parser().parse_args(arguments)
     try:
         return int(options.function(options))
-    except (NotARunError, _NoRun, Unreadable) as error:
+    except (NotARunError, _NoRun, SlurmError, Unreadable) as error:
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # as with `| head`

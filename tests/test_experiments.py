@@ -13,7 +13,7 @@ from test_config import composed
 from atropos_hpc import validate
 from atropos_hpc.launch import sizing
 from atropos_hpc.launch.hydra_api import CONFIGS
-from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 
 QWEN = {
     "vocab_size": 151936,
@@ -63,7 +63,7 @@ def experiment(name: str) -> Any:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_composes_and_nothing_is_wrong_with_it(name: str) -> None:
     config = experiment(name)
-    assert validate.problems(config) == [] and list(sbatch.problems(config)) == []
+    assert validate.problems(config) == [] and list(sbatch_checks.problems(config)) == []
     assert config.model.max_length <= MODELS[config.model.path]["max_position_embeddings"]
     rollout = config.roles.rollout
     assert config.rollout.servers * config.rollout.tensor_parallel == rollout.gpus_per_node

@@ -263,7 +263,7 @@ def test_commands_refuse_a_directory_that_is_no_run(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        assert done.returncode == 2 and "is not a run's directory" in done.stderr, (
+        assert done.returncode == 2 and "a run's directory" in done.stderr, (
             command,
             done.stderr,
         )

@@ -198,7 +198,7 @@ def test_secret_of_a_resumed_run_is_its_own(run: RunDir, monkeypatch: pytest.Mon
 
     started: list[Config] = []
     monkeypatch.setattr(resume.run, "launch", lambda config, *_: started.append(config) or 0)
-    assert resume.resume(run, ["trainer.steps=9"]) == 0
+    assert resume.resume(run.path, ["trainer.steps=9"]) == 0
     assert started[0].rollout.variables == secret_config().rollout.variables
     assert started[0].cluster.setup == secret_config().cluster.setup
 

@@ -78,7 +78,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "roles.trainer.account",
             "partition physics is for physics only",
         ),
-        ("+roles.trainer.sbatch.exclusve=true", "launch", "unrecognized option '--exclusve'"),
+        (
+            "+roles.trainer.sbatch.exclusve=true",
+            "roles.trainer.sbatch.exclusve",
+            "unrecognized option '--exclusve'",
+        ),
+        ("roles.rollout.nodes=3", "roles.rollout.nodes", "need 4 different nodes"),
+        (
+            "+roles.trainer.sbatch.reservation=nothing",
+            "roles.trainer.sbatch.reservation",
+            "equested reservation",
+        ),
         # what cannot be
         ("roles.rollout.nodes=0", "roles.rollout.nodes", "must be at least 1, not 0"),
         (
@@ -175,7 +185,7 @@ def test_accounts_that_a_partition_refuses_are_named() -> None:
     denied = {"account": ("physics",)}
     partition = Partition("gpu", True, True, 1e9, 1e9, (), {}, denied)
     options = sbatch.options(config, "trainer")
-    request = cluster_check.Request("roles.trainer", config.roles.trainer, options)
+    request = cluster_check.Request("roles.trainer", options)
     found = list(cluster_check._limits(60, request, partition))
     assert [str(problem) for problem in found] == [
         "roles.trainer.account: partition gpu is not for physics"

@@ -9,13 +9,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import Cluster, until
-from slurm_parts import Submitted, require_slurm, stand_in, submission, submit
+from slurm_cluster import ROOT, Cluster, until
+from slurm_parts import Submitted, require_slurm, sbatch, stand_in, submission, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -141,3 +142,75 @@ def test_ctrl_c_while_submitting_says_what_is_queued(drained: Cluster, tmp_path:
         said = submitting.communicate(timeout=60)[1]
     assert submitting.returncode == 130 and "1 of 3 points were queued" in said, said
     assert "Traceback" not in said and [row["job"] for row in table(sweep)] == queued(cluster)
+
+
+def tool(cluster: Cluster, *words: str | Path, code: int = 0) -> str:
+    """What a command says on the cluster's login node."""
+    command = [sys.executable, "-m", "atropos_hpc.cli", *map(str, words)]
+    done = subprocess.run(
+        command, env=cluster.env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_queued_points_are_seen_cancelled_and_resumed_once_in_their_slots(
+    drained: Cluster, tmp_path: Path
+) -> None:
+    cluster, sweep = drained, tmp_path / "sweep"
+    submit(cluster, sweep, "seed=0,1", "hydra.launcher.slots=1", *stand_in(tmp_path))
+    first = table(sweep)
+    assert json.loads(tool(cluster, "status", sweep / "1", "--json"))["state"] == "queued"
+    assert "has written no log yet" in tool(cluster, "logs", sweep / "1")
+    assert "is already queued" in tool(cluster, "resume", sweep / "1", code=2)
+    assert f"cancelled: job {first[1]['job']}" in tool(cluster, "stop", sweep / "1")
+    assert json.loads(tool(cluster, "status", sweep / "1", "--json"))["state"] == "cancelled"
+
+    said = tool(cluster, "resume", sweep)
+    assert f"point 0 is queued (job {first[0]['job']})" in said and len(queued(cluster)) == 2
+    assert "is already queued" in tool(cluster, "resume", sweep / "1", code=2)
+    tool(cluster, "resume", sweep)
+    assert len(queued(cluster)) == 2
+    assert [row["slot"] for row in table(sweep)] == [row["slot"] for row in first]
+    names = {cluster.job(job)["JobName"] for job in queued(cluster)}
+    assert names == {first[0]["slot"]}
+    assert tool(cluster, "stop", sweep).count("cancelled: job") == 2 and queued(cluster) == []
+    assert "nothing runs" in tool(cluster, "stop", sweep, code=1)
+
+
+def test_a_point_that_failed_before_its_run_began_shows_its_jobs_log(
+    drained: Cluster, tmp_path: Path
+) -> None:
+    cluster, sweep = drained, tmp_path / "sweep"
+    submit(cluster, sweep, "seed=0", "trainer.steps=3", *stand_in(tmp_path))
+    (tmp_path / "model").rename(tmp_path / "away")
+    cluster.command("scontrol", "update", "nodename=ALL", "state=resume")
+    job = table(sweep)[0]["job"]
+    until("the end", lambda: cluster.job(job)["JobState"] == "FAILED", 60, cluster.story)
+    for command in ("status", "logs"):
+        for place in (sweep / "0", sweep):
+            said = tool(cluster, command, place)
+            shown = "model.path: there is no" in said
+            assert shown or (command == "status" and "ended before the run began" in said), said
+    (tmp_path / "away").rename(tmp_path / "model")
+    tool(cluster, "resume", sweep)
+    Submitted(cluster, sweep / "0", table(sweep)[0]["job"]).completes(3)
+
+
+def test_the_job_of_a_persons_script_is_not_resumed_without_it(
+    drained: Cluster, tmp_path: Path
+) -> None:
+    cluster, run_dir = drained, tmp_path / "run"
+    script = tmp_path / "edited.sbatch"
+    script.write_text((ROOT / "slurm" / "het_grpo.sbatch").read_text())
+    cluster.command("scontrol", "update", "nodename=ALL", "state=resume")
+    overrides = [f"run_dir={run_dir}", "trainer.steps=2000", *stand_in(tmp_path)]
+    options = ("--mem=1G", "--cpus-per-task=1")
+    job = sbatch(cluster, tmp_path, str(script), *overrides, options=options)
+    run = Submitted(cluster, run_dir, job)
+    run.reach(2)
+    tool(cluster, "stop", run_dir)
+    run.ends("FAILED")
+    said = tool(cluster, "resume", run_dir, code=2)
+    assert f"sbatch {script}" in said and f"run_dir={run_dir}" in said
+    assert queued(cluster) == []

@@ -221,10 +221,12 @@ class Done(msgspec.Struct, kw_only=True):
 
 
 class AttemptStart(msgspec.Struct, kw_only=True):
-    """logs/attempt-<n>/start.json. `durable` is the newest durable step at the start."""
+    """logs/attempt-<n>/start.json. `durable` is the newest durable step at the start. `script`: the
+    command line of a job that a person has submitted with sbatch."""
 
     job: str | None
     durable: int
+    script: str | None = None
 
 
 class RestartEvent(msgspec.Struct, kw_only=True):

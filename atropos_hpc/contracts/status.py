@@ -39,6 +39,7 @@ class PointStatus(Struct, frozen=True):
     staleness: float | None
     tokens_per_s: float | None
     best: bool = False
+    begun: bool = True  # whether its run has ever started
 
 
 class SweepStatus(Struct, frozen=True):
@@ -110,6 +111,7 @@ class RunStatus(Struct, frozen=True):
     members: list[MemberStatus]
     waits: list[WaitStatus]
     warnings: list[LogWarning]
+    job_log: list[str]  # its last lines, of a job that ended before the run began
 
 
 Status = RunStatus | SweepStatus

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm import commands, sbatch
-from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, read_cluster
+from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
 from atropos_hpc.schema import did_you_mean
 from atropos_hpc.validate import Problem
 
@@ -34,6 +34,13 @@ KEYS_BY_WORD = {
     "partition": "cluster.partition",
     "time limit": "launch.minutes",
 }
+# a word in an error of sbatch -> the key of the role that has a value for it
+FIELDS_BY_WORD = {
+    "feature": "constraint",
+    "gres": "gres",
+    "memory": "mem",
+    "node count": "nodes",
+}
 
 
 def check(config: Config, run_dir: Path) -> list[Problem]:
@@ -46,9 +53,7 @@ def check(config: Config, run_dir: Path) -> list[Problem]:
     except commands.SlurmError as error:
         return [Problem("cluster", f"Slurm does not answer: {error}")]
     found = [*_filesystem(config, run_dir), *_scheduler(config, cluster)]
-    for name in sbatch.ROLES:
-        found += _role(config, name, cluster)
-    return found or _sbatch(config)
+    return [*found, *resources(config, cluster)] or _sbatch(config)
 
 
 def _filesystem(config: Config, run_dir: Path) -> Iterator[Problem]:
@@ -90,62 +95,116 @@ def _scheduler(config: Config, cluster: Cluster) -> Iterator[Problem]:
 
 @dataclass(frozen=True)
 class Request:
-    """What a role requests: the prefix of its keys, its config, and its sbatch options."""
+    """What one component of a job requests: the prefix of its keys, and its sbatch options."""
 
     prefix: str
-    conf: RoleConf
     options: sbatch.Options
+    note: str = ""  # on the number of nodes
 
     @property
     def nodes(self) -> int:
         return int(self.options["nodes"] or 1)
 
-    def gpus(self) -> tuple[str, str, int]:
-        """Return (key, type or "", number per node). Other kinds of gres are left to sbatch."""
-        if self.conf.gres:
-            found = re.search(r"gpu(?::([A-Za-z][\w.-]*))?(?::(\d+))?", self.conf.gres)
-            return ("gres", found[1] or "", int(found[2] or 1)) if found else ("gres", "", 0)
-        option = str(self.options.get("gres") or self.options.get("gpus_per_node") or "")
-        typed = re.search(r"(?:gpu:)?([A-Za-z][\w.-]*):\d+$", option)
-        kind = typed[1] if typed and typed[1] != "gpu" else ""
-        return "gpus_per_node", kind, self.conf.gpus_per_node
+    def gpus(self) -> tuple[str, list[tuple[str, int]]]:
+        """Return the key, and (type or "", number per node) of each kind of GPUs."""
+        if gres := str(self.options.get("gres") or ""):
+            return "gres", gpus_of(gres)
+        count = str(self.options.get("gpus_per_node") or "")
+        return "gpus_per_node", gpus_of(f"gpu:{count}") if count else []
 
 
-def _role(config: Config, name: str, cluster: Cluster) -> Iterator[Problem]:
-    conf: RoleConf = getattr(config.roles, name)
-    request = Request(f"roles.{name}", conf, sbatch.options(config, name))
-    known = cluster.partitions
-    default = next((each.name for each in known.values() if each.default), None)
-    requested = request.options["partition"] or default
-    own = conf.partition or not config.cluster.partition
-    key = f"{request.prefix}.partition" if own else "cluster.partition"
-    if requested is None:
+def requests(config: Config) -> list[Request]:
+    """Return what the components of a run's jobs request; one for both roles with `single`."""
+    found = sbatch.sections(config)
+    if config.launch.allocation == "single":
+        return [Request("roles.rollout", found[0], " (with roles.trainer.nodes)")]
+    if config.launch.allocation == "split":
+        found.append(sbatch.rollout_section(config))
+    return [Request(f"roles.{name}", of) for name, of in zip(sbatch.ROLES, found, strict=False)]
+
+
+def resources(config: Config, cluster: Cluster) -> list[Problem]:
+    """Return why the cluster can never start the jobs of a run, as far as that can be known."""
+    asked = requests(config)
+    found = [problem for request in asked for problem in _component(config, request, cluster)]
+    if not found and config.launch.allocation == "het":
+        found += _together(asked, cluster)
+    return list(dict.fromkeys(found))
+
+
+def _component(config: Config, request: Request, cluster: Cluster) -> Iterator[Problem]:
+    """Yield the problems of the partitions, unless the component fits into one of them."""
+    own = getattr(config.roles, request.prefix.removeprefix("roles.")).partition
+    in_role = own or not config.cluster.partition
+    key = f"{request.prefix}.partition" if in_role else "cluster.partition"
+    requested, known = _partitions(request, cluster), cluster.partitions
+    if not requested:
         reason = f"must be given: this cluster has no default partition; it has {', '.join(known)}"
         yield Problem(key, reason)
         return
-    for partition_name in str(requested).split(","):
-        partition = known.get(partition_name)
-        if partition is None:
-            near = did_you_mean(partition_name, known)
-            reason = f"there is no partition {partition_name}; there are {', '.join(known)}{near}"
-            yield Problem(key, reason)
-            continue
+    unknown = [name for name in requested if name not in known]
+    for name in unknown:
+        near = did_you_mean(name, known)
+        reason = f"there is no partition {name}; there are {', '.join(known)}{near}"
+        yield Problem(key, reason)
+    rejected: list[Problem] = []
+    for partition in (known[name] for name in requested if name in known):
+        problems = [*_limits(config.launch.minutes, request, partition)]
         if not partition.up:
-            yield Problem(key, f"partition {partition.name} is not up")
-        yield from _limits(config.launch.minutes, request, partition)
-        yield from _hardware(request, partition)
+            problems.append(Problem(key, f"partition {partition.name} is not up"))
+        problems += _fitting(request, partition)[1]
+        if not problems:
+            return
+        rejected += problems
+    yield from rejected
+
+
+def _partitions(request: Request, cluster: Cluster) -> list[str]:
+    default = next((each.name for each in cluster.partitions.values() if each.default), None)
+    requested = request.options.get("partition") or default
+    return str(requested).split(",") if requested else []
+
+
+def _together(asked: list[Request], cluster: Cluster) -> Iterator[Problem]:
+    """Yield a problem if components that may only use the same nodes need more than there are:
+    Slurm gives the components of a heterogeneous job different nodes."""
+    names = [_partitions(request, cluster) for request in asked]
+    if any(len(each) != 1 for each in names) or len({each[0] for each in names}) != 1:
+        return
+    partition = cluster.partitions[names[0][0]]
+    kinds = {each for request in asked for each in _fitting(request, partition)[0]}
+    available, needed = sum(each.count for each in kinds), sum(each.nodes for each in asked)
+    if needed > available:
+        parts = " and ".join(f"{each.prefix}.nodes={each.nodes}" for each in asked)
+        yield Problem(
+            f"{asked[-1].prefix}.nodes",
+            f"{parts} need {needed} different nodes, but partition {partition.name} has"
+            f" {available} that are sufficient",
+        )
 
 
 def _limits(minutes: int, request: Request, partition: Partition) -> Iterator[Problem]:
-    here = f"partition {partition.name}"
+    here, nodes = f"partition {partition.name}", f"{request.prefix}.nodes"
     if minutes > partition.minutes:
         reason = f"{minutes} exceed the {partition.minutes:.0f} that {here} allows"
         yield Problem("launch.minutes", reason)
     if request.nodes > partition.max_nodes:
-        reason = f"{request.nodes} exceed the {partition.max_nodes:.0f} that {here} allows per job"
-        yield Problem(f"{request.prefix}.nodes", reason)
+        most = f"{partition.max_nodes:.0f} that {here} allows per job"
+        reason = f"{request.nodes}{request.note} exceed the {most}"
+        yield Problem(nodes, reason)
+    if request.nodes < partition.min_nodes:
+        least = f"{partition.min_nodes:.0f} that {here} requires"
+        reason = f"{request.nodes}{request.note} are less than the {least}"
+        yield Problem(nodes, reason)
+    cpus, memory = _cpus(request), _megabytes(request)
+    if cpus > partition.max_cpus:
+        reason = f"{cpus} CPUs exceed the {partition.max_cpus:.0f} per node that {here} allows"
+        yield Problem(f"{request.prefix}.cpus_per_task", reason)
+    if memory > partition.max_megabytes:
+        reason = f"{memory:.0f}M exceed the {partition.max_megabytes:.0f}M per node that {here}"
+        yield Problem(f"{request.prefix}.mem", f"{reason} allows")
     for option in ("account", "qos"):
-        value, only = request.options[option], partition.only.get(option)
+        value, only = request.options.get(option), partition.only.get(option)
         if only and value not in only:
             others = f", not for {value}" if value else ""
             yield Problem(
@@ -155,51 +214,78 @@ def _limits(minutes: int, request: Request, partition: Partition) -> Iterator[Pr
             yield Problem(f"{request.prefix}.{option}", f"{here} is not for {value}")
 
 
-def _hardware(request: Request, partition: Partition) -> Iterator[Problem]:
-    """Narrow the partition's nodes by one requirement after the other.
+def _fitting(request: Request, partition: Partition) -> tuple[tuple[Nodes, ...], list[Problem]]:
+    """Narrow the partition's nodes by one requirement after the other, and return what is left.
 
     The first requirement that leaves no node is the problem.
     """
-    here, conf, fitting = f"partition {partition.name}", request.conf, partition.nodes
-    if conf.constraint and re.fullmatch(r"[\w.-]+", conf.constraint):
-        fitting = tuple(nodes for nodes in fitting if conf.constraint in nodes.features)
+    here, fitting = f"partition {partition.name}", partition.nodes
+    constraint = str(request.options.get("constraint") or "")
+    if constraint and SIMPLE_CONSTRAINT.fullmatch(constraint):
+        fitting = tuple(nodes for nodes in fitting if _has(nodes, constraint))
         if not fitting:
-            yield Problem(f"{request.prefix}.constraint", _no_feature(conf.constraint, partition))
-            return
+            problem = Problem(f"{request.prefix}.constraint", _no_feature(constraint, partition))
+            return (), [problem]
     for key, amount, enough, most in _requirements(request, fitting):
         remaining = tuple(nodes for nodes in fitting if enough(nodes))
         if not remaining and fitting:
             reason = f"{amount}: no node of {here} has as much; the most is {most}"
-            yield Problem(f"{request.prefix}.{key}", reason)
-            return
+            return (), [Problem(f"{request.prefix}.{key}", reason)]
         fitting = remaining
     available = sum(nodes.count for nodes in fitting)
     if fitting and request.nodes > available:
-        yield Problem(
-            f"{request.prefix}.nodes",
-            f"{request.nodes} exceed the {available} nodes of {here} that are sufficient",
-        )
+        most = f"{available} nodes of {here} that are sufficient"
+        reason = f"{request.nodes}{request.note} exceed the {most}"
+        return fitting, [Problem(f"{request.prefix}.nodes", reason)]
+    return fitting, []
+
+
+# Features joined by & (and its old form ,) and |. Others, such as [a|b] and a*2, are sbatch's.
+SIMPLE_CONSTRAINT = re.compile(r"[\w.-]+([&,|][\w.-]+)*")
+
+
+def _has(nodes: Nodes, constraint: str) -> bool:
+    """Tell whether nodes have the features together.
+
+    >>> nodes = Nodes(1, 1, 1, "", frozenset({"a100", "ib"}))
+    >>> _has(nodes, "a100&ib"), _has(nodes, "a100&eth"), _has(nodes, "h100|a100")
+    (True, False, True)
+    """
+    return any(set(re.split("[&,]", each)) <= nodes.features for each in constraint.split("|"))
+
+
+def _cpus(request: Request) -> int:
+    tasks = int(request.options.get("ntasks_per_node") or 1)
+    return tasks * int(request.options.get("cpus_per_task") or 1)
+
+
+def _megabytes(request: Request) -> float:
+    mem = request.options.get("mem")
+    return sbatch.megabytes(str(mem)) if mem is not None else 0.0
 
 
 def _requirements(request: Request, nodes: tuple[Nodes, ...]) -> Iterator[Any]:
     """Yield (key, amount, test of a kind of nodes, the largest amount there is)."""
-    conf = request.conf
-    key, kind, gpus = request.gpus()
-    if gpus:
+    key, kinds = request.gpus()
+    total = sum(number for _, number in kinds)
+    for kind, number in [*kinds, ("", total)] if total else ():
         most = max((each.gpus(kind) for each in nodes), default=0)
-        yield key, f"{gpus} {kind or 'GPUs'}", lambda each: each.gpus(kind) >= gpus, most
-    tasks = int(request.options["ntasks_per_node"] or 1)
-    cpus = tasks * conf.cpus_per_task
-    ranks = f" ({tasks} ranks of {conf.cpus_per_task})" if tasks > 1 else ""
+        words = f"{number} {kind or 'GPUs'}"
+        yield key, words, lambda each, of=kind, n=number: each.gpus(of) >= n, most
+    tasks, cpus = int(request.options.get("ntasks_per_node") or 1), _cpus(request)
+    ranks = f" ({tasks} ranks of {request.options['cpus_per_task']})" if tasks > 1 else ""
     most = max((each.cpus for each in nodes), default=0)
     yield "cpus_per_task", f"{cpus} CPUs{ranks}", lambda each: each.cpus >= cpus, most
-    if conf.mem:
-        memory = sbatch.megabytes(conf.mem)
+    memory = _megabytes(request)
+    if memory:
         largest = f"{max((each.megabytes for each in nodes), default=0)}M"
-        yield "mem", conf.mem, lambda each: each.megabytes >= memory, largest
+        words = str(request.options["mem"])
+        yield "mem", words, lambda each: each.megabytes >= memory, largest
 
 
 def _no_feature(constraint: str, partition: Partition) -> str:
+    if "&" in constraint or "," in constraint:
+        return f"no node of partition {partition.name} has all features of {constraint} together"
     features = {feature for nodes in partition.nodes for feature in nodes.features} - {"(null)"}
     offered = f"they have {', '.join(sorted(features))}" if features else "they have none"
     near = did_you_mean(constraint, sorted(features))
@@ -214,7 +300,24 @@ def _sbatch(config: Config) -> list[Problem]:
     texts = {"launch": sbatch.script(config, "/dev/null", command)}
     if config.launch.allocation == "split":
         texts["roles.rollout"] = sbatch.rollout_script(config, "/dev/null", command)
-    return [problem for key, text in texts.items() for problem in _test(key, text)]
+    return [
+        Problem(_key_of_option(config, problem.message) or problem.key, problem.message)
+        for key, text in texts.items()
+        for problem in _test(key, text)
+    ]
+
+
+def _key_of_option(config: Config, error: str) -> str | None:
+    """Return the key of an option in a `sbatch` map, or of a role, that an error names."""
+    words = error.lower().replace("-", "_")
+    roles = {f"roles.{name}.sbatch": getattr(config.roles, name).sbatch for name in sbatch.ROLES}
+    for key, given in {**roles, "cluster.sbatch": config.cluster.sbatch}.items():
+        for name in given:
+            if sbatch.option_name(name).rstrip("s") in words:
+                return f"{key}.{name}"
+    field = next((field for word, field in FIELDS_BY_WORD.items() if word in words), "")
+    own = (name for name in sbatch.ROLES if field and getattr(getattr(config.roles, name), field))
+    return next((f"roles.{name}.{field}" for name in own), None)
 
 
 @functools.cache
@@ -235,13 +338,24 @@ def _test(key: str, text: str) -> list[Problem]:
         except subprocess.TimeoutExpired:
             reason = f"sbatch --test-only did not answer within {TEST_TIMEOUT_S:.0f} s"
             return [Problem("cluster", reason)]
-    if done.returncode == 0 or any(words in done.stderr for words in UNAVAILABLE):
+    if done.returncode == 0:
+        return []
+    if any(words in done.stderr for words in UNAVAILABLE) and _some_are_away():
         return []
     lines = done.stderr.strip().splitlines()
     error = "; ".join(line.partition("error: ")[2] or line for line in lines)
     unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
     hint = f" ({', '.join(unused)} of your shell is not used)" if unused else ""
     return [Problem(key_of(error) or key, f"sbatch refuses it: {error}{hint}")]
+
+
+def _some_are_away() -> bool:
+    """Tell whether nodes are down or drained, and may come back."""
+    try:
+        states = commands.run_command("sinfo", "-h", "-N", "-o", "%T").split()
+    except commands.SlurmError:
+        return True
+    return any(re.search(r"down|drain|fail|unk|maint|[*$@]", state) for state in states)
 
 
 def key_of(error: str) -> str | None:

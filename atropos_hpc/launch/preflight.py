@@ -16,7 +16,7 @@ from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check, role_environment, storage_check
-from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.slurm import sbatch_checks
 from atropos_hpc.launch.steps import trainer_python
 from atropos_hpc.runtime import masking
 from atropos_hpc.runtime.run_dir import RunDir
@@ -59,7 +59,7 @@ def check(
     """
     found = [
         *problems(config),
-        *sbatch.problems(config),
+        *sbatch_checks.problems(config),
         *_storage(config, run_dir),
         *_changes(config, previous),
         *_model_files(config),

@@ -65,14 +65,16 @@ def locked(sweep_dir: Path) -> Iterator[None]:
         raise Refused(Problem("run_dir", reason)) from None
 
 
-def sort(points: "Sequence[Point]", sweep_dir: Path) -> Sorted:
+def sort(points: "Sequence[Point]", sweep_dir: Path, resumed: bool = False) -> Sorted:
     """Compare the points with those that the directory has. A point that is there already, under
-    whatever number, takes its place. Raises Refused when Slurm does not answer."""
+    whatever number, takes its place; `resumed`: each is in its own. Raises Refused when Slurm does
+    not answer."""
     rows = {row.run_dir: row for row in report.find_points(sweep_dir)}
     known = known_configs(sweep_dir, [*rows, *(str(point.run_dir) for point in points)])
     found = Sorted([], [], [])
     masked = [(str(point.run_dir), masking.mask_config(point.config)[0]) for point in points]
-    matched = match(masked, known)
+    own: list[str | Problem] = [place for place, _ in masked]
+    matched = own if resumed else match(masked, known)
     jobs = _job_states([row.job for row in rows.values()])
     for point, place in zip(points, matched, strict=True):
         if isinstance(place, Problem):

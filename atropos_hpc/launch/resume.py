@@ -1,64 +1,121 @@
-"""Resume a run with the config in its run.json: `atropos-hpc resume RUN [KEY=VALUE ...]`.
+"""Resume a run, or all points of a sweep: `atropos-hpc resume RUN|SWEEP [KEY=VALUE ...]`.
 
-A run of this machine continues in this process. A run on Slurm becomes a new job, which takes its
-place in the table of its sweep.
+The config is that of run.json, or the submitted one of a point whose run never began. A run of this
+machine continues in this process. A run on Slurm becomes a new job, which takes its place in the
+table of its sweep. A job of a person's own sbatch script is not made again: its resources are in
+the script.
 """
 
+import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.members import AttemptStart
 from atropos_hpc.contracts.metrics import SweepPoint
-from atropos_hpc.launch import hydra_api, run, sweep
+from atropos_hpc.launch import hydra_api, resubmission, run, sweep
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.validate import REFUSED, refuse
+from atropos_hpc.runtime import masking, process
+from atropos_hpc.runtime.run_dir import RunDir, read_struct
+from atropos_hpc.validate import REFUSED, Problem, Refused, refuse
 
 
-def resume(directory: RunDir, overrides: Sequence[str]) -> int:
-    """Resume a run. Returns train.py's exit code; 2 also if there is nothing to resume."""
+def resume(directory: Path, overrides: Sequence[str]) -> int:
+    """Resume what `directory` holds. Returns train.py's exit code; 2 also if there is nothing to
+    resume. Raises report.NotARunError."""
     process.keep_files_private()
-    path, known = directory.path, directory.info()
-    if known is None:
-        print(f"{path} has no run.json yet: repeat the command that started it", file=sys.stderr)
-        return REFUSED
-    before = directory.config()
-    if before.model.make is not None:
-        before.model.path = None  # create it again if the cache was emptied since
+    rows = report.require_points(directory.resolve())
+    alone = report.is_point(directory, rows)
+    sweep_dir = _sweep_of(directory) if alone else directory
     try:
-        config = hydra_api.change(before, overrides)
+        configs = _configs(sweep_dir, rows, overrides)
+    except Refused as error:
+        return refuse(error.problems, "Nothing was started.")
     except hydra_api.ERRORS as error:
         return refuse(hydra_api.problems(error))
-    sweep_dir, row = _find_row(path)
-    jobs = commands.known_states([row.job])
-    state = report.run_state(row, jobs, config.trainer.steps, trained=True)
-    if state in ("running", "queued") and (row.job or report.is_held(directory)):
+    if alone and (code := _needs_nothing(rows[0], configs[0])) is not None:
+        return code
+    points = [
+        sweep.Point(row.num, row.overrides, config, Path(row.run_dir))
+        for row, config in zip(rows, configs, strict=True)
+    ]
+    if configs[0].launch.allocation != "local":
+        sweep.on_slurm(points, sweep_dir, slots=0, resumed=True)
+        return 0
+    if alone:
+        requeue = lambda: commands.requeue(os.environ["SLURM_JOB_ID"])  # noqa: E731
+        return run.launch(configs[0], points[0].run_dir, requeue)
+    if any(masking.MASK in override for row in rows for override in row.overrides):
+        reason = (
+            "its overrides have secrets, which are not kept: repeat the command that started it"
+        )
+        return refuse([Problem("run_dir", reason)], "Nothing was started.")
+    for point in points:
+        point.overrides = [*point.overrides, *overrides]
+    outcomes = sweep.here(points, sweep_dir, slots=1, resumed=True)
+    return 0 if all(outcome in (None, "complete") for _, outcome in outcomes) else 1
+
+
+def _sweep_of(directory: Path) -> Path:
+    """Return the directory whose table has the run: its sweep's, or the run's own."""
+    path = directory.resolve()
+    return path.parent if report.row_of(path) is not None else path
+
+
+def _configs(sweep_dir: Path, rows: Sequence[SweepPoint], overrides: Sequence[str]) -> list[Config]:
+    """Return the config of each point, with the overrides. Raises Refused and ERRORS."""
+    known = resubmission.known_configs(sweep_dir, [row.run_dir for row in rows])
+    configs = []
+    for row in rows:
+        directory, config = RunDir(Path(row.run_dir)), known.get(row.run_dir)
+        begun = directory.info() is not None
+        if config is None or (not begun and _has_secrets(config)):
+            what = "no run.json" if config is None else "not begun, and its secrets are not kept"
+            reason = f"{row.run_dir} has {what}: repeat the command that started it"
+            raise Refused(Problem("run_dir", reason))
+        config = directory.config() if begun else config
+        if (command := _script_of(directory)) is not None:
+            reason = (
+                f"the job of this run had the resources of a script; submit that again: sbatch"
+                f" {command} {shlex.quote(f'run_dir={row.run_dir}')}"
+            )
+            raise Refused(Problem("run_dir", reason))
+        if config.model.make is not None:
+            config.model.path = None  # create it again if the cache was emptied since
+        configs.append(hydra_api.change(config, overrides))
+    return configs
+
+
+def _has_secrets(config: Config) -> bool:
+    return masking.MASK in json.dumps(msgspec.to_builtins(config))
+
+
+def _script_of(directory: RunDir) -> str | None:
+    """Return the sbatch script of the newest job, with its arguments; None for our launcher's."""
+    for attempt in reversed(report.attempts(directory)):
+        if (start := read_struct(attempt / "start.json", AttemptStart)) is not None:
+            return start.script
+    return None
+
+
+def _needs_nothing(row: SweepPoint, config: Config) -> int | None:
+    """Return the exit code if the run is live or complete already."""
+    path, steps = row.run_dir, config.trainer.steps
+    state = report.run_state(row, commands.known_states([row.job]), steps, trained=True)
+    if state in ("running", "queued") and (row.job or report.is_held(RunDir(Path(path)))):
         where = f"job {row.job}" if row.job else "here or on another machine"
         print(f"{path} is already {state} ({where}); nothing was started", file=sys.stderr)
         return REFUSED
     if state == "complete":
         print(
-            f"{path} is complete at {config.trainer.steps} steps; "
-            f"`atropos-hpc resume {path} trainer.steps=...` adds steps"
+            f"{path} is complete at {steps} steps; `atropos-hpc resume {path} trainer.steps=...`"
+            " adds steps"
         )
         return 0
-    return _start(config, directory, row, sweep_dir)
-
-
-def _start(config: Config, directory: RunDir, row: SweepPoint, sweep_dir: Path) -> int:
-    if config.launch.allocation == "local":
-        requeue = lambda: commands.requeue(os.environ["SLURM_JOB_ID"])  # noqa: E731
-        return run.launch(config, directory.path, requeue)
-    point = sweep.Point(row.num, row.overrides, config, directory.path)
-    sweep.on_slurm([point], sweep_dir, slots=0)
-    return 0
-
-
-def _find_row(path: Path) -> tuple[Path, SweepPoint]:
-    """Return the run's row, and the directory whose table has it: the sweep's or the run's own."""
-    in_sweep = any(Path(row.run_dir).resolve() == path for row in report.sweep_table(path.parent))
-    return path.parent if in_sweep else path, report.find_points(path)[0]
+    return None

@@ -257,7 +257,10 @@ def _requeued_too_often(config: Config, run: RunDir, attempt: Path, job: Job | N
     """Record this start; return whether Slurm has started the run too often without progress."""
     latest = read_intact(run.checkpoints / "latest.json", LatestCheckpoint)
     durable = latest.step if latest else 0
-    write_struct(attempt / "start.json", AttemptStart(job=job.id if job else None, durable=durable))
+    by_hand = job is not None and "SUBMITIT_EXECUTOR" not in os.environ
+    script = commands.command_of(job.id) if job is not None and by_hand else None
+    start = AttemptStart(job=job.id if job else None, durable=durable, script=script)
+    write_struct(attempt / "start.json", start)
     attempts = sorted(
         (run.path / "logs").glob("attempt-*/start.json"),
         key=lambda path: int(path.parent.name.removeprefix("attempt-")),

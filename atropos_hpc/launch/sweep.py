@@ -74,9 +74,9 @@ Outcomes = list[tuple[Point, str | None]]
 # --- Slurm
 
 
-def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
+def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = False) -> Outcomes:
     """Submit one job per point, unless the point is complete or live already. Returns at once,
-    unless launch.wait is set.
+    unless launch.wait is set. `resumed`: each point is that of its run directory.
 
     Exits with 2 if a point is refused, with 1 if sbatch refuses one, with 130 after Ctrl-C.
     """
@@ -87,7 +87,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     folder = sweep_dir / ".submitit"
     try:
         with resubmission.locked(sweep_dir):
-            new = _unfinished(points, sweep_dir)
+            new = _unfinished(points, sweep_dir, resumed)
             names = [_slot(point, sweep_dir, slots) for point in new]
             if launch.dry_run:
                 answers = commands.is_reachable()
@@ -105,10 +105,10 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
         sys.exit(130)
 
 
-def _unfinished(points: list[Point], sweep_dir: Path) -> list[Point]:
+def _unfinished(points: list[Point], sweep_dir: Path, resumed: bool) -> list[Point]:
     """Return the points that are neither complete nor live, and name those that are. Raises
     Refused for a point whose directory has another one."""
-    found = resubmission.sort(points, sweep_dir)
+    found = resubmission.sort(points, sweep_dir, resumed)
     if found.problems:
         raise Refused(*found.problems)
     for point, status in found.skipped:
@@ -133,6 +133,7 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> None:
 
     folder.mkdir(exist_ok=True)
     resubmission.record(folder.parent, points)
+    _cancel_dead(points, folder.parent)
     executor, rows, failure = SlurmhetExecutor(folder), list[SweepPoint](), None
     try:
         for point, name in zip(points, names, strict=True):
@@ -158,6 +159,15 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> None:
             )
     if failure:
         sys.exit(1)
+
+
+def _cancel_dead(points: list[Point], sweep_dir: Path) -> None:
+    """Cancel jobs of these points that are in the queue and can never start."""
+    places = {str(point.run_dir) for point in points}
+    jobs = [row.job for row in report.sweep_table(sweep_dir) if row.run_dir in places]
+    for job, state in commands.known_states(jobs).items():
+        if (state or "").endswith(commands.NEVER):
+            commands.try_command("scancel", job)
 
 
 def _script(point: Point, name: str | None) -> Any:
@@ -212,7 +222,7 @@ def _wait(points: list[Point], sweep_dir: Path) -> Outcomes:
 # --- this machine
 
 
-def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
+def here(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = False) -> Outcomes:
     """Run one process per point, `slots` at a time, with the command that would resume the point.
 
     Waits for all. A signal to stop is forwarded: running points save, the others do not start.
@@ -225,7 +235,7 @@ def here(points: list[Point], sweep_dir: Path, slots: int) -> Outcomes:
     logs, codes = dict[int, Path](), dict[int, int]()
     try:
         with resubmission.locked(sweep_dir):
-            new = _unfinished(points, sweep_dir)
+            new = _unfinished(points, sweep_dir, resumed)
             _refuse(new, False)
             logs = {point.num: sweep_dir / f"{point.num}.log" for point in new}
             rows = [_row(point, job=None, slot=None, log=str(logs[point.num])) for point in new]

@@ -2,13 +2,26 @@
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What of which logs to print, as for `show`."""
+
+    member: str = ""
+    follow: bool = False
+    lines: int = 20
+    attempt: int | None = None
 
 
 def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None) -> int:
@@ -35,6 +48,34 @@ def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None
         for path in matching(folder, member):
             _print(path, _new_lines(path, offsets), prefixed=True)
     return 0
+
+
+def show_points(points: Sequence[SweepPoint], lines: int) -> int:
+    """Print the last lines of the supervisor's log of every point of a sweep; of a point whose run
+    never began, of its job's log."""
+    for point in points:
+        run = RunDir(Path(point.run_dir))
+        print(f"--- point {point.num}, {point.run_dir}")
+        path = run.logs / "supervisor.log"
+        text = process.tail(path, lines) if path.exists() else _job_log(point, lines)
+        print(text, flush=True)
+    return 0
+
+
+def show_point(point: SweepPoint, options: LogOptions) -> int:
+    """Print the logs of one run, or that of its job if the run never began."""
+    run = RunDir(Path(point.run_dir))
+    if options.follow or report.attempts(run):
+        return show(run, options.member, options.follow, options.lines, options.attempt)
+    print(_job_log(point, options.lines))
+    return 0
+
+
+def _job_log(point: SweepPoint, lines: int) -> str:
+    if found := report.job_log(point, lines):
+        return "\n".join([f"the run never began; the log of its job, {point.log}:", *found])
+    job = f"; job {point.job} has written no log yet" if point.job else ""
+    return f"{point.run_dir} has no logs{job}"
 
 
 def _missing(run: RunDir, folder: Path, member: str, attempt: int | None) -> str:

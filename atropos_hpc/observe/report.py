@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from atropos_hpc.contracts.members import AttemptRecord, Done, Holder
 from atropos_hpc.contracts.metrics import Evaluation, EvaluationSummary, StepMetrics, SweepPoint
 from atropos_hpc.contracts.status import PointStatus, RunState
+from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import DEAD_S
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
@@ -48,7 +51,7 @@ def find_points(directory: Path) -> list[SweepPoint]:
     """
     if points := sweep_table(directory):
         return points
-    if is_run(directory):
+    if is_run(directory) or row_of(directory) is not None:
         return [_point_of(directory, 0)]
     runs = sorted((path.parent for path in directory.glob("*/run.json")), key=_numeric_order)
     return [_point_of(run, num) for num, run in enumerate(runs)]
@@ -56,6 +59,8 @@ def find_points(directory: Path) -> list[SweepPoint]:
 
 def require_points(directory: Path) -> list[SweepPoint]:
     """Return `find_points`; raise NotARunError where there are none."""
+    if row_of(directory) is not None:  # a queued point has no directory yet
+        return find_points(directory)
     if not directory.exists():
         raise NotARunError(f"{directory} does not exist")
     if not directory.is_dir():
@@ -75,14 +80,28 @@ def sweep_table(directory: Path) -> list[SweepPoint]:
     return read_struct(directory / "jobs.json", list[SweepPoint]) or []
 
 
+def row_of(run: Path) -> SweepPoint | None:
+    """Return the row of a run in the table of its sweep, the directory above it."""
+    place = run.resolve()
+    rows = sweep_table(place.parent)
+    return next((row for row in rows if Path(row.run_dir).resolve() == place), None)
+
+
+def is_point(directory: Path, points: Sequence[SweepPoint]) -> bool:
+    """Tell whether `find_points(directory)` is about one run, and not about a sweep."""
+    return len(points) == 1 and Path(points[0].run_dir).resolve() == directory.resolve()
+
+
 def _point_of(run: Path, num: int) -> SweepPoint:
     """Describe a run by its row in the sweep's table, and the job of its latest start."""
     holder = read_struct(RunDir(run).holder, Holder)
     job = holder.job if holder is not None else None
-    for row in sweep_table(run.resolve().parent):
-        if Path(row.run_dir).resolve() == run.resolve():
-            return SweepPoint(row.num, row.overrides, str(run), row.steps, job or row.job)
-    return SweepPoint(num, [], str(run), job=job)
+    row = row_of(run)
+    if row is None:
+        return SweepPoint(num, [], str(run), job=job)
+    if holder is None or holder.since < (row.submitted or 0.0):  # it was submitted again since
+        job = row.job
+    return msgspec.structs.replace(row, job=job or row.job)
 
 
 def _numeric_order(path: Path) -> tuple[int, str]:
@@ -115,6 +134,14 @@ def run_state(point: SweepPoint, jobs: JobStates, steps: int | None, trained: bo
     if outcome == "fail" or state is not None:
         return "failed"
     return "lost" if attempt or known_to_slurm else "queued"
+
+
+def job_log(point: SweepPoint, lines: int) -> list[str]:
+    """Return the last lines of the log of the job of a point whose run has never begun."""
+    if point.log is None or attempts(RunDir(Path(point.run_dir))):
+        return []
+    path = Path(point.log)
+    return process.tail(path, lines).splitlines() if path.exists() else []
 
 
 def attempts(run: RunDir) -> list[Path]:
@@ -168,6 +195,7 @@ def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
         kl=mean(final, "kl_reference"),
         staleness=last.get("staleness_mean") if last else None,
         tokens_per_s=rate(lines, "tokens"),
+        begun=bool(attempts(run)),
     )
 
 

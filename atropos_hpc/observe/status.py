@@ -25,6 +25,7 @@ from atropos_hpc.contracts.members import (
 from atropos_hpc.contracts.metrics import StepMetrics, SweepPoint
 from atropos_hpc.contracts.policy import LatestPolicy
 from atropos_hpc.contracts.status import (
+    ENDED,
     LogWarning,
     MemberStatus,
     RunStatus,
@@ -40,6 +41,7 @@ from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
 KINDS = "supervisor rollout_job trajectories trainer agent environment evaluator"  # in order
 WARNINGS = 6
+JOB_LINES = 15
 LOGS_BYTES = 1 << 20  # read from all logs together
 LOG_BYTES = 1 << 16  # read from one, at most
 _OWN_LINE = re.compile(rb"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([WEC]) ([^\n]+)", re.M)
@@ -50,7 +52,7 @@ def read_status(directory: Path, query_jobs: report.QueryJobs = lambda jobs: {})
     """Return the status of a run or of a sweep. Raises report.NotARunError."""
     points = report.require_points(directory)
     jobs = query_jobs(point.job for point in points)
-    if report.is_run(directory):
+    if report.is_point(directory, points):
         return run_status(points[0], jobs)
     rows = [report.point_status(point, jobs) for point in points]
     return SweepStatus(str(directory), rows)
@@ -103,6 +105,7 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
         members=shown,
         waits=[_wait(member) for member in members if member.waiting is not None],
         warnings=log_warnings(run),
+        job_log=report.job_log(point, JOB_LINES) if state in ENDED else [],
     )
 
 

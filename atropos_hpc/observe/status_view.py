@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atropos_hpc.contracts.members import AgentState, EnvironmentState, TrainerState
-from atropos_hpc.contracts.status import MemberStatus, RunStatus, Status, SweepStatus
+from atropos_hpc.contracts.status import ENDED, MemberStatus, RunStatus, Status, SweepStatus
 from atropos_hpc.observe.report import best, varying
 from atropos_hpc.observe.status import served_version
 
@@ -30,6 +30,8 @@ ADVICE = {
     "requeued": "saved and requeued; Slurm starts it again",
     "complete": "`atropos-hpc report {run}` draws the report",
 }
+
+NOT_BEGUN = "its job has ended before the run began: `atropos-hpc resume {run}` submits it again"
 
 
 def draw(status: Status) -> RenderableType:
@@ -56,6 +58,9 @@ def _run(status: RunStatus) -> RenderableType:
             )
         if len(waits) > MANY:
             parts.append(Text(f"  and {len(waits) - MANY} more"))
+    if status.job_log:
+        parts += [Text(), Text("the run never began; the end of its job's log", style="bold")]
+        parts += [Text(f"  {line}") for line in status.job_log]
     if status.warnings:
         parts += [Text(), Text("last warnings", style="bold")]
     for warning in status.warnings:
@@ -98,7 +103,9 @@ def _head(status: RunStatus) -> RenderableType:
     parts: list[RenderableType] = [head]
     if status.error is not None:
         parts.append(Text(status.error, style="red"))
-    if (advice := ADVICE.get(status.state)) is not None:
+    begun = status.state not in ENDED or status.attempts > 0
+    advice = ADVICE.get(status.state) if begun else NOT_BEGUN
+    if advice is not None:
         durable = status.versions.durable or 0
         parts.append(Text(advice.format(run=status.run_dir, durable=durable), style="dim"))
     return Group(*parts)
@@ -207,6 +214,9 @@ def _sweep(status: SweepStatus) -> RenderableType:
     table = _table("point", "state", "step", "left", *metrics, "job", "overrides")
     table.columns[-1].no_wrap = False
     for row, overrides in zip(rows, varying([row.overrides for row in rows]), strict=True):
+        job = row.job or ""
+        if row.state in ENDED and not row.begun:
+            job += " (ended before the run began: `atropos-hpc logs` shows why)"
         label = " ".join(overrides) or row.run_dir.rpartition("/")[2]
         values = (row.reward, row.accuracy, row.kl, row.staleness, row.tokens_per_s)
         table.add_row(
@@ -215,8 +225,8 @@ def _sweep(status: SweepStatus) -> RenderableType:
             f"{row.step:,}/{'?' if row.steps is None else format(row.steps, ',')}",
             "" if row.eta_s is None else duration(row.eta_s),
             *map(number, values),
-            row.job or "",
-            label + ("  (best so far)" if row is top else ""),
+            job,
+            Text(label + ("  (best so far)" if row is top else "")),
         )
     counts = Counter(row.state for row in rows).most_common()
     states = ", ".join(f"{count} {state}" for state, count in counts)

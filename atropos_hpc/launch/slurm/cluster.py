@@ -19,14 +19,26 @@ class Nodes:
 
     def gpus(self, kind: str = "") -> int:
         """Return the number of GPUs per node, of one type or of any."""
-        found = re.findall(r"gpu(?::([^:(,]+))?:(\d+)", self.gres)
-        return sum(int(number) for of, number in found if kind in ("", of))
+        return sum(number for of, number in gpus_of(self.gres) if kind in ("", of))
+
+
+def gpus_of(gres: str) -> list[tuple[str, int]]:
+    """Return (type or "", number) of each entry for GPUs.
+
+    >>> gpus_of("gpu:a100:2(S:0-1),gpu:4,shard:8"), gpus_of("gpu")
+    ([('a100', 2), ('', 4)], [('', 1)])
+    """
+    found = re.findall(r"(?:^|,)gpu(?::([A-Za-z_][^:(,=]*))?(?:[:=](\d+))?", gres)
+    return [(kind, int(number or 1)) for kind, number in found]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition and its limits. `only`, `never`: "account" and "qos" -> the allowed and the
-    denied names, where there is such a list."""
+    """A partition and its limits; those of CPUs and memory are per node.
+
+    `only`, `never`: "account" and "qos" -> the allowed and the denied names, where there is such a
+    list.
+    """
 
     name: str
     up: bool
@@ -36,6 +48,9 @@ class Partition:
     nodes: tuple[Nodes, ...]
     only: dict[str, tuple[str, ...]]
     never: dict[str, tuple[str, ...]]
+    min_nodes: float = 0
+    max_cpus: float = float("inf")
+    max_megabytes: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -48,17 +63,26 @@ class Cluster:
 @functools.cache
 def read_cluster() -> Cluster:
     """Return the cluster as it is now. Raises SlurmError."""
+    return parse_cluster(
+        commands.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f"),
+        commands.run_command("scontrol", "-o", "show", "partition"),
+        commands.run_command("scontrol", "show", "config"),
+    )
+
+
+def parse_cluster(nodes_shown: str, partitions_shown: str, config_shown: str) -> Cluster:
+    """Read a cluster from what the commands of `read_cluster` print."""
     nodes: dict[str, list[Nodes]] = {}
-    listing = commands.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f")
-    for line in listing.splitlines():
+    for line in nodes_shown.splitlines():
         partition, count, cpus, memory, gres, features = line.split("|")
         sizes = (int(count), int(cpus.rstrip("+")), int(memory.rstrip("+")))
         alike = Nodes(*sizes, gres, frozenset(features.split(",")))
         nodes.setdefault(partition, []).append(alike)
+    conf = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config_shown, re.M))
     partitions = {}
-    shown = commands.run_command("scontrol", "-o", "show", "partition")
-    for record in commands.parse_records(shown):
+    for record in commands.parse_records(partitions_shown):
         name = record["PartitionName"]
+        memory = record.get("MaxMemPerNode", "UNLIMITED")
         partitions[name] = Partition(
             name,
             up=record["State"] == "UP",
@@ -68,9 +92,12 @@ def read_cluster() -> Cluster:
             nodes=tuple(nodes.get(name, ())),
             only=_names(record, "Allow"),
             never=_names(record, "Deny"),
+            min_nodes=_number(record.get("MinNodes", "0")),
+            max_cpus=_number(record.get("MaxCPUsPerNode", "UNLIMITED")),
+            max_megabytes=_number(
+                conf.get("MaxMemPerNode", "UNLIMITED") if memory == "UNLIMITED" else memory
+            ),
         )
-    settings = commands.run_command("scontrol", "show", "config")
-    conf = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", settings, re.M))
     return Cluster(partitions, conf.get("SchedulerType", ""), int(conf.get("MaxArraySize", "1001")))
 
 

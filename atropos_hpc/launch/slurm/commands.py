@@ -135,6 +135,17 @@ def show_job(job: str) -> list[dict[str, str]]:
     return parse_records(run_command("scontrol", "-o", "show", "job", job))
 
 
+def command_of(job: str) -> str | None:
+    """The script of a job with its arguments, None if it has none or Slurm does not answer."""
+    try:
+        shown = run_command("scontrol", "-o", "show", "job", job)
+    except SlurmError as error:
+        log.info("%s", error)
+        return None
+    found = re.search(r"\bCommand=(/.*?) WorkDir=", shown)
+    return found[1] if found else None
+
+
 # --- nodes and jobs
 
 

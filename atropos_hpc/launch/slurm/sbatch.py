@@ -2,18 +2,17 @@
 
 Pure functions of the config and the environment.
 
-`problems` and `script` serve the login node: one sbatch call per run. `allocated_nodes` serves the
-batch step, which then starts the steps of the run (srun.py).
+`script` serves the login node: one sbatch call per run. `allocated_nodes` serves the batch step,
+which then starts the steps of the run (srun.py).
 """
 
 import shlex
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.runtime import environment
-from atropos_hpc.validate import Problem
 
 # In het jobs, the number of a role's component. The first one leads: its first node runs the batch
 # step.
@@ -43,45 +42,68 @@ def script(config: Config, output: str, command: str, slot: str | None = None) -
     batch shell's pid alone: the program takes the shell's place, and a USR2 that comes before the
     program handles it is ignored instead of deadly.
     """
-    launch, name = config.launch, slot or config.launch.job_name
-    common = {
-        "job_name": name,
-        **_common(config, output),
-        "dependency": "singleton" if slot else None,
-        **config.cluster.sbatch,
-    }
-    if launch.allocation == "het":
+    return _text(sections(config, output, slot), "trap '' USR2", f"exec {command}")
+
+
+def sections(config: Config, output: str = "", slot: str | None = None) -> list[Options]:
+    """Return sbatch's options of each component of the job. What a role leaves open, such as mem,
+    is cluster.sbatch's."""
+    name = slot or config.launch.job_name
+    common = merged({"job_name": name, **_common(config, output)}, config.cluster.sbatch)
+    trainer, rollout = config.roles.trainer.nodes, config.roles.rollout.nodes
+    kind = config.launch.allocation
+    if kind == "het":
         # Slurm lets a component outlive a node only if it has two nodes or more, and wants the
         # option for all components or for none.
-        no_kill = {"no_kill": config.roles.trainer.nodes > 1 and config.roles.rollout.nodes > 1}
-        rollout = {
-            # A name of its own: with one name for both, a singleton would wait for itself.
-            "job_name": f"{name}.rollout",
-            **no_kill,
-            **config.cluster.sbatch,
-            **options(config, "rollout"),
-        }
-        sections = [{**common, **no_kill, **options(config, "trainer")}, rollout]
-    elif launch.allocation == "single":
-        no_kill = {"no_kill": config.roles.rollout.nodes > 1}
-        sections = [{**common, **no_kill, **merged_options(config)}]
+        no_kill: Options = {"no_kill": trainer > 1 and rollout > 1}
+        # A name of its own: with one name for both, a singleton would wait for itself.
+        own: Options = {"job_name": f"{name}.rollout", **no_kill}
+        second = merged(own, config.cluster.sbatch, options(config, "rollout"))
+        found = [merged(common, no_kill, options(config, "trainer")), second]
+    elif kind == "single":
+        found = [merged(common, {"no_kill": rollout > 1}, merged_options(config))]
     else:
-        sections = [{**common, **options(config, "trainer")}]
-    return _text(sections, "trap '' USR2", f"exec {command}")
+        found = [merged(common, options(config, "trainer"))]
+    if slot:
+        found[0]["dependency"] = ",".join(
+            str(each) for each in (found[0].get("dependency"), "singleton") if each
+        )
+    return found
+
+
+def merged(*parts: Mapping[str, Option]) -> Options:
+    """Merge options by name. A later one wins, unless it is None."""
+    return {
+        option_name(key): value
+        for part in parts
+        for key, value in part.items()
+        if value is not None
+    }
+
+
+def option_name(key: str) -> str:
+    """Return the name under which an option is compared: --mail-type is mail_type."""
+    return key.lstrip("-").replace("-", "_")
 
 
 def rollout_script(config: Config, output: str, command: str) -> str:
     """Return the sbatch script of the rollout job of a split run: an array with one node per task,
     so that Slurm requeues a task by itself when its node dies."""
-    section = {
-        "job_name": f"{config.launch.job_name}.rollout",
-        "array": f"0-{config.roles.rollout.nodes - 1}",
-        **_common(config, output),
-        **config.cluster.sbatch,
-        **options(config, "rollout"),
-        "nodes": 1,
-    }
-    return _text([section], "trap '' USR2", f"exec {command}")
+    return _text([rollout_section(config, output)], "trap '' USR2", f"exec {command}")
+
+
+def rollout_section(config: Config, output: str = "") -> Options:
+    """Return sbatch's options of a split run's rollout job."""
+    return merged(
+        {
+            "job_name": f"{config.launch.job_name}.rollout",
+            "array": f"0-{config.roles.rollout.nodes - 1}",
+            **_common(config, output),
+        },
+        config.cluster.sbatch,
+        options(config, "rollout"),
+        {"nodes": 1},
+    )
 
 
 def _common(config: Config, output: str) -> Options:
@@ -108,28 +130,43 @@ def options(config: Config, role: str) -> Options:
         "account": conf.account or cluster.account,
         "qos": conf.qos or cluster.qos,
         "constraint": conf.constraint,
-        **conf.sbatch,
+        **{option_name(name): value for name, value in conf.sbatch.items()},
     }
 
 
 def merged_options(config: Config) -> Options:
     """Return the options of one homogeneous job for all roles: the nodes of both, each with the
-    larger of what the roles ask for."""
+    larger of what the roles ask for. `sbatch_checks` has refused what cannot be merged."""
     both = [options(config, role) for role in ROLES]
     trainer, rollout = config.roles.trainer, config.roles.rollout
-    confs = [trainer, rollout]
-    merged = {
-        key: value for each in reversed(both) for key, value in each.items() if value is not None
+    amounts = {
+        name: str(max(found, key=_last_number))
+        for name in ("gres", "gpus_per_node")
+        if (found := [str(each[name]) for each in both if each.get(name)])
     }
-    most = max(confs, key=lambda conf: conf.gpus_per_node)
-    return {
-        **merged,
-        "nodes": trainer.nodes + rollout.nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": max(trainer.ranks_per_node * trainer.cpus_per_task, rollout.cpus_per_task),
-        "mem": max((conf.mem for conf in confs if conf.mem), key=megabytes, default=None),
-        **_gpus(config, most),
-    }
+    return merged(
+        *reversed(both),
+        {
+            "nodes": trainer.nodes + rollout.nodes,
+            "ntasks_per_node": 1,
+            "cpus_per_task": max(
+                trainer.ranks_per_node * trainer.cpus_per_task, rollout.cpus_per_task
+            ),
+            "mem": max((conf.mem for conf in (trainer, rollout) if conf.mem), key=_memory)
+            if trainer.mem or rollout.mem
+            else None,
+            **amounts,
+        },
+    )
+
+
+def _last_number(value: str) -> int:
+    digits = value[len(value.rstrip("0123456789")) :]
+    return int(digits or 1)
+
+
+def _memory(mem: str) -> float:
+    return megabytes(mem) or float("inf")  # 0: all of it
 
 
 def _gpus(config: Config, conf: RoleConf) -> Options:
@@ -159,15 +196,15 @@ def _text(sections: Sequence[Mapping[str, Option]], *lines: str) -> str:
     for number, section in enumerate(sections):
         out += ["#SBATCH hetjob"] if number else []
         out += [
-            f"#SBATCH {_option(key, value)}"
+            f"#SBATCH {option(key, value)}"
             for key, value in section.items()
             if value is not None and value is not False
         ]
     return "\n".join([*out, *lines, ""])
 
 
-def _option(key: str, value: Option) -> str:
-    name = f"--{key.lstrip('-').replace('_', '-')}"
+def option(key: str, value: Option) -> str:
+    name = f"--{option_name(key).replace('_', '-')}"
     return name if value is True else f"{name}={shlex.quote(str(value))}"
 
 
@@ -192,63 +229,6 @@ def gpu_hours(config: Config) -> float:
         conf: RoleConf = getattr(config.roles, role)
         count += conf.nodes * (int(gpus) if gpus.isdigit() else conf.gpus_per_node)
     return count * config.launch.minutes / 60
-
-
-# --- checks
-
-# sbatch's options that have a config key of their own
-OWN_OPTIONS = {
-    "nodes": "roles.{role}.nodes",
-    "ntasks_per_node": "roles.{role}.ranks_per_node",
-    "cpus_per_task": "roles.{role}.cpus_per_task",
-    "gpus_per_node": "roles.{role}.gpus_per_node",
-    "gres": "roles.{role}.gres",
-    "mem": "roles.{role}.mem",
-    "partition": "roles.{role}.partition",
-    "account": "roles.{role}.account",
-    "qos": "roles.{role}.qos",
-    "constraint": "roles.{role}.constraint",
-    "time": "launch.minutes",
-    "signal": "launch.signal_s",
-    "job_name": "launch.job_name",
-}
-
-
-def problems(config: Config) -> Iterator[Problem]:
-    """Yield what is wrong with the config for any cluster."""
-    launch = config.launch
-    if launch.allocation == "local":
-        for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
-            if role.container:
-                yield Problem(
-                    f"roles.{name}.container",
-                    "is for Slurm only; with launch.allocation=local, run the command inside it",
-                )
-        return
-    if launch.signal_s >= 60 * launch.minutes:
-        yield Problem(
-            "launch.signal_s",
-            f"{launch.signal_s} s is not less than the time limit, launch.minutes={launch.minutes}",
-        )
-    if launch.signal_s < launch.save_timeout_s:
-        yield Problem(
-            "launch.signal_s",
-            f"{launch.signal_s} s is less than a checkpoint may take,"
-            f" launch.save_timeout_s={launch.save_timeout_s:g}",
-        )
-    gpus = config.cluster.gpus
-    if gpus and not (gpus.startswith("--") and "{n}" in gpus):
-        yield Problem(
-            "cluster.gpus",
-            f"{gpus!r} is not an sbatch option with {{n}} for the number, such as --gres=gpu:{{n}}",
-        )
-    for name, role in (("trainer", config.roles.trainer), ("rollout", config.roles.rollout)):
-        for option in role.sbatch:
-            if option.lstrip("-").replace("-", "_") in OWN_OPTIONS:
-                own = OWN_OPTIONS[option.lstrip("-").replace("-", "_")].format(role=name)
-                yield Problem(
-                    f"roles.{name}.sbatch.{option}", f"is set by the run; change {own} instead"
-                )
 
 
 # --- environments and nodes
