@@ -86,6 +86,11 @@ class RolloutConf:
     give_up_after_s: float = key(
         300.0, "but not before they have failed for this long, seconds", ge=0
     )
+    tool_parser: Optional[str] = key(
+        None,
+        "vLLM's parser for the tool calls of this model (hermes, llama3_json, ...), with which "
+        "chat_completion returns tool_calls; null: they stay in the text",
+    )
     arguments: List[str] = key([], "further command-line arguments of vLLM's server")
     variables: Dict[str, str] = key({}, "further environment variables of the servers")
 

@@ -137,6 +137,7 @@ class FakeServer:
 
     def __init__(self, behave: Behaviour) -> None:
         self.behave, self.served, self.aborted, self.tokens = behave, 0, 0, set[str | None]()
+        self.routes: dict[str, Behaviour] = {}  # further ones
 
     async def __aenter__(self) -> "FakeServer":
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -148,8 +149,12 @@ class FakeServer:
                 self.aborted += 1
                 raise
 
+        async def further(request: web.Request) -> web.StreamResponse:
+            return await self.routes[request.path](request)
+
         app = web.Application()
         app.router.add_post(GENERATE, handle)
+        app.router.add_post("/{route:.*}", further)
         self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)

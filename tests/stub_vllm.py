@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -11,6 +11,11 @@ from rollout_parts import FakeServer
 Policy = Callable[[list[int]], int]  # the ids so far -> the next id
 Interrupt = tuple[str, int]
 EOS = 1
+
+
+def characters(ids: Sequence[int]) -> str:
+    """A character for each id."""
+    return "".join(chr(token + 32) for token in ids)
 
 
 def counting(ids: list[int]) -> int:
@@ -28,6 +33,7 @@ class StubVllm(FakeServer):
     def __init__(self, policy: Policy = counting, version: str = "1-1", chunk: int = 4) -> None:
         super().__init__(self.answer)
         self.policy, self.version, self.chunk = policy, version, chunk
+        self.eos, self.decode = EOS, characters
         self.interrupt: Interrupt = ("", 0)
         self.requests: list[dict[str, Any]] = []
         self.generated = 0
@@ -38,7 +44,7 @@ class StubVllm(FakeServer):
         policy, (how, after) = self.plan(body)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        samples = [_Sample(body, i) for i in range(body["sampling_params"].get("n", 1))]
+        samples = [_Sample(body, i, self) for i in range(body["sampling_params"].get("n", 1))]
         sent = 0
         while running := [sample for sample in samples if sample.finish is None]:
             for sample in running:
@@ -71,7 +77,8 @@ class StubVllm(FakeServer):
 
 
 class _Sample:
-    def __init__(self, body: dict[str, Any], index: int) -> None:
+    def __init__(self, body: dict[str, Any], index: int, stub: StubVllm) -> None:
+        self.stub = stub
         sampling = body["sampling_params"]
         self.index, self.ids, self.prompt = index, list(body["token_ids"]), len(body["token_ids"])
         self.most, self.least = sampling["max_tokens"], sampling.get("min_tokens", 0)
@@ -89,7 +96,7 @@ class _Sample:
             if not self.spans or self.spans[-1]["version"] != version:
                 self.spans.append({"version": version, "start": at, "end": at})
             self.spans[-1]["end"] = at + 1
-            if new[-1] == EOS and at >= self.least:
+            if new[-1] == self.stub.eos and at >= self.least:
                 self.finish = "stop"
             elif at + 1 >= self.most:
                 self.finish = "length"
@@ -99,8 +106,9 @@ class _Sample:
         return {
             "index": self.index,
             "token_ids": new,
-            "text": "".join(chr(token + 32) for token in new),
+            "text": self.stub.decode(new),
             "finish_reason": self.finish,
             "logprobs": {"content": [{"token_id": t, "logprob": -t / 100} for t in new]},
             "weight_versions": self.spans,
+            "sampling_mask": [[t, t + 1] for t in new],
         }

@@ -6,13 +6,13 @@ The policy of the stub servers is deterministic: a continued answer must equal a
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rollout_parts import ks_critical, ks_distance, list_servers, make_run
-from stub_vllm import EOS, Interrupt, Policy, StubVllm, counting
+from stub_vllm import EOS, Interrupt, Policy, StubVllm, characters, counting
 
 from atropos_hpc.contracts.messages import (
     GenerateRequest,
@@ -36,10 +36,6 @@ def undisturbed(index: int = 0, tokens: int = 40) -> list[int]:
     for at in range(tokens):
         ids.append(counting(ids) + (0 if at else index))
     return ids[len(PROMPT) :]
-
-
-def text(tokens: Sequence[int]) -> str:
-    return "".join(chr(token + 32) for token in tokens)
 
 
 def log_probs(choice: Generation) -> list[float]:
@@ -72,10 +68,11 @@ def test_an_interrupted_answer_continues_from_its_tokens(
     async def test(run: RunDir, one: StubVllm, other: StubVllm) -> None:
         one.interrupt = (how, 13)
         pool = Pool(run)
-        (choice,) = (await pool.post(request(), 30, text)).choices
+        (choice,) = (await pool.post(request(), 30, characters)).choices
         assert choice.token_ids == undisturbed()
         assert log_probs(choice) == [-token / 100 for token in undisturbed()]
-        assert choice.text == text(undisturbed())
+        assert choice.sampling_mask == [[token, token + 1] for token in undisturbed()]
+        assert choice.text == characters(undisturbed())
         (second,) = one.requests[1:] if how == "abort" else other.requests
         have = len(second["token_ids"]) - len(PROMPT)
         assert 13 <= have == pool.kept
@@ -154,13 +151,14 @@ async def test_a_stop_string_across_the_joint_ends_the_answer(
     for server in (one, other):
         server.interrupt = ("lose", 12)
     tokens = undisturbed()
-    stop = text(tokens[10:14])
+    stop = characters(tokens[10:14])
     pool = Pool(run)
-    (choice,) = (await pool.post(request(stop=["never", stop]), 30, text)).choices
+    (choice,) = (await pool.post(request(stop=["never", stop]), 30, characters)).choices
     assert choice.token_ids == tokens[:14]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
-    assert choice.text == text(tokens[:10])
-    assert len(log_probs(choice)) == 14
+    assert choice.text == characters(tokens[:10])
+    assert choice.sampling_mask is not None
+    assert len(log_probs(choice)) == len(choice.sampling_mask) == 14
     assert choice.weight_versions is not None and choice.weight_versions[-1].end == 14
     await pool.close()
 

@@ -1,11 +1,14 @@
-"""Long answers over two real vLLM servers outlive weight updates and the loss of a server."""
+"""Two real vLLM servers: conversations find their prefix, tool calls are parsed, and long answers
+outlive weight updates and the loss of a server."""
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from rollout_parts import ks_critical, ks_distance, list_servers, make_run, publish
@@ -14,7 +17,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
 import aiohttp  # noqa: E402
-from vllm_servers import PROMPT, ROLLOUT, Served, started  # noqa: E402
+from chat_models import FAMILIES, save_tokenizer  # noqa: E402
+from transformers import Qwen3ForCausalLM  # noqa: E402
+from vllm_servers import ROLLOUT, Served, started  # noqa: E402
 
 from atropos_hpc.contracts.messages import (  # noqa: E402
     GenerateAnswer,
@@ -23,15 +28,16 @@ from atropos_hpc.contracts.messages import (  # noqa: E402
     SamplingParams,
 )
 from atropos_hpc.contracts.policy import PolicyVersion  # noqa: E402
-from atropos_hpc.environments.addition import EOS, VOCABULARY  # noqa: E402
-from atropos_hpc.environments.make_base import make_model, make_tokenizer  # noqa: E402
+from atropos_hpc.environments.make_base import make_model  # noqa: E402
 from atropos_hpc.policy.weight_update import UpdateOptions, push  # noqa: E402
-from atropos_hpc.rollout.server_pool import Pool  # noqa: E402
+from atropos_hpc.rollout.server_pool import Pool, pool_of  # noqa: E402
+from atropos_hpc.rollout.vllm_client import VllmServer, VllmServerConfig  # noqa: E402
 from atropos_hpc.runtime.process import descendants_of  # noqa: E402
 
 ANSWERS, MOST = 100, 300
-END = VOCABULARY.index(EOS)
-LONG = SamplingParams(temperature=1.0, max_tokens=MOST, logprobs=0, logit_bias={str(END): -2.5})
+FAMILY = FAMILIES[1]
+END_BIAS = -0.7  # of the logit, so that answers of about MOST tokens are common
+BLOCK = 128  # tokens that vLLM caches together on a CPU
 
 
 @dataclass
@@ -40,8 +46,12 @@ class Pair:
 
     one: Served
     other: Served
+    tokenizer: Any
     lengths: list[int]
     version: int = 0
+
+    def metric(self, name: str) -> float:
+        return sum(server.metric(name) for server in self.servers)
 
     @property
     def servers(self) -> tuple[Served, Served]:
@@ -51,12 +61,14 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     root = tmp_path_factory.mktemp("pair")
-    model = make_model(seed=0)
-    model.config.max_position_embeddings = 1024
-    model.save_pretrained(root / "base")
-    make_tokenizer().save_pretrained(root / "base")
-    conf = {"path": str(root / "base"), "max_length": 512, "dtype": "float32"}
-    run = make_run(root / "run", model=conf, rollout=ROLLOUT)
+    tokenizer = save_tokenizer(FAMILY, root / "base")
+    config = make_model(seed=0).config
+    config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+    config.max_position_embeddings = 1024
+    # Random weights end an answer about once in 100 tokens.
+    Qwen3ForCausalLM(config).save_pretrained(root / "base")
+    conf = {"path": str(root / "base"), "max_length": 1024, "dtype": "float32"}
+    run = make_run(root / "run", model=conf, rollout=ROLLOUT | {"tool_parser": "hermes"})
     with contextlib.ExitStack() as stack:
         servers = [
             stack.enter_context(
@@ -67,8 +79,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         for server in servers:
             server.wait_until_up()
         list_servers(run, {server.url: 0 for server in servers})
-        _, answers = generate(Pair(*servers, lengths=[]))
-        yield Pair(*servers, lengths=lengths(answers))
+        pair = Pair(*servers, tokenizer, lengths=[])
+        _, answers = generate(pair)
+        pair.lengths = lengths(answers)
+        yield pair
 
 
 def generate(
@@ -78,7 +92,10 @@ def generate(
 
     async def main() -> tuple[Pool, list[GenerateAnswer]]:
         pool = Pool(pair.one.run)
-        request = GenerateRequest(PROMPT, LONG, "tokens", stream=True)
+        prompt = pair.tokenizer.encode("the end")
+        bias = {str(pair.tokenizer.eos_token_id): END_BIAS}
+        sampling = SamplingParams(temperature=1.0, max_tokens=MOST, logprobs=0, logit_bias=bias)
+        request = GenerateRequest(prompt, sampling, "tokens", stream=True)
         tasks = [asyncio.create_task(pool.post(request, 300)) for _ in range(ANSWERS)]
         if disturb is not None:
             while pool.generated < sum(pair.lengths) / 3:
@@ -101,15 +118,88 @@ def lengths(answers: list[GenerateAnswer]) -> list[int]:
 
 def check(pair: Pair, answers: list[GenerateAnswer]) -> None:
     """Every answer is whole, stamped to its last token, and no length is favoured."""
+    end = pair.tokenizer.eos_token_id
     for choice in choices(answers):
-        assert choice.finish_reason == "stop" if choice.token_ids[-1] == END else "length"
-        assert END not in choice.token_ids[:-1]
+        assert choice.finish_reason == "stop" if choice.token_ids[-1] == end else "length"
+        assert end not in choice.token_ids[:-1]
         spans = choice.weight_versions
         assert spans and choice.logprobs
         assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
         assert spans[-1].end == len(choice.token_ids) == len(choice.logprobs.content) <= MOST
         assert all(each.logprob <= 0 for each in choice.logprobs.content)
     assert ks_distance(pair.lengths, lengths(answers)) < ks_critical(ANSWERS)
+
+
+def client(pair: Pair) -> VllmServer:
+    name = str(pair.one.base)
+    config = VllmServerConfig(
+        run_dir=pair.one.run.path,
+        model_name=name,
+        tokenizer_name=name,
+        timeout=300,
+        server_type="vllm",
+    )
+    return VllmServer(config)
+
+
+def test_the_turns_of_conversations_find_their_prefix_in_a_cache(pair: Pair) -> None:
+    conversations, turns = 6, 5
+
+    async def converse(server: VllmServer, number: int) -> list[int]:
+        """Return how many tokens of each prompt were there at the end of the turn before."""
+        messages: list[Any] = [{"role": "user", "content": f"{number}: the table"}]
+        known = [0]
+        for _ in range(turns):
+            answer = await server.chat_completion(
+                messages=messages, max_tokens=130, min_tokens=130, temperature=1.0
+            )
+            text = answer.choices[0].message.content
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "on"}]
+            known.append(len(answer.prompt_token_ids) + len(answer.choices[0].token_ids))
+        return known[:-1]
+
+    async def main() -> list[list[int]]:
+        server = client(pair)
+        found = await asyncio.gather(*(converse(server, i) for i in range(conversations)))
+        await pool_of(pair.one.run.path).close()
+        return found
+
+    pool_of.cache_clear()
+    before = pair.metric("prefix_cache_hits_total")
+    busy = [server.metric("generation_tokens_total") for server in pair.servers]
+    known = asyncio.run(main())
+    hits = pair.metric("prefix_cache_hits_total") - before
+    # The last token of a sequence is sampled, but its keys are not computed.
+    cached = sum((tokens - 1) // BLOCK * BLOCK for each in known for tokens in each if tokens)
+    assert hits == cached > 0.5 * sum(map(sum, known))
+    assert all(
+        server.metric("generation_tokens_total") > was
+        for server, was in zip(pair.servers, busy, strict=True)
+    )
+
+
+def test_vllm_s_own_parser_finds_the_tool_calls_of_an_answer(pair: Pair) -> None:
+    call = 'on <tool_call>{"name": "add", "arguments": {"a": [1, 2]}}</tool_call>'
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    encode = pair.tokenizer.encode
+    samples = [
+        Generation([*encode(text), pair.tokenizer.eos_token_id], finish_reason="stop")
+        for text in (call, "the table", "")
+    ]
+
+    async def main() -> list[Any]:
+        server = client(pair)
+        found = await server.tool_calls.parse(encode("the end"), samples, tools, 60)
+        await server.pool.close()
+        return list(found)
+
+    pool_of.cache_clear()
+    first, *others = asyncio.run(main())
+    assert others == [None, None]
+    assert first.content.strip() == "on"
+    (found,) = first.tool_calls
+    assert found.id and found.function.name == "add"
+    assert json.loads(found.function.arguments) == {"a": [1, 2]}
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
@@ -125,9 +215,9 @@ def test_an_update_costs_no_token_and_favours_no_length(pair: Pair, mode: str) -
                 options = UpdateOptions(mode=mode)
                 await push(session, server.url, run.token(), directory, version, options)
 
-    before = sum(server.metric("generation_tokens_total") for server in pair.servers)
+    before = pair.metric("generation_tokens_total")
     pool, answers = generate(pair, update)
-    after = sum(server.metric("generation_tokens_total") for server in pair.servers)
+    after = pair.metric("generation_tokens_total")
     check(pair, answers)
     over_both = [choice.versions == (pair.version - 1, pair.version) for choice in choices(answers)]
     assert (pool.kept > 0) == (mode == "abort")
@@ -137,7 +227,7 @@ def test_an_update_costs_no_token_and_favours_no_length(pair: Pair, mode: str) -
 
 def test_the_death_of_a_server_costs_a_few_tokens_and_favours_no_length(pair: Pair) -> None:
     """The last test of this file: it kills a server."""
-    before = sum(server.metric("generation_tokens_total") for server in pair.servers)
+    before = pair.metric("generation_tokens_total")
     killed: list[float] = []
 
     async def kill(pool: Pool) -> None:

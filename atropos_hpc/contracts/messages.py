@@ -314,3 +314,70 @@ class StreamChunk(Struct):
 
     choices: list[Generation] = []
     error: Raw = Raw()
+
+
+# --- vLLM's tool parser, POST /v1/chat/completions/derender
+
+
+class SampledChoice(Struct):
+    """A choice of the answer to be parsed."""
+
+    index: int
+    token_ids: list[int]
+
+
+class SampledAnswer(Struct):
+    """The answer to be parsed, as vLLM's token endpoint gave it."""
+
+    choices: list[SampledChoice]
+
+
+class ChatRequest(Struct):
+    """What a parser reads of the request that was answered. `tools` are OpenAI's."""
+
+    tools: object
+    tool_choice: str = "auto"
+    messages: tuple[dict[str, str], ...] = ({"role": "user", "content": ""},)
+
+
+class ParseRequest(Struct):
+    """The body. `prompt_token_ids` are the last of the prompt."""
+
+    generate_response: SampledAnswer
+    chat_request: ChatRequest
+    prompt_token_ids: list[int]
+
+
+class FunctionCall(Struct):
+    """A function's name and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    """One call of a tool, as OpenAI has it."""
+
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
+class ParsedMessage(Struct):
+    """An answer as a chat message."""
+
+    content: str | None = None
+    tool_calls: list[ToolCall] = []
+
+
+class ParsedChoice(Struct):
+    """A choice of the parsed answer."""
+
+    index: int
+    message: ParsedMessage
+
+
+class ParsedAnswer(Struct):
+    """The parsed answer."""
+
+    choices: list[ParsedChoice]

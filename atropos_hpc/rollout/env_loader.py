@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from atropos_hpc.config import Config, EnvironmentConf, environments
 from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
+from atropos_hpc.rollout import managed_chat
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir
@@ -184,6 +185,12 @@ def max_batches_offpolicy(config: Config) -> int:
     Beyond the limit, BaseEnv cancels rollouts in progress.
     """
     return config.staleness.max + 1 if config.trajectories.server == "atropos" else 0
+
+
+def patch_atropos() -> None:
+    """Adapt atroposlib 0.4.0 to transformers 5, and its managed servers to this run's client."""
+    patch_chat_templates()
+    managed_chat.use_in_atropos()
 
 
 def patch_chat_templates() -> None:

@@ -96,7 +96,7 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
         excused=lambda: waits_for_server(member.state.waiting),
     )
     seed_everything(seed)
-    env_loader.patch_chat_templates()
+    env_loader.patch_atropos()
     quiet_atropos()
     stall.expect("the import", config.launch.start_timeout_s)
     environment, env_config, servers = env_loader.of_run(run, key, seed)

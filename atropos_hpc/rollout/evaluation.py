@@ -133,7 +133,7 @@ class Evaluator:
         from atropos_hpc.rollout import env_loader
 
         seed_everything(self.config.seed)
-        env_loader.patch_chat_templates()
+        env_loader.patch_atropos()
         quiet_atropos()
         built = {}
         for key in environments(self.config):

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +187,25 @@ class Pool:
         answer.prompt_logprobs = call.prompt_logprobs
         return answer
 
+    async def call(self, route: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """POST to some live server that answers below 500. Raises TimeoutError."""
+        self.watch()
+        deadline, failure = time.monotonic() + timeout_s, f"no server in {self.run.roster}"
+        while (left := deadline - time.monotonic()) > 0:
+            if (server := self.pick()) is not None:
+                try:
+                    async with self._open(server + route, body, left) as response:
+                        if response.status < 500 and response.status not in RETRIED:
+                            return response.status, await response.read()
+                        failure = f"{server} answered {response.status}"
+                except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                    failure = f"{server}: {error!r}"
+                self._suspect_until[server] = time.monotonic() + SUSPECT_S
+            await asyncio.sleep(ROSTER_S)
+        raise TimeoutError(
+            f"no vLLM server answered {route} within {timeout_s:.0f} s; last: {failure}"
+        )
+
     async def _complete(
         self, call: "_Call", request: GenerateRequest, samples: list[Sample]
     ) -> None:
@@ -244,13 +264,18 @@ class Pool:
             self.outstanding[server] -= len(attempt.samples)
             self._requests[server].discard(request)
 
-    async def _post_to(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
+    def _open(
+        self, url: str, body: bytes, timeout_s: float
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         if self._session is None or self._session.closed:
             connector = aiohttp.TCPConnector(limit=0, limit_per_host=CONNECTIONS)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_S)
+        return self._session.post(url, data=body, timeout=timeout)
+
+    async def _post_to(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
         body = _encoder.encode(attempt.request)
-        timeout = aiohttp.ClientTimeout(total=left_s, sock_connect=CONNECT_S)
-        async with self._session.post(server + GENERATE, data=body, timeout=timeout) as response:
+        async with self._open(server + GENERATE, body, left_s) as response:
             if response.status == 200 and response.content_type == STREAM:
                 return await self._read_stream(server, attempt, response)
             data = await response.read()

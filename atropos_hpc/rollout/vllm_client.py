@@ -6,12 +6,14 @@ chat_completion, completion, or a managed server.
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,14 +32,18 @@ from atropos_hpc.contracts.messages import (
     GenerateAnswer,
     GenerateRequest,
     Generation,
+    ParsedMessage,
     SamplingParams,
+    Usage,
 )
 from atropos_hpc.contracts.policy import ADAPTER_NAME
 from atropos_hpc.contracts.scored_group import JsonObject
+from atropos_hpc.rollout.conversations import Conversations
 from atropos_hpc.rollout.rollout_failures import note_request_error
 from atropos_hpc.rollout.sampling_support import sampled, with_support
 from atropos_hpc.rollout.server_pool import pool_of
 from atropos_hpc.rollout.stamping import is_recording, record
+from atropos_hpc.rollout.tool_calls import ToolCallParser
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,16 @@ class VllmServerConfig(APIServerConfig):
     health_check: bool = False
 
 
+@dataclass
+class Turn:
+    """An answered conversation: the prompt's ids, and each answer as sampled and as a message."""
+
+    prompt: list[int]
+    choices: list[Generation]
+    messages: list[JsonObject]
+    usage: Usage | None
+
+
 class VllmServer(APIServer):
     """The class that BaseEnv.server_cls is set to. All instances share the run's pool.
 
@@ -87,6 +103,8 @@ class VllmServer(APIServer):
         self._model = ADAPTER_NAME if of_run.model.lora.rank else None
         self._max_support = of_run.rollout.max_support
         self._max_length = of_run.model.max_length
+        self.conversations = Conversations(self.tokenizer)
+        self.tool_calls = ToolCallParser(self.pool, of_run.rollout.tool_parser)
         self._warned: set[str] = set()  # unknown options that were reported
 
     async def chat_completion(self, **kwargs: Any) -> ChatCompletion:
@@ -120,29 +138,49 @@ class VllmServer(APIServer):
         """Do nothing: the roster says which servers are alive."""
 
     async def _chat_completion_wrapper(self, **kwargs: Any) -> ChatCompletion:
+        turn = await self.turn(**kwargs)
+        wanted = bool({**kwargs, **(kwargs.get("extra_body") or {})}.get("logprobs"))
+        choices = [
+            {
+                "index": i,
+                "finish_reason": choice.finish_reason,
+                "message": message,
+                "logprobs": msgspec.to_builtins(choice.logprobs) if wanted else None,
+                "token_ids": choice.token_ids,
+            }
+            for i, (choice, message) in enumerate(zip(turn.choices, turn.messages, strict=True))
+        ]
+        completion = self._envelope("chat.completion", turn.usage, choices)
+        return ChatCompletion.model_validate({**completion, "prompt_token_ids": turn.prompt})
+
+    async def turn(self, **kwargs: Any) -> "Turn":
+        """Answer a conversation, with the ids of its earlier answers as they were sampled."""
         options = {**kwargs, **(kwargs.get("extra_body") or {})}
         given = TEMPLATE & options.keys()
         template = {key: options[key] for key in given if options[key] is not None}
         if not template.get("continue_final_message"):
             template.setdefault("add_generation_prompt", True)
         template.update(options.get("chat_template_kwargs") or {})
-        prompt = self.tokenizer.apply_chat_template(
-            plain_messages(kwargs["messages"]), tokenize=True, return_dict=False, **template
-        )
-        wanted = bool(options.get("logprobs"))
+        messages = plain_messages(kwargs["messages"])
+        prompt = self.conversations.prompt(messages, template)
         sampling = self._sampling(options)
-        sampling.logprobs = (options.get("top_logprobs") or 0) if wanted else 0
+        sampling.logprobs = (options.get("top_logprobs") or 0) if options.get("logprobs") else 0
         answer = await self._generate(prompt, sampling, "text")
-        choices = [
-            {
-                "index": i,
-                "finish_reason": choice.finish_reason,
-                "message": {"role": "assistant", "content": self._text(choice, sampling)},
-                "logprobs": msgspec.to_builtins(choice.logprobs) if wanted else None,
-            }
-            for i, choice in enumerate(answer.choices)
-        ]
-        return ChatCompletion.model_validate(self._envelope("chat.completion", answer, choices))
+        turn = Turn(prompt, answer.choices, [], answer.usage)
+        parsed: Sequence[ParsedMessage | None] = [None] * len(answer.choices)
+        if options.get("tools") and options.get("tool_choice") != "none":
+            parsed = await self.tool_calls.parse(
+                prompt, answer.choices, options["tools"], self.config.timeout
+            )
+        for choice, calls in zip(answer.choices, parsed, strict=True):
+            message: JsonObject = {"role": "assistant", "content": self._text(choice, sampling)}
+            if calls is not None:
+                message |= msgspec.to_builtins(calls)
+                choice.finish_reason = "tool_calls"
+            turn.messages.append(message)
+            (plain,) = plain_messages([message])
+            self.conversations.remember(messages, template, plain, [*prompt, *choice.token_ids])
+        return turn
 
     async def _completion_wrapper(self, **kwargs: Any) -> Completion:
         options = {**kwargs, **(kwargs.get("extra_body") or {})}
@@ -161,7 +199,8 @@ class VllmServer(APIServer):
             }
             for i, choice in enumerate(choice for answer in answers for choice in answer.choices)
         ]
-        return Completion.model_validate(self._envelope("text_completion", answers[0], choices))
+        usage = answers[0].usage
+        return Completion.model_validate(self._envelope("text_completion", usage, choices))
 
     async def _tokens_and_logprobs_completion_wrapper(
         self, **kwargs: Any
@@ -223,6 +262,10 @@ class VllmServer(APIServer):
         decode = functools.partial(self._decode_after, prompt, skip)
         answer = await self.pool.post(request, self.config.timeout, decode)
         record(sampled(answer.choices, prompt, sampling))
+        for choice in answer.choices:
+            by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
+            if by_token and choice.token_ids:
+                self.conversations.remember_end([*prompt, *choice.token_ids])
         return answer
 
     def _decode_after(self, prompt: list[int], skip_special: bool, tokens: Sequence[int]) -> str:
@@ -256,26 +299,21 @@ class VllmServer(APIServer):
         return sampling
 
     def _prompt_ids(self, options: JsonObject) -> list[int]:
-        if options.get("input_ids") is not None:
-            return list(options["input_ids"])
-        return self._encode(options["prompt"])
+        ids = options.get("input_ids")
+        return self._encode(options["prompt"] if ids is None else ids)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        ids = self.tokenizer.encode(prompt)
-        # The chat template may have put a beginning-of-sequence token there already.
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
-        return ids[1:] if doubled else ids
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.conversations.without_repeated_tokens(ids)
 
-    def _envelope(self, kind: str, answer: GenerateAnswer, choices: list[JsonObject]) -> JsonObject:
+    def _envelope(self, kind: str, usage: Usage | None, choices: list[JsonObject]) -> JsonObject:
         return {
             "id": str(uuid.uuid4()),
             "object": kind,
             "created": int(time.time()),
             "model": self.config.model_name,
             "choices": choices,
-            "usage": msgspec.to_builtins(answer.usage),
+            "usage": msgspec.to_builtins(usage),
         }
 
 
@@ -302,5 +340,6 @@ def plain_messages(messages: list[JsonObject]) -> list[JsonObject]:
 def _with_parsed_arguments(function: JsonObject) -> JsonObject:
     arguments = function["arguments"]
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        with contextlib.suppress(json.JSONDecodeError):  # what a model wrote may be malformed
+            arguments = json.loads(arguments)
     return {**function, "arguments": arguments}

@@ -60,6 +60,8 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
         "enforce-eager": rollout.enforce_eager,
         "kv-cache-memory-bytes": rollout.kv_cache_bytes,
         "gpu-memory-utilization": rollout.memory_utilization,
+        "enable-auto-tool-choice": rollout.tool_parser is not None,
+        "tool-call-parser": rollout.tool_parser,
     }
     line: list[str] = []
     for name, value in flags.items():
