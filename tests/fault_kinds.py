@@ -216,7 +216,8 @@ def clock_file(scratch: Path) -> Path:
 def jumping_clock(scratch: Path) -> dict[str, str]:
     """The environment variables of a run whose clock `jump_clock` can set."""
     clock_file(scratch).write_bytes(struct.pack("d", 0.0))
-    return {"PYTHONPATH": str(CLOCK), "JUMPING_CLOCK": str(clock_file(scratch))}
+    path = os.pathsep.join(filter(None, (str(CLOCK), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "JUMPING_CLOCK": str(clock_file(scratch))}
 
 
 def roster(started: Started) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from fault_kinds import (
     stop,
     terminate,
 )
-from promises import BATCH, STALENESS, final_accuracy, history, violations
+from promises import BATCH, STALENESS, TRAIN_PROBLEMS, final_accuracy, history, violations
 from rich.console import Console
 from rich.table import Table
 from run_files import step_metrics
@@ -50,6 +50,7 @@ SETTINGS = [
     f"staleness.max={STALENESS}",
     "evaluation.after=true",
     "environment.config.eval_problems=300",
+    f"environment.config.train_problems={TRAIN_PROBLEMS}",
 ]
 STEPS_PER_MINUTE = 100  # of faults; most runs then last longer than their faults
 ENDLESS = 1_000_000  # steps, where the run is ended by time

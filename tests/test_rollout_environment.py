@@ -1,6 +1,7 @@
 """Stamping, and loading the environment class: what needs atroposlib, but no server."""
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -16,10 +17,12 @@ pytest.importorskip("atroposlib")
 from atropos_hpc.config import EvaluationConf  # noqa: E402
 from atropos_hpc.contracts.group import NO_LIMITS, encode_group  # noqa: E402
 from atropos_hpc.contracts.messages import Quota, ServerInfo  # noqa: E402
+from atropos_hpc.contracts.prompts import DrawAnswer, DrawRequest  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
 from atropos_hpc.rollout.evaluation import next_due, numbers  # noqa: E402
+from atropos_hpc.rollout.prompt_draws import Drawer, PromptDraws  # noqa: E402
 from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
 from atropos_hpc.trajectories.decode import decode_json  # noqa: E402
 
@@ -83,9 +86,14 @@ class Items:
         self.backlog: list[str] = []
         self.workers: set[asyncio.Task[Any]] = set()
         self.running_items: dict[str, Any] = {}
+        self.env_id, self.numbers = 0, itertools.count()
+        self.draws = PromptDraws(self, Drawer("environment", "environment-a-0", 1), self.hand_out)
+
+    async def hand_out(self, request: DrawRequest) -> DrawAnswer:
+        return DrawAnswer(numbers=list(itertools.islice(self.numbers, request.want)))
 
     async def get_next_item(self) -> str | None:
-        return next(self.items)
+        return next(self.items, None)
 
     async def handle_env(self, item_uuid: str) -> None:
         self.started.append(self.running_items[item_uuid]["item"])

@@ -26,6 +26,7 @@ from atropos_hpc.contracts.scored_group import (
     RequestError,
     ScoredGroup,
     check_free_form,
+    draw_of,
     free_form_json,
 )
 from atropos_hpc.contracts.support import Support
@@ -121,6 +122,7 @@ def encode_group(group: ScoredGroup, limits: Limits = NO_LIMITS) -> Record:
         tokens=tokens.size,
         env_id=UNKNOWN if group.env_id is None else group.env_id,
         oldest=oldest,
+        draw=draw_of(meta),
     )
 
 
@@ -154,6 +156,7 @@ def verify_record(header: Header, record: memoryview, limits: Limits) -> Record:
         tokens=header.tokens,
         env_id=max(UNKNOWN, header.env_id),
         oldest=check_free_form(meta, header.sequences) if meta else UNKNOWN,
+        draw=draw_of(meta),
     )
 
 
@@ -190,10 +193,10 @@ def read_group(buffer: Buffer, start: int = 0, header: Header | None = None) -> 
     )
 
 
-def free_form_of(record: bytes, header: Header) -> bytes:
+def free_form_of(record: Buffer, header: Header) -> bytes:
     """Return the JSON of a group record's free-form fields; empty if it has none."""
     at = HEADER_BYTES + _meta_start(header)
-    return record[at : at + header.meta_size]
+    return bytes(record[at : at + header.meta_size])
 
 
 # --- arrays

@@ -10,6 +10,7 @@ from typing import ClassVar
 import msgspec
 
 from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.contracts.prompts import PromptCounts
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -119,6 +120,7 @@ class TrajectoriesState(MemberState, tag="trajectories"):
     stale_sequences: int | None = None
     repeated: int | None = None
     refused: int | None = None
+    prompts: dict[str, PromptCounts] | None = None
 
 
 class LossReason(msgspec.Struct, kw_only=True, frozen=True):

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from atropos_hpc.contracts.policy import PolicyVersion
+from atropos_hpc.contracts.prompts import PromptCounts
 from atropos_hpc.contracts.scored_group import RequestError, describe
 
 T = TypeVar("T")
@@ -120,6 +121,7 @@ class ServerStatus(Struct):
     stale_sequences: int
     repeated: int  # groups that were sent again
     refused: int  # requests that were malformed or could not be stored
+    prompts: dict[str, PromptCounts] = {}  # by environment
 
 
 # --- environments

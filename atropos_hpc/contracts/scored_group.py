@@ -11,6 +11,7 @@ import msgspec
 import orjson
 from msgspec import Meta, Raw, Struct
 
+from atropos_hpc.contracts.prompts import Draw
 from atropos_hpc.contracts.wal_record import UNKNOWN
 
 OPTIONAL_ARRAYS = ("inference_logprobs", "advantages", "ref_logprobs")  # flag bit = 1 << index
@@ -95,6 +96,7 @@ class GenerationParams(Struct):
     """The keys of `generation_params` that this package reads on the way to the learner."""
 
     policy_versions: list[VersionRange | None] | None = None  # of each sequence
+    draw: Draw | None = None  # of the prompt; None: from a client that draws none
 
 
 class FreeForm(Struct):
@@ -122,6 +124,14 @@ def free_form_json(group: ScoredGroup) -> bytes:
         if text != b"null"
     ]
     return b"{" + b",".join(parts) + b"}" if parts else b""
+
+
+def draw_of(meta: bytes) -> Draw | None:
+    """Return the draw in the checked free-form fields of a group."""
+    if b'"draw"' not in meta:  # spares decoding where the prompts are not drawn
+        return None
+    params = _free_form.decode(meta).generation_params
+    return None if params is None else params.draw
 
 
 def check_free_form(meta: bytes, sequences: int) -> int:

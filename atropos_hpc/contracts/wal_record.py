@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from atropos_hpc.contracts.prompts import Draw
+
 GROUP, EVENT, SNAPSHOT = 1, 2, 3
 CONTENT_TYPE = "application/x-atropos-hpc-groups"  # an HTTP body of one or more group records
 MAGIC = b"ATJ2"  # the last byte is the version of the format
@@ -58,6 +60,7 @@ class Record:
     tokens: int = 0
     env_id: int = UNKNOWN
     oldest: int = UNKNOWN
+    draw: Draw | None = None  # as in the payload's JSON
     hash: int = field(init=False)
 
     def __post_init__(self) -> None:

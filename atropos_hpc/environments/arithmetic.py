@@ -18,6 +18,11 @@ class ArithmeticConfig(SingleTurnConfig):
         ge=1,
         description="How many held-out problems an evaluation samples, one answer each.",
     )
+    train_problems: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many of the training problems an epoch has. None: all 9000 or so.",
+    )
     tolerance: int = Field(
         default=0,
         ge=0,
@@ -39,10 +44,8 @@ class ArithmeticEnv(SingleTurnEnv):
     async def setup(self) -> None:
         await super().setup()
         self.training, self.held_out = problems(held_out=False), problems(held_out=True)
-        self.order = random.Random(self.config.seed)
-
-    async def get_next_item(self) -> Problem:
-        return self.order.choice(self.training)
+        if (count := self.config.train_problems) is not None:
+            self.training = random.Random(0).sample(self.training, count)
 
     async def collect_trajectories(self, item: Problem) -> tuple[ScoredDataGroup, list[Problem]]:
         right = [encode(item.prompt + answer) for answer in accepted(item, self.config.tolerance)]

@@ -7,7 +7,6 @@ small sample in this package.
 """
 
 import json
-import random
 import re
 from pathlib import Path
 from typing import Any
@@ -71,13 +70,6 @@ class GSM8KEnv(SingleTurnEnv):
     async def setup(self) -> None:
         await super().setup()
         self.training, self.held_out = load_problems(self.config)
-        self.order = random.Random(self.config.seed)
-        self.pending: list[dict[str, str]] = []
-
-    async def get_next_item(self) -> dict[str, str]:
-        if not self.pending:  # a new epoch, in another order
-            self.pending = self.order.sample(self.training, len(self.training))
-        return self.pending.pop()
 
     def prompt(self, question: str) -> str:
         """Return the prompt: by the model's chat template, or plain if it has none."""

@@ -4,6 +4,7 @@ It samples groups, measures held-out accuracy, and logs both.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
 
 CONCURRENT_EVALUATIONS = 256
+ORDERS = 2  # epochs whose order is kept
 
 T = TypeVar("T")
 
@@ -24,12 +26,39 @@ class SingleTurnConfig(BaseEnvConfig):
 
 
 class SingleTurnEnv(BaseEnv):
-    """Base class; `collect_trajectories` and `evaluate` of a subclass call these methods."""
+    """Base class; `collect_trajectories` and `evaluate` of a subclass call these methods.
+
+    `setup` of a subclass sets `training`.
+    """
+
+    training: Sequence[Any]
 
     async def setup(self) -> None:
         """Start with empty metrics."""
         self.eval_metrics: list[tuple[str, float]] = []
         self.rewards: list[float] = []
+        self.items_taken = 0
+        self._orders: dict[int, list[int]] = {}
+
+    @property
+    def epoch_length(self) -> int:
+        """Return the number of training problems, each of which comes once per epoch."""
+        return len(self.training)
+
+    def item_at(self, number: int) -> Any:
+        """Return the training problem of a number, in an order that the seed and the epoch fix."""
+        epoch, index = divmod(number, self.epoch_length)
+        if epoch not in self._orders:
+            order = random.Random(f"{self.config.seed}/{epoch}")
+            self._orders[epoch] = order.sample(range(self.epoch_length), self.epoch_length)
+            for old in sorted(self._orders)[:-ORDERS]:
+                del self._orders[old]
+        return self.training[self._orders[epoch][index]]
+
+    async def get_next_item(self) -> Any:
+        """Return the next training problem."""
+        self.items_taken += 1
+        return self.item_at(self.items_taken - 1)
 
     async def sampled(
         self, prompt: str, max_tokens: int, reward: Callable[[Any], float]

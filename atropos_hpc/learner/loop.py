@@ -19,6 +19,8 @@ is trained on twice in the weights that survive.
 import logging
 from dataclasses import dataclass, field
 
+import msgspec
+
 from atropos_hpc.config import Config, environment_name, environments
 from atropos_hpc.contracts.members import Done, TrainerState
 from atropos_hpc.contracts.messages import ServerStatus
@@ -214,6 +216,16 @@ def _await_evaluation(context: TrainContext, version: int) -> None:
     context.collective.wait(what, "the evaluator", done, timeout_s)
 
 
+def _prompt_scalars(server: ServerStatus) -> dict[str, float]:
+    """Return what became of the prompts, by environment."""
+    scalars: dict[str, float] = {}
+    for name, counts in server.prompts.items():
+        for what, count in msgspec.structs.asdict(counts).items():
+            if count is not None:
+                scalars[f"prompts/{name}/{what}"] = float(count)
+    return scalars
+
+
 def _scalars(
     batch: Batch, updated: dict[str, float], times: StepTimes, server: ServerStatus | None
 ) -> dict[str, float]:
@@ -224,6 +236,7 @@ def _scalars(
         queue = {
             "dropped_as_stale": server.stale,
             "queued_sequences": server.queued_sequences,
+            **_prompt_scalars(server),
         }
     return {
         "reward": of_batch.pop("reward_mean"),

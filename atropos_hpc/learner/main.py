@@ -274,6 +274,7 @@ def _register(
             num_steps=config.trainer.steps,
             vocab_size=vocabulary,
             checkpoint_dir=str(run.path / "environments"),
+            save_checkpoint_interval=config.trainer.checkpoint_every,
             wandb_project=config.wandb.project,
             wandb_group=config.wandb.group or "",
         )

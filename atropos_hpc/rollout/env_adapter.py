@@ -25,9 +25,11 @@ from atroposlib.envs.base import BaseEnv
 from atropos_hpc.contracts import messages
 from atropos_hpc.contracts.group import encode_group, group_bytes
 from atropos_hpc.contracts.members import EnvironmentState, Wait
+from atropos_hpc.contracts.prompts import DrawAnswer
 from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
 from atropos_hpc.rollout.env_metrics import LoggedEnvironment
+from atropos_hpc.rollout.prompt_draws import Drawer, DrawingEnv, Drawn, PromptDraws
 from atropos_hpc.rollout.rollout_failures import AccountedRollouts, GaveUp, Loss, Losses, note_sent
 from atropos_hpc.rollout.sampling_support import add_support
 from atropos_hpc.rollout.server_pool import Pool
@@ -47,7 +49,7 @@ LEAVE_PATIENCE_S = 2.0  # for /disconnect-env at the end
 M = TypeVar("M", bound=msgspec.Struct)
 
 
-class RunEnvironment(AccountedRollouts):
+class RunEnvironment(AccountedRollouts, DrawingEnv):
     """Comes before an environment class in the MRO: its `super()` is that class."""
 
     server_cls = VllmServer
@@ -62,6 +64,7 @@ class RunEnvironment(AccountedRollouts):
         member: Member[EnvironmentState],
         token: str,
         losses: Losses,
+        drawer: Drawer,
         label: str | None = None,
     ) -> None:
         super().__init__(config, server_configs, slurm=False)
@@ -69,6 +72,9 @@ class RunEnvironment(AccountedRollouts):
         self._rollout = self.pool.run.config().rollout
         self.http = HttpClient(self._trajectory_server, token, member=member)
         self.member, self.losses = member, losses
+        self.draws = PromptDraws(
+            self, drawer, lambda request: self._call("POST", "/draws", request, DrawAnswer)
+        )
         self.label = label  # written into each group, in a run with several environments
         self.quota: messages.Quota | None = None  # None: Atropos' own server, which computes none
         self._token = token
@@ -127,16 +133,20 @@ class RunEnvironment(AccountedRollouts):
         if self.quota is None:
             return await super().add_train_workers()
         free = min(self.quota.groups, self.max_num_workers - len(self.workers))
-        for _ in range(free):
-            item = self.backlog.pop() if self.backlog else await self.get_next_item()
-            if item is None:
-                break
-            self._start_rollout(item)
-            self.quota.groups -= 1
+        while self.backlog and free > 0:
+            item = self.backlog.pop()
+            self._start_rollout(item, self.draws.unpark(item))
+            free -= 1
+        for item, drawn in await self.draws.take(free):
+            self._start_rollout(item, drawn)
 
-    def _start_rollout(self, item: Any) -> None:
+    def _start_rollout(self, item: Any, drawn: Drawn | None) -> None:
+        if self.quota is not None:
+            self.quota.groups -= 1
         item_uuid = str(uuid.uuid4())
         worker = asyncio.create_task(self.handle_env(item_uuid))
+        if drawn is not None:
+            self.draws.start(worker, drawn)
         running = {"item": item, "worker": worker, "start_time": time.time()}
         self.running_items[item_uuid] = running
         self.workers.add(worker)
@@ -229,6 +239,7 @@ class RunEnvironment(AccountedRollouts):
     async def get_server_info(self) -> None:
         """Take the batch size. BaseEnv calls this once, registered and just before its loop."""
         await self._take_server_info()
+        await self.resume_stream()
         self.pool.watch()
         self._early = asyncio.create_task(self._start_early())
 
@@ -283,18 +294,19 @@ class RunEnvironment(AccountedRollouts):
         """
         groups = scored_data if isinstance(scored_data, list) else [scored_data]
         note_sent(groups)
-        groups = [group for group in groups if self._is_faithful(group)]
+        drawn = self.draws.current()
+        groups = [group for group in groups if self._is_faithful(group, drawn)]
         if not groups:
-            return
-        send = asyncio.create_task(self._send(groups))
+            return self.draws.refuse(drawn)
+        send = asyncio.create_task(self.draws.follow(drawn, self._send(groups)))
         self._sends.add(send)
         send.add_done_callback(self._sends.discard)
         await asyncio.shield(send)
 
-    def _is_faithful(self, group: JsonObject) -> bool:
+    def _is_faithful(self, group: JsonObject, drawn: Drawn | None) -> bool:
         """Stamp a group, and add its support. Return False, and count it, if it is refused."""
         try:
-            stamp(group, recorded(), self.label)
+            stamp(group, recorded(), self.label, None if drawn is None else drawn.draw)
             add_support(group, recorded(), self._rollout, binary=self.quota is not None)
         except RequestError as error:
             self._count_refused([group], str(error))
@@ -304,8 +316,8 @@ class RunEnvironment(AccountedRollouts):
             return False
         return True
 
-    async def _send(self, groups: list[JsonObject]) -> None:
-        """Encode and post groups, retrying while the server is away.
+    async def _send(self, groups: list[JsonObject]) -> bool:
+        """Encode and post groups, retrying while the server is away. Return whether it took them.
 
         It posts only while registered: Atropos' own server breaks on a group that arrives before
         its trainer has registered.
@@ -317,7 +329,8 @@ class RunEnvironment(AccountedRollouts):
                     lambda: [encode_group(ScoredGroup.from_python(group)) for group in groups]
                 )
             except RequestError as error:
-                return self._count_refused(groups, str(error))
+                self._count_refused(groups, str(error))
+                return False
         began = time.monotonic()
         while True:
             while self.http.outages != self._outages_seen:  # `get_status` registers again
@@ -329,13 +342,15 @@ class RunEnvironment(AccountedRollouts):
                 break
             except TimeoutError as error:
                 if time.monotonic() - began > self.http.patience_s:
-                    return self._count_refused(groups, str(error))
+                    self._count_refused(groups, str(error))
+                return False
                 await asyncio.sleep(RETRY_S)
         if answer.status >= 400:
             text = bytes(answer.body[:500]).decode(errors="replace")
             self._count_refused(groups, f"status {answer.status}: {text}")
-        else:
-            self.losses.accept(len(groups))
+            return False
+        self.losses.accept(len(groups))
+        return True
 
     def _post(self, groups: list[JsonObject], records: list[Record]) -> Request:
         """Build the request, with this worker's current env_id."""
@@ -357,12 +372,14 @@ class RunEnvironment(AccountedRollouts):
 
     async def leave(self) -> None:
         """Stop generating, wait for sends in progress, disconnect, close the connections."""
+        self.draws.closing = True
         tasks = [task for task in (self._early, *self.workers, *self.eval_workers) if task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._sends, return_exceptions=True)
         if getattr(self, "env_id", None) is not None:
+            await self.draws.report_last(LEAVE_PATIENCE_S)
             body = msgspec.json.encode(messages.StatusRequest(self.env_id))
             disconnect = Request("POST", "/disconnect-env", body)
             try:

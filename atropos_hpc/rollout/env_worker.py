@@ -76,7 +76,7 @@ def quiet_atropos() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators, differently for each worker."""
+    """Seed the global generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -85,10 +85,13 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
     """Run the environment at that key until cancelled. Raises TargetError and GaveUp."""
     from atropos_hpc.rollout import env_loader
     from atropos_hpc.rollout.env_adapter import as_member
+    from atropos_hpc.rollout.prompt_draws import Drawer
     from atropos_hpc.rollout.rollout_failures import GaveUp, Losses, Patience, files_of
 
     config = run.config()
-    seed = config.seed * 1000 + index
+    own_seed = seed = config.seed * 1000 + index
+    if config.trajectories.server == "durable":
+        seed = config.seed  # a draw's number names the same prompt in every worker
     name = f"{key} ({environments(config)[key].target})"
     member.update(environment=name)
     stall = StallWatch(
@@ -111,8 +114,10 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
         member=member,
         token=run.token(),
         losses=Losses(name, patience, stall.files),
+        drawer=Drawer(environment_name(key), member.name, run.attempt()),
         label=environment_name(key) if config.more_environments else None,
     )
+    seed_everything(own_seed)  # of what the rollouts draw
     turn_s = STALL_PART * min(config.launch.start_timeout_s, config.launch.step_timeout_s)
     env.on_turn = lambda: stall.expect(MAIN_LOOP, turn_s)
     try:

@@ -87,7 +87,8 @@ class NodeAgent:
         self, name: str, kind: Kind, module: str, arguments: tuple[str, ...] = ()
     ) -> ManagedProcess:
         command = (sys.executable, "-m", module, "--run-dir", str(self.run.path), *arguments)
-        variables = {devices.VISIBLE: ""}  # the node's GPUs are the servers'
+        # The node's GPUs are the servers'. Sets of strings have one order in all workers.
+        variables = {devices.VISIBLE: "", "PYTHONHASHSEED": "0"}
         spec = ProcessSpec(name, command, variables)
         return ManagedProcess(name, kind.value, lambda: [spec], self.limits)
 

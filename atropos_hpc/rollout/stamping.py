@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from atropos_hpc.contracts.prompts import Draw
 from atropos_hpc.contracts.support import Support
 
 
@@ -65,9 +68,12 @@ def record(sampled: Iterable[Sampled]) -> None:
 
 
 def stamp(
-    group: MutableMapping[str, Any], seen: list[Sampled], environment: str | None = None
+    group: MutableMapping[str, Any],
+    seen: list[Sampled],
+    environment: str | None = None,
+    draw: Draw | None = None,
 ) -> None:
-    """Set group_id, environment, policy_versions and temperature in a group's generation_params.
+    """Set group_id, environment, draw, policy_versions and temperature in its generation_params.
 
     A sequence gets the version range [oldest, newest] of the generations whose tokens it contains.
     One that contains none, because the environment tokenized the text again and got other ids, gets
@@ -80,6 +86,8 @@ def stamp(
     params["policy_versions"] = None
     if environment is not None:
         params["environment"] = environment
+    if draw is not None:
+        params["draw"] = msgspec.to_builtins(draw)
     if seen:
         outputs = [(array("i", each.tokens).tobytes(), each) for each in seen]
         sources = []

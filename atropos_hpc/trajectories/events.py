@@ -11,7 +11,9 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from atropos_hpc.contracts.messages import Registration
+from atropos_hpc.contracts.prompts import Draw, DrawRequest
 from atropos_hpc.contracts.wal_record import EVENT, HEADER_BYTES, SNAPSHOT, Header, Record
+from atropos_hpc.trajectories.prompts import Stream
 
 
 class Environment(Struct):
@@ -50,12 +52,14 @@ class Started(Event, tag="started"):
 class GroupsDropped(Event, tag="drop"):
     """Queued groups were dropped as too stale.
 
-    `sequences` is recorded because the groups themselves may be gone when this is replayed.
+    `sequences` and `draws` are recorded because the groups themselves may be gone when this is
+    replayed.
     """
 
     groups: list[int]
     oldest: int
     sequences: int
+    draws: list[Draw] = []
 
 
 class BatchFormed(Event, tag="batch"):
@@ -72,6 +76,21 @@ class BatchesAcknowledged(Event, tag="ack"):
     batch: int
 
 
+class PromptsDrawn(Event, tag="draw"):
+    """A worker reported what became of its draws, and got these numbers."""
+
+    request: DrawRequest
+    numbers: list[int]
+
+
+class DrawsReturned(Event, tag="return"):
+    """Workers are gone; what they held is handed out again. `lost`: because they died."""
+
+    stream: str
+    workers: list[str]
+    lost: bool
+
+
 class Reset(Event, tag="reset"):
     """Everything was forgotten, on request."""
 
@@ -83,6 +102,8 @@ AnyEvent = (
     | GroupsDropped
     | BatchFormed
     | BatchesAcknowledged
+    | PromptsDrawn
+    | DrawsReturned
     | Reset
 )
 
@@ -101,6 +122,7 @@ class Snapshot(Struct):
     next_batch: int
     version: int | None
     stale: _Stale  # groups, sequences
+    prompts: dict[str, Stream] = {}
 
 
 def event_record(event: AnyEvent) -> Record:

@@ -24,6 +24,7 @@ from aiohttp import web
 from atropos_hpc.contracts import messages
 from atropos_hpc.contracts.members import TrajectoriesState
 from atropos_hpc.contracts.metrics import EnvironmentMetrics
+from atropos_hpc.contracts.prompts import DrawRequest
 from atropos_hpc.contracts.scored_group import OPTIONAL_ARRAYS, RequestError
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE
 from atropos_hpc.runtime import process
@@ -85,6 +86,7 @@ def application(
             post(
                 "/disconnect-env", with_body(messages.StatusRequest, service.disconnect_environment)
             ),
+            post("/draws", with_body(DrawRequest, service.draws.draw)),
             post("/scored_data", routes.scored_data),
             post("/scored_data_list", routes.scored_data_list),
             post("/environment-metrics", routes.with_body(EnvironmentMetrics, keep_in(metrics))),

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from atropos_hpc.contracts import messages
-from atropos_hpc.contracts.group import UNLIMITED, Limits
-from atropos_hpc.contracts.scored_group import RequestError
-from atropos_hpc.contracts.wal_record import EVENT, GROUP, SNAPSHOT, Header, Record
+from atropos_hpc.contracts.group import UNLIMITED, Limits, free_form_of
+from atropos_hpc.contracts.scored_group import RequestError, draw_of
+from atropos_hpc.contracts.wal_record import EVENT, GROUP, SNAPSHOT, Record
 from atropos_hpc.trajectories import events
 from atropos_hpc.trajectories.batching import split_by_tokens
 from atropos_hpc.trajectories.decode import to_json
+from atropos_hpc.trajectories.draws import DrawService
 from atropos_hpc.trajectories.events import AnyEvent, Environment
 from atropos_hpc.trajectories.journal import Damaged, Journal, NotWritten, Place
 from atropos_hpc.trajectories.pacing import Pacing, Timeouts
@@ -59,6 +60,7 @@ class Service:
         self.pacing = Pacing(self.state, settings.max_staleness, settings.timeouts)
         self.rejections: Counter[int] = Counter()  # by HTTP status
         self.closing = False
+        self.draws = DrawService(self.state, self.pacing, self._commit)
         self._deciding = asyncio.Lock()  # one decision about the queue at a time
         self._changed = asyncio.Event()  # set and replaced at each arrival
         self._storing: dict[int, asyncio.Future[None]] = {}  # by payload hash
@@ -78,7 +80,9 @@ class Service:
         for place, header, record in self.journal.replay():
             records += 1
             if header.kind == GROUP:
-                self.state.add(_queued(header, place), header.hash, replay=True)
+                draw = draw_of(free_form_of(record, header))
+                group = QueuedGroup.of(header, place, draw)
+                self.state.add(group, header.hash, replay=True)
             elif header.kind == EVENT:
                 self.state.apply(events.read_event(header, record))
             elif header.kind == SNAPSHOT:
@@ -194,8 +198,10 @@ class Service:
             len(stale),
             oldest,
         )
-        sequences = sum(self.state.queue[gid].sequences for gid in stale)
-        await self._commit(events.GroupsDropped(stale, oldest, sequences))
+        groups = [self.state.queue[gid] for gid in stale]
+        sequences = sum(group.sequences for group in groups)
+        draws = [group.draw for group in groups if group.draw is not None]
+        await self._commit(events.GroupsDropped(stale, oldest, sequences, draws))
         self._retire()
 
     async def acknowledge(self, batch: int) -> messages.Acknowledged:
@@ -289,6 +295,7 @@ class Service:
         if request.env_id not in self.pacing.presence:
             return messages.Disconnected("failure", f"env_id {request.env_id} is not registered")
         self.pacing.presence[request.env_id].heard = None
+        await self.draws.give_back(request.env_id)
         return messages.Disconnected("success")
 
     def limits(self) -> Limits:
@@ -306,12 +313,17 @@ class Service:
         now = time.monotonic()
         for env_id in {record.env_id for record in records}:
             self.pacing.deliver(env_id, now)
-        outcomes = await asyncio.gather(*map(self._store, records), return_exceptions=True)
+        with self.draws.claim(records, self._was_sent) as new:
+            self.state.repeated += len(records) - len(new)
+            outcomes = await asyncio.gather(*map(self._store, new), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         if any(outcomes):
             self._wake_leases()
+
+    def _was_sent(self, record: Record) -> bool:
+        return record.hash in self._storing or record.hash in self.state.known
 
     async def _store(self, record: Record) -> bool:
         """Store a group unless it was sent before, and return whether it is new.
@@ -334,7 +346,8 @@ class Service:
         record.gid = self.state.next_gid
         self.state.next_gid += 1
         storing = self.journal.append(
-            record, lambda place: self.state.add(_queued(record, place), record.hash)
+            record,
+            lambda place: self.state.add(QueuedGroup.of(record, place, record.draw), record.hash),
         )
         self._storing[record.hash] = storing
         storing.add_done_callback(lambda _: self._storing.pop(record.hash, None))
@@ -357,6 +370,7 @@ class Service:
             stale_sequences=state.stale_sequences,
             repeated=state.repeated,
             refused=sum(counted),
+            prompts={name: each.counts() for name, each in state.prompts.streams.items()},
         )
 
     def info(self) -> messages.ServerInfo:
@@ -381,7 +395,3 @@ class Service:
             return to_json(self.journal.read(self.state.latest.place))
         except KeyError:
             return None
-
-
-def _queued(group: Header | Record, place: Place) -> QueuedGroup:
-    return QueuedGroup(group.gid, place, group.sequences, group.tokens, group.env_id, group.oldest)

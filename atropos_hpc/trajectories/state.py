@@ -14,10 +14,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from atropos_hpc.contracts.messages import Registration
-from atropos_hpc.contracts.wal_record import UNKNOWN
+from atropos_hpc.contracts.prompts import Draw
+from atropos_hpc.contracts.wal_record import UNKNOWN, Header, Record
 from atropos_hpc.trajectories import events
 from atropos_hpc.trajectories.events import AnyEvent, Environment, Snapshot
 from atropos_hpc.trajectories.journal import Place
+from atropos_hpc.trajectories.prompts import PromptLedger
 
 KNOWN_HASHES = 65_536  # payload hashes by which a group that is sent again is recognized
 NOWHERE = Place(-1, 0, 0)  # compared by identity
@@ -32,6 +34,13 @@ class QueuedGroup(NamedTuple):
     tokens: int
     env_id: int
     oldest: int  # policy version, or UNKNOWN
+    draw: Draw | None = None  # of its prompt
+
+    @classmethod
+    def of(cls, group: Header | Record, place: Place, draw: Draw | None) -> "QueuedGroup":
+        """Return the numbers of a group that is in the journal."""
+        known = (group.sequences, group.tokens, group.env_id, group.oldest)
+        return cls(group.gid, place, *known, draw)
 
 
 class TrajectoryState:
@@ -54,6 +63,7 @@ class TrajectoryState:
         self.version: int | None = None  # the learner's, as of its last request
         self.stale_groups = self.stale_sequences = 0
         self.latest: QueuedGroup | None = None
+        self.prompts = PromptLedger()
         self.queued_sequences = 0
         self.queued_by_env: Counter[int] = Counter()  # sequences in the queue
         self.queued_sizes: Counter[int] = Counter()  # groups in the queue by number of sequences
@@ -73,6 +83,8 @@ class TrajectoryState:
         self._enqueue(group)
         self.live[group.place.segment] += 1
         self.latest = group
+        if group.draw is not None:
+            self.prompts.accept(group.draw)
         if 0 <= group.env_id < len(self.environments):
             environment = self.environments[group.env_id]
             environment.group_size = max(environment.group_size, group.sequences)
@@ -89,7 +101,12 @@ class TrajectoryState:
                 self.environments[environment.env_id : environment.env_id + 1] = [environment]
             case events.Started():
                 self.started = True
-            case events.GroupsDropped(gids, _, sequences):
+            case events.PromptsDrawn(request, numbers):
+                self.prompts.stream(request.stream).request(request, numbers)
+            case events.DrawsReturned(stream, workers, lost):
+                self.prompts.stream(stream).give_back(workers, lost)
+            case events.GroupsDropped(gids, _, sequences, draws):
+                self.prompts.drop(draws)
                 self.stale_groups += len(gids)
                 self.stale_sequences += sequences
                 for gid in gids:
@@ -141,6 +158,7 @@ class TrajectoryState:
             next_batch=self.next_batch,
             version=self.version,
             stale=[self.stale_groups, self.stale_sequences],
+            prompts=self.prompts.streams,
         )
 
     def restore(self, snapshot: Snapshot, known: Iterable[int]) -> None:
@@ -156,6 +174,7 @@ class TrajectoryState:
         self.started, self.next_batch = snapshot.started, snapshot.next_batch
         self.version = snapshot.version
         self.stale_groups, self.stale_sequences = snapshot.stale
+        self.prompts.streams = snapshot.prompts
         for gid in snapshot.queue:
             self._enqueue(self._seen_or_missing(gid))
         for number, gids in snapshot.batches:

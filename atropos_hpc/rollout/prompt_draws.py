@@ -1,0 +1,284 @@
+"""A worker's draws: it asks the trajectory server for numbers and reports what became of them.
+
+A draw is held from the answer that brings its number until the server has its group or its report.
+Each request names the draws that are held, so an answer that was lost is given again.
+"""
+
+import asyncio
+import contextlib
+import glob
+import json
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atroposlib.envs.base import BaseEnv
+
+from atropos_hpc.contracts.prompts import (
+    Draw,
+    DrawAnswer,
+    DrawRequest,
+    Report,
+    Reported,
+    Seen,
+)
+from atropos_hpc.rollout.prompt_stream import PromptStream
+
+log = logging.getLogger(__name__)
+
+MOST = 4096  # numbers per request
+
+Send = Callable[[DrawRequest], Awaitable[DrawAnswer | None]]
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Who draws: `name` is the environment's in the run, `attempt` the run's."""
+
+    name: str
+    member: str
+    attempt: int
+
+
+@dataclass
+class Drawn:
+    """A draw whose item is being rolled out."""
+
+    draw: Draw
+    sending: bool = False  # a group of it is on its way to the server
+    no_signal: bool = False  # its groups have equal scores
+
+
+class PromptDraws:
+    """The draws of one worker process. `send` posts a request; None: not answered, ask again."""
+
+    def __init__(self, env: Any, drawer: Drawer, send: Send) -> None:
+        self.stream = PromptStream(env)
+        self.drawer, self._send = drawer, send
+        self.worker = f"{drawer.member}/{uuid.uuid4().hex[:12]}"
+        self.lowest = 0  # no lower number will be handed out
+        self.closing = False  # what is cancelled from now on is handed out again
+        self._serial = 0
+        self._unanswered: DrawRequest | None = None
+        self._held: set[int] = set()
+        self._hand: list[int] = []  # held, and their items not taken yet
+        self._reports: list[Reported] = []
+        self._rollouts: dict[asyncio.Task[Any] | None, Drawn] = {}
+        self._parked: dict[int, tuple[Any, Drawn]] = {}  # in BaseEnv's backlog, by id(item)
+
+    async def take(self, count: int) -> list[tuple[Any, Drawn]]:
+        """Draw up to `count` prompts; fewer where the environment has no more for now."""
+        await self.request_numbers(count - len(self._hand))
+        taken: list[tuple[Any, Drawn]] = []
+        while self._hand and len(taken) < count:
+            number = self._hand[0]
+            try:
+                found = await self.stream.item(number)
+            except LookupError as error:
+                log.warning("cannot roll prompt %d of %s out: %s", number, self.drawer.name, error)
+                self.finish(Drawn(Draw(self.drawer.name, self._hand.pop(0))), "failed")
+                continue
+            if found is None:
+                break
+            item, digest = found
+            self._hand.pop(0)
+            taken.append((item, Drawn(Draw(self.drawer.name, number, digest))))
+        return taken
+
+    async def request_numbers(self, want: int, always: bool = False) -> None:
+        """Send what there is to report and take new numbers into the hand."""
+        if want <= 0 and not self._reports and not always:
+            return
+        # One that was not answered is sent again as it was: the server may have journalled it.
+        request = self._unanswered = self._unanswered or self._build(want)
+        answer = await self._send(request)
+        if answer is None:
+            return
+        self._unanswered = None
+        self._reports = self._reports[len(request.reports) :]
+        for _ in request.seen:
+            self.stream.seen.popleft()
+        self.lowest = answer.lowest
+        self._held.update(answer.numbers)
+        self._hand = sorted({*self._hand, *answer.numbers})
+
+    async def report_last(self, patience_s: float) -> None:
+        """Report what is left to report, at the end."""
+        try:
+            await asyncio.wait_for(self.request_numbers(0), patience_s)
+        except (TimeoutError, RuntimeError) as error:
+            log.warning("%d draws were not reported: %s", len(self._reports), error)
+
+    def _build(self, want: int) -> DrawRequest:
+        """Return the next request."""
+        self._serial += 1
+        return DrawRequest(
+            stream=self.drawer.name,
+            worker=self.worker,
+            member=self.drawer.member,
+            env_id=self.stream.env.env_id,
+            attempt=self.drawer.attempt,
+            serial=self._serial,
+            want=max(0, min(want, MOST)),
+            held=sorted(self._held),
+            reach=self.stream.reach,
+            length=self.stream.length,
+            reports=list(self._reports),
+            seen=[Seen(number, digest) for number, digest in self.stream.seen],
+        )
+
+    # --- the life of a draw
+
+    def start(self, rollout: asyncio.Task[Any], drawn: Drawn) -> None:
+        """Note which task rolls the draw out."""
+        self._rollouts[rollout] = drawn
+
+    def current(self) -> Drawn | None:
+        """Return the draw that the current task rolls out; None for an item of the backlog."""
+        return self._rollouts.get(asyncio.current_task())
+
+    def finish(self, drawn: Drawn, report: Report | None) -> None:
+        """Note what became of a draw; None: the server has its group."""
+        number = drawn.draw.number
+        if number in self._held:
+            self._held.discard(number)
+            if report is not None:
+                self._reports.append(Reported(number, report))
+
+    def refuse(self, drawn: Drawn | None) -> None:
+        """Note that none of a draw's groups may be sent."""
+        if drawn is not None:
+            drawn.sending = True
+            self.finish(drawn, "refused")
+
+    async def follow(self, drawn: Drawn | None, send: Awaitable[bool]) -> None:
+        """Await the send of a draw's groups, and note whether the server took them."""
+        report: Report | None = "failed"
+        if drawn is not None:
+            drawn.sending = True
+        try:
+            report = None if await send else "refused"
+        finally:
+            if drawn is not None:
+                self.finish(drawn, report)
+
+    def end(self, item: Any, cancelled: bool) -> None:
+        """Note that the current task's rollout has ended."""
+        drawn = self._rollouts.pop(asyncio.current_task(), None)
+        if drawn is None or drawn.sending or (cancelled and self.closing):
+            return
+        if cancelled and any(each is item for each in self.stream.env.backlog):
+            self._parked[id(item)] = (item, drawn)
+        else:
+            self.finish(drawn, "no_signal" if drawn.no_signal else "failed")
+
+    def unpark(self, item: Any) -> Drawn | None:
+        """Return the draw of an item that BaseEnv put back; None for one of the environment's."""
+        parked = self._parked.get(id(item))
+        if parked is None or parked[0] is not item:
+            return None
+        del self._parked[id(item)]
+        return parked[1]
+
+
+class DrawingEnv(BaseEnv):
+    """Comes before an environment class in the MRO: follows its draws and its checkpoints."""
+
+    draws: PromptDraws
+    iter: Any  # of environments that follow Atropos' convention
+    curr_step: int
+    wandb_prepend: Any
+    _resumed = False  # the run has taken steps before
+
+    async def setup(self) -> None:
+        """Set up with the random state that all workers of the environment share."""
+        await self.draws.stream.random.run(super().setup())
+
+    async def handle_env(self, item_uuid: str) -> Any:
+        """Run one rollout, and note how its draw ended."""
+        item, cancelled = self.running_items[item_uuid]["item"], False
+        try:
+            return await super().handle_env(item_uuid)
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+        finally:
+            self.draws.end(item, cancelled)
+
+    async def handle_send_to_api(self, scored_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note whether the scores of all groups are equal, then send."""
+        drawn = self.draws.current()
+        if drawn is not None:
+            groups = scored_data if isinstance(scored_data, list) else [scored_data]
+            drawn.no_signal = all(map(_is_flat, groups))
+        return await super().handle_send_to_api(scored_data, *args, **kwargs)
+
+    # --- Atropos' checkpoints of environments: <checkpoint_dir>/env_checkpoints/<name>/step-N.json
+
+    def save_checkpoint(self, step: int, data: Any = None) -> None:
+        """Save what the environment saves, and beside it the position of its stream."""
+        folder = f"{self.draws.drawer.name}.{self.draws.drawer.member}"
+        path = self._checkpoints() / folder / f"step-{step}.json"
+        try:
+            with self._checkpoint_of(folder, step):
+                super().save_checkpoint(step, data)
+            if path.exists():
+                position = path.with_suffix(".position")
+                position.write_text(str(self.draws.stream.position))
+        except Exception:  # of the environment; the run does not depend on it
+            log.exception("the environment's checkpoint of step %d could not be saved", step)
+
+    def load_checkpoint(self) -> None:
+        """Leave it to `resume_stream`, which follows: BaseEnv asks for step `curr_step` only."""
+        self._resumed = True
+
+    async def resume_stream(self) -> None:
+        """Load the newest checkpoint, of any worker, from which the next draw can be reached."""
+        if not self._resumed:
+            return
+        await self.draws.request_numbers(0, always=True)
+        stream, indexed = self.draws.stream, self.draws.stream.has_index()
+        index = self.iter if indexed else None
+        found = self._checkpoints().glob(f"{glob.escape(self.draws.drawer.name)}.*/step-*.json")
+        saved = [(int(path.stem.removeprefix("step-")), path) for path in found]
+        for step, path in sorted(saved, reverse=True):
+            if step > self.curr_step:
+                continue
+            try:
+                position = int(path.with_suffix(".position").read_text())
+                json.loads(path.read_text())
+            except (OSError, ValueError):  # a worker was killed while it wrote
+                continue
+            if stream.direct or indexed or position <= self.draws.lowest:
+                with self._checkpoint_of(path.parent.name, step):
+                    super().load_checkpoint()
+                if indexed:
+                    self.iter = index  # the ledger knows the position better
+                elif not stream.direct:
+                    stream.position = position
+                log.info("loaded the environment's checkpoint %s", path)
+                return
+
+    @contextlib.contextmanager
+    def _checkpoint_of(self, folder: str, step: int) -> Iterator[None]:
+        """Have BaseEnv, which names files by these attributes, use this one."""
+        before = self.wandb_prepend, self.curr_step
+        self.wandb_prepend, self.curr_step = folder, step
+        try:
+            yield
+        finally:
+            self.wandb_prepend, self.curr_step = before
+
+    def _checkpoints(self) -> Path:
+        return Path(self.checkpoint_dir) / "env_checkpoints"
+
+
+def _is_flat(group: Any) -> bool:
+    """Return whether all scores of a group are equal."""
+    try:
+        return len({float(score) for score in group["scores"]}) == 1
+    except (TypeError, ValueError, KeyError):
+        return False
