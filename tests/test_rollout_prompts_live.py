@@ -34,6 +34,7 @@ from atropos_hpc.contracts.policy import PolicyVersion  # noqa: E402
 from atropos_hpc.environments.make_base import make_tokenizer  # noqa: E402
 from atropos_hpc.rollout.env_adapter import as_member  # noqa: E402
 from atropos_hpc.rollout.prompt_draws import Drawer  # noqa: E402
+from atropos_hpc.rollout.rollout_failures import Losses  # noqa: E402
 from atropos_hpc.rollout.vllm_client import VllmServerConfig  # noqa: E402
 from atropos_hpc.runtime.membership import Member  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir, write_struct  # noqa: E402
@@ -129,6 +130,7 @@ class Live:
             [server],
             member=member,
             token=self.run.token(),
+            losses=Losses("environment"),
             drawer=Drawer("environment", member.name, self.attempt),
         )
         random.seed(index)
