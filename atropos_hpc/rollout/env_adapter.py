@@ -65,7 +65,6 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         token: str,
         losses: Losses,
         drawer: Drawer,
-        label: str | None = None,
     ) -> None:
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
@@ -75,7 +74,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         self.draws = PromptDraws(
             self, drawer, lambda request: self._call("POST", "/draws", request, DrawAnswer)
         )
-        self.label = label  # written into each group, in a run with several environments
+        self.label = drawer.label
         self.quota: messages.Quota | None = None  # None: Atropos' own server, which computes none
         self._token = token
         self._outages_seen = 0

@@ -105,7 +105,7 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
     environment, env_config, servers = env_loader.of_run(run, key, seed)
     stall.files = files_of(environment)
     limits = config.rollout
-    patience = None
+    patience, short = None, environment_name(key)
     if limits.give_up_after_groups is not None:
         patience = Patience(limits.give_up_after_groups, limits.give_up_after_s)
     env = as_member(environment)(
@@ -114,8 +114,9 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
         member=member,
         token=run.token(),
         losses=Losses(name, patience, stall.files),
-        drawer=Drawer(environment_name(key), member.name, run.attempt()),
-        label=environment_name(key) if config.more_environments else None,
+        drawer=Drawer(
+            short, member.name, run.attempt(), short if config.more_environments else None
+        ),
     )
     seed_everything(own_seed)  # of what the rollouts draw
     turn_s = STALL_PART * min(config.launch.start_timeout_s, config.launch.step_timeout_s)

@@ -36,11 +36,15 @@ Send = Callable[[DrawRequest], Awaitable[DrawAnswer | None]]
 
 @dataclass(frozen=True)
 class Drawer:
-    """Who draws: `name` is the environment's in the run, `attempt` the run's."""
+    """Who draws: `name` is the environment's in the run, `attempt` the run's.
+
+    `label` is written into each group, in a run with several environments.
+    """
 
     name: str
     member: str
     attempt: int
+    label: str | None = None
 
 
 @dataclass
