@@ -32,11 +32,10 @@ def status(options: argparse.Namespace) -> int:
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
         return 0
-    from rich.console import Console
-
     from atropos_hpc.observe import status_view
+    from atropos_hpc.observe.terminal import terminal as make_terminal
 
-    terminal = Console()
+    terminal = make_terminal()
     if options.once or not terminal.is_terminal:
         terminal.width = terminal.width if terminal.is_terminal else 160
         terminal.print(status_view.draw(found))

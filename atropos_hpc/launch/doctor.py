@@ -41,14 +41,15 @@ def examine(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     Returns 1 if something is broken that a run on or from this machine needs, 2 if the overrides
     are refused.
     """
-    from rich.console import Console
     from rich.text import Text
+
+    from atropos_hpc.observe.terminal import terminal as make_terminal
 
     try:
         config = hydra_api.compose(overrides, config_dir)
     except hydra_api.ERRORS as error:
         return refuse(hydra_api.problems(error), "The overrides were refused.")
-    terminal = Console(highlight=False, soft_wrap=True)
+    terminal = make_terminal(highlight=False, soft_wrap=True)
     broken = False
     for area, findings in (
         ("this machine", _machine(Path(config.run_dir).absolute())),

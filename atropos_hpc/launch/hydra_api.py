@@ -31,6 +31,7 @@ from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.launch import new_directory
 from atropos_hpc.launch.restart_policy import PointFailed
+from atropos_hpc.runtime import shell
 from atropos_hpc.validate import Problem, Refused
 
 # Hydra's scan of plugins executes its core modules again: a class that is imported before the scan
@@ -82,7 +83,10 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     `config_dir`: a directory of further config files. Raises one of ERRORS.
     """
     register()
-    search = [f"hydra.searchpath=[file://{config_dir.absolute()}]"] if config_dir else []
+    search = []
+    if config_dir:
+        quoted = shell.override("", f"file://{config_dir.absolute()}")[1:]
+        search = [f"hydra.searchpath=[{quoted}]"]
     run_dir = [] if any(each.startswith("run_dir=") for each in overrides) else ["run_dir=runs/new"]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("config", [*search, *run_dir, *with_demo(overrides)])

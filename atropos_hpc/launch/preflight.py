@@ -39,6 +39,7 @@ IDENTITY = (
 )
 # and those among them that may change
 NO_IDENTITY = (".trial_timeout_s", ".request_timeout_s")
+UNUSABLE_IN_LOGS = {"%": "%", "\\": "a backslash", "\n": "a line break"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -61,6 +62,7 @@ def check(
         *problems(config),
         *sbatch_checks.problems(config),
         *_storage(config, run_dir),
+        *_log_names(config, run_dir),
         *_changes(config, previous),
         *_model_files(config),
     ]
@@ -130,6 +132,14 @@ def _run_directory(run_dir: Path) -> Iterator[Problem]:
     elif not run.secret.exists() and set(os.listdir(run_dir)) - {"lock", "holder.json"}:
         reason = f"{run_dir} holds other files but no run; choose another directory"
         yield Problem("run_dir", reason)
+
+
+def _log_names(config: Config, run_dir: Path) -> Iterator[Problem]:
+    """Slurm's names of log files are patterns, without an escape that all its commands know."""
+    wrong = [name for each, name in UNUSABLE_IN_LOGS.items() if each in str(run_dir)]
+    if wrong and config.launch.allocation != "local":
+        reason = f"Slurm takes {' and '.join(wrong)} in the names of log files for something else"
+        yield Problem("run_dir", f"{run_dir}: {reason}; choose another directory")
 
 
 def _changes(config: Config, previous: RunInfo | None) -> Iterator[Problem]:

@@ -8,7 +8,6 @@ the script.
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch import hydra_api, resubmission, run, sweep
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import masking, process
+from atropos_hpc.runtime import masking, process, shell
 from atropos_hpc.runtime.run_dir import RunDir, read_struct
 from atropos_hpc.validate import REFUSED, Problem, Refused, refuse
 
@@ -83,7 +82,7 @@ def _configs(sweep_dir: Path, rows: Sequence[SweepPoint], overrides: Sequence[st
         if (command := _script_of(directory)) is not None:
             reason = (
                 f"the job of this run had the resources of a script; submit that again: sbatch"
-                f" {command} {shlex.quote(f'run_dir={row.run_dir}')}"
+                f" {command} {shell.printed(shell.override('run_dir', row.run_dir))}"
             )
             raise Refused(Problem("run_dir", reason))
         if config.model.make is not None:
@@ -114,8 +113,8 @@ def _needs_nothing(row: SweepPoint, config: Config) -> int | None:
         return REFUSED
     if state == "complete":
         print(
-            f"{path} is complete at {steps} steps; `atropos-hpc resume {path} trainer.steps=...`"
-            " adds steps"
+            f"{path} is complete at {steps} steps;"
+            f" `{shell.printed('atropos-hpc', 'resume', path)} trainer.steps=...` adds steps"
         )
         return 0
     return None

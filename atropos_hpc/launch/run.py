@@ -7,7 +7,6 @@ on the job's nodes.
 import logging
 import os
 import secrets
-import shlex
 import socket
 import sys
 import time
@@ -41,7 +40,7 @@ from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
-from atropos_hpc.runtime import environment, masking, private_tmp, process
+from atropos_hpc.runtime import environment, private_tmp, process, shell
 from atropos_hpc.runtime.membership import read_members
 from atropos_hpc.runtime.run_dir import (
     RunDir,
@@ -83,8 +82,8 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
             commands.retry(requeue)
         except commands.SlurmError as error:
             print(
-                f"cannot requeue the job ({error}); submit it again with run_dir={run_dir} to"
-                " resume the run",
+                f"cannot requeue the job ({error}); submit it again with"
+                f" {shell.printed(shell.override('run_dir', run_dir))} to resume the run",
                 file=sys.stderr,
             )
     return EXIT[action] if isinstance(action, Action) else action
@@ -122,7 +121,7 @@ def _dry_run(config: Config, run: RunDir) -> int:
     for step in local_steps(config, run.path):
         for spec in step.processes:
             variables = [f"{name}={value}" for name, value in spec.variables.items()]
-            print(masking.mask_assignments(" ".join([*variables, shlex.join(spec.command)])))
+            print(shell.printed("env", *variables, *spec.command))
     print("Nothing was started (launch.dry_run).")
     return 0
 
@@ -229,8 +228,8 @@ def _supervise(config: Config, run: RunDir, parts: Supervision) -> Action:
     except Unreadable as error:
         log.error("the run has ended (%s), but cannot be summed up: %s", outcome, error)
     if config.wandb.mode == "offline" and action is not Action.REQUEUE:
-        offline = run.path / "wandb" / "offline-run-*"
-        log.info("to upload this run to W&B, on a machine with a network: wandb sync %s", offline)
+        sync = f"{shell.printed('wandb', 'sync', run.path / 'wandb')}/offline-run-*"
+        log.info("to upload this run to W&B, on a machine with a network: %s", sync)
     if error is not None:
         log.error("the run failed: %s", error)  # the last line, so that nobody has to search
     return action

@@ -11,6 +11,7 @@ from atropos_hpc.contracts.members import StopRequest, SupervisorState
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
+from atropos_hpc.runtime import shell
 from atropos_hpc.runtime.membership import RosterReader, post_request
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -24,7 +25,8 @@ def stop(directory: Path) -> int:
     if not done:
         print(f"nothing runs in {directory}", file=sys.stderr)
         return 1
-    print(*done, f"`atropos-hpc resume {directory}` continues", sep="\n")
+    resume = shell.printed("atropos-hpc", "resume", directory)
+    print(*done, f"`{resume}` continues", sep="\n")
     return 0
 
 

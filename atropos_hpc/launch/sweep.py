@@ -21,7 +21,7 @@ from atropos_hpc.contracts.status import ENDED
 from atropos_hpc.launch import preflight, resubmission, run
 from atropos_hpc.launch.slurm import commands, sbatch
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import masking, process
+from atropos_hpc.runtime import masking, process, shell
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
 from atropos_hpc.validate import Problem, Refused, refuse
 
@@ -176,7 +176,8 @@ def _script(point: Point, name: str | None) -> Any:
 
 def _dry_run(points: list[Point], folder: Path, names: list[str | None], checked: bool) -> Outcomes:
     """Print the sbatch scripts exactly as they would be submitted, and the GPU-hours requested."""
-    command = f"env SUBMITIT_EXECUTOR=slurm {sys.executable} -u -m submitit.core._submit {folder}"
+    submit = [sys.executable, "-u", "-m", "submitit.core._submit", str(folder)]
+    command = shlex.join(["env", "SUBMITIT_EXECUTOR=slurm", *submit])
     hours = 0.0
     for point, name in zip(points, names, strict=True):
         hours += sbatch.gpu_hours(point.config)
@@ -229,7 +230,7 @@ def here(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = False
     """
     if points[0].config.launch.dry_run:
         for point in points:
-            print(masking.mask_assignments(shlex.join(_command(point))))
+            print(shell.printed(*_command(point)))
         print("# Nothing was started (launch.dry_run).")
         return [(point, None) for point in points]
     logs, codes = dict[int, Path](), dict[int, int]()
@@ -284,7 +285,8 @@ _OUTCOMES = {0: "complete", 75: "stopped"}
 
 def _command(point: Point) -> list[str]:
     overrides = [override for override in point.overrides if not override.startswith("run_dir=")]
-    return [sys.executable, "-m", "atropos_hpc.train", *overrides, f"run_dir={point.run_dir}"]
+    own = shell.override("run_dir", point.run_dir)
+    return [sys.executable, "-m", "atropos_hpc.train", *overrides, own]
 
 
 # --- both of them
@@ -343,4 +345,5 @@ def _show(rows: list[SweepPoint], sweep_dir: Path) -> None:
             [str(row.num), row.job or "-", " ".join(overrides), row.run_dir, row.log or "-"]
         )
     print(report.aligned(lines))
-    print(f"This table is in {sweep_dir / 'jobs.json'}. Progress: atropos-hpc status {sweep_dir}")
+    progress = shell.printed("atropos-hpc", "status", sweep_dir)
+    print(f"This table is in {sweep_dir / 'jobs.json'}. Progress: {progress}")

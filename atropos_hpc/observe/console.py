@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console as Terminal
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -20,6 +18,7 @@ from rich.table import Table
 
 from atropos_hpc.contracts.members import AnyMember
 from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, Summary
+from atropos_hpc.observe.terminal import column, terminal
 from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_records
 
@@ -45,14 +44,14 @@ class Console:
 
     def __init__(self, run: RunDir, steps: int) -> None:
         self.run, self.steps = run, steps
-        self.terminal = Terminal(stderr=True)
+        self.terminal = terminal(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            column("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            column("{task.fields[metrics]}"),
             console=self.terminal,
             disable=not self.terminal.is_terminal,
         )

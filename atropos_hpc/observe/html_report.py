@@ -6,7 +6,6 @@ compares, the curves and final values of its points, and the command that trains
 
 import base64
 import io
-import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from atropos_hpc.observe import history, plots, report, status
 from atropos_hpc.observe.history import Config, History
 from atropos_hpc.observe.status_view import duration, number
 from atropos_hpc.observe.summary import summarize
+from atropos_hpc.runtime import shell
 from atropos_hpc.runtime.run_dir import RunDir, write_file
 
 DPI = 144
@@ -113,5 +113,5 @@ def command(row: PointStatus) -> str:
     argv = row.overrides or (info.command if info is not None else [])
     fixed = ("run_dir=", "hydra")
     overrides = [each for each in argv if "=" in each and not each.startswith(fixed)]
-    again = f"run_dir=runs/again-{'-'.join(directory.parts[-2:])}"
-    return shlex.join(["python", "-m", "atropos_hpc.train", *overrides, again])
+    again = shell.override("run_dir", f"runs/again-{'-'.join(directory.parts[-2:])}")
+    return shell.printed("python", "-m", "atropos_hpc.train", *overrides, again)

@@ -159,10 +159,11 @@ def _tokenizer(model: str) -> Any:
 
 def show(found: Sequence[Rollout]) -> None:
     """Print rollouts for people."""
-    from rich.console import Console
     from rich.text import Text
 
-    terminal = Console(highlight=False)
+    from atropos_hpc.observe.terminal import terminal as make_terminal
+
+    terminal = make_terminal(highlight=False)
     for each in found:
         title = f"step {each.step}, {each.environment}, group {each.group}"
         if each.policy_versions is not None:

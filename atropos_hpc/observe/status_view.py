@@ -13,6 +13,7 @@ from atropos_hpc.contracts.members import AgentState, EnvironmentState, TrainerS
 from atropos_hpc.contracts.status import ENDED, MemberStatus, RunStatus, Status, SweepStatus
 from atropos_hpc.observe.report import best, varying
 from atropos_hpc.observe.status import served_version
+from atropos_hpc.runtime import shell
 
 MANY = 8  # members of one kind that are still shown one by one
 SHORT_WAIT_S = 1.0  # waits below are not shown
@@ -22,16 +23,15 @@ STYLES = {
     **dict.fromkeys(("failed", "lost", "silent", "gone"), "bold red"),
 }
 ADVICE = {
-    "lost": "no process is left and no outcome was recorded: `atropos-hpc resume {run}` resumes "
+    "lost": "no process is left and no outcome was recorded: `{resume}` resumes "
     "from step {durable}",
-    "failed": "`atropos-hpc logs {run} supervisor` shows the cause; `atropos-hpc resume {run}` "
-    "resumes from step {durable}",
-    "stopped": "`atropos-hpc resume {run}` resumes from step {durable}",
+    "failed": "`{logs}` shows the cause; `{resume}` resumes from step {durable}",
+    "stopped": "`{resume}` resumes from step {durable}",
     "requeued": "saved and requeued; Slurm starts it again",
-    "complete": "`atropos-hpc report {run}` draws the report",
+    "complete": "`{report}` draws the report",
 }
 
-NOT_BEGUN = "its job has ended before the run began: `atropos-hpc resume {run}` submits it again"
+NOT_BEGUN = "its job has ended before the run began: `{resume}` submits it again"
 
 
 def draw(status: Status) -> RenderableType:
@@ -106,9 +106,16 @@ def _head(status: RunStatus) -> RenderableType:
     begun = status.state not in ENDED or status.attempts > 0
     advice = ADVICE.get(status.state) if begun else NOT_BEGUN
     if advice is not None:
-        durable = status.versions.durable or 0
-        parts.append(Text(advice.format(run=status.run_dir, durable=durable), style="dim"))
+        parts.append(Text(_advice(advice, status), style="dim"))
     return Group(*parts)
+
+
+def _advice(advice: str, status: RunStatus) -> str:
+    commands = {
+        name: shell.printed("atropos-hpc", name, status.run_dir) for name in ("resume", "report")
+    }
+    logs = shell.printed("atropos-hpc", "logs", status.run_dir, "supervisor")
+    return advice.format(**commands, logs=logs, durable=status.versions.durable or 0)
 
 
 def _metrics(status: RunStatus) -> Table:
