@@ -24,6 +24,7 @@ INSTALL := DS_BUILD_OPS=0 $(UV) pip install --quiet $(UV_WHEELS) --compile-bytec
 TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
 TRL := .venv-trl/ready
+VERIFIERS := .venv-verifiers/ready
 OVERRIDES := requirements/rollout-overrides.txt
 DURATIONS := build/test-durations
 
@@ -71,10 +72,12 @@ test-fast: $(TRAINER)
 	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json GENERATED_REQUESTS=2000 \
 		.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
-test: setup apt
+test: setup apt $(VERIFIERS)
 	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest \
 		--numprocesses 2 --dist loadgroup --no-loadscope-reorder
 	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
+	TEST_ROLE=verifiers TEST_DURATIONS=$(DURATIONS)/3-verifiers.json \
+		.venv-verifiers/bin/python -m pytest
 
 docs-testing:
 	.venv/bin/python tests/write_durations.py $(sort $(wildcard $(DURATIONS)/*.json))
@@ -83,6 +86,16 @@ docs-testing:
 $(TRL): requirements/bench-trl-cpu.txt | .venv/bin/uv
 	test -x .venv-trl/bin/python || $(UV) venv --quiet --python .venv/bin/python .venv-trl
 	$(INSTALL) --python .venv-trl/bin/python -r requirements/bench-trl-cpu.txt
+	touch $@
+
+# The verifiers library excludes vLLM's pins: its environments run in a Python of their own
+# (environment.python), which needs neither torch nor vLLM.
+$(VERIFIERS): requirements/verifiers.txt requirements/dev.txt pyproject.toml | .venv/bin/uv
+	test -x .venv-verifiers/bin/python || \
+		$(UV) venv --quiet --python .venv/bin/python .venv-verifiers
+	$(INSTALL) --python .venv-verifiers/bin/python -r requirements/verifiers.txt \
+		-r requirements/dev.txt
+	$(UV) pip install --quiet --python .venv-verifiers/bin/python --no-deps --editable .
 	touch $@
 
 # One GPU, no network. MODEL: a model's directory; DATA: a directory with GSM8K's train.jsonl and test.jsonl.
@@ -109,6 +122,6 @@ soak: setup
 
 # Run directories and the cache of made models stay: they are results.
 clean:
-	rm -rf .venv .venv-rollout .venv-trl build *.egg-info
+	rm -rf .venv .venv-rollout .venv-trl .venv-verifiers build *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,9 +10,18 @@ WEEK_S = 7 * 24 * 3600
 
 @dataclass
 class EnvironmentConf:
-    """Any Atropos environment class, unmodified."""
+    """Any Atropos environment class, unmodified, or any environment of the verifiers library."""
 
-    target: str = key(MISSING, "environment class: package.module:Class or path/to/file.py:Class")
+    target: str = key(
+        MISSING,
+        "environment class: package.module:Class or path/to/file.py:Class; a name without a colon "
+        "is a taskset package of the verifiers library",
+    )
+    python: Optional[str] = key(
+        None,
+        "interpreter of this environment's workers, where its packages exclude those of vLLM; "
+        "null: that of the rollout role",
+    )
     config: Dict[str, Any] = key(
         {}, "fields of the environment's own config class; fields that other keys set are refused"
     )
@@ -138,4 +147,11 @@ class EvaluationConf:
     after: bool = key(True, "evaluate the final policy")
     timeout_s: float = key(
         1800.0, "timeout of the evaluations before and after training, seconds", gt=0, le=WEEK_S
+    )
+    samples: int = key(
+        1,
+        "answers to each held-out problem for eval/<environment>/pass@k, sampled as in training, "
+        "besides the one for the accuracy; 1: no pass@k. For environments whose config has "
+        "eval_samples: those of this package, and of verifiers",
+        ge=1,
     )

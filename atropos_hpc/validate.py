@@ -148,9 +148,20 @@ def _environment(key: str, environment: EnvironmentConf, config: Config) -> Iter
             "algorithm.batch_size",
             f"{batch} sequences are not a multiple of {key}.group_size={size}",
         )
-    if not environment.target.rpartition(":")[0]:
+    if not re.fullmatch(r".+:\w+|[\w-]+", environment.target):
         yield Problem(
-            f"{key}.target", f"{environment.target!r} is not of the form package.module:Class"
+            f"{key}.target",
+            f"{environment.target!r} is neither of the form package.module:Class nor the name of a "
+            "taskset package of verifiers",
+        )
+    evaluation = config.evaluation
+    if environment.python != config.environment.python and (
+        evaluation.every or evaluation.before or evaluation.after
+    ):
+        yield Problem(
+            f"{key}.python",
+            "one process evaluates all environments, so it must be the same for all of them, or "
+            "evaluation.before, after and every must be off",
         )
     if key != "environment" and not re.fullmatch(r"(?!environment$)\w+", environment_name(key)):
         yield Problem(

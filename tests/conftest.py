@@ -1,9 +1,9 @@
 """Which tests run where, how long they take, and fixtures that many of them share.
 
-verl and vLLM cannot live in one environment, so each test file belongs to one role's environment.
+verl, vLLM and verifiers cannot live in one environment, so each test file belongs to one of them.
 TEST_ROLE, set by the Makefile, selects the tests:
 
-    trainer, rollout   the tests of the role whose environment this is
+    trainer, rollout, verifiers   the tests of the role whose environment this is
     fast               every test that needs no heavy package, no whole run and no Slurm
 
 Without a missing part, a test is skipped with the reason on a user's machine; in CI it is an error.
@@ -25,14 +25,21 @@ import pytest
 
 from atropos_hpc.runtime.run_dir import RunDir
 
-ROLE = os.environ.get("TEST_ROLE") or ("rollout" if importlib.util.find_spec("vllm") else "trainer")
-ROLLOUT_FILES = ("test_rollout_", "test_environments", "test_policy_vllm")
+FOUND = [name for name in ("verifiers", "vllm") if importlib.util.find_spec(name)]
+ROLE = os.environ.get("TEST_ROLE") or {"verifiers": "verifiers", "vllm": "rollout"}.get(
+    FOUND[0] if FOUND else "", "trainer"
+)
+FILES = {
+    "rollout": ("test_rollout_", "test_environments", "test_policy_vllm"),
+    "verifiers": ("test_verifiers",),
+}
 NEEDS = {
     "trainer": {"verl": ("torch", "verl"), "deepspeed": ("torch", "verl", "deepspeed")},
     "rollout": {"vllm": ("vllm", "atroposlib")},
+    "verifiers": {"verifiers": ("verifiers", "atroposlib")},
     "fast": {},
 }
-SLOW_MARKERS = {"vllm", "verl", "deepspeed", "environments", "wheel", "slurm", "run"}
+SLOW_MARKERS = {"verifiers", "vllm", "verl", "deepspeed", "environments", "wheel", "slurm", "run"}
 SLOW_FILE = re.compile(rf"^pytestmark = [^#]*?\b({'|'.join(sorted(SLOW_MARKERS))})\b", re.M)
 HEAVY = ("torch", "transformers", "verl", "deepspeed", "ray", "vllm", "atroposlib")
 RERUNS = int(os.environ.get("ATROPOS_HPC_RERUNS", "1"))  # of a test that runs a run or a cluster
@@ -53,7 +60,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         return None
     if ROLE == "fast":
         return bool(SLOW_FILE.search(collection_path.read_text()))
-    return collection_path.name.startswith(ROLLOUT_FILES) != (ROLE == "rollout")
+    roles = (role for role, names in FILES.items() if collection_path.name.startswith(names))
+    return next(roles, "trainer") != ROLE
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -13,6 +13,9 @@ from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 class ArithmeticConfig(SingleTurnConfig):
     """The environment's own config."""
 
+    eval_temperature: float = Field(
+        default=1.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy."
+    )
     eval_problems: int = Field(
         default=500,
         ge=1,
@@ -58,9 +61,13 @@ class ArithmeticEnv(SingleTurnEnv):
         )
         await self.report_accuracy(chosen, self._answers_right)
 
-    async def _answers_right(self, problem: Problem) -> bool:
+    async def _answers_right(self, problem: Problem, temperature: float) -> bool:
         completion = await self.server.completion(
-            prompt=problem.prompt, n=1, max_tokens=ANSWER_TOKENS, temperature=1.0, split="eval"
+            prompt=problem.prompt,
+            n=1,
+            max_tokens=ANSWER_TOKENS,
+            temperature=temperature,
+            split="eval",
         )
         choice = completion.choices[0]
         right = [answer.strip() for answer in accepted(problem, self.config.tolerance)]

@@ -47,9 +47,6 @@ class GSM8KConfig(SingleTurnConfig):
         ge=1,
         description="Longest answer, tokens; shorter where max_token_length leaves less.",
     )
-    eval_temperature: float = Field(
-        default=0.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy."
-    )
     eval_problems: int | None = Field(
         default=None,
         ge=1,
@@ -112,7 +109,7 @@ class GSM8KEnv(SingleTurnEnv):
         """Answer each held-out problem once, or the first `eval_problems` of them."""
         await self.report_accuracy(self.held_out[: self.config.eval_problems], self._answers_right)
 
-    async def _answers_right(self, problem: dict[str, str]) -> bool:
+    async def _answers_right(self, problem: dict[str, str], temperature: float) -> bool:
         prompt = self.prompt(problem["question"])
         left = self.tokens_left(prompt)
         if left < 1:
@@ -121,7 +118,7 @@ class GSM8KEnv(SingleTurnEnv):
             prompt=prompt,
             n=1,
             max_tokens=left,
-            temperature=self.config.eval_temperature,
+            temperature=temperature,
             split="eval",
         )
         return is_right(completion.choices[0].text, problem["answer"])

@@ -4,6 +4,7 @@ It samples groups, measures held-out accuracy, and logs both.
 """
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -23,6 +24,37 @@ class SingleTurnConfig(BaseEnvConfig):
 
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature in training.")
     seed: int = Field(default=0, description="Seed of the order of training problems.")
+    eval_temperature: float = Field(
+        default=0.0, ge=0, description="Sampling temperature in evaluation; 0 is greedy."
+    )
+    eval_samples: int = Field(
+        default=1,
+        ge=1,
+        description="Further answers to each held-out problem, at the training temperature, for "
+        "eval/pass@k; 1: none. The run sets it to evaluation.samples.",
+    )
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Estimate, without bias, that at least one of k answers is right (arXiv 2107.03374).
+
+    `right` of `samples` answers were right.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 4), pass_at_k(4, 0, 4), round(pass_at_k(4, 2, 2), 3)
+    (0.25, 1.0, 0.0, 0.833)
+    """
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def ks(samples: int) -> list[int]:
+    """Return the k of pass@k to report: powers of two, and the number of samples.
+
+    >>> ks(6), ks(1)
+    ([1, 2, 4, 6], [])
+    """
+    if samples == 1:
+        return []
+    return sorted({1 << i for i in range(samples.bit_length()) if 1 << i <= samples} | {samples})
 
 
 class SingleTurnEnv(BaseEnv):
@@ -82,21 +114,27 @@ class SingleTurnEnv(BaseEnv):
         )
 
     async def report_accuracy(
-        self, problems: Sequence[T], answers_right: Callable[[T], Coroutine[Any, Any, bool]]
+        self,
+        problems: Sequence[T],
+        answers_right: Callable[[T, float], Coroutine[Any, Any, bool]],
     ) -> None:
-        """Answer each problem once, and report eval/percent_correct, a fraction of 1."""
-        start, right = time.time(), 0
-        for at in range(0, len(problems), CONCURRENT_EVALUATIONS):
-            right += sum(
-                await asyncio.gather(
-                    *map(answers_right, problems[at : at + CONCURRENT_EVALUATIONS])
-                )
-            )
-        percent_correct = right / len(problems)
-        self.eval_metrics.append(("eval/percent_correct", percent_correct))
-        await self.evaluate_log(
-            {"eval/percent_correct": percent_correct}, start_time=start, end_time=time.time()
-        )
+        """Report eval/percent_correct, a fraction of 1, and with `eval_samples` eval/pass@k.
+
+        `answers_right` answers a problem once, at that temperature.
+        """
+        start, config = time.time(), self.config
+        once = await _gather(problems, lambda each: answers_right(each, config.eval_temperature))
+        metrics = {"eval/percent_correct": sum(once) / len(problems)}
+        if sizes := ks(config.eval_samples):
+            repeated = [problem for problem in problems for _ in range(config.eval_samples)]
+            answers = await _gather(repeated, lambda each: answers_right(each, config.temperature))
+            n = config.eval_samples
+            counts = [sum(answers[at : at + n]) for at in range(0, len(answers), n)]
+            for k in sizes:
+                estimates = [pass_at_k(n, right, k) for right in counts]
+                metrics[f"eval/pass@{k}"] = sum(estimates) / len(estimates)
+        self.eval_metrics += metrics.items()
+        await self.evaluate_log(metrics, start_time=start, end_time=time.time())
 
     async def wandb_log(self, wandb_metrics: dict[str, object] | None = None) -> None:
         """Log the metrics since the last call."""
@@ -105,3 +143,11 @@ class SingleTurnEnv(BaseEnv):
             metrics["train/percent_correct"] = sum(self.rewards) / len(self.rewards)
         self.rewards, self.eval_metrics = [], []
         await super().wandb_log(metrics)
+
+
+async def _gather(items: Sequence[T], ask: Callable[[T], Coroutine[Any, Any, bool]]) -> list[bool]:
+    """Ask about every item, a bounded number at once, and return the answers in order."""
+    answers: list[bool] = []
+    for at in range(0, len(items), CONCURRENT_EVALUATIONS):
+        answers += await asyncio.gather(*map(ask, items[at : at + CONCURRENT_EVALUATIONS]))
+    return answers

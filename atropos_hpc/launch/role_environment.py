@@ -133,7 +133,7 @@ def check_model(
 def check_environment(
     config: Config, key: str, environment: EnvironmentConf, trial: bool
 ) -> list[Problem]:
-    """Load an environment class in the rollout role's interpreter, and validate its config.
+    """Load an environment class in its workers' interpreter, and validate its config.
 
     `trial`: try it out there, too. The keys of the problems are relative to the environment's
     section.
@@ -147,7 +147,8 @@ def check_environment(
         # Only what a trial depends on, so that the points of a sweep share it.
         part = Config(seed=config.seed, model=config.model, environment=environment)
         options += ["--trial", msgspec.json.encode(RunInfo(part)).decode()]
-    return _check_environment(rollout_python(config), setup, tuple(options), timeout_s)
+    python = environment.python or rollout_python(config)
+    return _check_environment(python, setup, tuple(options), timeout_s)
 
 
 @functools.cache
@@ -159,6 +160,8 @@ def _check_environment(
         done = _run(setup, python, *command, *options, timeout_s=CHECK_TIMEOUT_S + 4 * part_s)
         answer = json.loads(_last_line(done.stdout, ""))
         return [Problem(each["key"], each["message"]) for each in answer]
+    except FileNotFoundError:
+        return [Problem("python", f"there is no {python}")]
     except (OSError, subprocess.SubprocessError) as error:
         return [Problem("target", f"could not be checked: {error}")]
     except ValueError:

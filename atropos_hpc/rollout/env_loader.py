@@ -41,9 +41,11 @@ class TargetError(Exception):
 def load(target: str) -> type[BaseEnv]:
     """Import the class that "package.module:Class" or "path/to/file.py:Class" names.
 
-    Raises TargetError.
+    A target without a colon is a taskset package of the verifiers library. Raises TargetError.
     """
     where, _, name = target.rpartition(":")
+    if not where:
+        return _load_verifiers(name)
     try:
         if where.endswith(".py"):  # a file next to its helpers, as in Atropos
             path = Path(where).expanduser().resolve(strict=True)
@@ -65,6 +67,23 @@ def load(target: str) -> type[BaseEnv]:
         )
         raise TargetError([Problem("target", message)])
     return environment
+
+
+def _load_verifiers(package: str) -> type[BaseEnv]:
+    try:
+        from atropos_hpc.environments.verifiers import of_package
+    except ImportError as error:
+        message = (
+            f"{package}: the verifiers library cannot be imported in {sys.executable}: {error!r}. "
+            "Give environment.python an interpreter with atropos-hpc[verifiers]; a class of "
+            "Atropos is package.module:Class"
+        )
+        raise TargetError([Problem("target", message)]) from error
+    try:
+        return of_package(package)
+    except Exception as error:  # whatever the package raises
+        message = f"{package}: verifiers cannot load this taskset: {error!r}"
+        raise TargetError([Problem("target", message)]) from error
 
 
 def default_config(environment: type[BaseEnv]) -> Any:
@@ -161,7 +180,8 @@ def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config
     """
     env_config = default_config(environment)
     workers = conf.workers * config.roles.rollout.nodes
-    changes: JsonObject = {"seed": seed} if "seed" in type(env_config).model_fields else {}
+    own = {"seed": seed, "eval_samples": config.evaluation.samples}
+    changes: JsonObject = {k: v for k, v in own.items() if k in type(env_config).model_fields}
     changes |= conf.config
     changes |= {
         "group_size": conf.group_size,

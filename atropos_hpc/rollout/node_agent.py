@@ -40,6 +40,7 @@ from atropos_hpc.runtime.supervision import Exit, Limits, ManagedProcess, Superv
 
 log = logging.getLogger(__name__)
 
+ENV_WORKER = "atropos_hpc.rollout.env_worker"
 TICK_S = 0.1
 LOOK_S = 1.0  # between two looks at the other members
 TAKE_OVER_S = 60.0  # before the evaluator is taken over, as nodes start at different times
@@ -77,16 +78,23 @@ class NodeAgent:
             self._child(
                 f"environment-{number}",
                 Kind.ENVIRONMENT,
-                "atropos_hpc.rollout.env_worker",
-                ("--index", str(number), "--environment", key),
+                (
+                    "-m",
+                    "atropos_hpc.rollout.env_worker",
+                    "--index",
+                    str(number),
+                    "--environment",
+                    key,
+                ),
+                environments(self.config)[key].python,
             )
             for number, key in enumerate(keys, self.index * len(keys))
         ]
 
     def _child(
-        self, name: str, kind: Kind, module: str, arguments: tuple[str, ...] = ()
+        self, name: str, kind: Kind, arguments: tuple[str, ...], python: str | None
     ) -> ManagedProcess:
-        command = (sys.executable, "-m", module, "--run-dir", str(self.run.path), *arguments)
+        command = (python or sys.executable, *arguments, "--run-dir", str(self.run.path))
         # The node's GPUs are the servers'. Sets of strings have one order in all workers.
         variables = {devices.VISIBLE: "", "PYTHONHASHSEED": "0"}
         spec = ProcessSpec(name, command, variables)
@@ -177,7 +185,10 @@ class NodeAgent:
             if self.evaluates and (self.index == 0 or first_for_s > TAKE_OVER_S):
                 self.evaluates = False
                 evaluator = self._child(
-                    "evaluator", Kind.EVALUATOR, "atropos_hpc.rollout.evaluation"
+                    "evaluator",
+                    Kind.EVALUATOR,
+                    ("-m", "atropos_hpc.rollout.evaluation"),
+                    self.config.environment.python,  # all environments have the same: validate
                 )
                 self.others.append(evaluator)
                 self.engine.add(evaluator)
