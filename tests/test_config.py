@@ -83,7 +83,12 @@ def test_a_mistake_in_composing_is_refused(
             "trainer.tokens_per_micro_batch",
             "model.max_length=32",
         ),
-        ("environment.target=arithmetic", "environment.target", "package.module:Class"),
+        (
+            "+more_environments={b: {target: 'b:B', python: /other/python}}",
+            "more_environments.b.python",
+            "one process evaluates all environments",
+        ),
+        ("environment.target=a.arithmetic", "environment.target", "package.module:Class"),
         ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "must be at most 1"),
         (
             "+environment.config.group_size=4",

@@ -156,6 +156,8 @@ def test_a_missing_python_and_one_without_packages_are_refused(tmp_path: Path) -
             "environment.config.eval_problem",
             "did you mean eval_problems?",
         ),
+        (["environment.target=gsm8k-v1"], "environment.target", "environment.python"),
+        (["environment.python=/no/python"], "environment.python", "there is no /no/python"),
     ],
 )
 @pytest.mark.environments

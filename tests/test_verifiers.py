@@ -34,8 +34,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["?", *CHARACTERS])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    vocabulary = {token: i for i, token in enumerate(["<unk>", *CHARACTERS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     made.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
@@ -253,7 +253,12 @@ def test_an_evaluation_reports_the_reward_and_pass_at_k(
     ("target", "config", "key", "says"),
     [
         ("vf-sums", {"env": {"taskset": {"largest": 20}}}, None, ""),
-        ("vf-sums", {"env": {"taskset": {"smallest": 20}}}, "config.env", "smallest"),
+        (
+            "vf-sums",
+            {"env": {"taskset": {"smallest": 20}}},
+            "config.env.taskset.smallest",
+            "not permitted",
+        ),
         ("vf-nothing", {}, "target", "cannot load this taskset"),
     ],
 )

@@ -145,9 +145,11 @@ class SingleTurnEnv(BaseEnv):
         await super().wandb_log(metrics)
 
 
-async def _gather(items: Sequence[T], ask: Callable[[T], Coroutine[Any, Any, bool]]) -> list[bool]:
-    """Ask about every item, a bounded number at once, and return the answers in order."""
+async def _gather(
+    items: Sequence[T], answer: Callable[[T], Coroutine[Any, Any, bool]]
+) -> list[bool]:
+    """Answer every item, a bounded number at once, in order."""
     answers: list[bool] = []
     for at in range(0, len(items), CONCURRENT_EVALUATIONS):
-        answers += await asyncio.gather(*map(ask, items[at : at + CONCURRENT_EVALUATIONS]))
+        answers += await asyncio.gather(*map(answer, items[at : at + CONCURRENT_EVALUATIONS]))
     return answers

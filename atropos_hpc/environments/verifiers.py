@@ -30,6 +30,7 @@ from atropos_hpc.contracts.messages import (
     SamplingParams,
     TokenLogprob,
 )
+from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.environments import verifiers_chat
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 from atropos_hpc.rollout.stamping import Sampled, record_generations, record_sampled
@@ -44,12 +45,12 @@ class VerifiersConfig(SingleTurnConfig):
     """The environment's own config."""
 
     package: ClassVar[str] = ""  # id of the taskset
-    env: dict[str, Any] = Field(
+    env: JsonObject = Field(
         default_factory=dict,
         description="The library's [env] block: {taskset: {...}, agent: {...}} and so on. The "
         "target sets taskset.id.",
     )
-    eval_taskset: dict[str, Any] | None = Field(
+    eval_taskset: JsonObject | None = Field(
         default=None,
         description="Fields of the taskset that differ in evaluation, such as {split: test}. "
         "None: the last eval_tasks tasks are held out.",
@@ -61,7 +62,7 @@ class VerifiersConfig(SingleTurnConfig):
     max_tokens: int | None = Field(
         default=None, ge=1, description="Longest reply, tokens. None: what the context leaves."
     )
-    renderer: dict[str, Any] | None = Field(
+    renderer: JsonObject | None = Field(
         default=None,
         description="Config of the library's renderer, such as {name: default, tool_parser: "
         "qwen3}. None: by the model's name, else its chat template, without tools.",
@@ -69,14 +70,14 @@ class VerifiersConfig(SingleTurnConfig):
 
     @field_validator("env")
     @classmethod
-    def _is_known(cls, env: dict[str, Any]) -> dict[str, Any]:
+    def _is_known(cls, env: JsonObject) -> JsonObject:
         """Have the library check the block. Raises ValueError."""
         if cls.package:
             vf.resolve_env_config(env_block(cls.package, env, 1))
         return env
 
 
-def env_block(package: str, env: dict[str, Any], max_length: int) -> dict[str, Any]:
+def env_block(package: str, env: JsonObject, max_length: int) -> JsonObject:
     """Return the library's [env] block, with this package's defaults for every agent."""
     block = dict(env)
     block["taskset"] = {**(block.get("taskset") or {}), "id": package}
@@ -125,7 +126,7 @@ class Endpoint:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self._url = f"http://127.0.0.1:{runner.addresses[0][1]}"
 
-    def client(self, split: str, renderer: dict[str, Any] | None) -> vf.TrainClientConfig:
+    def client(self, split: str, renderer: JsonObject | None) -> vf.TrainClientConfig:
         """Return the config of the training client for the split "train" or "eval"."""
         return vf.TrainClientConfig.model_validate(
             {
@@ -206,7 +207,7 @@ class VerifiersEnv(SingleTurnEnv):
             vf.Sampling(temperature=temperature, max_tokens=self.config.max_tokens),
         )
 
-    def _split(self, block: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    def _split(self, block: JsonObject) -> tuple[list[Any], list[Any]]:
         """Return the tasks for training and for evaluation. Raises ValueError."""
         if not self.environment.taskset.bounded:
             raise ValueError(

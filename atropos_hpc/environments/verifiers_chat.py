@@ -16,6 +16,8 @@ import verifiers.v1 as vf
 from verifiers.v1.dialects.chat import message_to_wire
 from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 
+from atropos_hpc.contracts.scored_group import JsonObject
+
 __all__ = ["ID", "ChatHarness"]
 
 ID = "atropos_hpc_chat"
@@ -33,18 +35,12 @@ class ChatHarness(vf.Harness[vf.HarnessConfig]):
     NEEDS_CONTAINER = False
 
     async def launch(
-        self,
-        ctx: vf.ModelContext,
-        trace: vf.Trace,
-        runtime: vf.Runtime,
-        endpoint: str,
-        secret: str,
-        mcp_urls: dict[str, str],
-        data: vf.TaskData,
+        self, ctx: vf.ModelContext, trace: vf.Trace, runtime: vf.Runtime, *more: Any
     ) -> vf.ProgramResult:
         """Hold the conversation of one task. The framework records it at `endpoint`."""
+        endpoint, secret, mcp_urls, data = more  # in the order of the library's signature
         system, prompt = self.resolve_prompt(data)
-        messages: list[dict[str, Any]] = []
+        messages: list[JsonObject] = []
         if system:
             messages.append({"role": "system", "content": system})
         if isinstance(prompt, str):
@@ -81,7 +77,7 @@ class ChatHarness(vf.Harness[vf.HarnessConfig]):
                     messages.append({**result, "name": call["function"]["name"]})
 
 
-async def _result(function: dict[str, Any], dispatch: Any, servers: Any) -> Any:
+async def _result(function: JsonObject, dispatch: Any, servers: Any) -> Any:
     """Run one tool call. What is wrong with the call itself is told to the model."""
     name = function["name"]
     if name not in dispatch:
