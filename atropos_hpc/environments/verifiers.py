@@ -33,7 +33,7 @@ from atropos_hpc.contracts.messages import (
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.environments import verifiers_chat
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
-from atropos_hpc.rollout.stamping import Sampled, record_generations, record_sampled
+from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 
 KEY_VARIABLE = "ATROPOS_HPC_VERIFIERS_KEY"
 SESSION = "X-Session-ID"  # the trace's id, which the training client sends with every turn
@@ -155,14 +155,15 @@ class Endpoint:
             for name, value in msgspec.structs.asdict(body.sampling_params).items()
             if value is not None and name not in ("n", "logprobs")
         }
+        split = request.path.split("/")[1]
         with record_generations() as sampled:
-            _, tokens, log_probs, reasons = await self._server.tokens_and_logprobs_completion(
-                input_ids=body.token_ids,
-                prompt=None,
-                n=1,
-                split=request.path.split("/")[1],
-                **sampling,
-            )
+            try:
+                _, tokens, log_probs, reasons = await self._server.tokens_and_logprobs_completion(
+                    input_ids=body.token_ids, prompt=None, n=1, split=split, **sampling
+                )
+            except Exception as error:  # whatever the servers raise fails the episode
+                detail = {"error": {"message": f"{type(error).__name__}: {error}"}}
+                return web.json_response(detail, status=500)
         self.sampled[request.headers.get(SESSION, "")] += sampled
         content = [
             TokenLogprob(log_prob, token=f"token_id:{token}")
@@ -242,7 +243,7 @@ class VerifiersEnv(SingleTurnEnv):
         )
         traces = [trace for episode in episodes for trace in episode.traces]
         for trace in traces:
-            record_sampled(self.endpoint.sampled.pop(trace.id, []))
+            record(self.endpoint.sampled.pop(trace.id, []))
         for episode in episodes:
             if not episode.ok:
                 raise RuntimeError(_failure(self.package, episode))
@@ -276,7 +277,7 @@ class VerifiersEnv(SingleTurnEnv):
         context = self._context("eval", temperature)
         episode = await self.environment.run_episode(task, context)
         for trace in episode.traces:
-            record_sampled(self.endpoint.sampled.pop(trace.id, []))
+            record(self.endpoint.sampled.pop(trace.id, []))
         if not episode.ok:
             raise RuntimeError(_failure(self.package, episode))
         return sum(trace.reward for trace in episode.traces) / len(episode.traces)

@@ -67,13 +67,6 @@ def record(sampled: Iterable[Sampled]) -> None:
         seen.extend(sampled)
 
 
-def record_sampled(sampled: list[Sampled]) -> None:
-    """Add generations that another block has collected to the surrounding one, if there is one."""
-    seen = _recording.get()
-    if seen is not None:
-        seen += sampled
-
-
 def stamp(
     group: MutableMapping[str, Any],
     seen: list[Sampled],
