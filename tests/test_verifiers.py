@@ -107,9 +107,10 @@ def environment(
     return env
 
 
-async def one_group(env: VerifiersEnv, item: int = 0) -> dict[str, Any]:
-    """Play a task, and stamp its group as a worker does."""
+async def one_group(env: VerifiersEnv) -> dict[str, Any]:
+    """Play the first task, and stamp its group as a worker does."""
     await env.setup()
+    item = env.training[0]
     with record_generations() as sampled:
         group, _ = await env.collect_trajectories(item)
     stamp(group, sampled, "vf")
@@ -165,7 +166,7 @@ def with_tool(tokenizer: Any, loop: asyncio.Runner) -> dict[str, Played]:
         await env.setup()
         for name, policy in policies.items():
             env.server.reply, env.server.turns = policy, []
-            group, _ = await env.collect_trajectories(0)
+            group, _ = await env.collect_trajectories(env.training[0])
             played[name] = Played(dict(group), env.server.turns)
         await env._serving.aclose()
 
@@ -213,13 +214,13 @@ def test_every_task_is_drawn_once_per_epoch_and_the_held_out_ones_never(
 
     async def story() -> tuple[list[int], list[int]]:
         await env.setup()
-        drawn = [await env.get_next_item() for _ in range(2 * len(env.training))]
+        drawn = [(await env.get_next_item())["task"] for _ in range(2 * len(env.training))]
         await env._serving.aclose()
         return drawn[: len(env.training)], drawn[len(env.training) :]
 
     first, second = loop.run(story())
     assert sorted(first) == sorted(second) == list(range(34)) and first != second
-    prompts = {task.data.prompt for task in env.training}
+    prompts = {task.data.prompt for task in env.tasks}
     assert len(env.held_out) == 5 and not prompts & {task.data.prompt for task in env.held_out}
 
 

@@ -9,7 +9,6 @@ this process, which forwards to the run's servers through Atropos' server interf
 
 import asyncio
 import os
-import random
 import secrets
 import time
 from collections import defaultdict
@@ -190,8 +189,8 @@ class VerifiersEnv(SingleTurnEnv):
         await super().setup()
         block = env_block(self.package, self.config.env, self.config.max_token_length)
         self.environment = vf.load_environment(vf.resolve_env_config(block))
-        self.training, self.held_out = self._split(block)
-        self._random, self._order = random.Random(self.config.seed), list[int]()
+        self.tasks, self.held_out = self._split(block)
+        self.training = [{"task": i, "key": task.key} for i, task in enumerate(self.tasks)]
         self.endpoint = Endpoint(
             self.server, self.config.tokenizer_name, self.config.max_token_length
         )
@@ -228,16 +227,11 @@ class VerifiersEnv(SingleTurnEnv):
             raise ValueError(f"the taskset {self.package} has no tasks to train on")
         return training, evaluation
 
-    async def get_next_item(self) -> int:
-        """Return the index of the next training task: an epoch has each once, in its own order."""
-        if not self._order:
-            self._order = list(range(len(self.training)))
-            self._random.shuffle(self._order)
-        return self._order.pop()
-
-    async def collect_trajectories(self, item: int) -> tuple[ScoredDataGroup, list[int]]:
+    async def collect_trajectories(
+        self, item: JsonObject
+    ) -> tuple[ScoredDataGroup, list[JsonObject]]:
         """Play the episodes of a task at once. Raises RuntimeError if one of them fails."""
-        task, context = self.training[item], self._context("train", self.config.temperature)
+        task, context = self.tasks[item["task"]], self._context("train", self.config.temperature)
         episodes = await asyncio.gather(
             *(self.environment.run_episode(task, context) for _ in range(self.config.group_size))
         )
