@@ -5,6 +5,8 @@ imports what it needs itself, so that `status` starts fast on any login node.
 """
 
 import argparse
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -208,9 +210,9 @@ def templates(options: argparse.Namespace) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     for source in sources:
-        text = source.read_text()
-        if not resources.is_clone():  # the submit directory has no .venv of a clone
-            text = text.replace(".venv/bin/python", sys.executable)
+        # the copy does not lie in a clone
+        text = re.sub(r"# Slurm runs a copy.*?\nfi\n", "", source.read_text(), flags=re.S)
+        text = text.replace('"$home/.venv/bin/python"', shlex.quote(sys.executable))
         (options.out / source.name).write_text(text)
         print(options.out / source.name)
     return 0

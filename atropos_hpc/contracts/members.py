@@ -214,6 +214,7 @@ class Holder(msgspec.Struct, kw_only=True):
     pid: int | None = None
     since: float = 0.0
     job: str | None = None
+    restarts: str | None = None  # how often Slurm had started the job again, by its own variable
 
 
 class Done(msgspec.Struct, kw_only=True):

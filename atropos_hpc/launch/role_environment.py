@@ -144,8 +144,8 @@ def check_environment(
     if timeout_s and trial:
         options += ["--timeout-s", str(timeout_s), "--environment", key]
     if timeout_s and trial and config.model.path is not None:
-        # Only what a trial depends on, so that the points of a sweep share it.
-        part = Config(seed=config.seed, model=config.model, environment=environment)
+        # Only what a trial depends on, so that the points of a sweep share it; not the seed.
+        part = Config(model=config.model, environment=environment)
         options += ["--trial", msgspec.json.encode(RunInfo(part)).decode()]
     python = environment.python or rollout_python(config)
     return _check_environment(python, setup, tuple(options), timeout_s)

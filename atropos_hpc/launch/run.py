@@ -59,17 +59,20 @@ OLD_LOCK_S = 300.0  # for a filesystem to release the lock of a node that has di
 ROLLOUT_KINDS = ("rollout_job", "agent", "environment", "evaluator")
 
 
-def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
+def launch(
+    config: Config, run_dir: Path, requeue: Callable[[], None], checked: bool = False
+) -> int:
     """Start or resume a run and stay until its end. Returns train.py's exit code.
 
     `requeue` makes Slurm start this job again. It is called last, when no process of the run is
-    left here and its lock is free.
+    left here and its lock is free. `checked`: the roles' environments were checked at submission,
+    and are not again while nodes are held for it.
     """
     process.keep_files_private()
     if dropped := environment.drop_from(os.environ):
         print(environment.describe(dropped), file=sys.stderr)
     try:
-        action = _launch(config, RunDir(run_dir))
+        action = _launch(config, RunDir(run_dir), checked)
     except Refused as error:
         return refuse(error.problems)
     except Unreadable as error:
@@ -89,10 +92,11 @@ def launch(config: Config, run_dir: Path, requeue: Callable[[], None]) -> int:
     return EXIT[action] if isinstance(action, Action) else action
 
 
-def _launch(config: Config, run: RunDir) -> Action | int:
+def _launch(config: Config, run: RunDir, checked: bool) -> Action | int:
     """Return how the run ended, or an exit code if it did not start. Raises Refused."""
     try:
         job, known = _job(config), run.info()
+        roles = not (checked or _is_requeued(run))
     except commands.SlurmError as error:
         raise Refused(Problem("cluster", str(error))) from None
     try:
@@ -100,7 +104,7 @@ def _launch(config: Config, run: RunDir) -> Action | int:
             if known:
                 # Before the slow checks, so that a second start is refused at once.
                 stack.enter_context(_locked(run))
-            if problems := preflight.check(config, run.path, known):
+            if problems := preflight.check(config, run.path, known, roles=roles):
                 raise Refused(*problems)
             if config.launch.dry_run:
                 return _dry_run(config, run)
@@ -129,18 +133,27 @@ def _dry_run(config: Config, run: RunDir) -> int:
 @contextmanager
 def _locked(run: RunDir) -> Iterator[None]:
     """Hold the run's lock; the kernel releases it when this process ends, however it ends."""
-    job, previous = os.environ.get("SLURM_JOB_ID"), read_intact(run.holder, Holder)
-    requeued = job is not None and previous is not None and previous.job == job
-    with FileLock(run.lock, timeout=OLD_LOCK_S if requeued else 0, fallback_to_soft=False):
+    timeout = OLD_LOCK_S if _is_requeued(run) else 0
+    with FileLock(run.lock, timeout=timeout, fallback_to_soft=False):
         holder = Holder(
             what="atropos_hpc.train",
             host=socket.gethostname(),
             pid=os.getpid(),
             since=time.time(),
-            job=job,
+            job=os.environ.get("SLURM_JOB_ID"),
+            restarts=os.environ.get("SLURM_RESTART_COUNT"),
         )
         write_struct(run.holder, holder)
         yield
+
+
+def _is_requeued(run: RunDir) -> bool:
+    """Tell whether Slurm has started this job again. A second command in the same start of a job,
+    as in an interactive one, is something else."""
+    job, holder = os.environ.get("SLURM_JOB_ID"), read_intact(run.holder, Holder)
+    if job is None or holder is None or holder.job != job:
+        return False
+    return holder.restarts != os.environ.get("SLURM_RESTART_COUNT")
 
 
 def _job(config: Config) -> Job | None:

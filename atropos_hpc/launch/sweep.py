@@ -40,7 +40,7 @@ class Point:
 
     def __call__(self) -> str:
         """Run or resume the point. Raises RuntimeError, which submitit keeps, if it fails."""
-        code = run.launch(self.config, self.run_dir, self.requeue)
+        code = run.launch(self.config, self.run_dir, self.requeue, checked=True)
         if code in (1, 2):
             how = "failed" if code == 1 else "was refused"
             raise RuntimeError(f"the run in {self.run_dir} {how}; see its logs")
@@ -93,6 +93,9 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = F
                 answers = commands.is_reachable()
                 _refuse(new, answers, roles=False)
                 return _dry_run(new, folder, names, answers)
+            if new:
+                what = "the cluster, both roles' Python and the environments"
+                print(f"checking {what}, for {len(new)} points", file=sys.stderr, flush=True)
             _refuse(new, True)
             _submit(new, names, folder)
         if not launch.wait:
