@@ -17,6 +17,14 @@ def test_libraries_use_the_interface_that_carries_the_announced_address(
     assert {network.os.environ[f"{name}_SOCKET_IFNAME"] for name in ("GLOO", "NCCL")} == {"lo"}
 
 
+@pytest.mark.parametrize(("nodes", "address"), [(1, "127.0.0.1"), (2, "10.1.2.3")])
+def test_ports_without_a_token_are_on_the_loopback_interface_unless_there_are_more_nodes(
+    nodes: int, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(network.HOST, "10.1.2.3")
+    assert network.group_host(None, nodes) == address
+
+
 def test_a_variable_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")

@@ -49,7 +49,8 @@ def test_a_server_without_a_model_is_refused() -> None:
 def test_variables_of_the_config_have_the_last_word(tmp_path: Path) -> None:
     conf = RolloutConf(variables={"VLLM_NO_USAGE_STATS": "0", "X": "y"})
     assert variables(conf, ModelConf(path=str(tmp_path))) == {
-        "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "0", "X": "y",
+        "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "0", "X": "y",
     }  # fmt: skip
     assert "HF_HUB_OFFLINE" not in variables(conf, ModelConf(path="name/on-the-hub"))
 

@@ -34,7 +34,7 @@ from atropos_hpc.runtime import process
 from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member, RosterReader
-from atropos_hpc.runtime.network import keep_to_interface, own_host
+from atropos_hpc.runtime.network import group_host, keep_to_interface
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, last_records
 from atropos_hpc.runtime.waiting import wait_for
@@ -111,16 +111,21 @@ def backend_class(name: str) -> Any:
 def join(run: RunDir, member: Member[TrainerState], host: str, timeout_s: float) -> None:
     """Make the default process group.
 
-    Rank 0 opens a store at a free port and announces it in its member file; the others read it
-    there. The step id distinguishes this start's rank 0 from an earlier one's. Raises TimeoutError.
+    Of several ranks, rank 0 opens a store at a free port and announces it in its member file; the
+    others read it there. The step id distinguishes this start's rank 0 from an earlier one's.
+    Raises TimeoutError.
     """
     import torch
     import torch.distributed as dist
 
     rank, world = member.state.rank, _variable("WORLD_SIZE", "SLURM_NTASKS", "1")
+    store: dist.Store
     # Ranks load and wait at different speeds; a lost rank ends the Slurm step anyway.
     timeout = timedelta(seconds=timeout_s + 600)
-    if rank == 0:
+    if world == 1:
+        store = dist.HashStore()  # needs no port
+        member.update(state="joining")
+    elif rank == 0:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Bound here because the store itself would listen on every interface.
         listener = socket.create_server((host, 0), family=family)
@@ -177,8 +182,9 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     require_gpus("trainer", config.roles.trainer.gpus_per_node)
-    keep_to_interface(config.cluster.host)
-    join(run, member, own_host(config.cluster.host), config.launch.start_timeout_s)
+    host = group_host(config.cluster.host, config.roles.trainer.nodes)
+    keep_to_interface(host)
+    join(run, member, host, config.launch.start_timeout_s)
     member.update(state="loading")
     context = _build_context(run, config, member)
     try:

@@ -22,7 +22,7 @@ from atropos_hpc.config import ModelConf, RolloutConf
 from atropos_hpc.rollout.vllm_api import serve, version_flags
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.devices import require_gpus
-from atropos_hpc.runtime.network import keep_to_interface, own_host
+from atropos_hpc.runtime.network import LOOPBACK, keep_to_interface, own_host
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
 
@@ -87,6 +87,7 @@ def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
     found = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for pausing and weight updates
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": LOOPBACK,  # where vLLM's processes meet, not where the server listens
     }
     if model.lora.rank:
         found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the route that registers the adapter
@@ -122,7 +123,7 @@ def main() -> None:
         print(error, file=sys.stderr, flush=True)
         sys.exit(process.REFUSED)
     host = own_host(config.cluster.host)
-    keep_to_interface(config.cluster.host)
+    keep_to_interface(LOOPBACK)  # of vLLM's own processes, which are all on this node
     os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
     # Servers that sample with the same seed would give groups of the same noise.
     seed = zlib.crc32(

@@ -5,6 +5,7 @@ import socket
 
 import psutil
 
+LOOPBACK = "127.0.0.1"
 HOST = "ATROPOS_HPC_HOST"  # the node's address according to Slurm; set by the supervisor
 
 
@@ -24,6 +25,15 @@ def own_host(host: str | None) -> str:
     if not found:
         raise OSError(f"cluster.host: interface {host} has no IPv4 address")
     return str(found[0])
+
+
+def group_host(host: str | None, nodes: int) -> str:
+    """Return the address on which the ranks of one process group reach each other.
+
+    Their stores and connections ask for no token: within one node they listen on the loopback
+    interface only. `host` is cluster.host.
+    """
+    return own_host(host) if nodes > 1 else LOOPBACK
 
 
 def interface_of(host: str) -> str | None:
