@@ -69,6 +69,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         super().__init__(config, server_configs, slurm=False)
         self.pool: Pool = self.server.servers[0].pool
         self._rollout = self.pool.run.config().rollout
+        self._saved = self.pool.save_answers()
         self.http = HttpClient(self._trajectory_server, token, member=member)
         self.member, self.losses = member, losses
         self.draws = PromptDraws(
@@ -143,7 +144,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         if self.quota is not None:
             self.quota.groups -= 1
         item_uuid = str(uuid.uuid4())
-        worker = asyncio.create_task(self.handle_env(item_uuid))
+        worker = asyncio.create_task(self._saved.follow(self.handle_env(item_uuid)))
         if drawn is not None:
             self.draws.start(worker, drawn)
         running = {"item": item, "worker": worker, "start_time": time.time()}
@@ -372,11 +373,12 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
     async def leave(self) -> None:
         """Stop generating, wait for sends in progress, disconnect, close the connections."""
         self.draws.closing = True
-        tasks = [task for task in (self._early, *self.workers, *self.eval_workers) if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*self._sends, return_exceptions=True)
+        async with self._saved.stopping():
+            tasks = [task for task in (self._early, *self.workers, *self.eval_workers) if task]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._sends, return_exceptions=True)
         if getattr(self, "env_id", None) is not None:
             await self.draws.report_last(LEAVE_PATIENCE_S)
             body = msgspec.json.encode(messages.StatusRequest(self.env_id))

@@ -92,6 +92,15 @@ class Sample:
         if self._at_joint:
             self._stop_at_joint()
 
+    def resume(self, saved: Generation) -> None:
+        """Take what an earlier run generated of this sample."""
+        saved.index = self.index
+        self.generation = saved
+        if saved.token_ids and not self.finished:
+            self.interrupt()
+        elif self.finished:
+            self.kept += len(saved.token_ids)
+
     def interrupt(self) -> None:
         """Keep what is there for the next server, or drop it where it cannot be continued."""
         tokens = len(self.generation.token_ids)

@@ -34,6 +34,7 @@ from typing import Any
 from atroposlib.envs.base import BaseEnv
 
 from atropos_hpc.contracts.members import LossReason
+from atropos_hpc.rollout.saved_answers import forget_rollout
 from atropos_hpc.rollout.stamping import record_generations
 from atropos_hpc.runtime.error_text import describe_error
 
@@ -82,6 +83,7 @@ _rollout: contextvars.ContextVar[Rollout | None] = contextvars.ContextVar("rollo
 
 def note_sent(groups: Sequence[object]) -> None:
     """Note that BaseEnv has handed these groups over to be sent."""
+    forget_rollout()
     if (rollout := _rollout.get()) is not None:
         rollout.sent |= {id(group) for group in groups}
 

@@ -30,6 +30,7 @@ from atropos_hpc.contracts.messages import (
 )
 from atropos_hpc.rollout.partial_answer import Decode, Sample, answer_of
 from atropos_hpc.rollout.prefix_homes import PrefixHomes
+from atropos_hpc.rollout.saved_answers import SavedAnswers
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -100,6 +101,7 @@ class Pool:
         self.run = run
         self.outstanding: Counter[str] = Counter()
         self.homes = PrefixHomes()
+        self.saved: SavedAnswers | None = None
         self.generated = 0  # tokens that have arrived
         # Tokens that interrupted samples had: continued from, and generated again.
         self.kept = self.dropped = 0
@@ -114,6 +116,11 @@ class Pool:
         self._turn = itertools.count()
         self._watcher: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
+
+    def save_answers(self) -> SavedAnswers:
+        """Save the answers of rollouts under way at a stop, and continue those saved before."""
+        self.saved = SavedAnswers(self.run, self.run.config().staleness.max)
+        return self.saved
 
     @property
     def servers(self) -> list[str]:
@@ -174,8 +181,11 @@ class Pool:
         self.watch()
         samples = [Sample(request, i, decode) for i in range(request.sampling_params.n)]
         call = _Call(time.monotonic() + timeout_s, f"no server in {self.run.roster}")
+        if self.saved is not None:
+            self.saved.restore(request, samples, self.served_version())
+            self.saved.note(request, samples)
         try:
-            await self._complete(call, request, samples)
+            await self._complete_rest(call, request, samples)
         except TimeoutError:
             raise TimeoutError(
                 f"no vLLM server answered {GENERATE} within {timeout_s:.0f} s; last: {call.failure}"
@@ -240,9 +250,17 @@ class Pool:
             if len(samples) == 1:
                 request = samples[0].rest()
             elif len(unfinished) < len(samples) or any(sample.joint for sample in unfinished):
-                parts = [self._complete(call, each.rest(), [each]) for each in unfinished]
-                return await _all(parts)
+                return await self._complete_rest(call, request, samples)
         raise TimeoutError
+
+    async def _complete_rest(
+        self, call: "_Call", request: GenerateRequest, samples: list[Sample]
+    ) -> None:
+        """Complete samples: with one request if nothing is there yet, else each by its own."""
+        unfinished = [sample for sample in samples if not sample.finished]
+        if len(unfinished) == len(samples) and not any(sample.joint for sample in samples):
+            return await self._complete(call, request, samples)
+        await _all([self._complete(call, each.rest(), [each]) for each in unfinished])
 
     async def _try(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
         """Have this server generate. Return why it did not complete, None if it answered.

@@ -52,6 +52,7 @@ class RunDir:
         self.evaluations = path / "evaluations.jsonl"  # one line per held-out evaluation
         self.activity = path / "activity.jsonl"  # what members did over time: observe/timeline.py
         self.environments = path / "environments.jsonl"  # what environments log for training
+        self.partial = path / "partial"  # answers under way at a stop: rollout/saved_answers.py
         self.rollouts = path / "rollouts"  # all trained sequences: observe/rollouts.py
         self.done = path / "done.json"  # contracts.members.Done: the last step is durable
         self.summary = path / "summary.json"
