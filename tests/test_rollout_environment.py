@@ -82,6 +82,7 @@ class Items:
     def __init__(self, *items: str | None) -> None:
         self.items, self.started = iter(items), list[Any]()
         self.quota: Quota | None = None
+        self._saved = SimpleNamespace(follow=lambda rollout: rollout)
         self.max_num_workers = 8
         self.backlog: list[str] = []
         self.workers: set[asyncio.Task[Any]] = set()
