@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from atropos_hpc.config import Config, LaunchConf
-from atropos_hpc.contracts.members import AnyMember
+from atropos_hpc.contracts.members import AnyMember, EnvironmentState, LossReason
 from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.launch.slurm.commands import SlurmError
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.launch.sweep import Point
+from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 
@@ -49,10 +50,14 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
+def no_watch(_members: dict[str, AnyMember]) -> None:
+    return None
+
+
 def supervise(
     run: RunDir,
     *steps: Step,
-    watch: Callable[[dict[str, AnyMember]], Action | None] = lambda _: None,
+    watch: Callable[[dict[str, AnyMember]], Action | None] = no_watch,
 ) -> Action:
     return Supervisor(run, QUICK, list(steps), watch).supervise()
 
@@ -66,6 +71,45 @@ def test_the_learner_saves_before_a_run_fails_for_want_of_rollout_nodes(
         is Action.FAIL
     )
     assert (tmp_path / "saved").exists()
+
+
+SAYS = """
+import sys
+from pathlib import Path
+from atropos_hpc.contracts.members import {kind}
+from atropos_hpc.runtime.membership import Member
+from atropos_hpc.runtime.run_dir import RunDir
+Member(RunDir(Path({run!r})), {kind}({fields}), {node!r}).leave(error={error!r})
+sys.exit({code})
+"""
+
+
+def test_a_run_that_fails_fails_with_the_error_of_the_member_for_which_it_fails(
+    run: RunDir,
+) -> None:
+    error = "environment-0 gave up: environment (my_env.py:E): ValueError: bad (my_env.py:7)"
+    agent = SAYS.format(
+        kind="AgentState", fields="", run=str(run.path), node="agent", error=error, code=2
+    )
+    supervisor = Supervisor(run, QUICK, [step("agent", agent), step("trainer", FOR_EVER)], no_watch)
+    assert supervisor.supervise() is Action.FAIL
+    assert supervisor.error == error
+    assert read_json(run.members / "supervisor-trainer0-0.json")["error"] == error
+
+
+def test_a_learner_that_waits_in_vain_fails_with_what_the_environments_lost(run: RunDir) -> None:
+    reason = LossReason(kind="equal_scores", count=812, text="all scores of the group are equal")
+    worker = EnvironmentState(environment="environment (my_env.py:E)", unsent=900, reasons=[reason])
+    member = Member(run, worker, "agent")
+    trainer = SAYS.format(
+        kind="TrainerState", fields="", run=str(run.path), node="n", error="no batch 0", code=70
+    )
+    supervisor = Supervisor(run, QUICK, [step("trainer", trainer)], no_watch)
+    assert supervisor.supervise() is Action.FAIL
+    member.leave()
+    assert supervisor.error is not None
+    for text in ("no batch 0", "environment (my_env.py:E)", "812 times", reason.text):
+        assert text in supervisor.error
 
 
 def test_a_learner_that_does_not_save_in_time_is_ended(run: RunDir) -> None:

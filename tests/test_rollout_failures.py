@@ -19,7 +19,7 @@ pytest.importorskip("atroposlib")
 from atropos_hpc.contracts.members import AgentState, EnvironmentState, ServerState  # noqa: E402
 from atropos_hpc.contracts.policy import PolicyVersion  # noqa: E402
 from atropos_hpc.rollout import env_worker, server_pool  # noqa: E402
-from atropos_hpc.rollout.rollout_failures import Loss  # noqa: E402
+from atropos_hpc.rollout.rollout_failures import Loss, Losses, Patience  # noqa: E402
 from atropos_hpc.rollout.trial import StubServer  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
 from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STUCK  # noqa: E402
@@ -199,6 +199,70 @@ def test_a_worker_goes_on_while_some_rollouts_succeed_or_only_lack_signal_and_co
     assert (ended.code, ended.state.error) == (DONE, None)
     assert ended.state.unsent_by == {lost: ended.state.unsent}
     assert ended.state.reasons[0].kind == lost and ended.state.reasons[0].count > 20
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def losses(clock: Clock) -> Losses:
+    return Losses("environment (e:E)", Patience(groups=4, seconds=60), clock=clock)
+
+
+def test_a_worker_gives_up_after_enough_failures_in_a_row_and_after_enough_time(
+    losses: Losses, clock: Clock
+) -> None:
+    for _ in range(100):
+        losses.lose(Loss.FAILED, "an outage")
+    assert losses.verdict() is None  # of a service that may be back soon
+    clock.now = 61
+    assert "100 rollouts" in (losses.verdict() or "")
+    losses.accept(1)
+    assert losses.verdict() is None
+    for clock.now in (62, 100, 130):
+        losses.lose(Loss.FAILED, "slow")
+    assert losses.verdict() is None  # three of four
+    losses.lose(Loss.REFUSED, "scores: NaN or Inf")
+    verdict = losses.verdict()
+    assert verdict is not None
+    for text in ("environment (e:E)", "last 4 rollouts", "1 of 4 times", "scores: NaN or Inf"):
+        assert text in verdict
+
+
+def test_equal_scores_are_no_failure_and_what_an_environment_filters_takes_more_patience(
+    losses: Losses, clock: Clock
+) -> None:
+    for clock.now in range(0, 1000, 10):
+        losses.lose(Loss.EQUAL_SCORES, "all scores of the group are equal")
+    assert losses.verdict() is None and losses.unsent == 100
+    for clock.now in range(1000, 1310, 10):
+        losses.lose(Loss.NOTHING, "returned None")
+    assert losses.verdict() is None
+    losses.lose(Loss.NOTHING, "returned None")
+    assert "last 32 rollouts" in (losses.verdict() or "")
+
+
+def test_failing_rollouts_start_ever_more_slowly(losses: Losses, clock: Clock) -> None:
+    assert not losses.pausing()
+    losses.lose(Loss.FAILED, "bad")
+    clock.now += 1
+    assert not losses.pausing()
+    for _ in range(200):
+        losses.lose(Loss.FAILED, "bad")
+    clock.now += 3.9
+    assert losses.pausing()
+    clock.now += 1.1
+    assert not losses.pausing()
 
 
 def test_boolean_scores_are_numbers(worker: Callable[..., Ended]) -> None:

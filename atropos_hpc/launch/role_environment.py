@@ -143,21 +143,24 @@ def check_environment(
     timeout_s = environment.trial_timeout_s
     if timeout_s and trial:
         options += ["--timeout-s", str(timeout_s), "--environment", key]
+    part = ""
     if timeout_s and trial and config.model.path is not None:
+        options += ["--trial"]
         # Only what a trial depends on, so that the points of a sweep share it; not the seed.
-        part = Config(model=config.model, environment=environment)
-        options += ["--trial", msgspec.json.encode(RunInfo(part)).decode()]
+        of_trial = Config(model=config.model, environment=environment)
+        part = msgspec.json.encode(RunInfo(of_trial)).decode()
     python = environment.python or rollout_python(config)
-    return _check_environment(python, setup, tuple(options), timeout_s)
+    return _check_environment(python, setup, tuple(options), part, timeout_s)
 
 
 @functools.cache
 def _check_environment(
-    python: str, setup: tuple[str, ...], options: tuple[str, ...], part_s: float
+    python: str, setup: tuple[str, ...], options: tuple[str, ...], trial: str, part_s: float
 ) -> list[Problem]:
+    timeout_s = CHECK_TIMEOUT_S + 4 * part_s
     command = ("-m", "atropos_hpc.rollout.env_worker", "--check")
     try:
-        done = _run(setup, python, *command, *options, timeout_s=CHECK_TIMEOUT_S + 4 * part_s)
+        done = _run(setup, python, *command, *options, stdin=trial, timeout_s=timeout_s)
         answer = json.loads(_last_line(done.stdout, ""))
         return [Problem(each["key"], each["message"]) for each in answer]
     except FileNotFoundError:
@@ -169,12 +172,13 @@ def _check_environment(
 
 
 def _run(
-    setup: tuple[str, ...], *command: str, timeout_s: float = CHECK_TIMEOUT_S
+    setup: tuple[str, ...], *command: str, stdin: str = "", timeout_s: float = CHECK_TIMEOUT_S
 ) -> "subprocess.CompletedProcess[str]":
     """Run a program as the role's steps do. Raises OSError and subprocess.SubprocessError."""
     words = ["bash", "-c", "\n".join([*setup, f"exec {shlex.join(command)}"])] if setup else command
     return subprocess.run(
         words,
+        input=stdin,  # not the command line, which everybody on the machine can read
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -187,18 +187,21 @@ def check(options: argparse.Namespace) -> NoReturn:
         print("\n" + json.dumps([asdict(problem) for problem in problems]), flush=True)
         os._exit(DONE)
 
-    stall = StallWatch(lambda why: end(Problem("target", f"{options.target}: {why}")))
+    def end_failed(why: str) -> None:
+        skip = f"{options.environment}.trial_timeout_s=0 skips the trial"
+        end(Problem("target", f"{options.target}: {why} ({skip})"))
+
+    stall = StallWatch(end_failed)
     stall.expect("the import", options.timeout_s)
     problems = check_target(options.target, options.config)
-    if problems or options.trial is None:
+    if problems or not options.trial:
         end(*problems)
     patch_chat_templates()
     quiet_atropos()
-    wrong = try_out(options.trial.encode(), lambda what: stall.expect(what, options.timeout_s))
-    if wrong is None:
-        end()
-    skip = f"{options.environment}.trial_timeout_s=0 skips the trial"
-    end(Problem("target", f"{options.target}: a trial rollout failed: {wrong} ({skip})"))
+    wrong = try_out(sys.stdin.buffer.read(), lambda what: stall.expect(what, options.timeout_s))
+    if wrong is not None:
+        end_failed(f"a trial rollout failed: {wrong}")
+    end()
 
 
 def main() -> int:
@@ -217,7 +220,11 @@ def main() -> int:
     )
     parser.add_argument("--target")
     parser.add_argument("--config", type=json.loads, default={}, help="as JSON")
-    parser.add_argument("--trial", help="with --check: a run.json with the environment to try out")
+    parser.add_argument(
+        "--trial",
+        action="store_true",
+        help="with --check: try out the environment of the run.json on stdin",
+    )
     parser.add_argument(
         "--timeout-s", type=float, default=float("inf"), help="with --check: of each part"
     )

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Collection
 from pathlib import Path
 
+from atropos_hpc.runtime import masking
+
 LONGEST = 400  # characters of a message
 _LIBRARIES = (
     *{sysconfig.get_paths()["stdlib"], *site.getsitepackages(), str(Path(__file__).parents[1])},
@@ -18,7 +20,7 @@ def describe_error(error: BaseException, files: Collection[str] = ()) -> str:
 
     The line is the innermost one in `files`; without one, the innermost outside of libraries.
     """
-    message = " ".join(str(error).split())
+    message = masking.mask(" ".join(str(error).split()), masking.known_values())
     if isinstance(error, SystemExit):
         what = f"it called sys.exit({error.code!r})"
     else:
