@@ -19,6 +19,7 @@ from run_parts import Started
 from test_config import composed
 
 from atropos_hpc.contracts.metrics import RestartMark, StepMetrics
+from atropos_hpc.contracts.status import RunStatus
 from atropos_hpc.launch import base_model
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
@@ -127,6 +128,23 @@ def assert_the_trackers_show_one_run(started: Started) -> None:
     assert len(runs) == 2 and ids == {read_json(started.run.run_json)["id"]}
     assert f"wandb sync {started.run.path}/wandb/offline-run-*" in started.output.read_text()
     assert list((started.run.path / "tensorboard").glob("events.*"))
+
+
+def test_a_run_whose_rollouts_all_fail_ends_with_their_error_on_the_last_line(
+    start: Callable[..., Started],
+) -> None:
+    limits = ("rollout.give_up_after_groups=8", "rollout.give_up_after_s=1")
+    started = start(2, "model.max_length=6", *limits)  # the length of every prompt
+    assert started.end() == 1
+    error = read_json(started.run.summary)["error"]
+    for text in ("environment (atropos_hpc.environments.arithmetic:", "model.max_length=6"):
+        assert text in error
+    *_, last_line = started.output.read_text().splitlines()
+    assert last_line.endswith(f"the run failed: {error}")
+    found = status.read_status(started.run.path)
+    assert isinstance(found, RunStatus)
+    assert (found.state, found.error) == ("failed", error)
+    started.assert_nothing_is_left()
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(

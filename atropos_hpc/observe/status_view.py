@@ -1,6 +1,7 @@
 """The status as people see it: one screen for a run, one line for each point of a sweep."""
 
 import math
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,7 @@ from atropos_hpc.observe.status import served_version
 from atropos_hpc.runtime import shell
 
 MANY = 8  # members of one kind that are still shown one by one
+SHORT_ERROR = 60  # characters of an error in the table of members
 SHORT_WAIT_S = 1.0  # waits below are not shown
 STYLES = {
     **{"running": "green", "complete": "bold green", "starting": "cyan", "ended": "dim"},
@@ -211,7 +213,8 @@ def _details(members: Sequence[MemberStatus]) -> str:
         details.append(f"{kept:,} tokens of interrupted answers kept")
     if lost := sum(worker.regenerated_tokens or 0 for worker in workers):
         details.append(f"{lost:,} generated again")
-    details += [shown.member.error for shown in members if shown.member.error][:1]
+    errors = [shown.member.error for shown in members if shown.member.error]
+    details += [textwrap.shorten(error, SHORT_ERROR) for error in errors[:1]]
     return ", ".join(details)
 
 

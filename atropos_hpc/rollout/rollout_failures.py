@@ -259,9 +259,11 @@ class Losses:
         kind, text = row[-1]
         same = sum(re.sub(r"\d+", "#", each) == re.sub(r"\d+", "#", text) for _, each in row)
         which = "each time" if same == len(row) else f"{same} of {len(row)} times"
+        if kind is Loss.REFUSED:
+            text = f"the group was refused: {text}"
         return (
-            f"{self.name}: the last {len(row)} rollouts gave no group that can be trained on, for"
-            f" {failing_s:.0f} s. {which}: {kind.replace('_', ' ')}: {text}"
+            f"{self.name}: the last {len(row)} rollouts, over {failing_s:.0f} s, gave no group that"
+            f" can be trained on; {which}: {text}"
         )
 
 
