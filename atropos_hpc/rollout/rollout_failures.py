@@ -323,13 +323,11 @@ class AccountedRollouts(BaseEnv):
         """Sample a group, noting errors."""
         with stage():
             found = await super().collect_trajectories(item)
+            method = f"collect_trajectories ({_definition(super().collect_trajectories)})"
             if not isinstance(found, tuple | list) or len(found) != 2:
-                kind = type(found).__name__
-                raise TypeError(f"collect_trajectories returned {kind}, not (group, backlog)")
-            rollout = _rollout.get()
-            if rollout is not None and not found[0]:
-                where = _definition(super().collect_trajectories)
-                rollout.returned = f"collect_trajectories ({where}) returned {found[0]!r}"
+                raise TypeError(f"{method} returned {type(found).__name__}, not (group, backlog)")
+            if (rollout := _rollout.get()) is not None and not found[0]:
+                rollout.returned = f"{method} returned {found[0]!r}"
             return found[0], found[1] or []
 
     async def postprocess_histories(self, trajectories: Any) -> Any:
