@@ -41,6 +41,9 @@ def version_flags() -> list[str]:
 
 def serve(arguments: list[str]) -> None:
     """Run vLLM's OpenAI-compatible server with these arguments until it is stopped."""
+    from atropos_hpc.runtime.uvicorn_limits import limit_half_sent_requests
+
+    limit_half_sent_requests()
     sys.argv = ["vllm", *arguments]
     _report_support()
     if _has_entry():

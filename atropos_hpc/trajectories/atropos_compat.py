@@ -25,6 +25,9 @@ async def serve(run: RunDir, node: str) -> None:
     import uvicorn
     from atroposlib.api.server import app
 
+    from atropos_hpc.runtime.uvicorn_limits import limit_half_sent_requests
+
+    limit_half_sent_requests()
     app.add_api_route("/health", lambda: {"status": "ok"})
     host = own_host(run.config().cluster.host)
     listener = listen(run, f"trajectories-{node}-0", host)
