@@ -82,15 +82,15 @@ class UnmodifiedEnv(BaseEnv):
 class Live:
     """A run without learner and vLLM: `train` leases what comes."""
 
-    def __init__(self, path: Path) -> None:
+    environment: type[BaseEnv] = UnmodifiedEnv
+
+    def __init__(self, path: Path, vllm: str = "http://127.0.0.1:9") -> None:
         self.run: RunDir = make_run(path / "run")
         self.tokenizer = path / "tokenizer"
         make_tokenizer().save_pretrained(self.tokenizer)
         self.attempt, self.listener = 0, socket.create_server(("127.0.0.1", 0))
         port = self.listener.getsockname()[1]
-        servers = [
-            ServerState(url="http://127.0.0.1:9", version=PolicyVersion(version=0, attempt=1))
-        ]
+        servers = [ServerState(url=vllm, version=PolicyVersion(version=0, attempt=1))]
         trajectories = TrajectoriesState(url=f"http://127.0.0.1:{port}")
         write_struct(
             self.run.roster,
@@ -121,11 +121,11 @@ class Live:
             tokenizer_name=str(self.tokenizer),
             server_type="vllm",
         )
-        config = UnmodifiedEnv.config_init()[0]
+        config = self.environment.config_init()[0]
         values = {"tokenizer_name": str(self.tokenizer), "use_wandb": False, "steps_per_eval": 0}
         config = config.model_copy(update={**values, "max_batches_offpolicy": 0})
         random.seed(7)
-        env = as_member(UnmodifiedEnv)(
+        env = as_member(self.environment)(
             config,
             [server],
             member=member,

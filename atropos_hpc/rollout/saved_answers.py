@@ -127,9 +127,11 @@ class SavedAnswers:
             self._found = self._list()
         if not self._found or served is None:
             return
-        names = self._found.get(_digest(request), [])
+        names = self._found.pop(digest := _digest(request), [])
         while names:
             answer = self._claim(names.pop())
+            if names:
+                self._found[digest] = names
             if answer is not None and self._usable(answer, len(samples), served):
                 for sample, saved in zip(samples, answer.samples, strict=True):
                     sample.resume(_generation(saved))
