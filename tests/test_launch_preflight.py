@@ -169,3 +169,25 @@ def test_the_environment_class_is_loaded_in_the_rollout_python(
         for problem in preflight.check(composed(*overrides), tmp_path / "run", None)
     }
     assert says in found.get(key, ""), found
+
+
+def test_points_of_a_sweep_share_one_check_that_imports_each_roles_packages_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(
+        _setup: object, *command: str, **_: object
+    ) -> "role_environment.subprocess.CompletedProcess[str]":
+        commands.append(command)
+        return role_environment.subprocess.CompletedProcess(command, 0, "[]\n", "")
+
+    monkeypatch.setattr(role_environment, "_run", run)
+    role_environment._check_environment.cache_clear()
+    for seed in range(3):
+        config = composed("launch=het", f"seed={seed}")
+        assert preflight.check(config, tmp_path / "run", None, imports=True) == []
+    importing = [command for command in commands if "import" in command]
+    assert len(importing) == 2 and any("--check" in command for command in importing), commands
+    assert sum("--check" in command for command in commands) == 1
+    role_environment._check_environment.cache_clear()

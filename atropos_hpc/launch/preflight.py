@@ -96,14 +96,21 @@ def _rollout_role(config: Config, wrong: frozenset[str], imports: bool) -> list[
     role = config.roles.rollout
     if role.container:
         return []
-    if found := role_environment.check_interpreter(config, "rollout", imports):
+    wanted = {k: env for k, env in environments(config).items() if f"{k}.target" not in wrong}
+    # The first environment's check imports the role's packages, in one process.
+    together = next(iter(wanted), None) if config.environment.python is None else None
+    alone = imports and together is None
+    if found := role_environment.check_interpreter(config, "rollout", imports=alone):
         return found
     trial = imports and not wrong & {"model.path", "model.max_length"}
     return [
-        Problem(f"{key}.{problem.key}", problem.message)
-        for key, environment in environments(config).items()
-        if f"{key}.target" not in wrong
-        for problem in role_environment.check_environment(config, key, environment, trial)
+        problem
+        if problem.key.startswith("roles.")
+        else Problem(f"{key}.{problem.key}", problem.message)
+        for key, environment in wanted.items()
+        for problem in role_environment.check_environment(
+            config, key, environment, trial, imports=imports and key == together
+        )
     ]
 
 

@@ -47,6 +47,13 @@ for module, (names, wanted) in needed.items():
 print()
 print(json.dumps(wrong))
 """
+# In the same process, because both import torch: half the seconds.
+PROBE_AND_CHECK = f"""{PROBE}
+if not wrong:
+    import runpy
+    sys.argv = ["env_worker", *sys.argv[3:]]
+    runpy.run_module("atropos_hpc.rollout.env_worker", run_name="__main__", alter_sys=True)
+"""
 LOAD_MODEL = """
 import sys
 from transformers import AutoConfig, AutoTokenizer
@@ -110,10 +117,13 @@ def _check_interpreter(
         return [Problem(key, f"there is no {python}: {SETUP}")]
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [Problem(key, f"{python} does not work as a Python interpreter: {error}")]
-    if not wrong:
-        return []
+    return [_unusable(role, python, wrong)] if wrong else []
+
+
+def _unusable(role: str, python: str, wrong: list[str]) -> Problem:
     files = f"{resources.data('requirements')}/{role}-*.txt"
-    return [Problem(key, f"{python} cannot be used: {'; '.join(wrong)}; install {files} there")]
+    reason = f"{python} cannot be used: {'; '.join(wrong)}; install {files} there"
+    return Problem(f"roles.{role}.python", reason)
 
 
 @functools.cache
@@ -131,12 +141,12 @@ def check_model(
 
 
 def check_environment(
-    config: Config, key: str, environment: EnvironmentConf, trial: bool
+    config: Config, key: str, environment: EnvironmentConf, trial: bool, imports: bool = False
 ) -> list[Problem]:
     """Load an environment class in its workers' interpreter, and validate its config.
 
-    `trial`: try it out there, too. The keys of the problems are relative to the environment's
-    section.
+    `trial`: try it out there, too. `imports`: first import every module that the role needs. The
+    keys of the problems are relative to the environment's section, or `roles.rollout.python`.
     """
     setup = setup_lines(config, config.roles.rollout)
     options = ["--target", environment.target, "--config", json.dumps(environment.config)]
@@ -150,18 +160,28 @@ def check_environment(
         of_trial = Config(model=config.model, environment=environment)
         part = msgspec.json.encode(RunInfo(of_trial)).decode()
     python = environment.python or rollout_python(config)
-    return _check_environment(python, setup, tuple(options), part, timeout_s)
+    needed = json.dumps(needed_modules(config, "rollout")) if imports else ""
+    return _check_environment(python, setup, tuple(options), part, timeout_s, needed)
 
 
 @functools.cache
 def _check_environment(
-    python: str, setup: tuple[str, ...], options: tuple[str, ...], trial: str, part_s: float
+    python: str,
+    setup: tuple[str, ...],
+    options: tuple[str, ...],
+    trial: str,
+    part_s: float,
+    needed: str,
 ) -> list[Problem]:
     timeout_s = CHECK_TIMEOUT_S + 4 * part_s
-    command = ("-m", "atropos_hpc.rollout.env_worker", "--check")
+    alone = ("-m", "atropos_hpc.rollout.env_worker")
+    command = ("-c", PROBE_AND_CHECK, needed, "import") if needed else alone
+    options = ("--check", *options)
     try:
         done = _run(setup, python, *command, *options, stdin=trial, timeout_s=timeout_s)
         answer = json.loads(_last_line(done.stdout, ""))
+        if wrong := [each for each in answer if isinstance(each, str)]:
+            return [_unusable("rollout", python, wrong)]
         return [Problem(each["key"], each["message"]) for each in answer]
     except FileNotFoundError:
         return [Problem("python", f"there is no {python}")]
