@@ -1,4 +1,4 @@
-"""A verifiers taskset of one turn: the sum of two numbers, as the demo's model writes it."""
+"""A verifiers taskset of one turn: the sum of two numbers."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ __all__ = ["SumsTaskset"]
 class SumsData(vf.TaskData):
     """A problem and its answer."""
 
-    answer: int = 0
+    answer: str = ""
 
 
 class SumsTask(vf.Task[SumsData]):
@@ -18,8 +18,7 @@ class SumsTask(vf.Task[SumsData]):
 
     @vf.reward
     async def is_right(self, trace: vf.Trace) -> float:
-        reply = trace.last_reply.strip()
-        return float(reply.isdigit() and int(reply) == self.data.answer)
+        return float(trace.last_reply == self.data.answer)
 
     @vf.metric
     async def length(self, trace: vf.Trace) -> float:
@@ -27,16 +26,18 @@ class SumsTask(vf.Task[SumsData]):
 
 
 class SumsConfig(vf.TasksetConfig):
-    """How large the first number may be."""
+    """How large the first number may be, and how the answer is written."""
 
     largest: int = 99
+    backwards: bool = False
+    """Three digits, the least significant first, as the demo's model writes them."""
 
 
 class SumsTaskset(vf.Taskset[SumsTask, SumsConfig]):
-    """All sums of a number and one of two digits."""
+    """Sums of two numbers of two digits."""
 
     def load(self) -> Iterable[SumsTask]:
         for a in range(10, self.config.largest + 1):
             for b in range(10, 100, 7):
-                data = SumsData(prompt=f"{a}+{b}=", answer=a + b)
-                yield SumsTask(data, self.config.task)
+                answer = f"{a + b:03d}"[::-1] if self.config.backwards else str(a + b)
+                yield SumsTask(SumsData(prompt=f"{a}+{b}=", answer=answer), self.config.task)
