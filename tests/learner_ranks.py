@@ -10,6 +10,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.support import Support
 from atropos_hpc.learner.batch import Batch, BatchSettings, make_batch
 from atropos_hpc.learner.state import TrainState
 
@@ -158,8 +160,9 @@ def make_group(
 def make_groups(seed: int = 0) -> list[Group]:
     """Make four groups of unequal size.
 
-    A plain one; one with a fully masked sequence; one whose first token is to be trained, with a
-    sequence whose advantage is set to zero; one with token-level advantages and such a sequence.
+    One with tokens that were sampled from a part of the vocabulary; one with a fully masked
+    sequence; one whose first token is to be trained, with a sequence whose advantage is set to
+    zero; one with token-level advantages and such a sequence.
     """
     rng = random.Random(seed)
     plain, masked, first, token_level = (
@@ -169,7 +172,19 @@ def make_groups(seed: int = 0) -> list[Group]:
     first.overrides = [{}, {"set_advantage_to_zero": True}, {}, {}, {}, {}]
     token_level.advantages = np.array([rng.gauss(0, 1) for _ in token_level.tokens], np.float32)
     token_level.overrides = [{}, {}, {"set_advantage_to_zero": True}]
-    return [plain, masked, first, token_level]
+    return [with_supports(plain), masked, first, token_level]
+
+
+def with_supports(group: Group) -> Group:
+    """The group as if two tokens of three had been sampled from a part of the vocabulary."""
+    draw = np.random.default_rng(5)
+    kept = [
+        [*draw.choice(VOCABULARY, draw.integers(40), replace=False).tolist(), token]
+        if i % 3
+        else []
+        for i, token in enumerate(group.tokens.tolist())
+    ]
+    return replace(group, support=Support.of_lists(kept))
 
 
 def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:

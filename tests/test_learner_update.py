@@ -144,18 +144,6 @@ def log_probs64(
     return every.gather(-1, ids[1:, None])[:, 0], entropy
 
 
-def with_supports(group: Group) -> Group:
-    """The group as if two tokens of three had been sampled from a part of the vocabulary."""
-    draw = np.random.default_rng(5)
-    kept = [
-        [*draw.choice(VOCABULARY, draw.integers(40), replace=False).tolist(), token]
-        if i % 3
-        else []
-        for i, token in enumerate(group.tokens.tolist())
-    ]
-    return replace(group, support=Support.of_lists(kept))
-
-
 def supports_of(group: Group) -> list[Support | None]:
     """Of each sequence."""
     if group.support is None:
@@ -491,8 +479,7 @@ def _by_sequence(watched: list[Any], world: int) -> Any:
 def test_gradients_are_those_of_the_float64_loop(
     model_path: Any, model64: torch.nn.Module, deal: list[list[int]]
 ) -> None:
-    plain, *others = make_groups()
-    groups, references = noisy_twins(model64, [with_supports(plain), *others])
+    groups, references = noisy_twins(model64, make_groups())
     limits = (4096, 120) if len(deal) == 1 else (120,)
     results = on_ranks(len(deal), update_all, model_path, deal, groups, references, limits)
     for name, conf in CASES.items():
@@ -695,3 +682,44 @@ def test_a_wrong_objective_is_named_with_the_valid_ones(
 
     with pytest.raises(ValueError, match=complaint):
         objective(conf, MAX_LENGTH)
+
+
+def same_version_metrics(rank: int, world: int, path: Any) -> list[dict[str, float]]:
+    """Of an update at version 1, with behaviour log-probs that equal the learner's own.
+
+    Then of one that trains the same tokens as if all had been sampled from the whole vocabulary.
+    The behaviour log-probs of the sequences of older versions are off by 1.
+    """
+    trainer = TrainerConf(learning_rate=0.0, gradient_checkpointing=False)
+    model = ModelConf(path=str(path), dtype="float32", max_length=MAX_LENGTH)
+    backend = VerlBackend(model, trainer, AlgorithmConf(kl_coef=0), seed=0)
+    groups = make_groups()
+    for i, group in enumerate(groups):
+        versions = [[0, 1] if i == 1 else [1, 1]] * len(group.lengths)
+        group.generation_params = {"policy_versions": versions}
+    metrics = []
+    for replay in (True, False):
+        batch = make_batch(groups, settings_of(budget=120), 1)
+        if replay:
+            own = backend.log_probs(batch)
+            older = ~batch.tensors["same_version"].repeat_interleave(own.offsets().diff())
+            behaviour = torch.nested.nested_tensor_from_jagged(
+                own.values() - older.float(), own.offsets()
+            )
+        batch.tensors["behaviour_log_probs"] = behaviour
+        batch.tensors["old_log_probs"] = behaviour
+        batch.needs_log_probs = False
+        metrics.append(backend.update(batch, 1))
+        groups = [replace(group, support=None) for group in groups]
+    return metrics
+
+
+def test_the_ratio_at_equal_versions_shows_whether_the_sampled_policy_is_replayed(
+    model_path: Any,
+) -> None:
+    replayed, biased = on_ranks(1, same_version_metrics, model_path)[0]
+    assert replayed["same_version_ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert replayed["same_version_log_ratio_p999"] < 1e-5
+    assert replayed["mismatch_max"] == pytest.approx(1, abs=1e-5), "of an older version"
+    assert biased["same_version_ratio_mean"] > 1.5
+    assert biased["same_version_log_ratio_p999"] > 1

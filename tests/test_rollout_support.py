@@ -10,9 +10,15 @@ pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import RolloutConf  # noqa: E402
 from atropos_hpc.contracts.group import encode_group, read_group  # noqa: E402
-from atropos_hpc.contracts.messages import Generation, SamplingParams, VersionSpan  # noqa: E402
+from atropos_hpc.contracts.messages import (  # noqa: E402
+    GenerateRequest,
+    Generation,
+    SamplingParams,
+    VersionSpan,
+)
 from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup  # noqa: E402
 from atropos_hpc.contracts.support import Support  # noqa: E402
+from atropos_hpc.rollout.partial_answer import Sample  # noqa: E402
 from atropos_hpc.rollout.sampling_support import add_support, sampled, with_support  # noqa: E402
 from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
 
@@ -136,3 +142,12 @@ def test_the_server_is_asked_for_the_support_and_for_the_log_probs_that_the_call
     asked = with_support(SamplingParams(top_k=20, logprobs=2), 1024)
     assert (asked.logprobs, asked.extra_args) == (56, {"support_top_logprobs": 2})
     assert with_support(TOP_P, 1024).logprobs == 1024
+
+
+def test_an_answer_that_continues_on_another_server_keeps_its_support() -> None:
+    sample = Sample(GenerateRequest(PROMPT, TOP_P, "tokens"), 0)
+    sample.add(Generation(ANSWER[:1], sampling_mask=KEPT[:1]))
+    sample.interrupt()
+    assert sample.rest().sampling_params.top_p == 0.8
+    sample.add(Generation(ANSWER[1:], finish_reason="stop", sampling_mask=KEPT[1:]))
+    assert sample.result().sampling_mask == KEPT
