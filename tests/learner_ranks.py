@@ -192,9 +192,11 @@ def rows(group: Group, values: np.ndarray) -> list[np.ndarray]:
     return np.split(values, np.cumsum(group.lengths)[:-1])
 
 
-def one_batch(backend: Any, tokens_per_micro_batch: int = 4096) -> Batch:
+def one_batch(backend: Any, tokens_per_micro_batch: int = 4096, truncated: bool = True) -> Batch:
     """Make the batch of the backend's present step, with the log-probs that an update needs."""
     groups = make_groups(state_of(backend).version)[backend.data_rank :: backend.data_world]
+    if not truncated:
+        groups = [replace(group, support=None) for group in groups]
     replicas = backend.world // backend.data_world
     settings = BatchSettings(backend._algorithm, tokens_per_micro_batch, MAX_LENGTH, replicas)
     batch = make_batch(groups, settings, 0)

@@ -143,7 +143,8 @@ def test_a_sequence_that_never_fits_is_refused_by_name_on_every_rank() -> None:
 def test_statistics_are_of_all_ranks() -> None:
     versions = {"policy_versions": [[3, 5], None, [5, 5]]}
     first = group_of([[0, 1, 1], [0, 0], [1, 1, 1, 1]], [1.0, 0.0, 2.0], generation_params=versions)
-    second = group_of([[0, 1]] * 2, [1.0, 1.0])
+    biased = {"biased_sampling": "top_p: the environment tokenized the answer again"}
+    second = group_of([[0, 1]] * 2, [1.0, 1.0], generation_params=biased)
 
     def work(rank: int, world: int) -> object:
         batch = make_batch([[first, second], []][rank], settings_of(None, 100, 4), 5)
@@ -171,6 +172,7 @@ def test_statistics_are_of_all_ranks() -> None:
             "staleness_mean": 1.0,
             "staleness_max": 2,
             "stale_sequences": 1,
+            "biased_sequences": 2,
         }
     )
 

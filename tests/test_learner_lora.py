@@ -70,7 +70,7 @@ def two_steps_and_two_more(
     checkpoints.save(backend, state_of(backend))
     publishing.wait()
     assert checkpoints.wait() == 2 and publishing.newest == 2
-    batch = one_batch(backend)
+    batch = one_batch(backend, truncated=False)
     tokens = [tuple(ids.tolist()) for ids in batch.tensors["input_ids"].unbind()]
     log_probs = dict(
         zip(tokens, [row.clone() for row in backend.log_probs(batch).unbind()], strict=True)
