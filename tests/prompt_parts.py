@@ -48,7 +48,8 @@ class World:
         self.items: dict[int, str] = {}  # number -> the question it named, in any worker
         self.version = self.attempt = self.restarts = 0
         self.workers: dict[str, Worker] = {}
-        self.silent: set[int] = set()  # env_ids of lost nodes
+        self.late: list[Worker] = []  # of lost nodes
+        self.delivered_late = 0
         self.drop_answers = 0  # of the next requests: applied, and the sender does not hear of it
         self.refuse = self.fail = self.flat = 0  # of the next groups
 
@@ -79,6 +80,13 @@ class World:
                 return
             if batch > 2:
                 await self.service.acknowledge(batch - 2)  # the last two are leased again
+
+    async def deliver_late(self) -> None:
+        """Let the workers of lost nodes post what others were given since, or not yet."""
+        while self.late and self.dice.random() < 0.5:
+            for drawn in (lost := self.late.pop()).rollouts:
+                await lost.finish(drawn)
+                self.delivered_late += 1
 
     def stream(self) -> Stream:
         return self.service.state.prompts.stream(NAME)
@@ -174,6 +182,7 @@ async def run(world: World, members: Sequence[str], faults: Sequence[Any]) -> No
         while left and drawn >= between * (len(faults) - len(left)):
             await left.pop(0)(world)
         await asyncio.gather(*(worker.turn(4) for worker in world.workers.values()))
+        await world.deliver_late()
         await world.lease()
         world.version = max(0, world.service.state.next_batch - 2)
         if world.done():

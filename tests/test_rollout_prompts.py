@@ -29,11 +29,12 @@ async def kill_worker(world: World) -> None:
 
 
 async def lose_node(world: World) -> None:
-    """Its workers fall silent, and others come up on another node."""
+    """Its workers fall silent, others come up on another node, and they deliver after all."""
     node = world.dice.choice(sorted({member.split("-")[1] for member in world.workers}))
     for member in [member for member in world.workers if member.split("-")[1] == node]:
         lost = world.workers.pop(member)
         world.service.pacing.presence[lost.env.env_id].heard = time.monotonic() - 1e6
+        world.late.append(lost)
         await world.add(f"environment-n{world.dice.randrange(10**9)}-{member[-1]}")
 
 
@@ -66,6 +67,10 @@ async def no_signal(world: World) -> None:
 
 
 async def drop_stale(world: World) -> None:
+    for worker in world.workers.values():
+        await worker.turn(4)
+        while worker.rollouts:
+            await worker.finish(worker.rollouts.pop())
     await world.lease(oldest=world.version + 10)
 
 
@@ -114,6 +119,7 @@ def test_forty_faults_leave_each_prompt_drawn_once_per_epoch_with_one_outcome(
         assert accepted == sum(number in groups for number in numbers)
     counts = world.stream().counts()
     assert counts.ordered and counts.no_signal > 0 and counts.stale > 0
+    assert world.delivered_late > 0
 
     calm = story(tmp_path / "calm", seed=2, faults=0)
     numbers = range(EPOCHS * PROBLEMS)
