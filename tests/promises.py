@@ -83,9 +83,13 @@ def violations(started: Started, steps: int) -> list[str]:
     )
     check(all(count == 1 for count in past.hashes.values()), "a group was journalled twice")
     left = len(past.groups) - len(used)
-    told = read_json(started.run.members / "trajectories-trainer0-0.json").get("queued_groups")
+    server = read_json(started.run.members / "trajectories-trainer0-0.json")
+    told = server.get("queued_groups")
     check(told == left, f"{left} groups should be left in the queue, the server has {told}")
-    problems += prompt_violations(past, told["prompts"])
+    problems += prompt_violations(past, server["prompts"])
+    check(
+        lines[-1].get("prompts/environment/drawn") is not None, "the metrics do not tell of prompts"
+    )
     check(
         [line.step for line in lines] == list(range(1, steps + 1)),
         "the steps in metrics.jsonl are not each there once",

@@ -49,8 +49,11 @@ def made(path: Path, trained: int = 7, steps: int = 10, **holder: Any) -> RunDir
     if holder:
         write_json(run.holder, {"host": socket.gethostname(), "job": None, **holder})
     phases = {"wait": 1.0, "update": 0.5, "checkpoint": 0.25}
+    prompts = {"epoch": 1, "drawn": 90, "outstanding": 8, "returned": 2, "no_signal": 5}
+    drawn = {f"prompts/environment/{name}": float(count) for name, count in prompts.items()}
+    scalars = {"kl_reference": 0.01, "tokens": 100, **drawn}
     for step in range(1, trained + 1):
-        append_step(run, step, 2.0, phases, reward=0.1 * step, kl_reference=0.01, tokens=100)
+        append_step(run, step, 2.0, phases, reward=0.1 * step, **scalars)
     (attempt / "trainer-0.log").write_text(
         "2026-01-01 10:00:00,123 W atropos_hpc.learner: something is odd\nother text\n"
     )
@@ -116,6 +119,7 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
         "0.500 at version 4",
         "1 of 2 servers serve",
         "something is odd",
+        "epoch 1, 90 drawn, 8 outstanding, 2 to be drawn again, 5 without signal",
     ):
         assert said in drawn, drawn
     agent.leave()

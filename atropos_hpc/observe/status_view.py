@@ -1,6 +1,7 @@
 """The status as people see it: one screen for a run, one line for each point of a sweep."""
 
 import math
+import re
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -120,6 +121,23 @@ def _advice(advice: str, status: RunStatus) -> str:
     return advice.format(**commands, logs=logs, durable=status.versions.durable or 0)
 
 
+def _prompts(status: RunStatus) -> dict[str, str]:
+    """Return a row about the prompts of each environment."""
+
+    def row(name: str) -> str:
+        def count(what: str) -> str:
+            return number(status.metrics.get(f"prompts/{name}/{what}"))
+
+        epoch = "" if count("epoch") == "-" else f"epoch {count('epoch')}, "
+        return (
+            f"{epoch}{count('drawn')} drawn, {count('outstanding')} outstanding, "
+            f"{count('returned')} to be drawn again, {count('no_signal')} without signal"
+        )
+
+    names = [key.split("/")[1] for key in status.metrics if re.fullmatch("prompts/.*/drawn", key)]
+    return {f"prompts of {name}": row(name) for name in names}
+
+
 def _metrics(status: RunStatus) -> Table:
     def metric(name: str) -> str:
         return number(status.metrics.get(name))
@@ -137,6 +155,7 @@ def _metrics(status: RunStatus) -> Table:
         f"served {number(versions.served)}, durable {versions.durable or 0}",
         "queue": f"{number(status.queued_sequences)} sequences queued, "
         f"{status.groups_in_flight} groups in flight",
+        **_prompts(status),
         "tokens/s": f"trainer {number(status.trained_tokens_per_s)}    "
         f"rollout {number(status.generated_tokens_per_s)}",
         "learner's time": "  ".join(f"{phase} {share:.0%}" for phase, share in shares),
