@@ -232,3 +232,11 @@ def test_metrics_are_the_finite_numbers_about_evaluation() -> None:
         "eval/e": np.ones(3),
     }
     assert numbers(metrics) == {"eval/a": 0.5, "eval/b": 1.0}
+
+
+def test_a_sequence_has_the_finish_reason_of_the_generation_that_ends_it() -> None:
+    group: dict[str, Any] = {"tokens": [[1, 50, 2, 60], [1, 70, 3], [9, 9]]}
+    reasons = {50: "stop", 60: "length", 70: "stop"}
+    seen = [Sampled((token,), (1, 1), finish_reason=reason) for token, reason in reasons.items()]
+    stamp(group, seen)
+    assert group["generation_params"]["finish_reasons"] == ["length", None, None]

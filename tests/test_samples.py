@@ -105,6 +105,7 @@ def test_every_sequence_is_kept_with_its_text_score_advantage_and_versions(
     run: RunDir, tmp_path: Path
 ) -> None:
     first = group(tmp_path / "model", {"640": 1.0, "6": 0.0}, environment="sums")
+    first.generation_params["finish_reasons"] = ["stop", "length"]
     second = group(tmp_path / "model", {"7": 0.5})
     second.gid = first.gid + 1
     write(run, [1], [first, second])
@@ -115,6 +116,7 @@ def test_every_sequence_is_kept_with_its_text_score_advantage_and_versions(
     assert best.completion.strip() == "640"
     assert (best.environment, found[2].environment) == ("sums", "environment")
     assert best.advantage == 1.0 and best.advantages is None and best.policy_versions == (4, 5)
+    assert [each.finish_reason for each in found] == ["stop", "length", None]
     start, end = best.trained[0]
     assert best.length == end - start == len(best.tokens) - start
 

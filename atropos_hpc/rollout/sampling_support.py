@@ -105,7 +105,9 @@ def sampled(
         if (versions := generation.versions) is not None:
             support, why = outcome(generation, sampling)
             tokens = tuple(generation.token_ids)
-            yield Sampled(tokens, versions, temperature, tuple(prompt), support, why)
+            yield Sampled(
+                tokens, versions, temperature, tuple(prompt), support, why, generation.finish_reason
+            )
 
 
 def add_support(

@@ -28,6 +28,7 @@ class Sampled:
     prompt: tuple[int, ...] = ()
     support: Support | None = None  # None: sampled from the whole vocabulary, or not known
     bias: str | None = None  # the options that the learner cannot replay
+    finish_reason: str | None = None
 
     @property
     def restricted(self) -> bool:
@@ -73,7 +74,8 @@ def stamp(
     environment: str | None = None,
     draw: Draw | None = None,
 ) -> None:
-    """Set group_id, environment, draw, policy_versions and temperature in its generation_params.
+    """Set group_id, environment, draw, policy_versions, finish_reasons and temperature in its
+    generation_params.
 
     A sequence gets the version range [oldest, newest] of the generations whose tokens it contains.
     One that contains none, because the environment tokenized the text again and got other ids, gets
@@ -90,11 +92,15 @@ def stamp(
         params["draw"] = msgspec.to_builtins(draw)
     if seen:
         outputs = [(array("i", each.tokens).tobytes(), each) for each in seen]
-        sources = []
+        sources, reasons = [], list[str | None]()
         for tokens in group["tokens"]:
             sequence = array("i", [int(t) for t in tokens]).tobytes()
-            found = [each for output, each in outputs if output and _contains(sequence, output)]
-            sources.append(found or seen)
+            matches = [pair for pair in outputs if pair[0] and _contains(sequence, pair[0])]
+            sources.append([each for _, each in matches] or seen)
+            last = (each for output, each in matches if sequence.endswith(output))
+            reasons.append(next((each.finish_reason for each in last), None))
+        if any(reasons):
+            params["finish_reasons"] = reasons
         params["policy_versions"] = [_span([each.versions for each in s]) for s in sources]
         temperatures = [{each.temperature for each in source} for source in sources]
         if len(every := set[float]().union(*temperatures)) == 1:
