@@ -199,7 +199,8 @@ def test_an_environment_that_walks_covers_each_epoch_however_often_it_is_killed(
             live.start_worker(index)
         await live.until(60)
         for env, _ in live.workers.values():  # as BaseEnv's loop, which begins after 5 s
-            env.save_checkpoint(live.service.state.next_batch)
+            if env.checkpoint_dir:  # it has registered
+                env.save_checkpoint(live.service.state.next_batch)
         await live.stop_server()
         await live.start_server()
         await live.until(90)
