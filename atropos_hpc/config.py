@@ -208,6 +208,11 @@ class TrainerConf:
     gradient_checkpointing: bool = key(
         True, "recompute activations in the backward pass instead of storing them"
     )
+    share_prefixes: bool = key(
+        True,
+        "compute the tokens with which the sequences of a group begin once, not in each sequence; "
+        "only with model.attention=sdpa and full attention in every layer",
+    )
     offload: bool = key(False, "keep parameters and optimizer state in host memory between uses")
     checkpoint_every: int = key(
         20,

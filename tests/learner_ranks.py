@@ -136,7 +136,7 @@ def make_group(
     """Several turns: a masked prompt, then trained and masked spans in turn."""
     tokens: list[list[int]] = []
     masks: list[list[bool]] = []
-    prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 20))]
+    prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 40))]
     for i in range(size):
         sequence, mask = list(prompt), [False] * len(prompt)
         for turn in range(rng.randrange(1, 5)):

@@ -54,7 +54,7 @@ def test_a_logit_costs_at_most_six_bytes_at_any_size(tokens: int) -> None:
     hidden = torch.empty(1, tokens, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
     head = LossHead(layer, vocabulary)
     rows = torch.arange(tokens, device="meta")
-    head.targets = Targets(rows, rows, torch.empty(tokens, device="meta"))
+    head.targets = Targets(tokens, rows, rows, rows, torch.empty(tokens, device="meta"))
     with PeakMemory() as memory:
         found = layer(hidden)
         found.sum().backward()
@@ -116,7 +116,7 @@ def test_values_and_gradients_equal_float64(
 
     head = LossHead(layer, vocabulary)
     head.differentiable_entropy = differentiable_entropy
-    head.targets = Targets(rows, labels, temperatures, kept)
+    head.targets = Targets(tokens, rows, rows, labels, temperatures, kept)
     found = layer(hidden)[0]
     (found[rows] * weights.float()).sum().backward()
 
@@ -141,7 +141,8 @@ def test_weight_gradients_of_chunks_are_summed_in_float32(monkeypatch: pytest.Mo
         layer = torch.nn.Linear(size, vocabulary, bias=False, dtype=torch.bfloat16)
         layer.weight.data.copy_(weight)
         head = LossHead(layer, vocabulary)
-        head.targets = Targets(torch.arange(tokens), labels, temperatures)
+        rows = torch.arange(tokens)
+        head.targets = Targets(tokens, rows, rows, labels, temperatures)
         layer(hidden)[0, :, 0].sum().backward()
         gradients[chunk] = layer.weight.grad.float()
     errors = (gradients[64] - gradients[tokens]).norm() / gradients[tokens].norm()

@@ -30,6 +30,7 @@ from atropos_hpc.learner.sequences import Flags, Sequences, flatten
 from atropos_hpc.learner.statistics import Statistics, local_statistics, over_ranks
 from atropos_hpc.observe.rollouts import Advantages
 
+PREFIXES = "prefixes"  # of the sequences, [B] int64, see `learner.prefixes`
 FILLER_TOKENS = 2  # length of a filler: the shortest sequence that has a response
 
 from_jagged = torch.nested.nested_tensor_from_jagged
@@ -178,6 +179,7 @@ def jagged(
         "advantages": response(sequences.advantages),
         "old_log_probs": unknown if recompute else behaviour,
         "behaviour_log_probs": behaviour,
+        PREFIXES: torch.from_numpy(np.append(sequences.prefixes, np.zeros(fillers, np.int64))),
     }
     options: dict[str, bool | int | float] = {
         "use_dynamic_bsz": True,

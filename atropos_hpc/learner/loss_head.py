@@ -58,9 +58,14 @@ class Supports:
 
 @dataclass(frozen=True)
 class Targets:
-    """What to compute for a pack of T tokens: of each selected token, the log-prob of its label."""
+    """What to compute for sequences of T tokens: of each selected token, the log-prob of its label.
 
-    rows: torch.Tensor  # [N] int64, the tokens that predict something trained
+    A hidden state may serve several tokens: sequences can share their first ones.
+    """
+
+    tokens: int  # T
+    places: torch.Tensor  # [N] int64, the tokens that predict something trained
+    rows: torch.Tensor  # [N] int64, the hidden state of each
     labels: torch.Tensor  # [N] int64
     temperatures: torch.Tensor  # [N] float32
     supports: Supports | None = None  # None: all from the whole vocabulary
@@ -81,9 +86,9 @@ class LossHead:
         layer.forward = self.forward
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return log-prob of the label and entropy, nats: [1, T, hidden] -> [1, T, 2] float32.
+        """Return log-prob of the label and entropy, nats: [1, C, hidden] -> [1, T, 2] float32.
 
-        Tokens that are not selected have zeros.
+        C hidden states were computed for T tokens. Tokens that are not selected have zeros.
 
         Differentiable in both. Returns logits, [..., vocabulary], while `targets` is None.
         """
@@ -92,8 +97,8 @@ class LossHead:
         targets, parameters = self.targets, self.parameters()
         selected = hidden[0].index_select(0, targets.rows)
         found = cast(torch.Tensor, _ChunkedHead.apply(self, targets, selected, *parameters))
-        every = found.new_zeros(hidden.shape[1], 2)
-        return every.index_copy(0, targets.rows, found)[None]
+        every = found.new_zeros(targets.tokens, 2)
+        return every.index_copy(0, targets.places, found)[None]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the layer's trained parameters; under FSDP2, the ones unsharded at this moment."""

@@ -19,6 +19,7 @@ from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.contracts.group import Group
 from atropos_hpc.contracts.support import Support
 from atropos_hpc.learner.advantages import batch_advantages
+from atropos_hpc.learner.prefixes import shared_prefixes
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -36,6 +37,7 @@ class Sequences:
 
     lengths: Ints  # [S], sums to T
     starts: Ints  # [S], index of the first trained token, >= 1
+    prefixes: Ints  # [S], tokens shared with an earlier sequence of the group, see `prefixes`
     temperatures: Floats  # [S], at which the sequence was sampled
     tokens: Ints  # [T]
     mask: Flags  # [R], whether the token is trained
@@ -93,11 +95,14 @@ def flatten(
         in_known = np.where(np.repeat(known, lengths), np.where(trained, values, 0), np.nan)
         return _f32(in_known[in_response])
 
+    tokens = np.concatenate([group.tokens for group in groups])[in_sequence].astype(np.int64)
+    number = np.repeat(np.arange(len(groups)), [len(group.lengths) for group in groups])
     return Sequences(
         lengths=stop[included],
         starts=first[included],
+        prefixes=shared_prefixes(tokens, stop[included], number[included]),
         temperatures=_f32(np.concatenate([_temperatures(group) for group in groups])[included]),
-        tokens=np.concatenate([group.tokens for group in groups])[in_sequence].astype(np.int64),
+        tokens=tokens,
         mask=trained[in_response],
         advantages=_f32(np.where(trained, advantages, 0)[in_response]),
         behaviour=log_probs("inference_logprobs"),
@@ -111,7 +116,7 @@ def flatten(
 
 def _empty() -> Sequences:
     ints, floats, flags = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
-    return Sequences(ints, ints, floats, ints, flags, floats, floats, floats, flags)
+    return Sequences(ints, ints, ints, floats, ints, flags, floats, floats, floats, flags)
 
 
 def _log_probs(groups: Sequence[Group], name: str) -> NDArray[np.floating]:

@@ -184,7 +184,8 @@ def head_error() -> dict[str, float]:
         [hidden, layer.weight],
     )
     head = LossHead(layer, vocabulary)
-    head.targets = Targets(torch.arange(rows, device=DEVICE), labels, temperature)
+    every = torch.arange(rows, device=DEVICE)
+    head.targets = Targets(rows, every, every, labels, temperature)
     found = layer(hidden)[0]
     got = torch.autograd.grad((found[:, 0] * 0.7 + found[:, 1] * 0.3).sum(), [hidden, layer.weight])
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, wanted, strict=True)]

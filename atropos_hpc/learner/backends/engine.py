@@ -5,6 +5,7 @@
 - A frozen reference keeps its weights in the computing dtype. Only parameters are cast: verl would
   cast buffers too, and rotary frequencies in bfloat16 are wrong by whole positions in long
   sequences.
+- Sequences that begin alike are computed with that beginning once (`learner.prefixes`).
 - Host memory is pinned only where there is an accelerator, and a frozen model stays on the device.
 """
 
@@ -15,25 +16,36 @@ from typing import Any
 
 import torch
 
+from atropos_hpc.learner.backends import packed_attention
+from atropos_hpc.learner.backends.micro_batches import SHARE, Pack, pack, prepare_micro_batches
 from atropos_hpc.learner.backends.verl_api import (
     ON_CPU,
     FSDPEngineWithLMHead,
     TensorDict,
     offload_policy,
+    patch_micro_batches,
     tensordict_utils,
     ulysses_pad_and_slice_inputs,
 )
+from atropos_hpc.learner.batch import PREFIXES
 from atropos_hpc.learner.loss_head import LossHead, Supports, Targets, transforms_logits
 
 log = logging.getLogger(__name__)
 
 
 class Engine(FSDPEngineWithLMHead):
-    """A causal language model under FSDP2. A frozen model's weights have `reference_dtype`."""
+    """A causal language model under FSDP2. A frozen model's weights have `reference_dtype`.
 
-    def __init__(self, *, reference_dtype: torch.dtype, **options: Any) -> None:
+    With `share_prefixes`, prefixes are shared as far as the model and its attention allow.
+    """
+
+    def __init__(
+        self, *, reference_dtype: torch.dtype, share_prefixes: bool, **options: Any
+    ) -> None:
         super().__init__(**options)
+        patch_micro_batches(prepare_micro_batches)
         self._reference_dtype = reference_dtype
+        self._wants_shared_prefixes, self._share_prefixes = share_prefixes, False
         self._loss_head: LossHead | None = None
 
     def _build_module(self) -> torch.nn.Module:
@@ -62,6 +74,8 @@ class Engine(FSDPEngineWithLMHead):
             return
         model: Any = module
         self._loss_head = LossHead(model.get_output_embeddings(), config.vocab_size)
+        supported = packed_attention.supports_prefixes(module) and not self.use_ulysses_sp
+        self._share_prefixes = self._wants_shared_prefixes and supported
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         self._install_loss_head(module)
@@ -77,6 +91,14 @@ class Engine(FSDPEngineWithLMHead):
             sharded: torch.nn.Module = super()._build_fsdp_module(module)
             return sharded
 
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Any, forward_only: bool = False
+    ) -> list[TensorDict]:
+        packed = tensordict_utils.get_non_tensor_data(data, "use_remove_padding", default=True)
+        tensordict_utils.assign_non_tensor(data, **{SHARE: self._share_prefixes and packed})
+        found: list[TensorDict] = super().forward_backward_batch(data, loss_function, forward_only)
+        return found
+
     def prepare_model_inputs(
         self, micro_batch: TensorDict
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,17 +106,25 @@ class Engine(FSDPEngineWithLMHead):
         packed = tensordict_utils.get_non_tensor_data(
             micro_batch, "use_remove_padding", default=True
         )
-        if self._loss_head is not None:
-            self._loss_head.targets = self._targets(micro_batch, arguments) if packed else None
         if "support_counts" in micro_batch and (self._loss_head is None or not packed):
             raise ValueError(
                 "a group was sampled with top_p, top_k, min_p or a grammar, which only the chunked"
                 " loss head can replay: this model or trainer.fsdp_config.use_remove_padding=false"
                 " excludes it; sample from the whole vocabulary"
             )
+        if self._loss_head is None:
+            return inputs, arguments
+        shared = None
+        if packed and self._share_prefixes and bool(micro_batch[PREFIXES].any()):
+            shared = pack(micro_batch)
+            for name in ("input_ids", "position_ids"):
+                inputs[name] = inputs[name][:, shared.computed]
+        self._loss_head.targets = self._targets(micro_batch, arguments, shared) if packed else None
         return inputs, arguments
 
-    def _targets(self, micro_batch: TensorDict, arguments: dict[str, Any]) -> Targets:
+    def _targets(
+        self, micro_batch: TensorDict, arguments: dict[str, Any], shared: Pack | None
+    ) -> Targets:
         """The rows of this rank's part of the pack whose next token is a trained one."""
         mask = micro_batch["response_mask"]
         ends, lengths = micro_batch["input_ids"].offsets()[1:], mask.offsets().diff()
@@ -116,7 +146,14 @@ class Engine(FSDPEngineWithLMHead):
         supports = (
             _supports(micro_batch, wanted[rows] - 1) if "support_counts" in micro_batch else None
         )
-        return Targets(rows, labels[rows], temperatures[rows].float(), supports)
+        return Targets(
+            tokens=len(labels),
+            places=rows,
+            rows=rows if shared is None else shared.rows[rows],
+            labels=labels[rows],
+            temperatures=temperatures[rows].float(),
+            supports=supports,
+        )
 
     def prepare_model_outputs(
         self,

@@ -7,6 +7,9 @@ blocks, [B, L], padded at their ends, with causal attention and no mask. No toke
 so padding changes nothing; its output is dropped. Lengths in a block differ by less than a factor
 of 2.
 
+A pack may contain branches, which attend to the first tokens of another sequence, too: see
+`segments` and `learner.prefixes`.
+
 With Ulysses sequence parallelism, ranks exchange heads for tokens before and after.
 
 Layers with a sliding window, or that are not causal, use transformers' own implementation.
@@ -34,33 +37,88 @@ NAME = "packed_sdpa"  # in transformers' registries
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the T tokens of a pack map to blocks of sequences.
+class Segments:
+    """The runs of successive positions in a pack, [S] each.
 
-    blocks: [B, L] each, the tokens' indices in the pack; a sequence's last token is its padding
-    places: [T], the index of every token of the pack in the concatenation of the blocks
+    One that begins at position 0 is a sequence. One that begins at p > 0 is a branch: it goes on
+    from the first p tokens of the last sequence before it (`learner.prefixes`).
     """
 
-    blocks: list[torch.Tensor]
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    prefixes: torch.Tensor  # p
+    roots: torch.Tensor  # where the sequence starts that the segment belongs to
+
+
+def segments(position_ids: torch.Tensor) -> Segments:
+    """Return the segments of a pack with these positions, [T]."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[1:] = position_ids[1:] != position_ids[:-1] + 1
+    starts = begins.nonzero()[:, 0]
+    lengths = torch.diff(starts, append=starts.new_tensor([len(position_ids)]))
+    prefixes = position_ids[starts]
+    roots = torch.where(prefixes == 0, starts, 0).cummax(0).values
+    return Segments(starts, lengths, prefixes, roots)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Segments of similar length, and of similar prefix, that are computed together.
+
+    queries: [B, L], indices of tokens; a segment's last token is its padding
+    keys: [B, K], likewise: the prefix, its last token repeated as padding, then `queries`
+    mask: [1 or B, 1, L, K], or None where attention is causal and has no prefix
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the T tokens of a pack map to blocks.
+
+    places: [T], the index of every token of the pack in the concatenation of the blocks' queries
+    """
+
+    blocks: list[Block]
     places: torch.Tensor
 
 
 def layout(position_ids: torch.Tensor) -> Layout:
-    """Return the layout of a pack with these positions, [T]: 0, 1, 2, ... of each sequence."""
-    starts = (position_ids == 0).nonzero()[:, 0]
-    lengths = torch.diff(starts, append=starts.new_tensor([len(position_ids)]))
-    kind = torch.log2(lengths.double()).floor()
-    blocks, places, before = [], torch.empty_like(position_ids), 0
-    for size in kind.unique().tolist():
-        of_kind = kind == size
-        own, longest = lengths[of_kind, None], int(lengths[of_kind].max())
-        column = torch.arange(longest, device=position_ids.device)
-        block = starts[of_kind, None] + torch.minimum(column, own - 1)
-        real = column < own
-        places[block[real]] = before + real.flatten().nonzero()[:, 0]
-        blocks.append(block)
-        before += block.numel()
+    """Return the layout of a pack with these positions, [T]."""
+    found = segments(position_ids)
+    kinds = [
+        lengths.double().clamp(min=0.5).log2().floor()
+        for lengths in (found.lengths, found.prefixes)
+    ]
+    kind, places, before = torch.stack(kinds, 1), torch.empty_like(position_ids), 0
+    blocks = []
+    for own in kind.unique(dim=0):
+        chosen = Segments(*(field[(kind == own).all(1)] for field in vars(found).values()))
+        column = torch.arange(int(chosen.lengths.max()), device=position_ids.device)
+        queries = chosen.starts[:, None] + torch.minimum(column, chosen.lengths[:, None] - 1)
+        real = column < chosen.lengths[:, None]
+        places[queries[real]] = before + real.flatten().nonzero()[:, 0]
+        before += queries.numel()
+        blocks.append(_block(chosen, queries))
     return Layout(blocks, places)
+
+
+def _block(chosen: Segments, queries: torch.Tensor) -> Block:
+    if not (longest := int(chosen.prefixes.max())):
+        return Block(queries, queries, None)
+    column = torch.arange(longest, device=queries.device)
+    prefixes = chosen.prefixes[:, None]
+    in_root = chosen.roots[:, None] + torch.minimum(column, prefixes - 1)
+    valid = column < prefixes
+    if bool(valid.all()):
+        valid = valid[:1]
+    length = queries.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=queries.device).tril()
+    parts = [valid[:, None].expand(-1, length, -1), causal.expand(len(valid), -1, -1)]
+    return Block(queries, torch.cat([in_root, queries], 1), torch.cat(parts, 2)[:, None])
 
 
 class _PerPack(Generic[T]):
@@ -76,11 +134,34 @@ class _PerPack(Generic[T]):
         return self._last[1]
 
 
-def _offsets(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return cumulative sequence lengths, [S + 1] int32, and the longest length."""
-    starts = (position_ids[0] == 0).nonzero()[:, 0]
-    offsets = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
-    return offsets, int(offsets.diff().max())
+@dataclass(frozen=True)
+class Varlen:
+    """The arguments of the kernel for sequences of different lengths."""
+
+    keys: torch.Tensor | None  # [K], indices of the tokens whose keys are used; None: all, in order
+    query_offsets: torch.Tensor  # [S + 1] int32, cumulative lengths
+    key_offsets: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+def varlen(position_ids: torch.Tensor) -> Varlen:
+    """Return the arguments for a pack with these positions, [T]."""
+    found = segments(position_ids)
+    lengths = found.lengths + found.prefixes
+    queries, keys = (torch.nn.functional.pad(n.cumsum(0), (1, 0)) for n in (found.lengths, lengths))
+    index = None
+    if bool(found.prefixes.any()):
+        column = torch.arange(int(lengths.max()), device=position_ids.device)
+        prefixes = found.prefixes[:, None]
+        rows = torch.where(
+            column < prefixes,
+            found.roots[:, None] + column,
+            found.starts[:, None] + column - prefixes,
+        )
+        index = rows[column < lengths[:, None]]
+    longest = int(found.lengths.max()), int(lengths.max())
+    return Varlen(index, queries.int(), keys.int(), *longest)
 
 
 def _gathered(position_ids: torch.Tensor) -> torch.Tensor:
@@ -93,7 +174,7 @@ def _gathered(position_ids: torch.Tensor) -> torch.Tensor:
 
 _positions_of_group = _PerPack(_gathered)
 _layout_of = _PerPack(lambda position_ids: layout(position_ids[0]))
-_offsets_of = _PerPack(_offsets)
+_varlen_of = _PerPack(lambda position_ids: varlen(position_ids[0]))
 
 
 def attend(
@@ -159,12 +240,13 @@ def _attend(
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
     for block in packed.blocks:
         q, k, v = (
-            tensor.index_select(0, block.flatten()).unflatten(0, block.shape).transpose(1, 2)
-            for tensor in flat
+            tensor.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+            for tensor, index in zip(flat, (block.queries, block.keys, block.keys), strict=True)
         )
         part = scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
-        )
+            q, k, v, attn_mask=block.mask, dropout_p=dropout, is_causal=block.mask is None,
+            scale=scaling, enable_gqa=True,
+        )  # fmt: skip
         parts.append(part.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed.places)[None]
 
@@ -187,11 +269,15 @@ def _varlen(
 ) -> torch.Tensor:
     """Attend on CUDA in half precision: torch's FlashAttention over cumulative sequence lengths."""
     attention, options = _varlen_attention()
-    offsets, longest = _offsets_of(position_ids)
-    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
+    packed = _varlen_of(position_ids)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if packed.keys is not None:
+        k, v = k.index_select(0, packed.keys), v.index_select(0, packed.keys)
+    # Causality is aligned at the ends of queries and keys, so a branch sees its whole prefix.
     found: torch.Tensor = attention(
-        *flat, offsets, offsets, longest, longest, scale=scaling, window_size=(-1, 0), **options
-    )
+        q, k, v, packed.query_offsets, packed.key_offsets, packed.longest_query, packed.longest_key,
+        scale=scaling, window_size=(-1, 0), **options,
+    )  # fmt: skip
     return found[None]
 
 
@@ -210,6 +296,17 @@ def _mask(
         batch_size=batch_size, attention_mask=attention_mask, **options
     )
     return mask
+
+
+def supports_prefixes(model: torch.nn.Module) -> bool:
+    """Whether tokens of a model see earlier ones only by full attention in `attend`."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    layers = set(getattr(config, "layer_types", None) or ("full_attention",))
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", 1)
+    # State space models and linear attention convolve over neighbouring tokens.
+    convolves = any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
+    own = config._attn_implementation == NAME
+    return own and layers == {"full_attention"} and not windowed and not convolves
 
 
 def register() -> str:

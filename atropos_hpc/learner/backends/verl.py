@@ -172,6 +172,7 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
     attention = packed_attention.register() if model.attention == "sdpa" else model.attention
     return dict(
         reference_dtype=getattr(torch, model.dtype),
+        share_prefixes=trainer.share_prefixes,
         model_config=verl_api.HFModelConfig(
             path=str(model.path),
             load_tokenizer=False,

@@ -30,6 +30,7 @@ from verl.trainer.ppo.rollout_corr_helper import (
 )
 from verl.utils import tensordict_utils, torch_functional
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.ulysses import (
     gather_heads_scatter_seq,
     gather_seq_scatter_heads,
@@ -45,6 +46,7 @@ from verl.workers.config import (
 )
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
@@ -66,11 +68,15 @@ __all__ = [
     "gather_seq_scatter_heads",
     "get_adv_estimator_fn",
     "get_device_id",
+    "get_device_name",
+    "get_seqlen_balanced_partitions",
     "get_ulysses_sequence_parallel_group",
     "kl_penalty",
     "offload_policy",
     "patch_log_probs",
+    "patch_micro_batches",
     "ppo_loss",
+    "prepare_micro_batches",
     "report_gradient_norm_on_all_ranks",
     "response_from_nested",
     "tensordict_utils",
@@ -100,6 +106,15 @@ def _log_probs_from_logits(
     """Return the log-probs of the labels, float32 [T], from logits, [T, vocabulary]."""
     logits = logits.float()
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def patch_micro_batches(prepare: Callable[..., Any]) -> None:
+    """Replace verl's division of a batch into micro-batches.
+
+    Reason (0.9.1): verl divides sequence by sequence. Its `force_group_size` keeps groups together,
+    but only if all have the same size and fit into a micro-batch.
+    """
+    vars(transformer_impl)["prepare_micro_batches"] = prepare
 
 
 def report_gradient_norm_on_all_ranks(engine: Any) -> None:
