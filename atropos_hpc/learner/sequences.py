@@ -82,8 +82,8 @@ def flatten(
     in_sequence = position < np.repeat(stop, lengths)
     in_response = in_sequence & (position >= np.repeat(first, lengths))
 
-    group_ends = np.cumsum([len(group.lengths) for group in groups])[:-1]
-    counts = np.split(np.add.reduceat(trained, begins, dtype=np.int64), group_ends)
+    sizes = [len(group.lengths) for group in groups]
+    counts = np.split(np.add.reduceat(trained, begins, dtype=np.int64), np.cumsum(sizes)[:-1])
     if penalties is None:
         penalties = np.zeros(len(lengths))
     advantages, zero_groups = _group_advantages(groups, algorithm, penalties, counts, replicas)
@@ -96,7 +96,7 @@ def flatten(
         return _f32(in_known[in_response])
 
     tokens = np.concatenate([group.tokens for group in groups])[in_sequence].astype(np.int64)
-    number = np.repeat(np.arange(len(groups)), [len(group.lengths) for group in groups])
+    number = np.repeat(np.arange(len(groups)), sizes)
     return Sequences(
         lengths=stop[included],
         starts=first[included],

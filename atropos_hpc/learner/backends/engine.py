@@ -147,7 +147,7 @@ class Engine(FSDPEngineWithLMHead):
             _supports(micro_batch, wanted[rows] - 1) if "support_counts" in micro_batch else None
         )
         return Targets(
-            tokens=len(labels),
+            tokens=len(labels),  # padding included, which verl strips
             places=rows,
             rows=rows if shared is None else shared.rows[rows],
             labels=labels[rows],
