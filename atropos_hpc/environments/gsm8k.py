@@ -66,7 +66,11 @@ class GSM8KEnv(SingleTurnEnv):
 
     async def setup(self) -> None:
         await super().setup()
-        self.training, self.held_out = load_problems(self.config)
+        self.training, self.held_out = self.load()
+
+    def load(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Load the (training, held-out) problems."""
+        return load_problems(self.config)
 
     def prompt(self, question: str) -> str:
         """Return the prompt: by the model's chat template, or plain if it has none."""

@@ -84,23 +84,19 @@ def flatten(
 
     sizes = [len(group.lengths) for group in groups]
     counts = np.split(np.add.reduceat(trained, begins, dtype=np.int64), np.cumsum(sizes)[:-1])
-    if penalties is None:
-        penalties = np.zeros(len(lengths))
+    penalties = np.zeros(len(lengths)) if penalties is None else penalties
     advantages, zero_groups = _group_advantages(groups, algorithm, penalties, counts, replicas)
 
     def log_probs(name: str) -> Floats:
-        values = _log_probs(groups, name)
-        valid = np.isfinite(values) & (values <= 0)  # placeholders are positive
-        known = np.logical_and.reduceat(valid | ~trained, begins)
-        in_known = np.where(np.repeat(known, lengths), np.where(trained, values, 0), np.nan)
-        return _f32(in_known[in_response])
+        return _f32(_known(_log_probs(groups, name), trained, begins, lengths)[in_response])
 
     tokens = np.concatenate([group.tokens for group in groups])[in_sequence].astype(np.int64)
-    number = np.repeat(np.arange(len(groups)), sizes)
     return Sequences(
         lengths=stop[included],
         starts=first[included],
-        prefixes=shared_prefixes(tokens, stop[included], number[included]),
+        prefixes=shared_prefixes(
+            tokens, stop[included], np.repeat(np.arange(len(groups)), sizes)[included]
+        ),
         temperatures=_f32(np.concatenate([_temperatures(group) for group in groups])[included]),
         tokens=tokens,
         mask=trained[in_response],
@@ -117,6 +113,15 @@ def flatten(
 def _empty() -> Sequences:
     ints, floats, flags = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
     return Sequences(ints, ints, ints, floats, ints, flags, floats, floats, floats, flags)
+
+
+def _known(
+    values: NDArray[np.floating], trained: Flags, begins: Ints, lengths: Ints
+) -> NDArray[np.floating]:
+    """Return log-probs with 0 where not trained, and NaN in sequences that lack any."""
+    valid = np.isfinite(values) & (values <= 0)  # placeholders are positive
+    known = np.logical_and.reduceat(valid | ~trained, begins)
+    return np.where(np.repeat(known, lengths), np.where(trained, values, 0), np.nan)
 
 
 def _log_probs(groups: Sequence[Group], name: str) -> NDArray[np.floating]:
