@@ -44,8 +44,9 @@ MODELS = {
 EXPERIMENTS = {
     path.stem: path
     for path in sorted((CONFIGS / "experiment").glob("*.yaml"))
-    if path.stem not in ("arithmetic_cpu", "gsm8k_one_gpu", "none")  # not for a cluster
+    if not path.stem.endswith(("_cpu", "_one_gpu")) and path.stem != "none"  # not for a cluster
 }
+ON_A_CPU = sorted(path.stem for path in (CONFIGS / "experiment").glob("*_cpu.yaml"))
 NEEDED = {
     "math_qwen3_4b": ["environment.target=math_server.py:MathEnv"],
     "multi_env": [
@@ -68,6 +69,15 @@ def test_it_composes_and_nothing_is_wrong_with_it(name: str) -> None:
     rollout = config.roles.rollout
     assert config.rollout.servers * config.rollout.tensor_parallel == rollout.gpus_per_node
     assert config.roles.trainer.ranks_per_node == config.roles.trainer.gpus_per_node
+
+
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_an_experiment_for_a_cpu_needs_no_further_key(name: str) -> None:
+    config = composed(f"experiment={name}")
+    assert validate.problems(config) == []
+    assert not config.roles.trainer.gpus_per_node and not config.roles.rollout.gpus_per_node
+    assert config.model.make is not None  # no hub is needed
+    assert config.rollout.variables["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_one_gpu_is_shared_by_both_roles() -> None:
