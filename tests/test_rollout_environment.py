@@ -21,7 +21,7 @@ from atropos_hpc.contracts.prompts import DrawAnswer, DrawRequest  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
-from atropos_hpc.rollout.evaluation import next_due, numbers  # noqa: E402
+from atropos_hpc.rollout.evaluation import next_due, numbers, with_name  # noqa: E402
 from atropos_hpc.rollout.prompt_draws import Drawer, PromptDraws  # noqa: E402
 from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
 from atropos_hpc.trajectories.decode import decode_json  # noqa: E402
@@ -240,3 +240,21 @@ def test_a_sequence_has_the_finish_reason_of_the_generation_that_ends_it() -> No
     seen = [Sampled((token,), (1, 1), finish_reason=reason) for token, reason in reasons.items()]
     stamp(group, seen)
     assert group["generation_params"]["finish_reasons"] == ["length", None, None]
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers() -> None:
+    from itertools import combinations
+
+    from atropos_hpc.environments.single_turn import ks, pass_at_k
+
+    answers = [True, False, True, False, False]
+    for k in range(1, 6):
+        chosen = [any(each) for each in combinations(answers, k)]
+        assert pass_at_k(5, 2, k) == pytest.approx(sum(chosen) / len(chosen))
+    assert ks(1) == [] and ks(6) == [1, 2, 4, 6]
+
+
+def test_pass_at_k_and_the_length_have_the_name_of_their_environment() -> None:
+    metrics = {"eval/pass@4": 0.5, "eval/length_mean": 3.0, "eval/percent_correct": 0.25}
+    named = {"eval/sums/pass@4": 0.5, "eval/sums/length_mean": 3.0, "eval/percent_correct": 0.25}
+    assert with_name(metrics, "sums") == named
