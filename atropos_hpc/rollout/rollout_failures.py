@@ -24,7 +24,7 @@ import inspect
 import logging
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -137,7 +137,8 @@ class Losses:
     counts: Counter[Loss] = field(default_factory=Counter)
     _reasons: Counter[tuple[Loss, str]] = field(default_factory=Counter)
     _texts: dict[tuple[Loss, str], str] = field(default_factory=dict)  # the last of each reason
-    _in_a_row: list[tuple[Loss, str]] = field(default_factory=list)  # lost since a group was good
+    # lost since a group was good
+    _in_a_row: deque[tuple[Loss, str]] = field(default_factory=lambda: deque(maxlen=1 << 16))
     _failing_since: float = 0.0
     _last_good: float = float("-inf")
     _paused_until: float = float("-inf")
