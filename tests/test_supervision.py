@@ -118,6 +118,17 @@ def test_a_process_that_has_run_for_long_counts_as_progress() -> None:
     assert life.restarts == 0
 
 
+def test_a_long_wait_in_vain_does_not_count_as_progress() -> None:
+    machine = Machine()
+    machine.poll()
+    for restarts in (1, 2):
+        machine.poll(901)
+        machine.started[-1].process.returncode = process.STUCK
+        machine.poll()
+        assert machine.managed.life.restarts == restarts
+        machine.poll(5)
+
+
 def test_a_hung_process_gets_time_to_dump_its_stacks_and_is_then_killed() -> None:
     machine = Machine()
     machine.poll()

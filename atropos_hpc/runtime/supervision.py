@@ -103,9 +103,10 @@ class Lifecycle:
         self.state = State.RUNNING
         return True
 
-    def end(self, now: float, progress: object) -> None:
-        """The process has ended. Progress since its start resets the count of restarts."""
-        healthy = now - self.started_at > self.limits.healthy_s
+    def end(self, now: float, progress: object, stuck: bool = False) -> None:
+        """The process has ended. Progress since its start resets the count of restarts; so does a
+        long life, unless it was `stuck`, because a wait that is in vain is long, too."""
+        healthy = not stuck and now - self.started_at > self.limits.healthy_s
         if healthy or progress != self.progress:
             self.restarts = 0
         self.state = State.ENDED
@@ -309,7 +310,7 @@ class SupervisionEngine:
         managed.children = []
         process.end_orphans(self.running())
         lived_s = now - life.started_at
-        life.end(now, progress)
+        life.end(now, progress, stuck=life.hung or code == process.STUCK)
         return Exit(managed, first, code, lived_s, managed.ready, life.hung)
 
     def _first_ended(self, managed: ManagedProcess, complete: bool) -> Child | None:
