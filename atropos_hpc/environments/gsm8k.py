@@ -7,14 +7,13 @@ small sample in this package.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from atroposlib.envs.base import APIServerConfig, ScoredDataGroup
-from math_verify import parse, verify
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from atropos_hpc.environments.final_answer import final_number, is_right
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
 
 SAMPLE = Path(__file__).parent / "data"
@@ -22,7 +21,6 @@ SYSTEM_PROMPT = (
     "Solve the problem step by step. On the last line write #### and then the answer, as a number "
     "and nothing else. For example: #### 42"
 )
-NUMBER = re.compile(r"-?\d[\d,]{0,20}(?:\.\d{1,12})?(?:/\d{1,12})?")
 
 
 class GSM8KConfig(SingleTurnConfig):
@@ -52,6 +50,12 @@ class GSM8KConfig(SingleTurnConfig):
         ge=1,
         description="Held-out problems that an evaluation answers. None: all.",
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "GSM8KConfig":
+        if self.dataset is not None and (self.train_path or self.test_path):
+            raise ValueError("give dataset, or train_path and test_path, not both")
+        return self
 
 
 class GSM8KEnv(SingleTurnEnv):
@@ -128,58 +132,70 @@ class GSM8KEnv(SingleTurnEnv):
         return is_right(completion.choices[0].text, problem["answer"])
 
 
-def final_number(text: str) -> str | None:
-    """Return an answer's final number, None if there is none.
-
-    It comes after the last ####, else in the last \\boxed{}, else it is the last number.
-    """
-    for marked in (text.rpartition("####"), text.rpartition("\\boxed{")):
-        if marked[1]:
-            found = NUMBER.search(marked[2])
-            return found.group().replace(",", "") if found else None
-    numbers = NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else None
-
-
-def is_right(text: str, answer: str) -> bool:
-    """Return whether `text` has the final number of `answer`, by value: 21.50 is 21.5."""
-    given, gold = final_number(text), final_number(answer)
-    if given is None or gold is None:
-        return False
-    # No timeouts: they need SIGALRM in the main thread, and numbers of bounded length are quick.
-    gold_value, given_value = (
-        parse(f"${gold}$", parsing_timeout=None),
-        parse(f"${given}$", parsing_timeout=None),
-    )
-    return bool(verify(gold_value, given_value, timeout_seconds=None))
-
-
 def load_problems(config: GSM8KConfig) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Load (training, held-out) problems, each with "question" and "answer".
 
-    Raises ValueError for an answer without a final number.
+    Raises ValueError, naming file and line or dataset and row, for a row of another shape and for
+    an answer without a final number.
     """
-    if config.dataset is not None and config.train_path is None:
+    if config.dataset is not None:
         from datasets import load_dataset
 
         splits = load_dataset(config.dataset, config.dataset_config)
-        parts = [[dict(row) for row in splits[name]] for name in ("train", "test")]
+        rows = {
+            name: [(f"{config.dataset}, {name}, row {n}", row) for n, row in enumerate(split)]
+            for name, split in splits.items()
+        }
+        if missing := {"train", "test"} - rows.keys():
+            raise ValueError(f"{config.dataset} has no split {', '.join(sorted(missing))}")
+        parts = [rows["train"], rows["test"]]
     else:
-        paths = (
-            config.train_path or SAMPLE / "gsm8k_sample_train.jsonl",
-            config.test_path or SAMPLE / "gsm8k_sample_test.jsonl",
-        )
         parts = [
-            [
-                json.loads(line)
-                for line in Path(path).expanduser().read_text().splitlines()
-                if line.strip()
-            ]
-            for path in paths
-        ]
-    for problem in (problem for part in parts for problem in part):
-        if final_number(problem["answer"].rpartition("####")[2]) is None:
-            raise ValueError(
-                f"a GSM8K answer must end in '#### <number>': {problem['answer'][-80:]!r}"
+            read_json_lines(Path(path or SAMPLE / default).expanduser())
+            for path, default in (
+                (config.train_path, "gsm8k_sample_train.jsonl"),
+                (config.test_path, "gsm8k_sample_test.jsonl"),
             )
-    return parts[0], parts[1]
+        ]
+    training, held_out = ([_problem(where, row) for where, row in part] for part in parts)
+    if not training or not held_out:
+        raise ValueError("there are no problems in the training or the held-out data")
+    return training, held_out
+
+
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
+    """Return (where it is, value) of each line that is not empty. Raises ValueError.
+
+    Only \\n and \\r\\n end a line: JSON texts may contain U+2028 and U+0085. A byte order mark at
+    the start is skipped.
+    """
+    found = []
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append((f"{path}, line {number}", json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    return found
+
+
+def _problem(where: str, row: Any) -> dict[str, str]:
+    """Check a row, and return its question and answer."""
+    fields = ("question", "answer")
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be an object with the texts question and answer")
+    for name in fields:
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{where}: {name} must be a text, not {str(row.get(name))[:80]}")
+    if final_number(row["answer"].rpartition("####")[2]) is None:
+        raise ValueError(
+            f"{where}: a GSM8K answer must end in '#### <number>': {row['answer'][-80:]!r}"
+        )
+    return {name: row[name] for name in fields}
