@@ -42,7 +42,11 @@ class Key:
             return f"{value!r} is not one of {', '.join(self.choices)}{near}"
         if self.pattern is not None and not re.fullmatch(self.pattern[0], value):
             return f"must be {self.pattern[1]}, not {value!r}"
+        if isinstance(value, list) and not all(isinstance(each, str) for each in value):
+            return f"must be a list of texts, not {value!r}"
         if isinstance(value, dict):
+            if self.ge is None and self.le is None:
+                return None
             found = ((name, self.error(entry)) for name, entry in value.items())
             return next((f"{name} {error}" for name, error in found if error), None)
         for bound, holds, words in (

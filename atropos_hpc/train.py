@@ -9,7 +9,6 @@ Exit codes: 0 the run is complete; 1 it failed; 2 the config was refused and not
 login nodes.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -19,34 +18,51 @@ from pathlib import Path
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from atropos_hpc.config import Config
 from atropos_hpc.launch import hydra_api, new_directory
 from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.runtime import process
-from atropos_hpc.validate import Problem, refuse
+from atropos_hpc.validate import Problem, Refused, refuse
 
 hydra_api.register()
 
 
-@hydra.main(version_base="1.3", config_path=str(hydra_api.CONFIGS), config_name="config")
-def app(cfg: DictConfig) -> None:
-    """Run one run. Hydra calls this for a single run, the launchers handle multiruns."""
+def compose() -> Config | None:
+    """Compose the config of a single run from the command line; None after a multirun, which the
+    launchers have handled. Raises one of hydra_api.ERRORS.
+
+    The run itself starts after Hydra has returned: Hydra precedes every error of what it calls by
+    a message of its own.
+    """
+    found: list[Config | Exception] = []
+
+    @hydra.main(version_base="1.3", config_path=str(hydra_api.CONFIGS), config_name="config")
+    def app(cfg: DictConfig) -> None:
+        try:
+            found.append(hydra_api.to_config(cfg))
+        except hydra_api.ERRORS as error:
+            found.append(error)
+
+    app()
+    for outcome in found:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    return None
+
+
+def launch(config: Config) -> int:
+    """Start or resume the run and stay until its end. Returns the exit code."""
     from atropos_hpc.launch import run
     from atropos_hpc.launch.slurm import commands
 
-    run_dir = Path(HydraConfig.get().runtime.output_dir).absolute()
-    cfg.run_dir = str(run_dir)
-    try:
-        config = hydra_api.to_config(cfg)
-    except hydra_api.ERRORS as error:  # Hydra would precede it by a message of its own
-        sys.exit(refuse(hydra_api.problems(error)))
-    code = run.launch(config, run_dir, lambda: commands.requeue(os.environ["SLURM_JOB_ID"]))
-    if code:
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra created it; remove it unless it has contents
-        sys.exit(code)
+    if not config.run_dir.strip():
+        raise Refused(Problem("run_dir", "is empty, which would be the current directory"))
+    run_dir = Path(config.run_dir).absolute()
+    config.run_dir = str(run_dir)
+    return run.launch(config, run_dir, lambda: commands.requeue(os.environ["SLURM_JOB_ID"]))
 
 
 def main() -> int:
@@ -57,9 +73,15 @@ def main() -> int:
     os.environ.pop(process.PARENT, None)
     try:
         sys.argv[1:] = hydra_api.with_demo(sys.argv[1:])
-        app()
-    except hydra_api.ERRORS as error:
-        return refuse(hydra_api.problems(error))
+        try:
+            config = compose()
+        except Exception as error:
+            if not hydra_api.is_composing_error(error):
+                raise
+            raise Refused(*hydra_api.named_problems(error, sys.argv[1:])) from error
+        return 0 if config is None else launch(config)
+    except Refused as error:
+        return refuse(error.problems)
     except OSError as error:
         if error.filename is None:
             raise
@@ -72,7 +94,6 @@ def main() -> int:
         return 130
     finally:
         new_directory.remove_unused()
-    return 0
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _within(value: Any, low: float, high: float) -> bool:
 
 
 def _vllm_arguments(arguments: list[str]) -> Iterator[Error]:
-    for argument in arguments:
+    for argument in map(str, arguments):
         flag = argument.partition("=")[0]
         name = _SHORT_FLAGS.get(flag) or flag.removeprefix("--").replace("_", "-")
         if flag.startswith("-") and name.removeprefix("no-") in VLLM_FLAGS:

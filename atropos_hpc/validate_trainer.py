@@ -184,7 +184,10 @@ def _verl(config: Config) -> Iterator[Error]:
     engine = trainer.fsdp_config
     if trainer.backend != "verl" and engine:
         yield prefix, f"requires trainer.backend=verl, but it is {trainer.backend}"
-    if "param_dtype" in (engine.get("mixed_precision") or {}):
+    precision = engine.get("mixed_precision") or {}
+    if not isinstance(precision, dict):
+        yield f"{prefix}.mixed_precision", f"must be a map, not {precision!r}"
+    elif "param_dtype" in precision:
         yield (
             f"{prefix}.mixed_precision.param_dtype",
             "is set by the run; change model.dtype instead",
