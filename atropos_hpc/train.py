@@ -78,7 +78,9 @@ def main() -> int:
         except Exception as error:
             if not hydra_api.is_composing_error(error):
                 raise
-            raise Refused(*hydra_api.named_problems(error, sys.argv[1:])) from error
+            raise Refused(
+                *hydra_api.named_problems(error, sys.argv[1:], hydra_api.compose)
+            ) from error
         return 0 if config is None else launch(config)
     except Refused as error:
         return refuse(error.problems)

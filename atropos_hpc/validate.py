@@ -85,8 +85,8 @@ def _combinations(config: Config) -> Iterator[Problem]:
     yield from _model(config)
     for key, environment in environments(config).items():
         yield from _environment(key, environment, config)
-    minimum = sum(each.min_batch_allocation for each in environments(config).values())
-    if minimum > 1:
+    minimums = [each.min_batch_allocation for each in environments(config).values()]
+    if (minimum := sum(minimums)) > 1 >= max(minimums):
         yield Problem(
             "environment.min_batch_allocation",
             f"adds up with those of more_environments to {minimum:g}, more than a whole batch",

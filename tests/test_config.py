@@ -109,7 +109,7 @@ def test_a_mistake_in_composing_is_refused(
         (
             "environment.min_batch_allocation=1.5",
             "environment.min_batch_allocation",
-            "more than a whole batch",
+            "must be at most 1",
         ),
         (
             "+more_environments={b: {target: b.py}}",

@@ -85,7 +85,7 @@ def refused(kind: str, override: str, base: Config) -> list[Problem] | None:
     except Exception as error:
         if not hydra_api.is_composing_error(error):
             raise
-        return hydra_api.named_problems(error, [override])
+        return hydra_api.named_problems(error, [override], hydra_api.compose)
     return preflight.check(config, Path.cwd() / "runs" / "new", None, roles=False) or None
 
 
@@ -134,7 +134,7 @@ def test_odd_command_lines_are_refused_by_key_and_leave_nothing(
 ) -> None:
     """The real command, but for the check of the roles' interpreters, which would take seconds."""
     check = preflight.check
-    monkeypatch.setattr(preflight, "check", lambda c, d, k: check(c, d, k, roles=False))
+    monkeypatch.setattr(preflight, "check", lambda c, d, k, **_: check(c, d, k, roles=False))
     monkeypatch.setattr(process, "die_with_parent", lambda *_: None)
     monkeypatch.setattr(subprocess, "Popen", None)
     monkeypatch.chdir(tmp_path)
