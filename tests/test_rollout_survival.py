@@ -88,7 +88,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def generate(
     pair: Pair, disturb: Callable[[Pool], Awaitable[None]] | None = None
 ) -> tuple[Pool, list[GenerateAnswer]]:
-    """Generate the answers, and disturb the servers once a third of the tokens has arrived."""
+    """Generate the answers, and disturb the servers once half of the tokens has arrived."""
 
     async def main() -> tuple[Pool, list[GenerateAnswer]]:
         pool = Pool(pair.one.run)
@@ -98,7 +98,7 @@ def generate(
         request = GenerateRequest(prompt, sampling, "tokens", stream=True)
         tasks = [asyncio.create_task(pool.post(request, 300)) for _ in range(ANSWERS)]
         if disturb is not None:
-            while pool.generated < sum(pair.lengths) / 3:
+            while pool.generated < sum(pair.lengths) / 2:
                 await asyncio.sleep(0.01)
             await disturb(pool)
         answers = await asyncio.gather(*tasks)
