@@ -15,7 +15,7 @@ from pathlib import Path
 from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import cluster_check, role_environment, storage_check
+from atropos_hpc.launch import cluster_check, role_environment, service_check, storage_check
 from atropos_hpc.launch.slurm import sbatch_checks
 from atropos_hpc.launch.steps import trainer_python
 from atropos_hpc.runtime import masking
@@ -65,6 +65,7 @@ def check(
         *_log_names(config, run_dir),
         *_changes(config, previous),
         *_model_files(config),
+        *service_check.check(config),
     ]
     wrong = frozenset(problem.key for problem in found)
     sides = (_trainer_role, _rollout_role) if roles else ()

@@ -15,7 +15,7 @@ from atropos_hpc.contracts.members import ServerState, Wait
 from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
 from atropos_hpc.runtime import devices
-from atropos_hpc.runtime.network import free_port
+from atropos_hpc.runtime.network import free_port, http_url
 from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_cache
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
@@ -80,7 +80,7 @@ class ManagedServer:
 
     def _specs(self) -> Sequence[ProcessSpec]:
         port = free_port(self.context.host)
-        self.url, self.serves = f"http://{self.context.host}:{port}", None
+        self.url, self.serves = http_url(self.context.host, port), None
         self._answered = time.monotonic()
         arguments = ("--run-dir", str(self.context.run.path), "--port", str(port))
         command = (sys.executable, "-m", "atropos_hpc.rollout.vllm_server", *arguments)

@@ -61,6 +61,12 @@ def keep_to_interface(host: str | None) -> None:
 
 def free_port(host: str) -> int:
     """Return a port that is free now. Another process may take it before the caller binds it."""
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def http_url(host: str, port: int) -> str:
+    """Return the URL of a server; an IPv6 address is put into brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

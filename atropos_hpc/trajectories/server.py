@@ -29,7 +29,7 @@ from atropos_hpc.contracts.scored_group import OPTIONAL_ARRAYS, RequestError
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.network import own_host
+from atropos_hpc.runtime.network import http_url, own_host
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, append_record, read_struct
 from atropos_hpc.runtime.token_check import authorized
 from atropos_hpc.trajectories.connections import ConnectionLimits, LimitedSite, authenticate
@@ -296,7 +296,7 @@ def _bound(family: socket.AddressFamily, host: Any, port: int) -> socket.socket:
 
 def url_of(server: socket.socket, host: str) -> str:
     """Return the URL of a bound socket."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
+    return http_url(host, server.getsockname()[1])
 
 
 async def start(

@@ -1,0 +1,66 @@
+"""Check what a run looks up when it is under way: W&B's key, and the layers that LoRA adapts."""
+
+import json
+import netrc
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from atropos_hpc.config import Config
+from atropos_hpc.validate import Problem
+
+WANDB = "https://api.wandb.ai"
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+HEADER_BYTES = 8  # of the length of a safetensors file's header
+LONGEST_HEADER = 100 << 20
+
+
+def check(config: Config) -> Iterator[Problem]:
+    """Report a mode of W&B that needs a key and has none, and LoRA targets that match nothing."""
+    if config.wandb.mode == "online" and not _has_wandb_key():
+        yield Problem(
+            "wandb.mode",
+            "online needs an API key: set WANDB_API_KEY, run `wandb login`, or give"
+            " wandb.mode=offline",
+        )
+    if config.model.lora.rank and config.model.lora.targets:
+        yield from _targets(config)
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or WANDB).hostname or ""
+    try:
+        path = os.environ.get("NETRC") or str(Path("~/.netrc").expanduser())
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _targets(config: Config) -> Iterator[Problem]:
+    layers = {name.removesuffix(".weight") for name in _weights(Path(config.model.path or ""))}
+    unmatched = [
+        target
+        for target in config.model.lora.targets
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers)
+    ]
+    if layers and unmatched:
+        found = sorted({layer.rpartition(".")[2] for layer in layers if ".layers." in layer})
+        names = f"{', '.join(unmatched)} match no layer of the model; its layers end in"
+        yield Problem("model.lora.targets", f"{names} {', '.join(found)}")
+
+
+def _weights(path: Path) -> set[str]:
+    """Return the names of a local model's tensors; none for a model of another format."""
+    path = path.expanduser()
+    try:
+        if (path / INDEX).exists():
+            return set(json.loads((path / INDEX).read_text())["weight_map"])
+        with (path / WEIGHTS).open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(HEADER_BYTES))
+            return set(json.loads(file.read(min(size, LONGEST_HEADER)))) - {"__metadata__"}
+    except (OSError, ValueError, KeyError, struct.error):
+        return set()
