@@ -123,7 +123,7 @@ class Worker:
         """Start rollouts, and finish some."""
         world = self.world
         stream = world.stream()
-        left = world.total - stream.next_number + len(stream.returned)
+        left = max(0, world.total - stream.next_number) + len(stream.returned)
         want = min(concurrency - len(self.rollouts), left)
         for item, drawn in await self.draws.take(want):
             number = drawn.draw.number
