@@ -8,6 +8,7 @@ this process, which forwards to the run's servers through Atropos' server interf
 """
 
 import asyncio
+import logging
 import os
 import secrets
 import time
@@ -187,6 +188,8 @@ class VerifiersEnv(SingleTurnEnv):
     async def setup(self) -> None:
         """Load the package, split its tasks, and bring up the shared tool servers."""
         await super().setup()
+        for chatty in ("verifiers", "httpx", "aiohttp.access"):  # several lines per rollout
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         block = env_block(self.package, self.config.env, self.config.max_token_length)
         self.environment = vf.load_environment(vf.resolve_env_config(block))
         self.tasks, self.held_out = self._split(block)
