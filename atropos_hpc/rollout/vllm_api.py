@@ -226,13 +226,15 @@ def _report_support() -> None:
         return made
 
     def update_sample_logprobs(self: Any, found: Any) -> None:
+        ids, log_probs, ranks, *rest = found
         if (support := self.__dict__.get("support")) is not None:
-            ids, log_probs, ranks, *rest = found
             complete = self.largest >= vocabulary
             for row, values in zip(ids, log_probs, strict=True):
                 kept = values > -math.inf
                 full = bool(kept.all()) and not complete
                 support.append([] if full else sorted(set(row[kept].tolist())))
+        if self.num_logprobs >= 0:
+            # Every request gets as many as the one of its batch that wants most, and decodes all.
             columns = slice(self.num_logprobs + 1)
             found = type(found)(ids[:, columns], log_probs[:, columns], ranks, *rest)
         update(self, found)
