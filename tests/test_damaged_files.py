@@ -32,7 +32,7 @@ def config(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Config:
     config.run_dir, config.trainer.steps = str(run.path), 5
     config.launch.allocation = "local"
     run_directory = preflight._run_directory
-    monkeypatch.setattr(preflight, "check", lambda _, path, *__: [*run_directory(path)])
+    monkeypatch.setattr(preflight, "check", lambda _, path, *__, **___: [*run_directory(path)])
     write_struct(run.run_json, RunInfo(config, id="x"))
     write_struct(run.done, Done(version=5))
     write_struct(run.holder, Holder(what="test", host="elsewhere", pid=1, since=1.0))
