@@ -15,7 +15,7 @@ from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
 from atropos_hpc.launch.slurm.commands import merge_states
 from atropos_hpc.policy.node_cache import LOCK, PREFIX
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import process, shell
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 
 TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
@@ -147,7 +147,7 @@ def submission(directory: Path, *overrides: str) -> list[str]:
         *TRAIN,
         "-m",
         "hydra/launcher=submitit_slurm",
-        f"run_dir={directory}",
+        shell.override("run_dir", directory),
         *QUICK,
         *overrides,
     ]
