@@ -39,6 +39,7 @@ class EnvironmentConf:
         "`validate` and submission import the class, draw one prompt and roll out one group "
         "against a stub of the servers, each within this many seconds; 0: they only import it",
         ge=0,
+        le=WEEK_S,
     )
     metric: str = key(
         "eval/percent_correct",
@@ -79,6 +80,7 @@ class RolloutConf:
         "token ids that top_p, top_k, min_p or a grammar may leave at a position of a training "
         "answer; a group in which more are left is refused",
         ge=1,
+        le=1 << 20,
     )
     allow_biased_sampling: bool = key(
         False,
@@ -91,9 +93,10 @@ class RolloutConf:
         "(rollouts that fail, return nothing or are refused; equal scores do not count) ends the "
         "run with its last error; null: never",
         ge=1,
+        le=10**9,
     )
     give_up_after_s: float = key(
-        300.0, "but not before they have failed for this long, seconds", ge=0
+        300.0, "but not before they have failed for this long, seconds", ge=0, le=WEEK_S
     )
     tool_parser: Optional[str] = key(
         None,
@@ -154,4 +157,5 @@ class EvaluationConf:
         "besides the one for the accuracy; 1: no pass@k. For environments whose config has "
         "eval_samples: those of this package, and of verifiers",
         ge=1,
+        le=10_000,
     )

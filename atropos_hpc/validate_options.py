@@ -61,6 +61,7 @@ VLLM_FLAGS = {
     "worker-extension-cls": "",
     "weight-transfer-config": "",
     "logprobs-mode": "",
+    "max-logprobs": "rollout.max_support",
     "generation-config": "",
 }
 _SHORT_FLAGS = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size"} | {
