@@ -70,11 +70,11 @@ apt:
 # its durations, from which `make docs-testing` writes docs/testing.md.
 test-fast: $(TRAINER)
 	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json GENERATED_REQUESTS=2000 \
-		.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+		.venv/bin/python -m pytest --numprocesses 2 --dist loadscope
 
 test: setup apt $(VERIFIERS)
 	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest \
-		--numprocesses 2 --dist loadgroup --no-loadscope-reorder
+		--numprocesses 2 --dist loadscope --no-loadscope-reorder
 	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
 	TEST_ROLE=verifiers TEST_DURATIONS=$(DURATIONS)/3-verifiers.json \
 		.venv-verifiers/bin/python -m pytest

@@ -9,6 +9,7 @@ TEST_ROLE, set by the Makefile, selects the tests:
 Without a missing part, a test is skipped with the reason on a user's machine; in CI it is an error.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +66,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return next(roles, "trainer") != ROLE
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if ROLE == "fast":
         slow = [item for item in items if any(m.name in SLOW_MARKERS for m in item.iter_markers())]
@@ -83,20 +84,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # They kill processes at moments that a busy machine shifts, so a failure is retried once.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.flaky(reruns=RERUNS))
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=lambda item: {"slurm": 0, "run": 1}.get(group_of(item), 2))
+    items.sort(key=lambda item: {"slurm": 0, "run": 1}.get(group_of(item.path), 2))
 
 
-def group_of(item: pytest.Item) -> str:
-    """Return the group of a test: with `--dist loadgroup`, one process runs a group in order.
+@functools.cache
+def group_of(path: Path) -> str:
+    """Return the group of a file's tests: one process runs a group in order.
 
     Clusters mostly wait, so they run beside the whole runs, which need both cores: one cluster and
     one run at a time. Everything else goes by file, to whichever process is free.
     """
-    for group in ("slurm", "run"):
-        if item.get_closest_marker(group):
-            return group
-    return item.path.stem
+    found = re.search(r"^pytestmark = (\[[^]]*\]|.*)", path.read_text(), re.M)
+    markers = found.group() if found else ""
+    return next((group for group in ("slurm", "run") if f"mark.{group}" in markers), path.stem)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Schedule by group. pytest-xdist's own `loadgroup` has no effect with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(config.rootpath / nodeid.partition("::")[0])
+
+    return ByGroup(config, log)
 
 
 # --- how long they take, and how many were retried
@@ -127,7 +138,7 @@ class Durations:
             item.user_properties.append(("cpu_s", cpu_seconds() - self.cpu_before))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name = re.sub(r"@\w+$", "", report.nodeid)  # pytest-xdist appends the group
+        name = report.nodeid
         self.wall_s[name] += report.duration
         if report.when == "teardown":
             self.cpu_s[name] += dict(report.user_properties).get("cpu_s", 0.0)
