@@ -216,12 +216,12 @@ class Recorder:
         self.shown: list[Rollout] = []
         self.lines: list[StepMetrics] = []
 
-    def step(self, line: StepMetrics) -> None:
+    def step(self, line: StepMetrics, again: bool = False) -> None:
         self.lines.append(line)
 
-    def evaluation(self, evaluation: Any) -> None: ...
+    def evaluation(self, evaluation: Any, again: bool = False) -> None: ...
 
-    def samples(self, samples: Sequence[Rollout]) -> None:
+    def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
         self.shown += samples
 
     def close(self) -> None: ...

@@ -59,6 +59,13 @@ class Evaluation(Struct, frozen=True):
     error: str | None = None
 
 
+class Reported(Struct, frozen=True):
+    """What the experiment trackers were given: up to which step, and how many evaluations."""
+
+    step: int = 0
+    evaluations: int = 0
+
+
 class EnvironmentMetrics(Struct, frozen=True):
     """What a worker's environment has logged for training; also the body of its request.
 

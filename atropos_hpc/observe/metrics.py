@@ -15,13 +15,20 @@ import msgspec
 
 from atropos_hpc.config import WandbConf
 from atropos_hpc.contracts.members import EnvironmentState
-from atropos_hpc.contracts.metrics import Evaluation, Rollout, StepMetrics
+from atropos_hpc.contracts.metrics import Evaluation, Reported, Rollout, StepMetrics
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.environment_metrics import EnvironmentMetricsReader
 from atropos_hpc.observe.rollouts import with_text
 from atropos_hpc.observe.trackers import TensorBoardTracker, Tracker, WandbTracker
 from atropos_hpc.runtime.membership import RosterReader
-from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records, write_file
+from atropos_hpc.runtime.run_dir import (
+    RunDir,
+    append_record,
+    read_records,
+    read_struct,
+    write_file,
+    write_struct,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class MetricsWriter:
         self._kept: list[StepMetrics] | None = [line for line in steps if line.step <= resume_at]
         self._environments = EnvironmentMetricsReader(run.environments)
         self._evaluations = 0
+        self._before = read_struct(run.reported, Reported) or Reported()
 
     def _remove_later_lines(self) -> None:
         if self._kept is not None:
@@ -100,7 +108,10 @@ class MetricsWriter:
         )
         append_record(self.run.metrics, line)
         for tracker in self._trackers:
-            tracker.step(line)
+            tracker.step(line, step <= self._before.step)
+        if self._trackers:
+            last = Reported(max(step, self._before.step), self._evaluations)
+            write_struct(self.run.reported, last, durable=False)
 
     def sample(self, step: int, steps: int, group: Callable[[], Sequence[Rollout]]) -> None:
         """Show the trackers the best and the worst sequence of a group, if that step is due."""
@@ -109,16 +120,18 @@ class MetricsWriter:
         chosen = samples.best_and_worst(group())
         decoded = with_text(chosen, samples.decoder(self.run.config().model.path or ""))
         for tracker in self._trackers:
-            tracker.samples(decoded)
+            tracker.samples(decoded, step <= self._before.step)
 
     def _new_evaluations(self) -> list[Evaluation]:
         """Return the evaluations since the last call that have an accuracy; pass them on."""
         lines = read_records(self.run.evaluations, Evaluation)
-        new = [line for line in lines[self._evaluations :] if line.accuracy is not None]
+        new = []
+        for number in range(self._evaluations, len(lines)):
+            if lines[number].accuracy is not None:
+                new.append(lines[number])
+                for tracker in self._trackers:
+                    tracker.evaluation(lines[number], number < self._before.evaluations)
         self._evaluations = len(lines)
-        for evaluation in new:
-            for tracker in self._trackers:
-                tracker.evaluation(evaluation)
         return new
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Experiment trackers: Weights & Biases, TensorBoard.
 
-Each shows one run over all its attempts. Steps are policy versions.
+Each shows one run over all its attempts. Steps are policy versions. A run that resumes makes some
+steps again: TensorBoard purges those and shows the new ones; W&B cannot, and keeps the first ones.
 """
 
 import math
@@ -15,14 +16,14 @@ from atropos_hpc.runtime.run_dir import RunDir
 
 
 class Tracker(Protocol):
-    """What the learner's rank 0 reports to."""
+    """What the learner's rank 0 reports to. `again`: an earlier attempt has reported it."""
 
-    def step(self, line: StepMetrics) -> None: ...
+    def step(self, line: StepMetrics, again: bool = False) -> None: ...
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
         """Report an evaluation at its own version; later steps may have been reported before."""
 
-    def samples(self, samples: Sequence[Rollout]) -> None:
+    def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
         """Report sequences of one step, as text where they could be decoded."""
 
     def close(self) -> None: ...
@@ -63,14 +64,19 @@ class WandbTracker:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def step(self, line: StepMetrics) -> None:
-        self._run.log({"step": line.step, **flat_scalars(line)})
+    def step(self, line: StepMetrics, again: bool = False) -> None:
+        if not again:
+            self._run.log({"step": line.step, **flat_scalars(line)})
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
+        if again:
+            return
         accuracy = {"step": evaluation.version, "evaluation/accuracy": evaluation.accuracy}
         self._run.log({**accuracy, **evaluation.metrics})
 
-    def samples(self, samples: Sequence[Rollout]) -> None:
+    def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
+        if again:
+            return
         columns = ["step", "policy_versions", "score", "prompt", "completion"]
         rows = [
             [s.step, str(s.policy_versions), s.score, s.prompt or "", s.completion or str(s.tokens)]
@@ -89,20 +95,23 @@ class TensorBoardTracker:
     def __init__(self, run: RunDir, resume_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow, and needed only here
 
+        self._resume_at = resume_at
         purge_step = resume_at + 1 if resume_at else None
         self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
 
-    def step(self, line: StepMetrics) -> None:
+    def step(self, line: StepMetrics, again: bool = False) -> None:
         for name, value in flat_scalars(line).items():
             self._writer.add_scalar(name if "/" in name else f"train/{name}", value, line.step)
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
+        if again and evaluation.version <= self._resume_at:  # was not purged
+            return
         scalars = {"evaluation/accuracy": evaluation.accuracy, **evaluation.metrics}
         for name, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(name, value, evaluation.version)
 
-    def samples(self, samples: Sequence[Rollout]) -> None:
+    def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
         text = "\n\n---\n\n".join(
             f"score {s.score}\n\n{s.prompt}\n\n**{s.completion or s.tokens}**" for s in samples
         )
