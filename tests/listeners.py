@@ -4,8 +4,9 @@ import contextlib
 import http.client
 import itertools
 import json
+from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import create_autospec
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import psutil
@@ -15,7 +16,6 @@ from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.trajectories.http_body import BodyLimits
 from atropos_hpc.trajectories.server import application
-from atropos_hpc.trajectories.service import Service
 
 OPEN = {"/health"}
 UNDOCUMENTED = {
@@ -76,7 +76,7 @@ def http_servers(run: RunDir) -> dict[Listener, set[str]]:
     """The run's HTTP servers with every path that they know."""
     token, roster = run.token(), RosterReader(run.roster)
     (trajectories,) = roster.members(TrajectoriesState)
-    routes = application(create_autospec(Service), token, BodyLimits(0)).router.resources()
+    routes = application(MagicMock(), token, BodyLimits(0), Path()).router.resources()
     found = {_listener(trajectories.url or ""): {resource.canonical for resource in routes}}
     for agent in roster.members(AgentState):
         for server in agent.servers:
