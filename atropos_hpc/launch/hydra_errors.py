@@ -37,6 +37,13 @@ def problems(error: Exception) -> list[Problem]:
         return [Problem(key, first)]
     if exists := re.match(r"Could not (append to|delete from) config.*?'([^']+)'", str(error)):
         return [Problem(exists[2], _GRAMMAR[exists[1]])]
+    if missing := re.search(
+        r"Could not find '([^']+)'\s+Available options[^\n]*\n(.*)", str(error), re.S
+    ):
+        options = [option.strip() for option in missing[2].split("Config search path")[0].split()]
+        name = missing[1].rpartition("/")[2]
+        hint = schema.did_you_mean(name, options) or f": use one of {', '.join(options)}"
+        return [Problem(missing[1], f"there is no such choice{hint}")]
     if (choice := re.search(r"In '([^']*)': (.*)", str(error))) is not None:
         return [Problem(choice[1], choice[2])]
     return [Problem("", _one_line(error))]
