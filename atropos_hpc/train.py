@@ -75,6 +75,8 @@ def main() -> int:
         sys.argv[1:] = hydra_api.with_demo(sys.argv[1:])
         try:
             config = compose()
+        except PointFailed:  # of a multirun that was waited for; Hydra raises it
+            raise
         except Exception as error:
             if not hydra_api.is_composing_error(error):
                 raise
