@@ -171,7 +171,9 @@ def test_gsm8k_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train_path", "test_path"])
-def test_gsm8k_takes_a_dataset_or_files_and_not_both(name: str) -> None:
+def test_gsm8k_files_win_over_a_dataset_and_one_file_beside_it_is_refused(name: str) -> None:
     gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
-    with pytest.raises(ValueError, match="give dataset, or train_path and test_path"):
+    with pytest.raises(ValueError, match="give train_path and test_path, or neither"):
         gsm8k.GSM8KConfig(**{"dataset": "openai/gsm8k", name: "x.jsonl"})
+    files = {"train_path": "x.jsonl", "test_path": "y.jsonl"}
+    assert gsm8k.GSM8KConfig(dataset="openai/gsm8k", **files).dataset is None

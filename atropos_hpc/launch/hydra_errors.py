@@ -42,8 +42,8 @@ def problems(error: Exception) -> list[Problem]:
     ):
         options = [option.strip() for option in missing[2].split("Config search path")[0].split()]
         name = missing[1].rpartition("/")[2]
-        hint = schema.did_you_mean(name, options) or f": use one of {', '.join(options)}"
-        return [Problem(missing[1], f"there is no such choice{hint}")]
+        known = f"is none of {', '.join(options)}{schema.did_you_mean(name, options)}"
+        return [Problem(missing[1], known)]
     if (choice := re.search(r"In '([^']*)': (.*)", str(error))) is not None:
         return [Problem(choice[1], choice[2])]
     return [Problem("", _one_line(error))]
