@@ -190,6 +190,13 @@ def pytest_configure(config: pytest.Config) -> None:
 # --- fixtures
 
 
+@pytest.fixture(autouse=True)
+def no_variables_of_ray() -> None:
+    """verl imports Ray, which sets variables in this process; a run would report and drop them."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """Create an empty run directory."""

@@ -50,7 +50,7 @@ def closed(path: Path) -> list[str]:
 MISTAKES: list[tuple[Arrange, int, tuple[str, ...]]] = [
     (lambda path: ["stat"], 2, ("invalid choice: 'stat'", "'status'")),
     (lambda path: ["status", str(path / "nothing")], 2, ("does not exist",)),
-    (lambda path: ["stop", str(path)], 2, ("is not a run's directory",)),
+    (lambda path: ["stop", str(path)], 2, ("neither a run's directory nor a sweep's",)),
     (lambda path: ["stop", str(finished(path).path)], 1, ("nothing runs in",)),
     (
         lambda path: ["logs", str(finished(path).path), "nobody"],

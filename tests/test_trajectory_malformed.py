@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trajectory_parts import TOKEN, environment, group, registration, serving
 
+from atropos_hpc.contracts.group import MAX_MAGNITUDE
 from atropos_hpc.trajectories.service import Service
 
 GENERATED = int(os.environ.get("GENERATED_REQUESTS", "10000"))
@@ -285,12 +286,12 @@ def wrong_fields(value: Any) -> set[str]:
     if (
         not isinstance(scores, list)
         or len(scores) != len(tokens)
-        or not all(isinstance(score, bool) or _finite(score) for score in scores)
+        or not all(isinstance(score, bool) or _bounded(score) for score in scores)
     ):
         found.add("scores")
     log_probs = value.get("inference_logprobs")
     if log_probs not in (None, []) and (
-        not _rows(log_probs, lambda x: _finite(x) and abs(x) < 3e38)
+        not _rows(log_probs, _bounded)
         or [len(row) for row in log_probs] != [len(row) for row in tokens]
     ):
         found.add("inference_logprobs")
@@ -307,9 +308,9 @@ def _whole(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value == int(value)
 
 
-def _finite(value: Any) -> bool:
+def _bounded(value: Any) -> bool:
     try:
-        return type(value) in (int, float) and math.isfinite(float(value))
+        return type(value) in (int, float) and abs(float(value)) <= MAX_MAGNITUDE
     except OverflowError:
         return False
 

@@ -21,6 +21,7 @@ from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
 RECENT = 50  # steps that count for the pace of a run
 FINAL = 0.1  # the last part of the steps, over which a final value is averaged
+SUBMITIT_LINES = 30  # at most, that submitit adds to a log when the run was refused
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 COLUMNS = ["", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory"]
@@ -137,11 +138,18 @@ def run_state(point: SweepPoint, jobs: JobStates, steps: int | None, trained: bo
 
 
 def job_log(point: SweepPoint, lines: int) -> list[str]:
-    """Return the last lines of the log of the job of a point whose run has never begun."""
+    """Return the last lines of the log of the job of a point whose run has never begun.
+
+    Without submitit's traceback of a refused run, which hides why it was refused.
+    """
     if point.log is None or attempts(RunDir(Path(point.run_dir))):
         return []
     path = Path(point.log)
-    return process.tail(path, lines).splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    found = process.tail(path, lines + SUBMITIT_LINES).splitlines()
+    errors = [i for i, line in enumerate(found) if line.startswith("submitit ERROR")]
+    return found[: errors[0] if errors else None][-lines:]
 
 
 def attempts(run: RunDir) -> list[Path]:
