@@ -22,6 +22,11 @@ def cache() -> Path:
     return Path(os.environ.get("ATROPOS_HPC_CACHE") or Path.home() / ".cache" / "atropos_hpc")
 
 
+def is_made(path: str | None) -> bool:
+    """Tell whether a model's path is one that `ensure` has created, rather than a user's own."""
+    return path is not None and Path(path).parent == cache() / "models"
+
+
 def ensure(model: ModelConf, python: str, log_path: Path) -> str:
     """Return the model's path or hub name, after creating the model if it is not in the cache.
 

@@ -17,7 +17,7 @@ import msgspec
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AttemptStart
 from atropos_hpc.contracts.metrics import SweepPoint
-from atropos_hpc.launch import hydra_api, resubmission, run, sweep
+from atropos_hpc.launch import base_model, hydra_api, resubmission, run, sweep
 from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell
@@ -85,7 +85,7 @@ def _configs(sweep_dir: Path, rows: Sequence[SweepPoint], overrides: Sequence[st
                 f" {command} {shell.printed(shell.override('run_dir', row.run_dir))}"
             )
             raise Refused(Problem("run_dir", reason))
-        if config.model.make is not None:
+        if config.model.make is not None and base_model.is_made(config.model.path):
             config.model.path = None  # create it again if the cache was emptied since
         configs.append(hydra_api.change(config, overrides))
     return configs
