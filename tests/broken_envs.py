@@ -56,7 +56,7 @@ class RaisesAtOnce(Works):
 
 class RaisesSometimes(Works):
     async def collect_trajectories(self, item: Any) -> Any:
-        if item % 3:
+        if item % 3 == 0:  # each is drawn again, up to three times
             raise LookupError("no such tool")
         return await super().collect_trajectories(item)
 
