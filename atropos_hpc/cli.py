@@ -27,8 +27,8 @@ def status(options: argparse.Namespace) -> int:
     """Show the processes of a run, its progress and metrics, and what each process waits for."""
     import msgspec
 
-    from atropos_hpc.launch.slurm.commands import known_states
     from atropos_hpc.observe.status import read_status
+    from atropos_hpc.runtime.slurm import known_states
 
     found = read_status(options.directory, known_states)
     if options.json:
@@ -55,8 +55,8 @@ def report(options: argparse.Namespace) -> int:
     """Print the points of a sweep as a table, and write the HTML report."""
     import msgspec
 
-    from atropos_hpc.launch.slurm.commands import known_states
     from atropos_hpc.observe import report as observe
+    from atropos_hpc.runtime.slurm import known_states
 
     points = observe.require_points(options.directory)
     jobs = known_states(point.job for point in points)
@@ -366,8 +366,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Refusals are printed as one line."""
-    from atropos_hpc.launch.slurm.commands import SlurmError
     from atropos_hpc.observe.report import NotARunError
+    from atropos_hpc.runtime.slurm import SlurmError
 
     options = parser().parse_args(arguments)
     try:

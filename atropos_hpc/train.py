@@ -22,7 +22,6 @@ from omegaconf import DictConfig
 
 from atropos_hpc.config import Config
 from atropos_hpc.launch import hydra_api, new_directory
-from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.runtime import process
 from atropos_hpc.validate import Problem, Refused, refuse
 
@@ -56,13 +55,13 @@ def compose() -> Config | None:
 def launch(config: Config) -> int:
     """Start or resume the run and stay until its end. Returns the exit code."""
     from atropos_hpc.launch import run
-    from atropos_hpc.launch.slurm import commands
+    from atropos_hpc.runtime import slurm
 
     if not config.run_dir.strip():
         raise Refused(Problem("run_dir", "is empty, which would be the current directory"))
     run_dir = Path(config.run_dir).absolute()
     config.run_dir = str(run_dir)
-    return run.launch(config, run_dir, lambda: commands.requeue(os.environ["SLURM_JOB_ID"]))
+    return run.launch(config, run_dir, lambda: slurm.requeue(os.environ["SLURM_JOB_ID"]))
 
 
 def main() -> int:
@@ -75,7 +74,7 @@ def main() -> int:
         sys.argv[1:] = hydra_api.with_demo(sys.argv[1:])
         try:
             config = compose()
-        except PointFailed:  # of a multirun that was waited for; Hydra raises it
+        except hydra_api.PointFailed:  # of a multirun that was waited for; Hydra raises it
             raise
         except Exception as error:
             if not hydra_api.is_composing_error(error):
@@ -90,7 +89,7 @@ def main() -> int:
         if error.filename is None:
             raise
         return refuse([Problem("run_dir", f"cannot use {error.filename}: {error.strerror}")])
-    except PointFailed as error:
+    except hydra_api.PointFailed as error:
         print(f"{error}; see the table above and the logs of the points", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -28,15 +28,15 @@ SUBMIT = """
 import json, sys, time
 from atropos_hpc import train
 from atropos_hpc.launch import submitit_api, sweep  # before the clock starts
-from atropos_hpc.launch.slurm import commands
-run_command, in_sbatch = commands.submit, []
+from atropos_hpc.runtime import slurm
+run_command, in_sbatch = slurm.submit, []
 def timed(*args, **kwargs):
     start = time.perf_counter()
     try:
         return run_command(*args, **kwargs)
     finally:
         in_sbatch.append(time.perf_counter() - start)
-commands.submit = timed
+slurm.submit = timed
 submit, queueing = sweep._submit, []
 def timed_submit(*args):
     start = time.perf_counter()

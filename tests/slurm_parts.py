@@ -13,10 +13,10 @@ import pytest
 from run_files import step_metrics
 from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
-from atropos_hpc.launch.slurm.commands import merge_states
 from atropos_hpc.policy.node_cache import LOCK, PREFIX
 from atropos_hpc.runtime import process, shell
 from atropos_hpc.runtime.run_dir import RunDir, read_json
+from atropos_hpc.runtime.slurm import merge_states
 
 TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
 

@@ -18,12 +18,12 @@ from atropos_hpc.contracts.members import (
     TrainerState,
     Wait,
 )
-from atropos_hpc.launch.restart_policy import Action
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.runtime import membership, process
 from atropos_hpc.runtime.hang_detection import ProgressWatch, SilenceWatch, describe_waits
 from atropos_hpc.runtime.process import ProcessSpec
+from atropos_hpc.runtime.restart_policy import Action
 from atropos_hpc.runtime.run_dir import RunDir
 
 # A member that is at step 3, and then does one of these

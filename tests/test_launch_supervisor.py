@@ -13,15 +13,15 @@ import pytest
 
 from atropos_hpc.config import Config, LaunchConf
 from atropos_hpc.contracts.members import AnyMember, EnvironmentState, LossReason
-from atropos_hpc.launch.restart_policy import Action
-from atropos_hpc.launch.slurm import commands
-from atropos_hpc.launch.slurm.commands import SlurmError
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.launch.sweep import Point
+from atropos_hpc.runtime import slurm
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import ProcessSpec
+from atropos_hpc.runtime.restart_policy import Action
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime.slurm import SlurmError
 
 QUICK = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
 FOR_EVER = "import time; time.sleep(600)"
@@ -156,20 +156,20 @@ def test_what_slurm_is_asked_for_is_tried_until_the_controller_is_back(
             raise answer
         return answer
 
-    assert commands.retry(submit, pause_s=0.01) == "42" and "Unable to contact" in caplog.text
+    assert slurm.retry(submit, pause_s=0.01) == "42" and "Unable to contact" in caplog.text
 
     def refused() -> None:
         raise SlurmError("scontrol: Requested operation is presently disabled")
 
     with pytest.raises(SlurmError, match="disabled"):
-        commands.retry(refused, timeout_s=0.05, pause_s=0.01)
+        slurm.retry(refused, timeout_s=0.05, pause_s=0.01)
 
 
 def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(commands, "run_command", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
+    monkeypatch.setattr(slurm, "run_command", lambda *_: "JobId=7 JobState=RUNNING Restarts=0")
 
     def handler(*_: object) -> None:
         raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
@@ -179,7 +179,7 @@ def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
         with pytest.raises(SlurmError, match="requeue"):
             Point(0, [], Config(), tmp_path).requeue()
         monkeypatch.setattr(
-            commands, "run_command", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1"
+            slurm, "run_command", lambda *_: "JobId=7 JobState=COMPLETING Restarts=1"
         )
         Point(0, [], Config(), tmp_path).requeue()  # Slurm was quicker
     finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc.launch.restart_policy import (
+from atropos_hpc.runtime.restart_policy import (
     TABLE,
     Action,
     Event,

@@ -10,8 +10,8 @@ import pytest
 
 from atropos_hpc.config import Config
 from atropos_hpc.launch import role_environment, run
-from atropos_hpc.launch.slurm import commands, sbatch
-from atropos_hpc.runtime import environment
+from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.runtime import environment, slurm
 from atropos_hpc.runtime.environment import DROP, PASS, RULES, RUN, SLURM
 from atropos_hpc.validate import problems
 
@@ -167,8 +167,8 @@ def test_slurm_variables_of_the_shell_reach_neither_commands_nor_checks_nor_subm
 
     monkeypatch.setattr(subprocess, "run", run_program)
     (problem,) = cluster_check._test("launch", "#!/bin/bash")
-    with pytest.raises(commands.SlurmError):
-        commands.run_command("squeue")
+    with pytest.raises(slurm.SlurmError):
+        slurm.run_command("squeue")
     seen.append(sbatch.submission_environment(os.environ))
     assert len(seen) == 3
     for env in seen:

@@ -121,6 +121,34 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
+# docs/design.md: imports point down. Modules outside of a package are not ranked.
+RANKS = {
+    **dict.fromkeys(("contracts",), 0),
+    **dict.fromkeys(("runtime",), 1),
+    **dict.fromkeys(("policy", "observe"), 2),
+    **dict.fromkeys(("trajectories", "environments", "models"), 3),
+    **dict.fromkeys(("learner", "rollout"), 4),
+    **dict.fromkeys(("launch",), 5),
+}
+# environments of the verifiers library generate through the worker's client
+UPWARD = {("environments/verifiers.py", "rollout")}
+
+
+def upward_imports() -> list[str]:
+    """Return the imports of a package that is not below the importing one."""
+    found = []
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        own = name.partition("/")[0]
+        for imported in re.findall(
+            r"^\s*from atropos_hpc(?:\.| import )(\w+)", path.read_text(), re.M
+        ):
+            ranked = own in RANKS and imported in RANKS and imported != own
+            if ranked and RANKS[imported] >= RANKS[own] and (name, imported) not in UPWARD:
+                found.append(f"{name} imports {imported}")
+    return found
+
+
 def any_dicts() -> dict[str, int]:
     """Count the untyped dicts of each file that has some."""
     counts = {
@@ -130,7 +158,15 @@ def any_dicts() -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-RULES = (old_terms, old_modules, long_files, long_functions, long_lines, many_parameters)
+RULES = (
+    old_terms,
+    old_modules,
+    long_files,
+    long_functions,
+    long_lines,
+    many_parameters,
+    upward_imports,
+)
 
 
 @pytest.mark.parametrize("check", RULES, ids=lambda rule: rule.__name__)

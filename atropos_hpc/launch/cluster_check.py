@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config
-from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
+from atropos_hpc.runtime import slurm
 from atropos_hpc.schema import did_you_mean
 from atropos_hpc.validate import Problem
 
@@ -45,12 +46,12 @@ FIELDS_BY_WORD = {
 
 def check(config: Config, run_dir: Path) -> list[Problem]:
     """Return every reason why this cluster cannot run a config."""
-    if not commands.is_installed():
+    if not slurm.is_installed():
         reason = "submitit_slurm needs Slurm, but there is no sbatch on this machine"
         return [Problem("hydra/launcher", reason)]
     try:
         cluster = read_cluster()
-    except commands.SlurmError as error:
+    except slurm.SlurmError as error:
         return [Problem("cluster", f"Slurm does not answer: {error}")]
     found = [*_filesystem(config, run_dir), *_scheduler(config, cluster)]
     return [*found, *resources(config, cluster)] or _sbatch(config)
@@ -352,8 +353,8 @@ def _test(key: str, text: str) -> list[Problem]:
 def _some_are_away() -> bool:
     """Tell whether nodes are down or drained, and may come back."""
     try:
-        states = commands.run_command("sinfo", "-h", "-N", "-o", "%T").split()
-    except commands.SlurmError:
+        states = slurm.run_command("sinfo", "-h", "-N", "-o", "%T").split()
+    except slurm.SlurmError:
         return True
     return any(re.search(r"down|drain|fail|unk|maint|[*$@]", state) for state in states)
 

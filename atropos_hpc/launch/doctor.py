@@ -15,9 +15,9 @@ from pathlib import Path
 
 from atropos_hpc.config import Config
 from atropos_hpc.launch import base_model, cluster_check, hydra_api, role_environment
-from atropos_hpc.launch.slurm import commands
 from atropos_hpc.launch.slurm.cluster import Partition, read_cluster
 from atropos_hpc.launch.steps import rollout_python, trainer_python
+from atropos_hpc.runtime import slurm
 from atropos_hpc.validate import refuse
 
 QUERY_TIMEOUT_S = 20.0
@@ -113,13 +113,13 @@ def _gpus() -> list[str]:
 
 def _slurm(config: Config) -> Iterator[Finding]:
     broken = False if config.launch.allocation != "local" else None
-    if not commands.is_installed():
+    if not slurm.is_installed():
         fix = "run this on a login node of the cluster" if broken is False else ""
         yield Finding(broken, "no sbatch and srun here: only runs of this machine work", fix)
         return
     try:
         cluster = read_cluster()
-    except commands.SlurmError as error:
+    except slurm.SlurmError as error:
         reason = str(error).partition(": ")[2].partition("; ")[0]
         fix = "`sinfo` must work here first"
         yield Finding(broken, f"the controller does not answer: {reason}", fix)

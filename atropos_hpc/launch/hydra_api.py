@@ -32,7 +32,6 @@ from atropos_hpc.launch.hydra_errors import ERRORS as ERRORS
 from atropos_hpc.launch.hydra_errors import is_composing_error as is_composing_error
 from atropos_hpc.launch.hydra_errors import named_problems as named_problems
 from atropos_hpc.launch.hydra_errors import problems as problems
-from atropos_hpc.launch.restart_policy import PointFailed
 from atropos_hpc.runtime import shell
 from atropos_hpc.validate import Problem, Refused
 
@@ -210,6 +209,10 @@ class LocalLauncher(SlurmLauncher):
 
         composed = self.points.compose(job_overrides, initial_job_idx)
         return _returns(sweep.here(composed, self.points.directory, max(1, self.slots)))
+
+
+class PointFailed(Exception):
+    """A point of a multirun that was waited for did not complete."""
 
 
 class GridSweeper(BasicSweeper):

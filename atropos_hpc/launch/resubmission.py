@@ -18,9 +18,8 @@ from atropos_hpc.contracts.run_info import PointConfig
 from atropos_hpc.contracts.status import LIVE, PointStatus
 from atropos_hpc.launch.new_directory import LOCK
 from atropos_hpc.launch.preflight import flat
-from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import masking
+from atropos_hpc.runtime import masking, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_struct
 from atropos_hpc.validate import Problem, Refused
 
@@ -134,11 +133,11 @@ def _varied(configs: Sequence[Mapping[str, object]]) -> set[str]:
 
 def _job_states(jobs: Sequence[str | None]) -> dict[str, str | None]:
     wanted = [job for job in jobs if job]
-    if not wanted or not commands.is_installed():
+    if not wanted or not slurm.is_installed():
         return {}
     try:
-        found = commands.job_states(wanted)
-    except commands.SlurmError as error:
+        found = slurm.job_states(wanted)
+    except slurm.SlurmError as error:
         reason = f"cannot tell which points of this sweep are live: {error}"
         raise Refused(Problem("cluster", reason)) from None
     return {job: found.get(job) for job in wanted}

@@ -18,9 +18,8 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AttemptStart
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch import base_model, hydra_api, resubmission, run, sweep
-from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import masking, process, shell
+from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct
 from atropos_hpc.validate import REFUSED, Problem, Refused, refuse
 
@@ -48,7 +47,7 @@ def resume(directory: Path, overrides: Sequence[str]) -> int:
         sweep.on_slurm(points, sweep_dir, slots=0, resumed=True)
         return 0
     if alone:
-        requeue = lambda: commands.requeue(os.environ["SLURM_JOB_ID"])  # noqa: E731
+        requeue = lambda: slurm.requeue(os.environ["SLURM_JOB_ID"])  # noqa: E731
         return run.launch(configs[0], points[0].run_dir, requeue)
     if any(masking.MASK in override for row in rows for override in row.overrides):
         reason = (
@@ -106,7 +105,7 @@ def _script_of(directory: RunDir) -> str | None:
 def _needs_nothing(row: SweepPoint, config: Config) -> int | None:
     """Return the exit code if the run is live or complete already."""
     path, steps = row.run_dir, config.trainer.steps
-    state = report.run_state(row, commands.known_states([row.job]), steps, trained=True)
+    state = report.run_state(row, slurm.known_states([row.job]), steps, trained=True)
     if state in ("running", "queued") and (row.job or report.is_held(RunDir(Path(path)))):
         where = f"job {row.job}" if row.job else "here or on another machine"
         print(f"{path} is already {state} ({where}); nothing was started", file=sys.stderr)

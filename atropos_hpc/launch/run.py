@@ -30,9 +30,8 @@ from atropos_hpc.contracts.members import (
 )
 from atropos_hpc.contracts.metrics import Summary
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import base_model, preflight, restart_policy
-from atropos_hpc.launch.restart_policy import Action
-from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch import base_model, preflight
+from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.rollout_job import RolloutJob
 from atropos_hpc.launch.slurm.slurm_job import Job, current_job
 from atropos_hpc.launch.steps import SlurmSteps, Step, local_steps, trainer_python
@@ -40,8 +39,9 @@ from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
-from atropos_hpc.runtime import environment, private_tmp, process, shell
+from atropos_hpc.runtime import environment, private_tmp, process, restart_policy, shell, slurm
 from atropos_hpc.runtime.membership import read_members
+from atropos_hpc.runtime.restart_policy import Action
 from atropos_hpc.runtime.run_dir import (
     RunDir,
     Unreadable,
@@ -82,8 +82,8 @@ def launch(
         private_tmp.sweep()  # a killed node agent has left its directory
     if action is Action.REQUEUE:
         try:
-            commands.retry(requeue)
-        except commands.SlurmError as error:
+            slurm.retry(requeue)
+        except slurm.SlurmError as error:
             print(
                 f"cannot requeue the job ({error}); submit it again with"
                 f" {shell.printed(shell.override('run_dir', run_dir))} to resume the run",
@@ -97,7 +97,7 @@ def _launch(config: Config, run: RunDir, checked: bool) -> Action | int:
     try:
         job, known = _job(config), run.info()
         roles = not (checked or _is_requeued(run))
-    except commands.SlurmError as error:
+    except slurm.SlurmError as error:
         raise Refused(Problem("cluster", str(error))) from None
     try:
         with ExitStack() as stack:
@@ -168,7 +168,7 @@ def _job(config: Config) -> Job | None:
         how = "submit with -m hydra/launcher=submitit_slurm, or with sbatch and slurm/*.sbatch"
         raise Refused(Problem("launch.allocation", f"{kind} needs a job: {how}"))
     try:
-        allocations = sbatch.allocated_nodes(config, os.environ, commands.expand_nodes)
+        allocations = sbatch.allocated_nodes(config, os.environ, slurm.expand_nodes)
     except ValueError as error:
         key, _, message = str(error).partition(": ")
         raise Refused(Problem(key, message)) from None
@@ -270,7 +270,7 @@ def _requeued_too_often(config: Config, run: RunDir, attempt: Path, job: Job | N
     latest = read_intact(run.checkpoints / "latest.json", LatestCheckpoint)
     durable = latest.step if latest else 0
     by_hand = job is not None and "SUBMITIT_EXECUTOR" not in os.environ
-    script = commands.command_of(job.id) if job is not None and by_hand else None
+    script = slurm.command_of(job.id) if job is not None and by_hand else None
     start = AttemptStart(job=job.id if job else None, durable=durable, script=script)
     write_struct(attempt / "start.json", start)
     attempts = sorted(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from atropos_hpc.contracts.members import StopRequest, SupervisorState
 from atropos_hpc.contracts.metrics import SweepPoint
-from atropos_hpc.launch.slurm import commands
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import shell
+from atropos_hpc.runtime import shell, slurm
 from atropos_hpc.runtime.membership import RosterReader, post_request
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -20,7 +19,7 @@ def stop(directory: Path) -> int:
     """Stop what `directory` holds. Returns 1 if nothing runs or waits there. Raises
     report.NotARunError, and SlurmError if a job cannot be cancelled."""
     points = report.require_points(directory)
-    jobs = commands.known_states(point.job for point in points)
+    jobs = slurm.known_states(point.job for point in points)
     done = [line for point in points if (line := _stop(point, jobs))]
     if not done:
         print(f"nothing runs in {directory}", file=sys.stderr)
@@ -32,14 +31,14 @@ def stop(directory: Path) -> int:
 
 def _stop(point: SweepPoint, jobs: report.JobStates) -> str | None:
     run, state = RunDir(Path(point.run_dir)), jobs.get(point.job or "")
-    waits = state in report.PENDING or (state or "").endswith(commands.NEVER)
+    waits = state in report.PENDING or (state or "").endswith(slurm.NEVER)
     if waits and point.job is not None:
-        commands.run_command("scancel", point.job)
+        slurm.run_command("scancel", point.job)
         return f"cancelled: job {point.job} of {run.path}, which waited in the queue"
     if RosterReader(run.roster).members(SupervisorState):
         post_request(run, StopRequest(by="atropos-hpc stop"))
         return f"requested: the learner saves a checkpoint and the run in {run.path} ends"
     if state in report.RUNNING and point.job is not None:
-        commands.run_command("scancel", point.job)  # it has started, and its run has not yet
+        slurm.run_command("scancel", point.job)  # it has started, and its run has not yet
         return f"cancelled: job {point.job} of {run.path}, which was starting"
     return None

@@ -13,7 +13,8 @@ from typing import Any
 from submitit.core import core, utils
 from submitit.slurm import slurm as submitit_slurm
 
-from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.runtime import slurm
 
 
 class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
@@ -33,7 +34,7 @@ class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
         return {
             job: {
                 "JobID": job,
-                "State": commands.merge_states([state for state, _ in of]),
+                "State": slurm.merge_states([state for state, _ in of]),
                 "NodeList": ",".join(nodes for _, nodes in of),
             }
             for job, of in jobs.items()
@@ -47,7 +48,7 @@ class SlurmhetJob(submitit_slurm.SlurmJob[core.R]):
 
     def _interrupt(self, timeout: bool = False) -> None:
         """Send the signal that Slurm sends before the time limit."""
-        commands.run_command("scancel", "--batch", "--signal=USR2", self.job_id)
+        slurm.run_command("scancel", "--batch", "--signal=USR2", self.job_id)
 
 
 class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
@@ -89,11 +90,11 @@ class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
         )
 
     def _submit_command(self, command: str) -> core.Job[Any]:
-        """Write the script and call sbatch; as in the base class, but for `commands.submit`."""
+        """Write the script and call sbatch; as in the base class, but for `slurm.submit`."""
         uid = uuid.uuid4().hex
         script = self.folder / f".submission_file_{uid}.sh"
         script.write_text(self._make_submission_file_text(command, uid))
-        job_id = commands.submit(str(script), sbatch.submission_environment(os.environ))
+        job_id = slurm.submit(str(script), sbatch.submission_environment(os.environ))
         job: core.Job[Any] = self.job_class(folder=self.folder, job_id=job_id, tasks=[0])
         job.paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)
         self._write_job_id(job.job_id, uid)

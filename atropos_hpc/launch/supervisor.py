@@ -38,12 +38,10 @@ from atropos_hpc.contracts.members import (
     TrajectoriesState,
     Wait,
 )
-from atropos_hpc.launch import failure_cause, restart_policy
-from atropos_hpc.launch.restart_policy import Action, Event, ExitFacts, Kind, Phase, RunEnding
-from atropos_hpc.launch.slurm.commands import SlurmError
+from atropos_hpc.launch import failure_cause
 from atropos_hpc.launch.slurm.slurm_job import Job
 from atropos_hpc.launch.steps import Step
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import process, restart_policy
 from atropos_hpc.runtime.hang_detection import ProgressWatch, SilenceWatch, describe_waits
 from atropos_hpc.runtime.membership import (
     Member,
@@ -53,7 +51,9 @@ from atropos_hpc.runtime.membership import (
     withdraw_request,
 )
 from atropos_hpc.runtime.process import ProcessSpec
+from atropos_hpc.runtime.restart_policy import Action, Event, ExitFacts, Kind, Phase, RunEnding
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_intact, read_struct
+from atropos_hpc.runtime.slurm import SlurmError
 from atropos_hpc.runtime.supervision import (
     Exit,
     Limits,

@@ -19,9 +19,9 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.status import ENDED
 from atropos_hpc.launch import preflight, resubmission, run
-from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.observe import report
-from atropos_hpc.runtime import masking, process, shell
+from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
 from atropos_hpc.validate import Problem, Refused, refuse
 
@@ -54,12 +54,12 @@ class Point:
 
         A no-op if Slurm has requeued the job already. Raises SlurmError.
         """
-        if commands.requeued_already(os.environ["SLURM_JOB_ID"]):
+        if slurm.requeued_already(os.environ["SLURM_JOB_ID"]):
             return
         try:
             signal.raise_signal(signal.SIGUSR2)
         except (OSError, subprocess.SubprocessError) as error:
-            raise commands.SlurmError(str(error)) from None
+            raise slurm.SlurmError(str(error)) from None
 
     def checkpoint(self) -> Any:
         """Return what submitit calls after the requeue: this point, which then resumes."""
@@ -90,7 +90,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = F
             new = _unfinished(points, sweep_dir, resumed)
             names = [_slot(point, sweep_dir, slots) for point in new]
             if launch.dry_run:
-                answers = commands.is_reachable()
+                answers = slurm.is_reachable()
                 _refuse(new, answers, roles=False)
                 return _dry_run(new, folder, names, answers)
             if new:
@@ -145,7 +145,7 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> None:
                 job = executor.submit_with(script, point.config.launch.minutes, point)
                 log = str(job.paths.stdout)
                 rows.append(_row(point, job=job.job_id, slot=name, log=log))
-    except commands.SlurmError as error:
+    except slurm.SlurmError as error:
         failure = f"sbatch refused point {points[len(rows)].num}: {error}"
     finally:
         _write_table(folder.parent, rows)
@@ -168,9 +168,9 @@ def _cancel_dead(points: list[Point], sweep_dir: Path) -> None:
     """Cancel jobs of these points that are in the queue and can never start."""
     places = {str(point.run_dir) for point in points}
     jobs = [row.job for row in report.sweep_table(sweep_dir) if row.run_dir in places]
-    for job, state in commands.known_states(jobs).items():
-        if (state or "").endswith(commands.NEVER):
-            commands.try_command("scancel", job)
+    for job, state in slurm.known_states(jobs).items():
+        if (state or "").endswith(slurm.NEVER):
+            slurm.try_command("scancel", job)
 
 
 def _script(point: Point, name: str | None) -> Any:
@@ -205,9 +205,9 @@ def _wait(points: list[Point], sweep_dir: Path) -> Outcomes:
     ended = 0  # in this many polls in a row: a job being requeued appears ended for a moment
     while True:
         time.sleep(POLL_S if printed else 0.0)
-        if not commands.is_reachable():
+        if not slurm.is_reachable():
             continue
-        jobs = commands.known_states(row.job for row in rows)
+        jobs = slurm.known_states(row.job for row in rows)
         found = [report.point_status(row, jobs) for row in rows]
         lines = [
             f"{point.num:>3}  {each.state:<10} step {each.step}/{each.steps}"

@@ -139,8 +139,8 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Abstract in vLLM 0.25; versions reach this engine through files."""
-        raise NotImplementedError
+        """Refuse: vLLM 0.25 demands this method of an engine to which a trainer sends tensors."""
+        raise NotImplementedError("policy versions reach this engine through files")
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in self._shards:

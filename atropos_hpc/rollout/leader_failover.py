@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from atropos_hpc.contracts.members import MemberState, SupervisorState
-from atropos_hpc.launch.slurm import commands
+from atropos_hpc.runtime import slurm
 from atropos_hpc.runtime.membership import RosterReader, RosterWatch
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.waiting import Waiting
@@ -78,8 +78,8 @@ class LeaderFailover:
             return False
         log.error("the supervisor's node is gone: requeueing job %s", self.job)
         try:
-            commands.requeue(self.job)
-        except commands.SlurmError as error:
+            slurm.requeue(self.job)
+        except slurm.SlurmError as error:
             # Also when only the rest of the job was left to requeue, or another agent was quicker.
             log.info("%s", error)
         return True
@@ -107,14 +107,12 @@ def _lost_leader(job: str) -> bool:
     component alone, which then waits for this one for ever.
     """
     try:
-        leader = commands.show_job(job)[0]
+        leader = slurm.show_job(job)[0]
         if leader["JobState"] == "PENDING":
             return True
         host = leader.get("BatchHost", "")
         if leader["JobState"] != "RUNNING" or not host:
             return False
-        return host not in commands.expand_nodes(leader["NodeList"]) or commands.is_unreachable(
-            [host]
-        )
-    except (commands.SlurmError, LookupError):
+        return host not in slurm.expand_nodes(leader["NodeList"]) or slurm.is_unreachable([host])
+    except (slurm.SlurmError, LookupError):
         return False

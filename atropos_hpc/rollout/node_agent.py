@@ -23,18 +23,17 @@ import aiohttp
 from atropos_hpc.config import environments
 from atropos_hpc.contracts.members import AgentState, RepublishRequest
 from atropos_hpc.contracts.policy import PolicyVersion
-from atropos_hpc.launch import restart_policy
-from atropos_hpc.launch.restart_policy import Action, ExitFacts, Kind, Phase
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.rollout.leader_failover import LeaderFailover
 from atropos_hpc.rollout.managed_server import PROBE_TIMEOUT_S, ManagedServer, ServerContext
-from atropos_hpc.runtime import devices, process
+from atropos_hpc.runtime import devices, process, restart_policy
 from atropos_hpc.runtime.hang_detection import SilenceWatch
 from atropos_hpc.runtime.membership import Member, RosterReader, post_request, read_members
 from atropos_hpc.runtime.network import own_host
 from atropos_hpc.runtime.private_tmp import PrivateDirectory
 from atropos_hpc.runtime.process import REFUSED, STOPPED, ProcessSpec
+from atropos_hpc.runtime.restart_policy import Action, ExitFacts, Kind, Phase
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Exit, Limits, ManagedProcess, SupervisionEngine
 

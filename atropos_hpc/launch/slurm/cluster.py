@@ -4,7 +4,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from atropos_hpc.launch.slurm import commands
+from atropos_hpc.runtime import slurm
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Cluster:
 def read_cluster() -> Cluster:
     """Return the cluster as it is now. Raises SlurmError."""
     return parse_cluster(
-        commands.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f"),
-        commands.run_command("scontrol", "-o", "show", "partition"),
-        commands.run_command("scontrol", "show", "config"),
+        slurm.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f"),
+        slurm.run_command("scontrol", "-o", "show", "partition"),
+        slurm.run_command("scontrol", "show", "config"),
     )
 
 
@@ -80,7 +80,7 @@ def parse_cluster(nodes_shown: str, partitions_shown: str, config_shown: str) ->
         nodes.setdefault(partition, []).append(alike)
     conf = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config_shown, re.M))
     partitions = {}
-    for record in commands.parse_records(partitions_shown):
+    for record in slurm.parse_records(partitions_shown):
         name = record["PartitionName"]
         memory = record.get("MaxMemPerNode", "UNLIMITED")
         partitions[name] = Partition(

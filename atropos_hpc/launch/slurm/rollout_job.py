@@ -22,14 +22,14 @@ from pathlib import Path
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AnyMember, Done, RolloutJobRecord, SupervisorState
-from atropos_hpc.launch.restart_policy import Action
-from atropos_hpc.launch.slurm import commands, sbatch
+from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.sbatch import Allocation
 from atropos_hpc.launch.slurm.slurm_job import current_job
 from atropos_hpc.launch.steps import SlurmSteps
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.runtime import environment, process
+from atropos_hpc.runtime import environment, process, slurm
 from atropos_hpc.runtime.membership import RosterReader, RosterWatch
+from atropos_hpc.runtime.restart_policy import Action
 from atropos_hpc.runtime.run_dir import RunDir, read_json, read_struct, write_file, write_struct
 from atropos_hpc.runtime.waiting import Waiting, wait_for
 
@@ -50,7 +50,7 @@ class RolloutJob:
         self.record = run.path / "rollout_job.json"
         self.id = (read_struct(self.record, RolloutJobRecord) or RolloutJobRecord()).job
         self._next_poll, self._states = 0.0, {}  # type: tuple[float, dict[str, str]]
-        if self.id and commands.retry(self._is_active):
+        if self.id and slurm.retry(self._is_active):
             log.info("adopting rollout job %s", self.id)
             return
         self.id = self._submit(config, run)
@@ -63,7 +63,7 @@ class RolloutJob:
         command = shlex.join([sys.executable, *module, "--run-dir", str(run.path)])
         output = f"{run.path}/logs/rollout-job-%A_%a.log"
         write_file(script, sbatch.rollout_script(config, output, command).encode())
-        return commands.submit(str(script), sbatch.submission_environment(os.environ))
+        return slurm.submit(str(script), sbatch.submission_environment(os.environ))
 
     def poll(self) -> Action | None:
         """Every few seconds: log what has changed, and end the run when the job has ended."""
@@ -72,7 +72,7 @@ class RolloutJob:
         self._next_poll = time.monotonic() + POLL_S
         try:
             states = self._tasks()
-        except commands.SlurmError as error:
+        except slurm.SlurmError as error:
             log.warning("cannot ask Slurm for rollout job %s: %s", self.id, error)
             return None
         for task, state in states.items():
@@ -80,7 +80,7 @@ class RolloutJob:
                 log.info("rollout job %s: %s", task, state)
             elif state == "PENDING|BeginTime":
                 # Seen twice, so the old task is gone; sooner, Slurm would fail the new one.
-                commands.try_command("scontrol", "update", f"jobid={task}", "StartTime=now")
+                slurm.try_command("scontrol", "update", f"jobid={task}", "StartTime=now")
         self._states = states
         if any(_is_active(state) for state in states.values()):
             return None
@@ -92,25 +92,25 @@ class RolloutJob:
     def end(self, at_once: bool) -> None:
         """Cancel the job; unless `at_once`, first wait for its tasks to notice the run's end."""
         waiting = Waiting("the end of the rollout job", "its tasks", 0 if at_once else END_S)
-        with contextlib.suppress(commands.SlurmError):
+        with contextlib.suppress(slurm.SlurmError):
             while not waiting.expired and any(
                 state.startswith(("RUNNING", "COMPLETING")) for state in self._tasks().values()
             ):
                 time.sleep(0.5)
-        commands.try_command("scancel", self.id)
+        slurm.try_command("scancel", self.id)
 
     def _is_active(self) -> bool:
         return any(_is_active(state) for state in self._tasks().values())
 
     def _tasks(self) -> dict[str, str]:
         """Task -> "STATE|reason", of those that the controller remembers."""
-        listing = commands.run_command("squeue", "--me", "-h", "--states=all", "-o", "%i|%T|%r")
+        listing = slurm.run_command("squeue", "--me", "-h", "--states=all", "-o", "%i|%T|%r")
         tasks = (line.split("|", 1) for line in listing.splitlines())
         return {task: state for task, state in tasks if task.partition("_")[0] == self.id}
 
 
 def _is_active(state: str) -> bool:
-    return state.partition("|")[0] not in commands.ENDED
+    return state.partition("|")[0] not in slurm.ENDED
 
 
 # --- inside the rollout job
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = lambda: read_json(run.run_json) and read_json(run.roster)  # noqa: E731
     wait_for(str(run.run_json), "the trainer job's supervisor", started, LEADER_S, poll_s=2.0)
     config = run.config()
-    node = commands.expand_nodes(os.environ["SLURM_JOB_NODELIST"])[0]
+    node = slurm.expand_nodes(os.environ["SLURM_JOB_NODELIST"])[0]
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     job = current_job({"rollout": Allocation((node,), os.environ["SLURM_JOB_ID"])})
     addresses = job.addresses(config.cluster.host)
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action = supervisor.supervise()
     log.info("rollout node %d: %s", index, action.name.lower())
     if action is Action.REQUEUE:
-        commands.retry(lambda: commands.requeue(job.id))
+        slurm.retry(lambda: slurm.requeue(job.id))
     return {Action.FINISH: process.DONE, Action.FAIL: 1}.get(action, process.STOPPED)
 
 

@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from atropos_hpc.launch.restart_policy import Event
-from atropos_hpc.launch.slurm import commands, srun
-from atropos_hpc.launch.slurm.commands import SlurmError
+from atropos_hpc.launch.slurm import srun
 from atropos_hpc.launch.slurm.sbatch import Allocation
+from atropos_hpc.runtime import slurm
+from atropos_hpc.runtime.restart_policy import Event
+from atropos_hpc.runtime.slurm import SlurmError
 from atropos_hpc.runtime.waiting import Waiting, WaitTimeout
 
 log = logging.getLogger(__name__)
@@ -31,16 +32,16 @@ class Job:
         """Why a step on these nodes may have ended: PREEMPTED, CANCELLED, NODE_LOST, or None when
         Slurm knows of no reason. Without nodes, only a preemption is looked for."""
         try:
-            components = commands.show_job(self.id)
-            if any(_is_preempted(c) or commands.was_restarted(c) for c in components):
+            components = slurm.show_job(self.id)
+            if any(_is_preempted(c) or slurm.was_restarted(c) for c in components):
                 return Event.PREEMPTED
             mine = next((c for c in components if c["JobId"] == self._job_of(nodes)), None)
             if mine is None or not nodes:
                 return None
             if mine["JobState"].startswith("CANCELLED"):
                 return Event.CANCELLED
-            allocated = set(commands.expand_nodes(mine.get("NodeList", "")))
-            if not set(nodes) <= allocated or commands.is_unreachable(nodes):
+            allocated = set(slurm.expand_nodes(mine.get("NodeList", "")))
+            if not set(nodes) <= allocated or slurm.is_unreachable(nodes):
                 return Event.NODE_LOST
         except SlurmError as error:
             log.warning("cannot ask Slurm why a step has ended: %s", error)
@@ -52,7 +53,7 @@ class Job:
         jobs = ",".join(sorted({allocation.job for allocation in self.allocations.values()}))
         with Waiting(f"the end of step {name}", "Slurm", timeout_s) as waiting:
             while True:
-                listing = commands.run_command("squeue", "-h", "-s", "-j", jobs, "-o", "%i|%j")
+                listing = slurm.run_command("squeue", "-h", "-s", "-j", jobs, "-o", "%i|%j")
                 steps = (line.split("|") for line in listing.splitlines())
                 left = [step for step, of in steps if of == name]
                 if not left:
@@ -61,7 +62,7 @@ class Job:
                     waiting.check()
                 except WaitTimeout as error:
                     raise SlurmError(f"{error}; step {left[0]} still exists") from None
-                commands.try_command("scancel", "--signal=KILL", *left)
+                slurm.try_command("scancel", "--signal=KILL", *left)
                 time.sleep(0.5)
 
     def addresses(self, host: str | None) -> dict[str, str]:
@@ -72,9 +73,7 @@ class Job:
             return dict.fromkeys(nodes, "")
         show_nodes = ("scontrol", "-o", "show", "node", ",".join(nodes))
         found = {}
-        for record in commands.parse_records(
-            commands.retry(lambda: commands.run_command(*show_nodes))
-        ):
+        for record in slurm.parse_records(slurm.retry(lambda: slurm.run_command(*show_nodes))):
             name, address = record["NodeName"], record.get("NodeAddr") or record["NodeName"]
             try:
                 resolved = socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)

@@ -10,10 +10,6 @@ from enum import Enum
 from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STOPPED, STUCK
 
 
-class PointFailed(Exception):
-    """A point of a multirun that was waited for did not complete."""
-
-
 class Action(Enum):
     """What to do about a process that has ended."""
 
