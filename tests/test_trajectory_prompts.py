@@ -5,10 +5,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from trajectory_parts import Http, environment, group, with_service
 
-from atropos_hpc.trajectories.prompts import FAILURES, LOSSES
+from atropos_hpc.contracts.prompts import DrawRequest, Reported
+from atropos_hpc.trajectories.prompts import FAILURES, LOSSES, Stream
 
 
 async def draw(http: Http, worker: str, want: int = 0, **more: Any) -> list[int]:
@@ -180,3 +182,28 @@ def test_a_malformed_request_is_refused(tmp_path: Path) -> None:
             assert status == 422, json.loads(answer)
 
     story(tmp_path, tell)
+
+
+class Unscanned(dict[int, str]):
+    """A dict that is looked up only."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a request scans the draws of all workers")
+
+    keys = values = items = __iter__  # type: ignore[assignment]
+
+
+def test_a_request_does_not_scan_the_draws_of_other_workers() -> None:
+    def request(**values: Any) -> DrawRequest:
+        return DrawRequest(stream="env", worker="a", member="a", env_id=0, **values)
+
+    stream = Stream(next_number=5, outstanding={0: "a", 1: "b", 3: "a", 4: "b"}, returned={2})
+    stream = msgspec.json.decode(msgspec.json.encode(stream), type=Stream)  # as by a restart
+    stream.outstanding = Unscanned(stream.outstanding)
+    again = request(serial=1, want=2, held=[3], reports=[Reported(0, "no_signal")])
+    numbers = stream.choose(again, set())
+    stream.request(again, numbers)
+    assert (numbers, stream.held_by("a"), stream.lowest) == ([2, 5], {2, 3, 5}, 1)
+    stream.accept(1)
+    stream.give_back(["a"], as_lost=False)
+    assert (stream.held_by("a"), stream.returned, stream.lowest) == (set(), {2, 3, 5}, 2)

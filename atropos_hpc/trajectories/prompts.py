@@ -20,8 +20,8 @@ No I/O and no clock. Like the rest of the server's state, the ledger changes onl
 journal: groups and events.
 """
 
-from bisect import insort
 from collections.abc import Iterable
+from heapq import nsmallest
 from typing import TypeVar
 
 from msgspec import Struct, field
@@ -46,14 +46,14 @@ class Holder(Struct):
     reach: int
 
 
-class Stream(Struct):
-    """The draws of one environment. It is part of the server's snapshot as it stands."""
+class Stream(Struct, dict=True):
+    """The draws of one environment. Its fields are part of the server's snapshot as they stand."""
 
     next_number: int = 0
     length: int | None = None  # items of an epoch
     workers: dict[str, Holder] = field(default_factory=dict)
     outstanding: dict[int, str] = field(default_factory=dict)  # number -> worker
-    returned: list[int] = field(default_factory=list)  # rising
+    returned: set[int] = field(default_factory=set)
     failures: dict[int, int] = field(default_factory=dict)
     losses: dict[int, int] = field(default_factory=dict)
     items: dict[int, str] = field(default_factory=dict)  # number -> hash of the item, the latest
@@ -61,32 +61,38 @@ class Stream(Struct):
     epochs: dict[int, dict[str, int]] = field(default_factory=dict)  # outcomes of the latest
     unordered: int | None = None  # the first number that named different items
 
+    def __post_init__(self) -> None:
+        # Derived, and not in the snapshot. A request must not cost more for other workers' draws.
+        self._held: dict[str, set[int]] = {}
+        for number, worker in self.outstanding.items():
+            self._held.setdefault(worker, set()).add(number)
+        self._lowest = min([self.next_number, *self.returned, *self.outstanding])
+
     # --- queries
 
     @property
     def lowest(self) -> int:
         """Return the lowest number that is not settled."""
-        return min([self.next_number, *self.returned[:1], *self.outstanding])
+        while self.is_settled(self._lowest):
+            self._lowest += 1
+        return self._lowest
 
     def is_settled(self, number: int) -> bool:
         """Return whether the number has its outcome."""
         known = number in self.outstanding or number in self.returned
         return number < self.next_number and not known
 
-    def held_by(self, worker: str) -> list[int]:
+    def held_by(self, worker: str) -> set[int]:
         """Return the numbers that a worker holds."""
-        return [number for number, holder in self.outstanding.items() if holder == worker]
+        return self._held.get(worker, set())
 
     def choose(self, request: DrawRequest, reserved: set[int]) -> list[int]:
         """Return the numbers to hand out now; `reserved` ones are being handed out to others."""
         reported = [report.number for report in request.reports]
-        unseen = set(self.held_by(request.worker)).difference(request.held, reported)
+        unseen = self.held_by(request.worker).difference(request.held, reported)
         want = max(0, request.want - len(unseen))
-        chosen = [
-            number
-            for number in self.returned
-            if number >= request.reach and number not in reserved and number not in request.held
-        ][:want]
+        free = self.returned.difference(reserved, request.held) if want else ()
+        chosen = nsmallest(want, (number for number in free if number >= request.reach))
         new = max([self.next_number, *(number + 1 for number in reserved)])
         return [*chosen, *range(new, new + want - len(chosen))]
 
@@ -116,7 +122,7 @@ class Stream(Struct):
                     if final or _count(self.failures, report.number) >= FAILURES:
                         self._settle(report.number, report.outcome)
                     else:
-                        insort(self.returned, report.number)
+                        self.returned.add(report.number)
             for seen in request.seen:
                 self._see(seen.number, seen.item)
         self.workers[worker] = Holder(
@@ -124,27 +130,26 @@ class Stream(Struct):
         )
         self.length = request.length or self.length
         finished = {report.number for report in request.reports}
-        for number in set(request.held).difference(finished).intersection(self.returned):
-            self.returned.remove(number)  # this worker was believed lost and is not
+        drawn, first_new = set(numbers), self.next_number
+        self.next_number = max([first_new, *(number + 1 for number in drawn)])
+        self.returned.update(range(first_new, self.next_number))
+        # What a worker holds was returned if it was believed lost and is not.
+        kept = set(request.held).difference(finished)
+        for number in (drawn | kept) & self.returned:
+            self.returned.remove(number)
             self.outstanding[number] = worker
-        for number in numbers:
-            while self.next_number <= number:
-                insort(self.returned, self.next_number)
-                self.next_number += 1
-            if number in self.returned:
-                self.returned.remove(number)
-                self.outstanding[number] = worker
+            self._held.setdefault(worker, set()).add(number)
 
     def give_back(self, workers: Iterable[str], as_lost: bool) -> None:
         """Return the draws of workers that are gone."""
         for worker in workers:
             self.workers.pop(worker, None)
-            for number in self.held_by(worker):
+            for number in self._held.pop(worker, ()):
                 del self.outstanding[number]
                 if as_lost and _count(self.losses, number) >= LOSSES:
                     self._settle(number, "lost")
                 else:
-                    insort(self.returned, number)
+                    self.returned.add(number)
 
     def accept(self, number: int) -> None:
         """Note that a group of this number is in the journal."""
@@ -163,8 +168,10 @@ class Stream(Struct):
         return self.outstanding.get(number) == worker or number in self.returned
 
     def _close(self, number: int) -> None:
-        if self.outstanding.pop(number, None) is None:
+        if (worker := self.outstanding.pop(number, None)) is None:
             self.returned.remove(number)
+        else:
+            self._held[worker].remove(number)
 
     def _settle(self, number: int, outcome: str) -> None:
         self.failures.pop(number, None)

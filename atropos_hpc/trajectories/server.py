@@ -221,7 +221,8 @@ def keep_in(
 
     async def keep(logged: EnvironmentMetrics) -> messages.Stored:
         if path is not None:
-            append_record(path, msgspec.structs.replace(logged, time=time.time()))
+            timed = msgspec.structs.replace(logged, time=time.time())
+            await asyncio.to_thread(append_record, path, timed)  # may wait for the filesystem
         return messages.Stored("received")
 
     return keep
