@@ -21,11 +21,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from atropos_hpc.runtime.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from slurm_cluster import Cluster
 
 FOUND = [name for name in ("verifiers", "vllm") if importlib.util.find_spec(name)]
 ROLE = os.environ.get("TEST_ROLE") or {"verifiers": "verifiers", "vllm": "rollout"}.get(
@@ -211,3 +214,43 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from learner_ranks import tiny_model
 
     return tiny_model(tmp_path_factory.mktemp("small-model"), layers=1)
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a model of two layers and random weights, for the learner."""
+    from learner_ranks import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model64(model_path: Path) -> Any:
+    """Load the model of two layers in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def whole_cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> "Iterator[Cluster]":
+    """Start a private Slurm cluster of as many nodes as the test's module says in NODES."""
+    from slurm_cluster import Cluster
+    from slurm_parts import require_slurm
+
+    require_slurm()
+    directory = tmp_path_factory.mktemp("slurm") / "cluster"
+    with Cluster(directory, nodes=request.module.NODES) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(whole_cluster: "Cluster") -> "Iterator[Cluster]":
+    """The module's cluster; after the test all nodes are up again and the queue is empty."""
+    yield whole_cluster
+    whole_cluster.clear()

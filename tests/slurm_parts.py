@@ -64,6 +64,10 @@ QUICK = [
 ]
 
 
+def evaluations_off() -> list[str]:
+    return ["evaluation.every=0", "evaluation.before=false", "evaluation.after=false"]
+
+
 class Submitted:
     """One run in a Slurm job."""
 

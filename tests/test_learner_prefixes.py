@@ -20,7 +20,6 @@ from learner_ranks import (  # noqa: E402
     make_group,
     on_ranks,
     settings_of,
-    tiny_model,
 )
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
@@ -152,11 +151,6 @@ def test_the_kernel_for_varying_lengths_gets_the_keys_of_each_branch(
 
 
 # --- with a model
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def groups_with_long_prompts() -> list[Group]:

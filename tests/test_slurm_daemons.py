@@ -1,26 +1,13 @@
 """Slurm's daemons on a node die while the processes of the run there live."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, until
-from slurm_parts import node_of, require_slurm, stand_in, submitted
+from slurm_parts import node_of, stand_in, submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=6) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(whole: Cluster) -> Iterator[Cluster]:
-    yield whole
-    whole.clear()
+NODES = 6
 
 
 @pytest.mark.parametrize("nodes", [1, 2])  # with two per role, Slurm lets the rest live

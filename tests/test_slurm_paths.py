@@ -1,24 +1,17 @@
 """Runs on a private cluster whose directory's name means something to Hydra, shells and Slurm."""
 
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
-from slurm_parts import require_slurm, stand_in, submit, submitted
+from slurm_parts import stand_in, submit, submitted
 
 from atropos_hpc.launch.slurm.sbatch import submission_environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+NODES = 3
 NASTY = """it's "so" [a,b] {c: 1} (größe) #&~=1;x"""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as cluster:
-        yield cluster
 
 
 @pytest.mark.parametrize("launch", ["het", "split"])

@@ -4,25 +4,18 @@ None is queued, and each message has the key and the limit.
 """
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster
-from slurm_parts import require_slurm, stand_in, submit
+from slurm_parts import stand_in, submit
 
 from atropos_hpc.launch import cluster_check
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import Partition
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3) as cluster:
-        yield cluster
+NODES = 3
 
 
 @pytest.mark.parametrize(

@@ -7,24 +7,17 @@ so a case takes seconds.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from slurm_cluster import Cluster, until
-from slurm_parts import Submitted, require_slurm, stand_in, submit, submitted
+from slurm_parts import Submitted, stand_in, submit, submitted
 
 from atropos_hpc.runtime.run_dir import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
-        yield cluster
+NODES = 4
 
 
 def tool(cluster: Cluster, *words: str) -> str:

@@ -16,27 +16,21 @@ from typing import Any
 
 import pytest
 from slurm_cluster import ROOT, Cluster, until
-from slurm_parts import Submitted, require_slurm, sbatch, stand_in, submission, submit
+from slurm_parts import Submitted, sbatch, stand_in, submission, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
-        yield cluster
+NODES = 4
 
 
 @pytest.fixture
-def drained(whole: Cluster) -> Iterator[Cluster]:
+def drained(whole_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, with an empty queue and nodes that take no job until they are resumed."""
-    whole.command("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")
-    yield whole
-    whole.command("scancel", "-u", getpass.getuser())
+    whole_cluster.command("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")
+    yield whole_cluster
+    whole_cluster.command("scancel", "-u", getpass.getuser())
     with contextlib.suppress(RuntimeError):  # a test has resumed them
-        whole.command("scontrol", "update", "nodename=ALL", "state=resume")
-    whole.clear()
+        whole_cluster.command("scontrol", "update", "nodename=ALL", "state=resume")
+    whole_cluster.clear()
 
 
 def table(sweep: Path) -> list[dict[str, Any]]:

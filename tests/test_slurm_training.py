@@ -1,7 +1,7 @@
 """Training in Slurm jobs with real vLLM, verl and an Atropos environment, on a private cluster.
 
 A start of the real parts takes most of a minute on two CPUs. So several faults share a run, and the
-cases with many restarts need ATROPOS_HPC_LONG=1. test_slurm_runs.py has each case in seconds, with
+cases with many restarts need ATROPOS_HPC_LONG=1. test_slurm_*.py have each case in seconds, with
 stand-ins for the roles' programs.
 """
 
@@ -9,17 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from run_files import evaluations, scalars
 from slurm_cluster import ROOT, Cluster, until
-from slurm_parts import Submitted, kill, node_of, require_slurm, sbatch, submit, submitted
+from slurm_parts import Submitted, kill, node_of, sbatch, submit, submitted
 
 from atropos_hpc.runtime.run_dir import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
+NODES = 4
 
 long = pytest.mark.skipif(
     not os.environ.get("ATROPOS_HPC_LONG"), reason="takes minutes; ATROPOS_HPC_LONG=1 runs it"
@@ -31,20 +31,6 @@ SMALL = [
     "cluster.shared=[/]",
     "roles.rollout.cpus_per_task=4",
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    require_slurm()
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def clear(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, with all nodes up and an empty queue before and after the test."""
-    yield cluster
-    cluster.clear()
 
 
 def saved(run: Submitted) -> int:
@@ -131,10 +117,10 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(
     assert sum(line["sequences"] for line in scalars(run.run)) == 14 * 256  # each batch once
 
 
-def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) -> None:
+def test_a_killed_rank_and_a_warning_in_one_run(cluster: Cluster, tmp_path: Path) -> None:
     """The rank in its allocation, then by `scancel --batch --signal=USR2`: one job, one W&B run."""
     run = submitted(
-        clear,
+        cluster,
         tmp_path / "sweep",
         "trainer.steps=12",
         "trainer.checkpoint_every=3",
@@ -147,13 +133,15 @@ def test_a_killed_rank_and_a_warning_in_one_run(clear: Cluster, tmp_path: Path) 
     until("the restart", lambda: run.log("trainer-0").count("starts at step") == 2, 120, run.story)
     assert f"starts at step {durable}" in run.log("trainer-0")
     run.reach(7, seconds=120)
-    assert clear.job(run.job)["Restarts"] == "0" and run.log("agent-0").count("is up at") == 1
-    clear.command("scancel", "--batch", "--signal=USR2", run.job)
+    assert cluster.job(run.job)["Restarts"] == "0" and run.log("agent-0").count("is up at") == 1
+    cluster.command("scancel", "--batch", "--signal=USR2", run.job)
     run.is_requeued()
     at = saved(run)
     assert at == run.steps()[-1] >= 7
     run.completes(12, attempts=2, seconds=400)
-    assert clear.job(run.job)["Restarts"] == "1" and f"starts at step {at}" in run.log("trainer-0")
+    assert cluster.job(run.job)["Restarts"] == "1" and f"starts at step {at}" in run.log(
+        "trainer-0"
+    )
     assert sum(line["sequences"] for line in scalars(run.run)) == 12 * 256
     assert {
         path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")
@@ -177,9 +165,9 @@ APART = ["+roles.trainer.sbatch.exclusive=true", "+roles.rollout.sbatch.exclusiv
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> float:
+def undisturbed(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> float:
     """Held-out accuracy after STEPS steps of a run without faults."""
-    run = submitted(cluster, tmp_path_factory.mktemp("undisturbed") / "sweep", *TO_THE_END)
+    run = submitted(whole_cluster, tmp_path_factory.mktemp("undisturbed") / "sweep", *TO_THE_END)
     run.completes(STEPS, seconds=500)
     return accuracy(run)
 
@@ -203,33 +191,34 @@ def assert_it_ends_as_without(run: Submitted, attempts: int, undisturbed: float)
 
 @long
 def test_het_loses_a_rollout_node_then_its_leader(
-    clear: Cluster, tmp_path: Path, undisturbed: float
+    cluster: Cluster, tmp_path: Path, undisturbed: float
 ) -> None:
     two = ["roles.trainer.nodes=2", "roles.rollout.nodes=2", *APART]
-    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *two)
+    run = submitted(cluster, tmp_path / "sweep", *TO_THE_END, *two)
     run.reach(3, seconds=400)
     until("both agents", lambda: run.log("agent-0") and run.log("agent-1"), 60, run.story)
     first = node_of(run, "rollout")
-    clear.kill_node(first)
+    cluster.kill_node(first)
     until("the loss", lambda: "node lost" in run.log("supervisor"), 90, run.story)
     run.reach(len(run.steps()) + 3, seconds=300)
     assert (
-        run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+        run.log("trainer-0").count("starts at step") == 1
+        and cluster.job(run.job)["Restarts"] == "0"
     )
 
     leader = node_of(run, "trainer")
-    clear.kill_node(leader)
+    cluster.kill_node(leader)
     until("a requeue by an agent", lambda: run.state() == "PENDING", 120, run.story)
     for node in (first, leader):
-        clear.start_node(node)
-    clear.skip_requeue_delay(run.job)
+        cluster.start_node(node)
+    cluster.skip_requeue_delay(run.job)
     assert_it_ends_as_without(run, 2, undisturbed)
-    assert clear.job(run.job)["Restarts"] == "1"
+    assert cluster.job(run.job)["Restarts"] == "1"
 
 
 @long
 def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemption(
-    clear: Cluster, tmp_path: Path, undisturbed: float
+    cluster: Cluster, tmp_path: Path, undisturbed: float
 ) -> None:
     roles = [
         "launch=split",
@@ -239,10 +228,10 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
         "+roles.trainer.sbatch.nodelist=n0",
         *APART,
     ]
-    spare = clear.command(
+    spare = cluster.command(
         "sbatch", "--parsable", "-p", "high", "--exclusive", "--nodelist=n3", "--wrap", "sleep 3600"
     )
-    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *roles)
+    run = submitted(cluster, tmp_path / "sweep", *TO_THE_END, *roles)
     run.reach(3, seconds=400)
     until(
         "both servers",
@@ -251,21 +240,24 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
         run.story,
     )
     rollout = read_json(run.run.path / "rollout_job.json")["job"]
-    node = clear.command("squeue", "-h", "-o", "%N", "-j", f"{rollout}_1")
-    clear.kill_node(node)
+    node = cluster.command("squeue", "-h", "-o", "%N", "-j", f"{rollout}_1")
+    cluster.kill_node(node)
     run.reach(len(run.steps()) + 5, seconds=200)
-    clear.start_node(node)
+    cluster.start_node(node)
     until("the node back", lambda: run.log("agent-1").count("is up at") == 2, 240, run.story)
     run.reach(len(run.steps()) + 3, seconds=120)
     assert (
-        run.log("trainer-0").count("starts at step") == 1 and clear.job(run.job)["Restarts"] == "0"
+        run.log("trainer-0").count("starts at step") == 1
+        and cluster.job(run.job)["Restarts"] == "0"
     )
 
-    preempt(clear, run, "--nodelist=n0")
+    preempt(cluster, run, "--nodelist=n0")
     at = saved(run)
-    clear.command("scancel", spare)
+    cluster.command("scancel", spare)
     assert_it_ends_as_without(run, 2, undisturbed)
-    assert f"starts at step {at}" in run.log("trainer-0") and clear.job(run.job)["Restarts"] == "1"
+    assert (
+        f"starts at step {at}" in run.log("trainer-0") and cluster.job(run.job)["Restarts"] == "1"
+    )
     assert (
         read_json(run.run.path / "rollout_job.json")["job"] == rollout
         and run.log("agent-0").count("is up at") == 1
@@ -274,7 +266,7 @@ def test_split_takes_a_rollout_node_back_and_keeps_its_rollout_job_over_a_preemp
 
 @long
 def test_preempted_without_grace_then_at_its_time_limit(
-    clear: Cluster, tmp_path: Path, undisturbed: float
+    cluster: Cluster, tmp_path: Path, undisturbed: float
 ) -> None:
     limits = [
         "cluster.partition=sudden",
@@ -282,26 +274,26 @@ def test_preempted_without_grace_then_at_its_time_limit(
         "launch.signal_s=60",
         "trainer.checkpoint_every=1000",
     ]
-    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, *limits)
+    run = submitted(cluster, tmp_path / "sweep", *TO_THE_END, *limits)
     run.reach(3, seconds=110)
-    preempt(clear, run, "--nodes=4")
+    preempt(cluster, run, "--nodes=4")
     at = saved(run)
     until("the resume", lambda: f"starts at step {at}" in run.log("trainer-0"), 120, run.story)
 
     until("the warning", lambda: "Slurm takes the nodes" in run.log("supervisor"), 200, run.story)
     run.is_requeued(90)
-    assert saved(run) == run.steps()[-1] and clear.job(run.job)["Restarts"] == "2"
-    clear.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=30")
+    assert saved(run) == run.steps()[-1] and cluster.job(run.job)["Restarts"] == "2"
+    cluster.command("scontrol", "update", f"jobid={run.job}", "TimeLimit=30")
     assert_it_ends_as_without(run, 3, undisturbed)
 
 
 @long
 def test_preempted_with_grace_then_a_killed_rank_then_a_warning(
-    clear: Cluster, tmp_path: Path, undisturbed: float
+    cluster: Cluster, tmp_path: Path, undisturbed: float
 ) -> None:
-    run = submitted(clear, tmp_path / "sweep", *TO_THE_END, "trainer.checkpoint_every=10")
+    run = submitted(cluster, tmp_path / "sweep", *TO_THE_END, "trainer.checkpoint_every=10")
     run.reach(8, seconds=400)
-    preempt(clear, run, "--nodes=4")
+    preempt(cluster, run, "--nodes=4")
     at = saved(run)
     until("the resume", lambda: f"starts at step {at}" in run.log("trainer-0"), 120, run.story)
 
@@ -312,14 +304,14 @@ def test_preempted_with_grace_then_a_killed_rank_then_a_warning(
     assert (
         durable > at
         and f"starts at step {saved(run)}" in run.log("trainer-0")
-        and clear.job(run.job)["Restarts"] == "1"
+        and cluster.job(run.job)["Restarts"] == "1"
     )
 
     run.reach(durable + 13, seconds=300)
-    clear.command("scancel", "--batch", "--signal=USR2", run.job)
+    cluster.command("scancel", "--batch", "--signal=USR2", run.job)
     run.is_requeued()
     assert_it_ends_as_without(run, 3, undisturbed)
-    assert clear.job(run.job)["Restarts"] == "2"
+    assert cluster.job(run.job)["Restarts"] == "2"
 
 
 @long
@@ -327,9 +319,9 @@ def test_preempted_with_grace_then_a_killed_rank_then_a_warning(
     "end",
     ["scancel of the leader", "scancel of the rollout component", "a rank that crashes too often"],
 )
-def test_however_it_ends_no_process_is_left(clear: Cluster, tmp_path: Path, end: str) -> None:
+def test_however_it_ends_no_process_is_left(cluster: Cluster, tmp_path: Path, end: str) -> None:
     run = submitted(
-        clear,
+        cluster,
         tmp_path / "sweep",
         "trainer.steps=1000",
         "trainer.checkpoint_every=1000",
@@ -348,10 +340,10 @@ def test_however_it_ends_no_process_is_left(clear: Cluster, tmp_path: Path, end:
         killed.append(run.member("trainer")["pid"])
         kill(killed[-1])
     if not killed:
-        clear.command("scancel", run.job if "leader" in end else f"{run.job}+1")
+        cluster.command("scancel", run.job if "leader" in end else f"{run.job}+1")
     until(
         "the end",
-        lambda: not set(clear.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"},
+        lambda: not set(cluster.jobs().values()) & {"RUNNING", "PENDING", "COMPLETING"},
         120,
         run.story,
     )
