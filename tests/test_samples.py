@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from atropos_hpc.contracts.group import Group
-from atropos_hpc.contracts.metrics import EnvironmentMetrics, Rollout, StepMetrics
+from atropos_hpc.contracts.metrics import EnvironmentMetrics, Evaluation, Rollout, StepMetrics
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
 from atropos_hpc.observe.rollouts import (
@@ -161,6 +162,20 @@ def test_the_oldest_files_are_removed_beyond_the_limit(run: RunDir, tmp_path: Pa
     assert kept == list(range(kept[0], 41)) and kept[0] > 1 and size <= 20_000
 
 
+def test_a_write_that_a_full_disk_cuts_off_costs_its_step_only(run: RunDir, tmp_path: Path) -> None:
+    one = group(tmp_path / "model", {"640": 1.0})
+    writer = RolloutWriter(run.rollouts, WHOLE, ALL, 0, lambda sequences: None)
+    writer.submit(1, [one], advantages([one]))
+    while not files(run.rollouts) or steps_of(run) != [1]:
+        time.sleep(0.01)
+    ((_, _, path),) = files(run.rollouts)
+    with path.open("ab") as file:
+        file.write(b"half a frame")
+    writer.submit(2, [one], advantages([one]))
+    writer.close()
+    assert steps_of(run) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
@@ -215,11 +230,13 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[Rollout] = []
         self.lines: list[StepMetrics] = []
+        self.evaluations: list[tuple[int, bool]] = []
 
     def step(self, line: StepMetrics, again: bool = False) -> None:
         self.lines.append(line)
 
-    def evaluation(self, evaluation: Any, again: bool = False) -> None: ...
+    def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
+        self.evaluations.append((evaluation.version, again))
 
     def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
         self.shown += samples
@@ -255,6 +272,17 @@ def test_what_environments_log_is_averaged_over_workers_into_the_step_s_metrics(
     assert first.scalars == {"reward": 0.5, "env/sums/train/right": 0.5, "env/letters/turns": 3.0}
     assert second.scalars == {"reward": 0.5}
     assert [line.scalars for line in tracker.lines] == [first.scalars, second.scalars]
+
+
+def test_an_evaluation_that_came_after_the_last_step_is_not_new_after_a_resume(
+    run: RunDir,
+) -> None:
+    for version in (0, 4, 8):
+        append_record(run.evaluations, Evaluation(version, accuracy=0.5))
+        tracker = Recorder()
+        metrics = MetricsWriter(run, [tracker], resume_at=version)
+        metrics.close()
+    assert tracker.evaluations == [(0, True), (4, True), (8, False)]
 
 
 def test_commands_refuse_a_directory_that_is_no_run(tmp_path: Path) -> None:

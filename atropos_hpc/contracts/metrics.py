@@ -18,6 +18,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+ONLY_ENVIRONMENT = "environment"  # the name in metrics of an environment without a label
+
 
 def finite_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """Return the finite numbers among an environment's metrics, numpy's and torch's included."""

@@ -5,8 +5,9 @@ metrics.jsonl is the source for status, report and summary. A step that is repea
 replaces its earlier line, so every step is there once.
 """
 
+import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,19 @@ import msgspec
 
 from atropos_hpc.config import WandbConf
 from atropos_hpc.contracts.members import EnvironmentState
-from atropos_hpc.contracts.metrics import Evaluation, Reported, Rollout, StepMetrics
+from atropos_hpc.contracts.metrics import (
+    EnvironmentMetrics,
+    Evaluation,
+    Reported,
+    Rollout,
+    StepMetrics,
+)
 from atropos_hpc.observe import samples
-from atropos_hpc.observe.environment_metrics import EnvironmentMetricsReader
 from atropos_hpc.observe.rollouts import with_text
 from atropos_hpc.observe.trackers import TensorBoardTracker, Tracker, WandbTracker
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import (
+    RecordReader,
     RunDir,
     append_record,
     read_records,
@@ -75,23 +82,25 @@ class MetricsWriter:
         self.run, self._trackers = run, trackers
         self._roster = RosterReader(run.roster)
         self._attempt = run.attempt()
-        steps = read_records(run.metrics, StepMetrics)
-        self._kept: list[StepMetrics] | None = [line for line in steps if line.step <= resume_at]
-        self._environments = EnvironmentMetricsReader(run.environments)
-        self._evaluations = 0
+        self._resume_at: int | None = resume_at
+        # Earlier lines of environments belong to steps that were written.
+        self._environments = RecordReader(run.environments, EnvironmentMetrics, at_end=True)
+        self._evaluations, self._evaluated = RecordReader(run.evaluations, Evaluation), 0
         self._before = read_struct(run.reported, Reported) or Reported()
+        self._last_step = 0
 
     def _remove_later_lines(self) -> None:
-        if self._kept is not None:
-            lines = (msgspec.json.encode(line) + b"\n" for line in self._kept)
-            write_file(self.run.metrics, b"".join(lines))
-        self._kept = None
+        if self._resume_at is not None:
+            steps = read_records(self.run.metrics, StepMetrics)
+            kept = [msgspec.json.encode(line) for line in steps if line.step <= self._resume_at]
+            write_file(self.run.metrics, b"".join(line + b"\n" for line in kept))
+        self._resume_at = None
 
     def write(self, step: int, scalars: Mapping[str, float], times: StepTimes) -> None:
         """Write one step, with the last held-out accuracy if a new one has arrived."""
         self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
-        scalars |= self._environments.take()
+        scalars |= environment_means(self._environments.take())
         scalars |= group_counts(self._roster.members(EnvironmentState))
         evaluations = self._new_evaluations()
         if evaluations and evaluations[-1].accuracy is not None:
@@ -109,9 +118,8 @@ class MetricsWriter:
         append_record(self.run.metrics, line)
         for tracker in self._trackers:
             tracker.step(line, step <= self._before.step)
-        if self._trackers:
-            last = Reported(max(step, self._before.step), self._evaluations)
-            write_struct(self.run.reported, last, durable=False)
+        self._last_step = step
+        self._write_reported()
 
     def sample(self, step: int, steps: int, group: Callable[[], Sequence[Rollout]]) -> None:
         """Show the trackers the best and the worst sequence of a group, if that step is due."""
@@ -124,22 +132,39 @@ class MetricsWriter:
 
     def _new_evaluations(self) -> list[Evaluation]:
         """Return the evaluations since the last call that have an accuracy; pass them on."""
-        lines = read_records(self.run.evaluations, Evaluation)
         new = []
-        for number in range(self._evaluations, len(lines)):
-            if lines[number].accuracy is not None:
-                new.append(lines[number])
+        for line in self._evaluations.take():
+            if line.accuracy is not None:
+                new.append(line)
                 for tracker in self._trackers:
-                    tracker.evaluation(lines[number], number < self._before.evaluations)
-        self._evaluations = len(lines)
+                    tracker.evaluation(line, self._evaluated < self._before.evaluations)
+            self._evaluated += 1
         return new
 
     def close(self) -> None:
         """Pass on the remaining evaluations and close the trackers."""
-        if self._trackers:
-            self._new_evaluations()
+        self._new_evaluations()
+        self._write_reported()
         for tracker in self._trackers:
             tracker.close()
+
+    def _write_reported(self) -> None:
+        if self._trackers:
+            step = max(self._last_step, self._before.step)
+            write_struct(self.run.reported, Reported(step, self._evaluated), durable=False)
+
+
+def environment_means(lines: Iterable[EnvironmentMetrics]) -> dict[str, float]:
+    """Average what environments logged over their workers, as env/<environment>/<key>.
+
+    >>> environment_means([EnvironmentMetrics("sums", each, {"x": 1.0}) for each in ("a", "b")])
+    {'env/sums/x': 1.0}
+    """
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for line in lines:
+        for key, value in line.values.items():
+            values[f"env/{line.environment}/{key}"].append(value)
+    return {name: math.fsum(each) / len(each) for name, each in values.items()}
 
 
 def group_counts(workers: Iterable[EnvironmentState]) -> dict[str, float]:

@@ -6,6 +6,7 @@ crash every frame but the last is whole, and `zstdcat` reads the file. A file th
 is followed by a new one; the oldest are removed when all together exceed the limit.
 """
 
+import errno
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from atropos_hpc.contracts.group import Group
-from atropos_hpc.contracts.metrics import Rollout
+from atropos_hpc.contracts.metrics import ONLY_ENVIRONMENT, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ CHUNK_BYTES = 1 << 16
 LEVEL = 3  # of compression
 PENDING = 2  # steps that wait to be written before the learner waits for them
 NAME = re.compile(r"(\d+)-(\d+)\.jsonl\.zst")  # first step, rank
-ONLY = "environment"  # the name of the only environment of a run, whose groups have no label
 
 Texts = Callable[[Sequence[list[int]]], Sequence[str] | None]
 
@@ -64,7 +64,7 @@ def rollouts_of(groups: Sequence[Group], step: int, advantages: Advantages) -> l
             found.append(
                 Rollout(
                     step=step,
-                    environment=params.get("environment") or ONLY,
+                    environment=params.get("environment") or ONLY_ENVIRONMENT,
                     group=group.gid,
                     index=index,
                     score=score if np.isfinite(score) else None,
@@ -176,10 +176,11 @@ class RolloutWriter:
         directory.mkdir(exist_ok=True)
         self._directory, self._part = directory, part
         self._max_bytes, self._texts = max_bytes // part.world, texts
-        self._resume_at: int | None = resume_at
+        self._resume_at = resume_at
+        self._sizes: dict[Path, int] | None = None  # of own files, the oldest first; None: unread
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._pending: list[Future[None]] = []
-        self._failed = False
+        self._failed = False  # whether the last write did
 
     def submit(self, step: int, groups: Sequence[Group], advantages: Advantages) -> None:
         """Write the groups of a step in the background."""
@@ -199,27 +200,36 @@ class RolloutWriter:
                 self._append(step, zstandard.ZstdCompressor(LEVEL).compress(lines))
         except OSError as error:  # a full disk must not end the training
             if not self._failed:
-                log.error("rollouts of step %d are not kept, nor later ones: %s", step, error)
+                log.error(
+                    "rollouts from step %d on are not kept until this is mended: %s", step, error
+                )
             self._failed = True
+        else:
+            self._failed = False
 
     def _append(self, step: int, frame: bytes) -> None:
-        if self._resume_at is not None:
-            self._forget_after(self._resume_at)
-        self._resume_at = None
-        rank = self._part.rank
-        own = [path for _, owner, path in files(self._directory) if owner == rank]
-        if not own or own[-1].stat().st_size >= min(FILE_BYTES, self._max_bytes // 4):
-            own.append(self._directory / f"{step:08d}-{rank}.jsonl.zst")
-        with own[-1].open("ab", buffering=0) as file:
-            file.write(frame)
-        sizes = [path.stat().st_size for path in own]
-        while sum(sizes) > self._max_bytes and len(own) > 1:
-            own.pop(0).unlink()
-            sizes.pop(0)
+        if self._sizes is None:
+            self._sizes = self._resume(self._resume_at)
+        path = next(reversed(self._sizes), None)
+        if path is None or self._sizes[path] >= min(FILE_BYTES, self._max_bytes // 4):
+            path = self._directory / f"{step:08d}-{self._part.rank}.jsonl.zst"
+            self._sizes[path] = 0
+        with path.open("ab", buffering=0) as file:
+            file.truncate(self._sizes[path])  # removes what a failed write has left
+            if file.write(frame) < len(frame):
+                raise OSError(errno.ENOSPC, "a part of the frame was not written", str(path))
+        self._sizes[path] += len(frame)
+        while sum(self._sizes.values()) > self._max_bytes and len(self._sizes) > 1:
+            oldest = next(iter(self._sizes))
+            oldest.unlink(missing_ok=True)
+            del self._sizes[oldest]
 
-    def _forget_after(self, step: int) -> None:
-        """Forget later steps of this part and, in part 0, of parts that are no more."""
+    def _resume(self, step: int) -> dict[Path, int]:
+        """Forget later steps of this part and, in part 0, of parts that are no more. Return the
+        size of each file of this part, the oldest first."""
         rank, world = self._part.rank, self._part.world
         for first, owner, path in files(self._directory):
             if owner == rank or (rank == 0 and owner >= world):
                 forget_after(path, first, step)
+        own = [path for _, owner, path in files(self._directory) if owner == rank]
+        return {path: path.stat().st_size for path in own}

@@ -11,7 +11,11 @@ from typing import Any
 import msgspec
 from atroposlib.envs.base import BaseEnv
 
-from atropos_hpc.contracts.metrics import EnvironmentMetrics, finite_numbers
+from atropos_hpc.contracts.metrics import (
+    ONLY_ENVIRONMENT,
+    EnvironmentMetrics,
+    finite_numbers,
+)
 from atropos_hpc.runtime.http import HttpClient, Request
 from atropos_hpc.runtime.membership import Member
 
@@ -19,7 +23,6 @@ log = logging.getLogger(__name__)
 
 ROUTE = "/environment-metrics"
 SEND_PATIENCE_S = 5.0  # metrics that do not arrive in time are dropped
-DEFAULT_NAME = "environment"  # the only environment of a run has no label
 
 
 class LoggedEnvironment(BaseEnv):
@@ -56,7 +59,7 @@ class LoggedEnvironment(BaseEnv):
         return wandb_metrics
 
     async def _send_metrics(self, values: dict[str, float]) -> None:
-        message = EnvironmentMetrics(self.label or DEFAULT_NAME, self.member.name, values)
+        message = EnvironmentMetrics(self.label or ONLY_ENVIRONMENT, self.member.name, values)
         request = Request("POST", ROUTE, msgspec.json.encode(message))
         try:
             answer = await self.http.send(request, patience_s=SEND_PATIENCE_S)

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -293,6 +293,27 @@ def read_records(path: Path, kind: type[T]) -> list[T]:
 def last_records(path: Path, kind: type[T], count: int) -> list[T]:
     """Decode the last `count` JSON lines of a file, reading only its end; see `read_records`."""
     return _decoded(path, _last_whole_lines(path, count), kind)[-count:]
+
+
+class RecordReader(Generic[T]):
+    """Decodes the JSON lines that have been appended to a file since the last call."""
+
+    def __init__(self, path: Path, kind: type[T], at_end: bool = False) -> None:
+        """Start at the file's beginning, or at its present end."""
+        self._path, self._kind = path, kind
+        self._offset = path.stat().st_size if at_end and path.exists() else 0
+
+    def take(self) -> list[T]:
+        """Return the new whole lines; see `read_records`."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return _decoded(self._path, whole.split(b"\n"), self._kind)
 
 
 def _decoded(path: Path, lines: Iterable[bytes], kind: type[T]) -> list[T]:
