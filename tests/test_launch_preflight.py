@@ -191,3 +191,24 @@ def test_points_of_a_sweep_share_one_check_that_imports_each_roles_packages_once
     assert len(importing) == 2 and any("--check" in command for command in importing), commands
     assert sum("--check" in command for command in commands) == 1
     role_environment._check_environment.cache_clear()
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_an_environments_config_is_not_on_the_command_line_of_its_check(
+    trial: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[tuple[str, ...], str]] = []
+
+    def run(
+        _setup: object, *command: str, stdin: str, **_: object
+    ) -> "role_environment.subprocess.CompletedProcess[str]":
+        seen.append((command, stdin))
+        return role_environment.subprocess.CompletedProcess(command, 0, "[]\n", "")
+
+    monkeypatch.setattr(role_environment, "_run", run)
+    config = composed("model.path=/m", "+environment.config={api_key: abc123}")
+    assert not role_environment.check_environment(
+        config, "environment", config.environment, trial=trial
+    )
+    ((command, stdin),) = seen
+    assert "abc123" not in " ".join(command) and "abc123" in stdin

@@ -9,15 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("atroposlib")
 
-from atropos_hpc.config import EvaluationConf  # noqa: E402
+from atropos_hpc.config import Config, EnvironmentConf, EvaluationConf  # noqa: E402
 from atropos_hpc.contracts.group import NO_LIMITS, encode_group  # noqa: E402
 from atropos_hpc.contracts.messages import Quota, ServerInfo  # noqa: E402
 from atropos_hpc.contracts.prompts import DrawAnswer, DrawRequest  # noqa: E402
+from atropos_hpc.contracts.run_info import RunInfo  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
@@ -182,16 +184,10 @@ def test_a_wrong_environment_is_named_by_key(
 
 
 def test_the_check_runs_as_a_command() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "atropos_hpc.rollout.env_worker",
-        "--check",
-        "--target",
-        ARITHMETIC,
-        "--config",
-    ]
-    done = subprocess.run([*command, '{"seeds": 1}'], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "atropos_hpc.rollout.env_worker", "--check"]
+    conf = EnvironmentConf(ARITHMETIC, config={"seeds": 1})
+    info = msgspec.json.encode(RunInfo(Config(environment=conf)))
+    done = subprocess.run(command, input=info, capture_output=True, check=True)
     (problem,) = json.loads(done.stdout.splitlines()[-1])
     assert problem["key"] == "config.seeds" and "did you mean seed?" in problem["message"]
 

@@ -79,8 +79,9 @@ def test_a_class_that_hangs_on_import_is_reported_by_name(tmp_path: Path) -> Non
     path = tmp_path / "hanging_env.py"
     path.write_text("import time\n\ntime.sleep(3600)\n")
     command = [sys.executable, "-m", "atropos_hpc.rollout.env_worker", "--check"]
-    command += ["--target", f"{path}:Env", "--timeout-s", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    command += ["--timeout-s", "2"]
+    info = run_json(tmp_path, f"{path}:Env")
+    done = subprocess.run(command, input=info, capture_output=True, check=True, timeout=200)
     (problem,) = json.loads(done.stdout.splitlines()[-1])
     assert problem["key"] == "target"
     says = f"{path}:Env: the import has not ended after 2 s (it is at {path}:3"
@@ -91,7 +92,7 @@ def test_a_rollout_that_hangs_is_reported_with_the_key_that_skips_the_trial(
     model: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "atropos_hpc.rollout.env_worker", "--check", "--trial"]
-    command += ["--target", f"{BROKEN}:Hangs", "--timeout-s", "8", "--environment", "environment"]
+    command += ["--timeout-s", "8", "--environment", "environment"]
     info = run_json(model, f"{BROKEN}:Hangs")
     done = subprocess.run(command, input=info, capture_output=True, check=True, timeout=200)
     (problem,) = json.loads(done.stdout.splitlines()[-1])

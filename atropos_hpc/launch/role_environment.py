@@ -149,19 +149,19 @@ def check_environment(
     keys of the problems are relative to the environment's section, or `roles.rollout.python`.
     """
     setup = setup_lines(config, config.roles.rollout)
-    options = ["--target", environment.target, "--config", json.dumps(environment.config)]
+    options: list[str] = []
     timeout_s = environment.trial_timeout_s
     if timeout_s and trial:
         options += ["--timeout-s", str(timeout_s), "--environment", key]
-    part = ""
+    # Only what the check depends on, so that the points of a sweep share it; not the seed.
+    part = Config(environment=EnvironmentConf(environment.target, config=environment.config))
     if timeout_s and trial and config.model.path is not None:
         options += ["--trial"]
-        # Only what a trial depends on, so that the points of a sweep share it; not the seed.
-        of_trial = Config(model=config.model, environment=environment)
-        part = msgspec.json.encode(RunInfo(of_trial)).decode()
+        part = Config(model=config.model, environment=environment)
+    info = msgspec.json.encode(RunInfo(part)).decode()
     python = environment.python or rollout_python(config)
     needed = json.dumps(needed_modules(config, "rollout")) if imports else ""
-    return _check_environment(python, setup, tuple(options), part, timeout_s, needed)
+    return _check_environment(python, setup, tuple(options), info, timeout_s, needed)
 
 
 @functools.cache
@@ -169,7 +169,7 @@ def _check_environment(
     python: str,
     setup: tuple[str, ...],
     options: tuple[str, ...],
-    trial: str,
+    info: str,
     part_s: float,
     needed: str,
 ) -> list[Problem]:
@@ -178,7 +178,7 @@ def _check_environment(
     command = ("-c", PROBE_AND_CHECK, needed, "import") if needed else alone
     options = ("--check", *options)
     try:
-        done = _run(setup, python, *command, *options, stdin=trial, timeout_s=timeout_s)
+        done = _run(setup, python, *command, *options, stdin=info, timeout_s=timeout_s)
         answer = json.loads(_last_line(done.stdout, ""))
         if wrong := [each for each in answer if isinstance(each, str)]:
             return [_unusable("rollout", python, wrong)]

@@ -1,12 +1,12 @@
 """One environment worker: an Atropos environment that generates and scores groups for a run.
 
     python -m atropos_hpc.rollout.env_worker --run-dir R --index I --environment KEY
-    python -m atropos_hpc.rollout.env_worker --check --target MODULE:CLASS --config '{"field": 1}'
+    python -m atropos_hpc.rollout.env_worker --check < run.json
 
-The second form prints what is wrong with a target and its config as a JSON list of {"key",
-"message"}, with keys within the environment's section. With --trial it also rolls a group out
-against a stub of the servers. Run it in the rollout role's Python, where the environment can be
-imported.
+The second form prints what is wrong with the target and config of `environment` as a JSON list of
+{"key", "message"}, with keys within the environment's section. With --trial it also rolls a group
+out against a stub of the servers. Run it in the rollout role's Python, where the environment can be
+imported. The config comes by stdin, because everybody on the machine can read a command line.
 """
 
 import argparse
@@ -24,10 +24,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import numpy as np
 
 from atropos_hpc.config import environment_name, environments
 from atropos_hpc.contracts.members import EnvironmentState, Wait
+from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member
@@ -189,16 +191,18 @@ def check(options: argparse.Namespace) -> NoReturn:
 
     def end_failed(why: str) -> None:
         skip = f"{options.environment}.trial_timeout_s=0 skips the trial"
-        end(Problem("target", f"{options.target}: {why} ({skip})"))
+        end(Problem("target", f"{conf.target}: {why} ({skip})"))
 
+    info = sys.stdin.buffer.read()
+    conf = msgspec.json.decode(info, type=RunInfo).config.environment
     stall = StallWatch(end_failed)
     stall.expect("the import", options.timeout_s)
-    problems = check_target(options.target, options.config)
+    problems = check_target(conf.target, conf.config)
     if problems or not options.trial:
         end(*problems)
     patch_chat_templates()
     quiet_atropos()
-    wrong = try_out(sys.stdin.buffer.read(), lambda what: stall.expect(what, options.timeout_s))
+    wrong = try_out(info, lambda what: stall.expect(what, options.timeout_s))
     if wrong is not None:
         end_failed(f"a trial rollout failed: {wrong}")
     end()
@@ -216,14 +220,12 @@ def main() -> int:
         "--environment", default="environment", help="the key of its section in the config"
     )
     parser.add_argument(
-        "--check", action="store_true", help="check --target and --config, and start nothing"
-    )
-    parser.add_argument("--target")
-    parser.add_argument("--config", type=json.loads, default={}, help="as JSON")
-    parser.add_argument(
-        "--trial",
+        "--check",
         action="store_true",
-        help="with --check: try out the environment of the run.json on stdin",
+        help="check the environment of the run.json on stdin, and start no worker",
+    )
+    parser.add_argument(
+        "--trial", action="store_true", help="with --check: try the environment out, too"
     )
     parser.add_argument(
         "--timeout-s", type=float, default=float("inf"), help="with --check: of each part"
