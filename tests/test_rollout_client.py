@@ -19,7 +19,7 @@ from atropos_hpc.contracts.messages import (
     VersionSpan,
 )
 from atropos_hpc.rollout.sampling_support import sampled
-from atropos_hpc.rollout.server_pool import Pool, decode_answer
+from atropos_hpc.rollout.server_pool import Pool, TokenRefused, decode_answer
 from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -102,6 +102,31 @@ async def test_503_moves_and_400_is_final(run: RunDir) -> None:
             await pool.post(REQUEST, 10)
         assert refuses.served == 1
         await pool.close()
+
+
+@on_a_run
+async def test_servers_that_all_refuse_the_token_end_the_request_with_that_error(
+    run: RunDir,
+) -> None:
+    async with FakeServer(status(401)) as one, FakeServer(status(403)) as other:
+        list_servers(run, {one.url: 1, other.url: 1})
+        pool = Pool(run, refusal_s=0)
+        with pytest.raises(TokenRefused, match="every vLLM server refuses this run's token"):
+            await pool.post(REQUEST, 3600)
+        with pytest.raises(TokenRefused):
+            await pool.call("/inference/v1/generate", b"", 3600)
+        await pool.close()
+
+
+@on_a_run
+async def test_a_server_that_refuses_the_token_is_left_for_one_that_does_not(run: RunDir) -> None:
+    for code in (401, 403):
+        async with FakeServer(status(code)) as other_run, FakeServer(good) as own:
+            list_servers(run, {other_run.url: 1, own.url: 1})
+            pool = Pool(run, refusal_s=0)
+            assert [await pool.post(REQUEST, 10) for _ in range(3)] == [EXPECTED] * 3
+            assert other_run.served == 1
+            await pool.close()
 
 
 @on_a_run

@@ -20,6 +20,7 @@ from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_cache
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Limits, ManagedProcess, SupervisionEngine
+from atropos_hpc.runtime.token_check import REFUSING
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 5.0
 # vLLM passes this route on to its engine, while /health answers even though the engine hangs.
 ENGINE_ROUTE = "/is_sleeping"
-REFUSING = (401, 403)
 UNHEALTHY_S = 60.0  # without an answer, after which a server that was up is killed
 
 

@@ -33,6 +33,7 @@ from atropos_hpc.rollout.prefix_homes import PrefixHomes
 from atropos_hpc.rollout.saved_answers import SavedAnswers
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.token_check import REFUSING
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ LONGEST_PAUSE_S = 2.0  # between two moves
 # fewest that a server has, plus slack.
 HOME_FACTOR, HOME_SLACK = 1.5, 16
 STREAM, EVENT_END = "text/event-stream", b"\n\n"
-RETRIED = {401, 408, 429}  # below 500, but another server or a later attempt may succeed
+RETRIED = {*REFUSING, 408, 429}  # below 500, but another server or a later attempt may succeed
+REFUSAL_S = 10.0  # a dead server's port may be another run's until the roster drops it
 
 _decoder = msgspec.json.Decoder(GenerateAnswer)
 _chunk_decoder = msgspec.json.Decoder(StreamChunk)
@@ -58,6 +60,10 @@ _encoder = msgspec.json.Encoder(enc_hook=lambda value: value.item())  # numpy's 
 def decode_answer(body: bytes) -> GenerateAnswer:
     """Decode vLLM's answer. Raises msgspec.DecodeError."""
     return _decoder.decode(body)
+
+
+class TokenRefused(Exception):
+    """Every vLLM server refuses the run's token."""
 
 
 @dataclass
@@ -97,8 +103,8 @@ async def _all(parts: Sequence[Coroutine[None, None, None]]) -> None:
 class Pool:
     """The live vLLM servers of a run, and their outstanding requests. Belongs to one event loop."""
 
-    def __init__(self, run: RunDir) -> None:
-        self.run = run
+    def __init__(self, run: RunDir, refusal_s: float = REFUSAL_S) -> None:
+        self.run, self._refusal_s = run, refusal_s
         self.outstanding: Counter[str] = Counter()
         self.homes = PrefixHomes()
         self.saved: SavedAnswers | None = None
@@ -112,6 +118,7 @@ class Pool:
             "Content-Type": "application/json",
         }
         self._suspect_until: dict[str, float] = {}
+        self._refused_since: dict[str, float] = {}  # monotonic
         self._requests: defaultdict[str, set[asyncio.Task[str | None]]] = defaultdict(set)
         self._turn = itertools.count()
         self._watcher: asyncio.Task[None] | None = None
@@ -175,8 +182,8 @@ class Pool:
         Samples continue on the next server from the tokens that they have. `decode` is needed to
         continue those of requests with stop strings.
 
-        Raises TimeoutError after `timeout_s` with the last failure, and ValueError when a server
-        rejects the request itself.
+        Raises TimeoutError after `timeout_s` with the last failure, ValueError when a server
+        rejects the request itself, and TokenRefused.
         """
         self.watch()
         samples = [Sample(request, i, decode) for i in range(request.sampling_params.n)]
@@ -198,13 +205,14 @@ class Pool:
         return answer
 
     async def call(self, route: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        """POST to some live server that answers below 500. Raises TimeoutError."""
+        """POST to some live server that answers below 500. Raises TimeoutError, TokenRefused."""
         self.watch()
         deadline, failure = time.monotonic() + timeout_s, f"no server in {self.run.roster}"
         while (left := deadline - time.monotonic()) > 0:
             if (server := self.pick()) is not None:
                 try:
                     async with self._open(server + route, body, left) as response:
+                        self._note_refusal(server, response.status)
                         if response.status < 500 and response.status not in RETRIED:
                             return response.status, await response.read()
                         failure = f"{server} answered {response.status}"
@@ -265,7 +273,7 @@ class Pool:
     async def _try(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
         """Have this server generate. Return why it did not complete, None if it answered.
 
-        Raises ValueError as `post`.
+        Raises ValueError and TokenRefused as `post`.
         """
         request = asyncio.create_task(self._post_to(server, attempt, left_s))
         self.outstanding[server] += len(attempt.samples)
@@ -282,6 +290,20 @@ class Pool:
             self.outstanding[server] -= len(attempt.samples)
             self._requests[server].discard(request)
 
+    def _note_refusal(self, server: str, status: int) -> None:
+        """Raise TokenRefused once every server has refused the run's token for long enough."""
+        if status not in REFUSING:
+            self._refused_since.pop(server, None)
+            return
+        now = time.monotonic()
+        self._refused_since.setdefault(server, now)
+        refused_s = [now - self._refused_since.get(url, now) for url in self._servers]
+        if refused_s and min(refused_s) > self._refusal_s:
+            raise TokenRefused(
+                f"every vLLM server refuses this run's token ({server} answered {status}): they "
+                f"were started with another one than {self.run.secret} has"
+            )
+
     def _open(
         self, url: str, body: bytes, timeout_s: float
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
@@ -294,6 +316,7 @@ class Pool:
     async def _post_to(self, server: str, attempt: "_Attempt", left_s: float) -> str | None:
         body = _encoder.encode(attempt.request)
         async with self._open(server + GENERATE, body, left_s) as response:
+            self._note_refusal(server, response.status)
             if response.status == 200 and response.content_type == STREAM:
                 return await self._read_stream(server, attempt, response)
             data = await response.read()

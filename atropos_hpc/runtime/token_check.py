@@ -18,6 +18,7 @@ from atropos_hpc.runtime.run_dir import RunDir
 # Tells the middleware its run: vLLM constructs it without arguments.
 RUN_DIR = "ATROPOS_HPC_RUN_DIR"
 OPEN = {"/health"}
+REFUSING = (401, 403)  # answers to a token that is not the server's
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
