@@ -185,6 +185,8 @@ def test_gradients_are_those_of_the_float64_loop(
     model_path: Any, model64: torch.nn.Module, deal: list[list[int]]
 ) -> None:
     groups, references = noisy_twins(model64, make_groups())
+    truncated = flatten(groups[:1], CASES["entropy bonus"])
+    assert truncated.support is not None and truncated.prefixes.any(), "both at once"
     limits = (4096, 120) if len(deal) == 1 else (120,)
     results = on_ranks(len(deal), update_all, model_path, deal, groups, references, limits)
     for name, conf in CASES.items():

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402
-from atropos_hpc.learner.backends import packed_attention, verl_api  # noqa: E402
+from atropos_hpc.learner.backends import packed_attention  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.learner.prefixes import (  # noqa: E402
@@ -74,13 +74,7 @@ def test_micro_batches_hold_every_sequence_once_within_the_limit(seed: int, limi
     found, groups = sequences(seed)
     lengths, prefixes = prefixes_of(found, groups)
     least = random.Random(seed).randrange(1, len(found) + 1)  # another rank needs that many
-    parts = partition(
-        lengths,
-        prefixes,
-        limit,
-        lambda costs, n: verl_api.get_seqlen_balanced_partitions(costs, n, equal_size=False),
-        lambda count, fits: (max(count, least), fits),
-    )
+    parts = partition(lengths, prefixes, limit, lambda count: max(count, least))
     assert len(parts) >= least and all(parts)
     assert sorted(i for part in parts for i in part) == list(range(len(found)))
     for part in parts:
@@ -90,6 +84,16 @@ def test_micro_batches_hold_every_sequence_once_within_the_limit(seed: int, limi
         for i, prefix in zip(part, local, strict=True):
             root = i if prefix == 0 else root
             assert found[i][:prefix] == found[root][:prefix]
+
+
+def test_ranks_agree_on_long_sequences_in_a_few_rounds() -> None:
+    """A round is collective; sequences of up to half the limit leave room in every micro-batch."""
+    lengths = np.random.default_rng(0).integers(2000, 8192, 1024)
+    prefixes = np.where(np.arange(len(lengths)) % 8 == 0, 0, 512)
+    rounds: list[int] = []
+    parts = partition(lengths, prefixes, 16384, lambda count: rounds.append(count) or count)
+    assert len(rounds) <= 6
+    assert len(parts) < 1.25 * rounds[0], "rounds[0] would be enough if no micro-batch had room"
 
 
 def pack_of(segments: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ the last sequence before it with prefix 0. A branch always keeps at least one to
 """
 
 from collections.abc import Callable, Sequence
+from heapq import heappush, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,17 +70,13 @@ def partition(
     lengths: Ints,
     prefixes: Ints,
     limit: int,
-    balance: Callable[[list[int], int], list[list[int]]],
-    agree: Callable[[int, bool], tuple[int, bool]],
+    largest_of_ranks: Callable[[int], int],
 ) -> list[list[int]]:
     """Divide sequences into micro-batches of at most `limit` computed tokens; return their indices.
 
     All ranks get the same number of micro-batches, none of them empty; they must have equally many
     sequences, none longer than `limit`. Sequences that share a prefix stay together as far as the
     limit and that number allow.
-
-    `balance(costs, n)` divides costs into n parts of similar sums. `agree(count, fits)` returns the
-    largest count and whether it fits on all ranks.
     """
 
     def cost(chosen: Sequence[int]) -> int:
@@ -87,21 +84,17 @@ def partition(
 
     families = np.split(np.arange(len(lengths)), np.flatnonzero(prefixes == 0)[1:])
     units = [unit for family in families for unit in _within(family.tolist(), limit, cost)]
-    count = -(-sum(map(cost, units)) // limit)
+    count = largest_of_ranks(-(-sum(map(cost, units)) // limit))
     while True:
-        count, _ = agree(count, True)
         while len(units) < count:
             largest = max((unit for unit in units if len(unit) > 1), key=cost)
             units.remove(largest)
             units += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        chosen = [
-            sorted(i for unit in part for i in units[unit])
-            for part in balance([cost(unit) for unit in units], count)
-        ]
-        _, fits = agree(count, all(cost(part) <= limit for part in chosen))
-        if fits:
-            return chosen
-        count += 1
+        parts = _fill([cost(unit) for unit in units], count, limit)
+        needed = largest_of_ranks(len(parts))
+        if needed == count:
+            return [sorted(i for unit in part for i in units[unit]) for part in parts]
+        count = needed
 
 
 def _within(unit: list[int], limit: int, cost: Callable[[Sequence[int]], int]) -> list[list[int]]:
@@ -112,3 +105,22 @@ def _within(unit: list[int], limit: int, cost: Callable[[Sequence[int]], int]) -
             pieces.append([])
         pieces[-1].append(i)
     return pieces
+
+
+def _fill(costs: list[int], count: int, limit: int) -> list[list[int]]:
+    """Divide costs into `count` parts of similar sums, or more if the limit demands it.
+
+    The largest comes first, and goes to the part with the smallest sum. Returns indices.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    sums = [(0, k) for k in range(count)]  # a heap
+    for unit in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        smallest, k = sums[0]
+        if smallest + costs[unit] <= limit:
+            heapreplace(sums, (smallest + costs[unit], k))
+        else:
+            k = len(parts)
+            parts.append([])
+            heappush(sums, (costs[unit], k))
+        parts[k].append(unit)
+    return parts

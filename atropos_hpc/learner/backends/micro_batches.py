@@ -10,7 +10,6 @@ from atropos_hpc.learner.backends import verl_api
 from atropos_hpc.learner.backends.verl_api import (
     TensorDict,
     get_device_name,
-    get_seqlen_balanced_partitions,
     tensordict_utils,
 )
 from atropos_hpc.learner.batch import PREFIXES
@@ -37,17 +36,13 @@ def prepare_micro_batches(
         prefixes = prefixes * 0
     ranks = tensordict_utils.get_non_tensor_data(data, "sp_size", default=1)
 
-    def agree(count: int, fits: bool) -> tuple[int, bool]:
-        worst = torch.tensor([count, not fits], device=get_device_name())
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=dp_group)
-        return int(worst[0]), not worst[1]
-
-    def balance(costs: list[int], parts: int) -> list[list[int]]:
-        balanced: list[list[int]] = get_seqlen_balanced_partitions(costs, parts, equal_size=False)
-        return balanced
+    def largest_of_ranks(count: int) -> int:
+        largest = torch.tensor(count, device=get_device_name())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dp_group)
+        return int(largest)
 
     limit = data["max_token_len_per_gpu"] * ranks
-    parts = partition(lengths, prefixes, limit, balance, agree)
+    parts = partition(lengths, prefixes, limit, largest_of_ranks)
     chosen = []
     for part in parts:
         micro_batch = tensordict_utils.index_select_tensor_dict(data, part)

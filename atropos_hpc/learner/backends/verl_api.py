@@ -30,7 +30,6 @@ from verl.trainer.ppo.rollout_corr_helper import (
 )
 from verl.utils import tensordict_utils, torch_functional
 from verl.utils.device import get_device_id, get_device_name
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.ulysses import (
     gather_heads_scatter_seq,
     gather_seq_scatter_heads,
@@ -69,7 +68,6 @@ __all__ = [
     "get_adv_estimator_fn",
     "get_device_id",
     "get_device_name",
-    "get_seqlen_balanced_partitions",
     "get_ulysses_sequence_parallel_group",
     "kl_penalty",
     "offload_policy",
