@@ -1,5 +1,6 @@
 """Mistakes are refused before anything starts: by key, with the nearest valid key, exit code 2."""
 
+import functools
 import os
 import re
 import subprocess
@@ -19,6 +20,17 @@ def composed(*overrides: str) -> Config:
     """Compose a change of the demo, unless an experiment is given."""
     given = any(override.startswith("experiment=") for override in overrides)
     return hydra_api.compose([*([] if given else [hydra_api.DEMO]), "run_dir=/nowhere", *overrides])
+
+
+demo = functools.cache(composed)
+
+
+def changed(*overrides: str) -> Config:
+    """The demo's config with other values, in a tenth of the time that composing takes. A group is
+    composed."""
+    groups = [each for each in overrides if "." not in each.partition("=")[0]]
+    values = [each.removeprefix("+") for each in overrides if each not in groups]
+    return hydra_api.change(demo(*groups), values)
 
 
 def train(
@@ -169,7 +181,7 @@ def test_a_mistake_in_composing_is_refused(
     ],
 )
 def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> None:
-    found = [str(each) for each in validate.problems(composed(override, "model.path=a/b"))]
+    found = [str(each) for each in validate.problems(changed(override, "model.path=a/b"))]
     assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
 
 
@@ -211,7 +223,7 @@ def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> 
 def test_contradicting_settings_of_the_trainer_are_refused(
     overrides: list[str], key: str, says: str
 ) -> None:
-    found = [str(problem) for problem in validate.problems(composed(*overrides))]
+    found = [str(problem) for problem in validate.problems(changed(*overrides))]
     assert len(found) == 1 and key in found[0] and says in found[0], found
 
 
@@ -231,13 +243,13 @@ def test_contradicting_settings_of_the_trainer_are_refused(
     ],
 )
 def test_more_processes_than_gpus_are_refused(overrides: list[str], key: str, says: str) -> None:
-    found = [str(problem) for problem in validate.problems(composed(*overrides))]
+    found = [str(problem) for problem in validate.problems(changed(*overrides))]
     assert len(found) == 1 and found[0].startswith(key) and says in found[0], found
 
 
 def test_the_atropos_server_serves_one_rank_only() -> None:
     found = validate.problems(
-        composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2")
+        changed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2")
     )
     assert [problem.key for problem in found] == ["trajectories.server"]
 
@@ -250,7 +262,7 @@ def test_the_atropos_server_serves_one_rank_only() -> None:
     ],
 )
 def test_every_algorithm_is_valid(override: str) -> None:
-    assert validate.problems(composed(override)) == []
+    assert validate.problems(changed(override)) == []
 
 
 ADDED = [
@@ -302,7 +314,7 @@ def test_the_demo_is_run_only_if_nothing_else_is_asked_for() -> None:
 
 @pytest.mark.parametrize("override", ["environment=gsm8k", "environment.target=a.b:C"])
 def test_the_demos_model_is_refused_for_other_environments(override: str) -> None:
-    (problem,) = validate.problems(composed(override, "algorithm.batch_size=8"))
+    (problem,) = validate.problems(changed(override, "algorithm.batch_size=8"))
     assert problem.key == "model.path" and "model.path=DIRECTORY" in problem.message
 
 

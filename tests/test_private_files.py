@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from atropos_hpc import train
+from atropos_hpc.config import Config
+from atropos_hpc.launch import new_directory, run
 from atropos_hpc.runtime import private_tmp, process
 from atropos_hpc.runtime.private_tmp import PrivateDirectory
 
@@ -128,26 +131,23 @@ def test_private_files_are_what_every_child_of_a_run_creates(
         os.umask(previous)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["-m", "atropos_hpc.train", "hydra/launcher=submitit_local", "trainer.steps=1,-1"],
-        ["-m", "atropos_hpc.train", "launch.dry_run=true"],
-    ],
-    ids=["sweep", "run"],
-)
 def test_private_files_are_what_the_command_creates_before_a_run(
-    command: list[str], tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = [f"run_dir={tmp_path / 'a' / 'run'}"]
-    more += ["-m"] if "trainer.steps=1,-1" in command else []
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    subprocess.run(
-        ["bash", "-c", 'umask 022; exec "$@"', "-", sys.executable, *command, *more],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-    )
-    for path in tmp_path.rglob("*"):
-        assert mode(path) & 0o077 == 0, path
+    def launch(config: Config, run_dir: Path, *_: object) -> int:
+        (run_dir / "file").touch()  # a directory without one is removed again
+        return 0
+
+    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr(process, "die_with_parent", lambda *_: None)
+    monkeypatch.setattr(new_directory, "_claimed", [])
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.chdir(tmp_path)
+    previous = os.umask(0o022)
+    try:
+        assert train.main() == 0
+    finally:
+        os.umask(previous)
+    created = list(tmp_path.rglob("*"))
+    assert len(created) == 3  # runs, the run's directory, the file
+    assert all(mode(path) & 0o077 == 0 for path in created)

@@ -9,7 +9,6 @@ Every member dumps its stack traces to its log on USR1 (`dump_stacks_on_request`
 that a member hangs requests them (`request_stacks`).
 """
 
-import asyncio
 import contextlib
 import ctypes
 import faulthandler
@@ -23,8 +22,6 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from atropos_hpc.runtime import masking
 
@@ -191,6 +188,8 @@ def _await_exit(children: Iterable[Child], seconds: float) -> None:
 def end_orphans(known: Iterable[Child]) -> list[int]:
     """Kill and reap adopted processes: children of this process that are not in `known`. Returns
     their pids."""
+    import psutil
+
     spared = {child.pid for child in known}
     orphans = []
     for orphan in psutil.Process().children():
@@ -207,6 +206,8 @@ def end_orphans(known: Iterable[Child]) -> list[int]:
 
 def descendants_of(pid: int) -> list[int]:
     """The pids of `pid`'s children, their children, and so on; [] when it has ended."""
+    import psutil
+
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -223,6 +224,8 @@ def kill(pid: int) -> None:
 
 def command_line(pid: int) -> str:
     """The command line of a process; "" when it has ended or belongs to somebody else."""
+    import psutil
+
     try:
         return " ".join(psutil.Process(pid).cmdline())
     except psutil.Error:
@@ -237,6 +240,7 @@ def dump_stacks_on_request() -> None:
 def dump_tasks_on_request(then: Callable[[], None] | None = None) -> None:
     """Like `dump_stacks_on_request`, and dump the tasks of the running event loop too, provided it
     still turns; then call `then`."""
+    import asyncio
 
     def dump() -> None:
         for task in asyncio.all_tasks():
@@ -267,6 +271,8 @@ async def run_until_signal(work: Coroutine[Any, Any, None]) -> bool:
 
     Returns whether it came to its end; raises what it raises.
     """
+    import asyncio
+
     task = asyncio.ensure_future(work)
     dump_tasks_on_request()
     cancelled = False
