@@ -291,6 +291,16 @@ class Generation(Struct):
         found = [span.policy_version for span in self.weight_versions or ()]
         return (min(found), max(found)) if found else None
 
+    @property
+    def sampled_log_probs(self) -> list[float]:
+        """Return the log-prob of each token; none if they were not asked for."""
+        return [each.logprob for each in self.logprobs.content] if self.logprobs else []
+
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether its last token ended it, and is no content."""
+        return self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
+
 
 class Usage(Struct):
     """Token counts, in OpenAI's names."""

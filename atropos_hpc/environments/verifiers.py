@@ -23,6 +23,7 @@ from aiohttp import web
 from atroposlib.envs.base import APIServerConfig, ScoredDataGroup
 from pydantic import Field, field_validator
 
+from atropos_hpc.contracts.group import NOT_TRAINED
 from atropos_hpc.contracts.messages import (
     GenerateAnswer,
     Generation,
@@ -33,12 +34,11 @@ from atropos_hpc.contracts.messages import (
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.environments import verifiers_chat
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
+from atropos_hpc.rollout.server_pool import GENERATE
 from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 
 KEY_VARIABLE = "ATROPOS_HPC_VERIFIERS_KEY"
 SESSION = "X-Session-ID"  # the trace's id, which the training client sends with every turn
-GENERATE = "/inference/v1/generate"
-NOT_TRAINED = -100
 
 
 class VerifiersConfig(SingleTurnConfig):

@@ -12,10 +12,11 @@ from atroposlib.envs.server_handling import server_manager
 from atroposlib.envs.server_handling.managed_server import ManagedServer, SequenceNode
 from openai.types.chat import ChatCompletion
 
+from atropos_hpc.contracts.group import NOT_TRAINED
 from atropos_hpc.contracts.messages import Generation
 from atropos_hpc.rollout.vllm_client import VllmServer
 
-UNTRAINED, NO_LOGPROB = -100, 1.0  # Atropos' mask and log-prob of tokens that were not sampled
+NO_LOGPROB = 1.0  # Atropos' log-prob of tokens that were not sampled
 
 
 class RunManagedServer(ManagedServer):
@@ -58,7 +59,7 @@ class RunManagedServer(ManagedServer):
     def _node(
         self, prompt: list[int], choice: Generation, extended: SequenceNode | None
     ) -> SequenceNode:
-        sampled = [each.logprob for each in choice.logprobs.content] if choice.logprobs else []
+        sampled = choice.sampled_log_probs
         sampled += [NO_LOGPROB] * (len(choice.token_ids) - len(sampled))
         masks = list(extended.masked_tokens) if extended else []
         logprobs = list(extended.logprobs) if extended else []
@@ -67,7 +68,7 @@ class RunManagedServer(ManagedServer):
         return SequenceNode(
             full_text=self.tokenizer.decode(tokens),
             tokens=tokens,
-            masked_tokens=[*masks, *[UNTRAINED] * given, *choice.token_ids],
+            masked_tokens=[*masks, *[NOT_TRAINED] * given, *choice.token_ids],
             logprobs=[*logprobs, *[NO_LOGPROB] * given, *sampled],
             metadata={"finish_reason": choice.finish_reason},
         )

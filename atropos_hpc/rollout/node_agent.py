@@ -77,14 +77,7 @@ class NodeAgent:
             self._child(
                 f"environment-{number}",
                 Kind.ENVIRONMENT,
-                (
-                    "-m",
-                    "atropos_hpc.rollout.env_worker",
-                    "--index",
-                    str(number),
-                    "--environment",
-                    key,
-                ),
+                ("-m", ENV_WORKER, "--index", str(number), "--environment", key),
                 environments(self.config)[key].python,
             )
             for number, key in enumerate(keys, self.index * len(keys))

@@ -147,8 +147,7 @@ class Sample:
         if isinstance(whole.stop_reason, str):
             text = self.decode(whole.token_ids)
             return text[: text.rindex(whole.stop_reason)]
-        by_token = whole.finish_reason == "stop"
-        return self.decode(whole.token_ids[:-1] if by_token else whole.token_ids)
+        return self.decode(whole.token_ids[:-1] if whole.ended_by_token else whole.token_ids)
 
     def _stop_at_joint(self) -> None:
         """End the sample at a stop string that began before the joint; servers see later ones."""

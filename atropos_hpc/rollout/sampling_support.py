@@ -101,12 +101,13 @@ def sampled(
 ) -> Iterator[Sampled]:
     """Return what is to be recorded of generations that have policy versions."""
     temperature = 1.0 if sampling.temperature is None else float(sampling.temperature)
+    prompt = tuple(prompt)  # one for all samples
     for generation in generations:
         if (versions := generation.versions) is not None:
             support, why = outcome(generation, sampling)
             tokens = tuple(generation.token_ids)
             yield Sampled(
-                tokens, versions, temperature, tuple(prompt), support, why, generation.finish_reason
+                tokens, versions, temperature, prompt, support, why, generation.finish_reason
             )
 
 

@@ -185,7 +185,7 @@ def _saved(sample: Sample) -> SavedSample:
         return SavedSample([], [], [], None, None, None, None)
     return SavedSample(
         whole.token_ids,
-        [each.logprob for each in found],
+        whole.sampled_log_probs,
         [(span.version, span.start, span.end) for span in whole.weight_versions or ()],
         whole.sampling_mask,
         whole.text,

@@ -24,7 +24,7 @@ from atropos_hpc.rollout.server_pool import Pool
 log = logging.getLogger(__name__)
 
 ROUTE = "/v1/chat/completions/derender"
-PROMPT_TAIL = 6  # tokens of the prompt, from which the text of an answer depends
+PROMPT_TAIL = 6  # tokens of the prompt that an answer's text may depend on
 
 
 class ToolCallParser:
@@ -71,5 +71,4 @@ class ToolCallParser:
 
 def without_end(choice: Generation) -> list[int]:
     """Return the tokens of an answer without the one that ended it, whose text is not content."""
-    by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
-    return choice.token_ids[:-1] if by_token else choice.token_ids
+    return choice.token_ids[:-1] if choice.ended_by_token else choice.token_ids

@@ -43,11 +43,10 @@ from atropos_hpc.rollout.rollout_failures import note_request_error
 from atropos_hpc.rollout.sampling_support import sampled, with_support
 from atropos_hpc.rollout.server_pool import pool_of
 from atropos_hpc.rollout.stamping import is_recording, record
-from atropos_hpc.rollout.tool_calls import ToolCallParser
+from atropos_hpc.rollout.tool_calls import PROMPT_TAIL, ToolCallParser
 
 log = logging.getLogger(__name__)
 
-DECODED_TAIL = 6  # tokens of the prompt that an answer's text may depend on
 # OpenAI's options by what becomes of them; the rest is dropped, with one warning.
 SAMPLING = set(SamplingParams.__struct_fields__) - {"logprobs", "extra_args"}
 TEMPLATE = {
@@ -212,7 +211,7 @@ class VllmServer(APIServer):
         return (
             prompt,
             [choice.token_ids for choice in choices],
-            [[t.logprob for t in c.logprobs.content] if c.logprobs else [] for c in choices],
+            [choice.sampled_log_probs for choice in choices],
             [choice.finish_reason for choice in choices],
         )
 
@@ -263,14 +262,13 @@ class VllmServer(APIServer):
         answer = await self.pool.post(request, self.config.timeout, decode)
         record(sampled(answer.choices, prompt, sampling))
         for choice in answer.choices:
-            by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
-            if by_token and choice.token_ids:
+            if choice.ended_by_token and choice.token_ids:
                 self.conversations.remember_end([*prompt, *choice.token_ids])
         return answer
 
     def _decode_after(self, prompt: list[int], skip_special: bool, tokens: Sequence[int]) -> str:
         """Decode an answer as the continuation of its prompt: a leading space stays."""
-        tail = prompt[-DECODED_TAIL:]
+        tail = prompt[-PROMPT_TAIL:]
         before = self.tokenizer.decode(tail, skip_special_tokens=skip_special)
         text = self.tokenizer.decode([*tail, *tokens], skip_special_tokens=skip_special)
         return str(text)[len(before) :]
