@@ -7,7 +7,6 @@ are found in one pass, each with the key to change.
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,11 +124,8 @@ def _run_directory(run_dir: Path) -> Iterator[Problem]:
     if not home.is_dir():
         yield Problem("run_dir", f"{home} is not a directory")
         return
-    try:
-        with tempfile.TemporaryFile(dir=home):
-            pass
-    except OSError as error:
-        yield Problem("run_dir", f"cannot write to {home}: {error.strerror}")
+    if (problem := storage_check.unwritable("run_dir", home)) is not None:
+        yield problem
         return
     run = RunDir(run_dir)
     if not run_dir.exists() or (run.run_json.exists() and run.run_json.stat().st_size):

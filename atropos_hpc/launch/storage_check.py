@@ -24,6 +24,16 @@ def existing(path: Path) -> Path:
     return path
 
 
+def unwritable(key: str, directory: Path) -> Problem | None:
+    """Return the problem of a directory in which no file can be created."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        return Problem(key, f"cannot write to {directory}: {error.strerror}")
+    return None
+
+
 def check(config: Config, run_dir: Path) -> Iterator[Problem]:
     """Report a filesystem without space for one policy version and one checkpoint.
 
@@ -55,11 +65,8 @@ def _run_directory(home: Path, version: int, checkpoint: int) -> Iterator[Proble
 
 def _cache(config: Config, version: int) -> Iterator[Problem]:
     cache = existing(Path(config.policy.cache).expanduser().absolute())
-    try:
-        with tempfile.TemporaryFile(dir=cache):
-            pass
-    except OSError as error:
-        yield Problem("policy.cache", f"cannot write to {cache}: {error.strerror}")
+    if (problem := unwritable("policy.cache", cache)) is not None:
+        yield problem
         return
     status = os.statvfs(cache)
     free, needed = status.f_bavail * status.f_frsize, 2 * version
