@@ -1,8 +1,8 @@
 """Run the benchmarks: `python -m bench [NAME]`, or `make bench [NAME=...]`.
 
-Each bench is a module of this package with `main() -> Result`. Its table is printed and written,
-with its bars, to bench/results/NAME.json. Bars are ratios within one run where possible, because
-machines differ and are shared."""
+Each bench is a module of this package with `main() -> Result`; packages hold what benches share.
+The table of a bench is printed and written, with its bars, to bench/results/NAME.json. Bars are
+ratios within one run where possible, because machines differ and are shared."""
 
 import importlib
 import json
@@ -62,7 +62,7 @@ def main(names: list[str]) -> int:
     known = [
         module.name
         for module in pkgutil.iter_modules(bench.__path__)
-        if module.name not in ("__main__", "result")
+        if not module.ispkg and module.name not in ("__main__", "result")
     ]
     if unknown := set(names) - set(known):
         print(

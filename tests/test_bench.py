@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bench.trajectories import SEQUENCES, body, numbered, own_server, push_and_pull, waits_of_others
+from bench.parts.trajectory_servers import SEQUENCES, body, numbered, own_server
+from bench.trajectories import push_and_pull, waits_of_others
 
 
 def test_the_trajectory_server_is_measured(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
+
 import torch  # noqa: E402
 from float64_loop import expected, noisy_twins  # noqa: E402
 from learner_ranks import (  # noqa: E402
@@ -91,8 +92,6 @@ CASES = {
         kl_coef=0, loss="kl_cov", loss_options={"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.3}
     ),
 }
-
-
 WITHIN_MICRO_BATCH = (
     "clip_cov",
     "kl_cov",

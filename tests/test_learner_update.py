@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
+
 import torch  # noqa: E402
 from learner_ranks import (  # noqa: E402
     MAX_LENGTH,

@@ -1,8 +1,7 @@
-"""One real vLLM server: weights pushed into it, its doors, environments over it, and its end."""
+"""One real vLLM server: weights pushed into it, its routes, environments over it, and its end."""
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -22,13 +21,10 @@ import aiohttp  # noqa: E402
 from run_files import evaluations  # noqa: E402
 from vllm_servers import ENVIRONMENT, PROMPT, Served, serving  # noqa: E402
 
-from atropos_hpc.contracts.members import AgentState, ServerState  # noqa: E402
+from atropos_hpc.contracts.members import AgentState  # noqa: E402
 from atropos_hpc.contracts.messages import WANTED, Registration  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
-from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion  # noqa: E402
-from atropos_hpc.policy import lora  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
-from atropos_hpc.policy.manifest import file_digest  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore  # noqa: E402
 from atropos_hpc.policy.weight_update import PushError, UpdateOptions, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
@@ -42,12 +38,6 @@ NOTHING = "environment: LookupError('this environment has no held-out problems')
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(tmp_path_factory.mktemp("vllm")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def served_adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("vllm-adapter"), rank=4) as server:
         yield server
 
 
@@ -90,79 +80,6 @@ def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_p
         served.push_directory(newest.directory)
         assert served.greedy() == (*expected, str(served.key))
     follower.close()
-
-
-def publish_adapter(server: Served, scale: float) -> dict[str, Any]:
-    """Publish and push an adapter; returns its tensors."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    base = load_file(server.base / "model.safetensors")
-    tensors = {}
-    torch.manual_seed(0)
-    for name in base:
-        if name.endswith(("q_proj.weight", "down_proj.weight")):
-            rows, columns = base[name].shape
-            stem = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, columns) / 4
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, 4) / 4 * scale
-    server.version += 1
-    store = PolicyStore(server.run.policy)
-    directory = store.begin(server.key)
-    save_file(tensors, directory / lora.FILE)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
-    (directory / lora.CONFIG).write_text(
-        json.dumps(config | {"target_modules": ["q_proj", "down_proj"]})
-    )
-    files = []
-    for name in (lora.FILE, lora.CONFIG):
-        path = directory / name
-        files.append(FileEntry(name, path.stat().st_size, file_digest(path)))
-    store.commit(Manifest(version=server.key, kind="adapter", files=tuple(files)))
-    server.push_directory(directory)
-    return tensors
-
-
-def merged_log_probs(server: Served, tensors: dict[str, Any], tokens: list[int]) -> list[float]:
-    """Log-probs of an answer to PROMPT under the base with the adapter merged, by transformers."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    base = load_file(server.base / "model.safetensors")
-    (weights,) = lora.merge([base], tensors, {"r": 4, "lora_alpha": 8})
-    model = AutoModelForCausalLM.from_pretrained(server.base, dtype=torch.float32)
-    model.load_state_dict(weights, strict=False)
-    ids = torch.tensor([PROMPT + tokens])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(PROMPT) - 1 : -1]
-    logits[:, model.config.eos_token_id] = -torch.inf  # min_tokens keeps it from being sampled
-    every = logits.log_softmax(-1)
-    return every.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-
-
-def test_adapters_are_served_beside_the_base_and_replaced_in_place(served_adapter: Served) -> None:
-    seen = []
-    for scale in (1.0, -2.0, 0.5):
-        tensors = publish_adapter(served_adapter, scale)
-        tokens, log_probs, version = served_adapter.greedy()
-        assert version == str(served_adapter.key)
-        expected = merged_log_probs(served_adapter, tensors, tokens)
-        assert log_probs == pytest.approx(expected, abs=1e-4)
-        seen.append(log_probs)
-    assert seen[0] != pytest.approx(seen[1], abs=1e-3) != pytest.approx(seen[2], abs=1e-3)
-
-
-def test_a_damaged_adapter_leaves_the_old_one_in_use(served_adapter: Served) -> None:
-    publish_adapter(served_adapter, 1.0)
-    before, store = served_adapter.greedy(), PolicyStore(served_adapter.run.policy)
-    good = store.directory(served_adapter.key)
-    bad = served_adapter.run.path / "damaged"
-    shutil.copytree(good, bad)
-    (bad / lora.FILE).write_bytes((bad / lora.FILE).read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(PushError, match="xxh3"):
-        served_adapter.push_directory(bad)
-    assert served_adapter.greedy() == before
 
 
 @pytest.mark.parametrize("keep_kv", [True, False])
@@ -360,11 +277,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
         stack.enter_context(leader(run))
         agent = Member(
             run,
-            AgentState(
-                servers=[
-                    ServerState(url=served.url, version=PolicyVersion(version=version, attempt=1))
-                ]
-            ),
+            AgentState(servers=[served.state]),
             "local",
         )
         stack.callback(agent.leave)
@@ -387,13 +300,7 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
                 assert group.policy_versions == [(step, step)] * 4
                 kinds[group.generation_params["kind"]] = group
             served.push(served.base)
-            agent.update(
-                servers=[
-                    ServerState(
-                        url=served.url, version=PolicyVersion(version=served.version, attempt=1)
-                    )
-                ]
-            )
+            agent.update(servers=[served.state])
     assert set(kinds) == {"managed", "tokens", "completion", "chat", "turns"}
     for kind in ("managed", "tokens", "turns"):
         group = kinds[kind]
@@ -435,11 +342,7 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
     with leader(run):
         agent = Member(
             run,
-            AgentState(
-                servers=[
-                    ServerState(url=served.url, version=PolicyVersion(version=version, attempt=1))
-                ]
-            ),
+            AgentState(servers=[served.state]),
             "local",
         )
         with module(
@@ -449,13 +352,7 @@ def test_an_evaluation_is_reported_with_the_versions_that_generated(
                 assert evaluator.poll() is None, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.05)
             served.push(served.base)
-            agent.update(
-                servers=[
-                    ServerState(
-                        url=served.url, version=PolicyVersion(version=served.version, attempt=1)
-                    )
-                ]
-            )
+            agent.update(servers=[served.state])
             assert evaluator.wait(60) == 0
         agent.leave()
     lines = evaluations(run)

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 from rollout_parts import make_run, module, publish
 
+from atropos_hpc.contracts.members import ServerState
 from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
 from atropos_hpc.environments.make_base import make_base
 from atropos_hpc.policy.weight_update import UpdateOptions, push
@@ -98,6 +99,11 @@ class Served:
     def key(self) -> PolicyVersion:
         """The version that was published last."""
         return PolicyVersion(version=self.version, attempt=1)
+
+    @property
+    def state(self) -> ServerState:
+        """What its node agent says of it after the last push."""
+        return ServerState(url=self.url, version=self.key)
 
     def push(self, weights: Path, damage: bool = False) -> int:
         """Publish as the next version and push it."""

@@ -1,0 +1,1 @@
+"""What measurements are made of; each bench that uses it is a module of `bench`."""
