@@ -127,7 +127,7 @@ def shown_by_report(run: RunDir, _capsys: pytest.CaptureFixture[str]) -> str:
 
 def shown_by_logs(run: RunDir, capsys: pytest.CaptureFixture[str]) -> str:
     (run.logs / "server-0.log").write_text(f"vLLM prints {SECRET}\n")
-    logs.show(run, "", follow=False, lines=5, attempt=None)
+    logs.show(run, logs.LogOptions(lines=5))
     return capsys.readouterr().out
 
 

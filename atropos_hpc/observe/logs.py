@@ -16,32 +16,34 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class LogOptions:
-    """What of which logs to print, as for `show`."""
+    """What of which logs to print."""
 
-    member: str = ""
+    member: str = ""  # the beginning of the logs' names; "": all
     follow: bool = False
     lines: int = 20
     attempt: int | None = None
 
 
-def show(run: RunDir, member: str, follow: bool, lines: int, attempt: int | None) -> int:
-    """Print the last lines of the logs whose names begin with `member` ("": all).
+def show(run: RunDir, options: LogOptions) -> int:
+    """Print the last lines of a run's logs; with `follow`, new lines until the run is complete.
 
-    With `follow`, print new lines until the run is complete. Returns 1 if there is no such log.
+    Returns 1 if there is no such log.
     """
+    member, attempt = options.member, options.attempt
     run.learn_secrets()
     folder = run.logs if attempt is None else run.path / "logs" / f"attempt-{attempt}"
     found = matching(folder, member)
-    if not found and not follow:
+    if not found and not options.follow:
         print(_missing(run, folder, member, attempt), file=sys.stderr)
         return 1
     offsets: dict[Path, int] = {}
     for path in found:
         offsets[path] = path.stat().st_size
-        if lines > 0:
-            _print(path, process.tail(path, lines), prefixed=len(found) > 1 or follow)
+        if options.lines > 0:
+            prefixed = len(found) > 1 or options.follow
+            _print(path, process.tail(path, options.lines), prefixed)
     complete = False
-    while follow and not complete:
+    while options.follow and not complete:
         # Checked before the last look, so that no line written meanwhile is missed.
         complete = bool(read_json(run.done)) and not report.is_held(run)
         time.sleep(0 if complete else POLL_S)
@@ -66,7 +68,7 @@ def show_point(point: SweepPoint, options: LogOptions) -> int:
     """Print the logs of one run, or that of its job if the run never began."""
     run = RunDir(Path(point.run_dir))
     if options.follow or report.attempts(run):
-        return show(run, options.member, options.follow, options.lines, options.attempt)
+        return show(run, options)
     print(_job_log(point, options.lines))
     return 0
 
