@@ -160,6 +160,10 @@ def test_the_oldest_files_are_removed_beyond_the_limit(run: RunDir, tmp_path: Pa
     write(run, range(1, 41), [one], max_bytes=20_000)
     kept, size = steps_of(run), sum(path.stat().st_size for _, _, path in files(run.rollouts))
     assert kept == list(range(kept[0], 41)) and kept[0] > 1 and size <= 20_000
+    assert len(files(run.rollouts)) > 1
+    for step in (1, *kept):
+        found = samples.read(run, Selection(step=step))
+        assert [each.step for each in found] == [step] * (step in kept)
 
 
 def test_a_write_that_a_full_disk_cuts_off_costs_its_step_only(run: RunDir, tmp_path: Path) -> None:

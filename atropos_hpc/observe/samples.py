@@ -62,6 +62,9 @@ def best_and_worst(found: Sequence[Rollout]) -> list[Rollout]:
 def read(run: RunDir, selection: Selection) -> list[Rollout]:
     """Return the selected rollouts, in order. Raises BadFilter."""
     matches, files = _matcher(selection), rollouts.files(run.rollouts)
+    if selection.step is not None:  # in the last file of each rank that does not begin after it
+        begun = [file for file in files if file[0] <= selection.step]
+        files = list({rank: (first, rank, path) for first, rank, path in begun}.values())
     if selection.sort == "step" and not selection.reverse:
         return list(itertools.islice(filter(matches, _newest_first(files)), selection.last))
     every = (each for _, _, path in files for each in rollouts.read_file(path))
