@@ -16,7 +16,6 @@ from stub_vllm import EOS, Interrupt, Policy, StubVllm, characters, counting
 
 from atropos_hpc.contracts.messages import (
     GenerateRequest,
-    Generation,
     SamplingParams,
     VersionSpan,
 )
@@ -36,11 +35,6 @@ def undisturbed(index: int = 0, tokens: int = 40) -> list[int]:
     for at in range(tokens):
         ids.append(counting(ids) + (0 if at else index))
     return ids[len(PROMPT) :]
-
-
-def log_probs(choice: Generation) -> list[float]:
-    assert choice.logprobs is not None
-    return [each.logprob for each in choice.logprobs.content]
 
 
 def on_two_servers(
@@ -70,7 +64,7 @@ def test_an_interrupted_answer_continues_from_its_tokens(
         pool = Pool(run)
         (choice,) = (await pool.post(request(), 30, characters)).choices
         assert choice.token_ids == undisturbed()
-        assert log_probs(choice) == [-token / 100 for token in undisturbed()]
+        assert choice.sampled_log_probs == [-token / 100 for token in undisturbed()]
         assert choice.sampling_mask == [[token, token + 1] for token in undisturbed()]
         assert choice.text == characters(undisturbed())
         (second,) = one.requests[1:] if how == "abort" else other.requests
@@ -158,7 +152,7 @@ async def test_a_stop_string_across_the_joint_ends_the_answer(
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
     assert choice.text == characters(tokens[:10])
     assert choice.sampling_mask is not None
-    assert len(log_probs(choice)) == len(choice.sampling_mask) == 14
+    assert len(choice.sampled_log_probs) == len(choice.sampling_mask) == 14
     assert choice.weight_versions is not None and choice.weight_versions[-1].end == 14
     await pool.close()
 

@@ -218,7 +218,7 @@ class Losses:
     def lose(self, kind: Loss, text: str, rollout: Rollout | None = None) -> None:
         """Count a lost group. `rollout` gives the time at which it began, and its error."""
         now = self.clock()
-        key = (kind, re.sub(r"\d+", "#", text))
+        key = (kind, _without_numbers(text))
         if key not in self._reasons and len(self._reasons) >= KEPT_REASONS:
             key = (kind, "other")
         self.counts[kind] += 1
@@ -258,7 +258,8 @@ class Losses:
         if certain < patience.groups or failing_s < patience.seconds:
             return None
         kind, text = row[-1]
-        same = sum(re.sub(r"\d+", "#", each) == re.sub(r"\d+", "#", text) for _, each in row)
+        wanted = _without_numbers(text)
+        same = sum(_without_numbers(each) == wanted for _, each in row)
         which = "each time" if same == len(row) else f"{same} of {len(row)} times"
         if kind is Loss.REFUSED:
             text = f"the group was refused: {text}"
@@ -266,6 +267,11 @@ class Losses:
             f"{self.name}: the last {len(row)} rollouts, over {failing_s:.0f} s, gave no group that"
             f" can be trained on; {which}: {text}"
         )
+
+
+def _without_numbers(text: str) -> str:
+    """Return what two reasons have in common that differ in their numbers only."""
+    return re.sub(r"\d+", "#", text)
 
 
 def why_unsent(group: Any, group_size: int, longest: int, equal_refused: bool) -> tuple[Loss, str]:
