@@ -30,10 +30,7 @@ from typing import Any
 
 from atropos_hpc.policy import shard_buffer as sharing
 from atropos_hpc.policy.delta import Bytes
-from atropos_hpc.policy.shard_buffer import (
-    BLOCK,
-    SEGMENT,
-)
+from atropos_hpc.policy.shard_buffer import BLOCK, SEGMENT
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 from bench.parts.deltas import real_updates, time_to_serve
 from bench.parts.full_publish import full_publish

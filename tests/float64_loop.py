@@ -5,10 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learner_ranks import (
-    MAX_LENGTH,
-    rows,
-)
+from learner_ranks import MAX_LENGTH, rows
 
 from atropos_hpc.config import AlgorithmConf, CorrectionConf
 from atropos_hpc.contracts.group import Group

@@ -215,6 +215,14 @@ def test_three_and_three_steps_give_the_weights_of_six(
     ] == same
 
 
+def kill_after_step_5(run: RunDir, url: str) -> None:
+    post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
+    first = learn(run)
+    wait_for("step 5", "the learner", lambda: len(step_metrics(run)) == 5, 120)
+    first[0].signal(signal.SIGKILL)
+    assert ended(run, first) == [-signal.SIGKILL]
+
+
 @pytest.mark.parametrize("newest", ["whole", "damaged"])
 def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
     uninterrupted: RunDir, model: Path, tmp_path: Path, newest: str
@@ -222,11 +230,7 @@ def test_a_killed_learner_does_its_lost_steps_again_with_the_same_groups(
     """Steps are lost since the newest checkpoint, or the one before if that one is damaged."""
     run = new_run(tmp_path, model)
     with trajectory_server(run) as url:
-        post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
-        first = learn(run)
-        wait_for("step 5", "the learner", lambda: len(step_metrics(run)) == 5, 120)
-        first[0].signal(signal.SIGKILL)
-        assert ended(run, first) == [-signal.SIGKILL]
+        kill_after_step_5(run, url)
         latest = read_json(run.checkpoints / "latest.json")
         assert latest["step"] == 4
         if newest == "damaged":
@@ -272,11 +276,7 @@ def test_a_journal_that_was_cut_while_stopped_is_reported_with_what_is_trained_a
     """Killed after step 5, with checkpoint 4; the journal then loses its end."""
     run = new_run(tmp_path, model)
     with trajectory_server(run) as url:
-        post(url, run.token(), [group(seed) for seed in range(5 * GROUPS)])
-        first = learn(run)
-        wait_for("step 5", "the learner", lambda: len(step_metrics(run)) == 5, 120)
-        first[0].signal(signal.SIGKILL)
-        ended(run, first)
+        kill_after_step_5(run, url)
     (journal,) = run.trajectories.glob("*.journal")
     os.truncate(journal, journal.stat().st_size // 2)
     with trajectory_server(run) as url:

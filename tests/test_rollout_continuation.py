@@ -20,7 +20,6 @@ from atropos_hpc.contracts.messages import (
     VersionSpan,
 )
 from atropos_hpc.rollout.server_pool import Pool
-from atropos_hpc.runtime.run_dir import RunDir
 
 PROMPT = [5, 6, 7]
 
@@ -38,15 +37,17 @@ def undisturbed(index: int = 0, tokens: int = 40) -> list[int]:
 
 
 def on_two_servers(
-    test: Callable[[RunDir, StubVllm, StubVllm], Awaitable[None]],
+    test: Callable[[Pool, StubVllm, StubVllm], Awaitable[None]],
 ) -> Callable[[Path], None]:
-    """Run a test on a run whose roster lists two stub servers."""
+    """Run a test with the pool of a run whose roster lists two stub servers."""
 
     async def main(path: Path) -> None:
         run = make_run(path / "run")
         async with StubVllm() as one, StubVllm(version="2-1") as other:
             list_servers(run, {one.url: 1, other.url: 2})
-            await test(run, one, other)
+            pool = Pool(run)
+            await test(pool, one, other)
+            await pool.close()
 
     def on_it(tmp_path: Path) -> None:
         asyncio.run(asyncio.wait_for(main(tmp_path), 60))
@@ -59,9 +60,8 @@ def test_an_interrupted_answer_continues_from_its_tokens(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     @on_two_servers
-    async def test(run: RunDir, one: StubVllm, other: StubVllm) -> None:
+    async def test(pool: Pool, one: StubVllm, other: StubVllm) -> None:
         one.interrupt = (how, 13)
-        pool = Pool(run)
         (choice,) = (await pool.post(request(), 30, characters)).choices
         assert choice.token_ids == undisturbed()
         assert choice.sampled_log_probs == [-token / 100 for token in undisturbed()]
@@ -73,7 +73,6 @@ def test_an_interrupted_answer_continues_from_its_tokens(
         assert second["sampling_params"]["max_tokens"] == 40 - have
         assert one.generated + other.generated == 40 and pool.dropped == 0
         assert not +pool.outstanding
-        await pool.close()
 
     test(tmp_path)
     assert ("EngineDeadError" in caplog.text) == (how == "error")
@@ -81,30 +80,27 @@ def test_an_interrupted_answer_continues_from_its_tokens(
 
 @on_two_servers
 async def test_an_answer_leaves_a_lost_server_with_its_tokens_and_their_versions(
-    run: RunDir, one: StubVllm, other: StubVllm
+    pool: Pool, one: StubVllm, other: StubVllm
 ) -> None:
     """A lost node does not reset its connections."""
     one.interrupt, other.version = ("hang", 20), "7-1"
-    list_servers(run, {one.url: 1})
-    pool = Pool(run)
+    list_servers(pool.run, {one.url: 1})
     answer = asyncio.create_task(pool.post(request(), 3600))
     while one.generated < 20:
         await asyncio.sleep(0.001)
-    list_servers(run, {other.url: 7})
+    list_servers(pool.run, {other.url: 7})
     (choice,) = (await answer).choices
     assert choice.token_ids == undisturbed()
     assert choice.weight_versions == [VersionSpan("1-1", 0, 20), VersionSpan("7-1", 20, 40)]
     assert choice.versions == (1, 7)
     assert one.generated + other.generated == 40
-    await pool.close()
 
 
 @on_two_servers
 async def test_each_sample_of_a_request_continues_by_itself(
-    run: RunDir, one: StubVllm, other: StubVllm
+    pool: Pool, one: StubVllm, other: StubVllm
 ) -> None:
     one.interrupt = other.interrupt = ("lose", 50)
-    pool = Pool(run)
     choices = (await pool.post(request(n=6, seed=3), 30)).choices
     assert [choice.index for choice in choices] == list(range(6))
     assert [choice.token_ids for choice in choices] == [undisturbed(i) for i in range(6)]
@@ -113,14 +109,12 @@ async def test_each_sample_of_a_request_continues_by_itself(
     seeds = [body["sampling_params"]["seed"] for body in one.requests + other.requests]
     assert len(set(seeds)) == len(seeds) > 6
     assert not set(seeds) & set(range(4, 9))
-    await pool.close()
 
 
 @on_two_servers
 async def test_what_depends_on_the_answer_s_own_tokens_starts_anew(
-    run: RunDir, one: StubVllm, other: StubVllm
+    pool: Pool, one: StubVllm, other: StubVllm
 ) -> None:
-    pool = Pool(run)
     for option in (
         {"structured_outputs": {"json_object": True}},
         {"presence_penalty": 0.5},
@@ -134,19 +128,17 @@ async def test_what_depends_on_the_answer_s_own_tokens_starts_anew(
         bodies = one.requests + other.requests
         assert [body["token_ids"] for body in bodies] == [PROMPT] * len(bodies)
     assert pool.kept == 0 and pool.dropped > 0
-    await pool.close()
 
 
 @on_two_servers
 async def test_a_stop_string_across_the_joint_ends_the_answer(
-    run: RunDir, one: StubVllm, other: StubVllm
+    pool: Pool, one: StubVllm, other: StubVllm
 ) -> None:
     """The stub never stops at strings, as a server would not that saw only half of one."""
     for server in (one, other):
         server.interrupt = ("lose", 12)
     tokens = undisturbed()
     stop = characters(tokens[10:14])
-    pool = Pool(run)
     (choice,) = (await pool.post(request(stop=["never", stop]), 30, characters)).choices
     assert choice.token_ids == tokens[:14]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
@@ -154,14 +146,12 @@ async def test_a_stop_string_across_the_joint_ends_the_answer(
     assert choice.sampling_mask is not None
     assert len(choice.sampled_log_probs) == len(choice.sampling_mask) == 14
     assert choice.weight_versions is not None and choice.weight_versions[-1].end == 14
-    await pool.close()
 
 
 @on_two_servers
 async def test_a_conversation_stays_on_the_server_that_has_its_prefix(
-    run: RunDir, one: StubVllm, other: StubVllm
+    pool: Pool, one: StubVllm, other: StubVllm
 ) -> None:
-    pool = Pool(run)
     homes = []
     for conversation in range(4):
         ids = [conversation] * 20
@@ -176,14 +166,12 @@ async def test_a_conversation_stays_on_the_server_that_has_its_prefix(
     turns = [homes[i : i + 5] for i in range(0, 20, 5)]
     assert all(len(set(each)) == 1 for each in turns)  # each on one server
     assert len({each[0] for each in turns}) == 2  # but not all on the same
-    await pool.close()
 
 
 @on_two_servers
 async def test_a_conversation_leaves_a_server_that_is_overloaded_or_gone(
-    run: RunDir, one: StubVllm, other: StubVllm
+    pool: Pool, one: StubVllm, other: StubVllm
 ) -> None:
-    pool = Pool(run)
     assert pool.pick(one.url) == one.url
     pool.outstanding[one.url] = 100
     assert pool.pick(one.url) == other.url

@@ -13,13 +13,7 @@ from pathlib import Path
 import pytest
 from run_files import step_metrics
 from slurm_cluster import Cluster, until
-from slurm_parts import (
-    Submitted,
-    stand_in,
-    submission,
-    submit,
-    submitted,
-)
+from slurm_parts import Submitted, stand_in, submission, submit, submitted
 
 from atropos_hpc.runtime.run_dir import read_json
 

@@ -4,12 +4,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, until
-from slurm_parts import (
-    Submitted,
-    evaluations_off,
-    sbatch,
-    stand_in,
-)
+from slurm_parts import Submitted, evaluations_off, sbatch, stand_in
 
 from atropos_hpc.runtime.run_dir import read_json
 

@@ -18,11 +18,7 @@ from atropos_hpc.policy.delta import Bytes
 from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.leases import Lease
 from atropos_hpc.policy.manifest import read_manifest
-from atropos_hpc.policy.shard_buffer import (
-    ShardBuffer,
-    TensorSpec,
-    xxh3,
-)
+from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime.run_dir import RunDir
 from bench.parts.policy import (

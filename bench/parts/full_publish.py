@@ -13,12 +13,7 @@ from typing import Any
 
 from atropos_hpc.contracts.policy import Manifest
 from atropos_hpc.policy.delta import Bytes
-from atropos_hpc.policy.shard_buffer import (
-    SEGMENT,
-    aligned,
-    read_into,
-    xxh3,
-)
+from atropos_hpc.policy.shard_buffer import SEGMENT, aligned, read_into, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime.run_dir import RunDir
 from bench.parts.policy import half_billion, key_of, note, on_disk

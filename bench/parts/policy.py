@@ -8,12 +8,7 @@ import numpy as np
 
 from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta
-from atropos_hpc.policy.shard_buffer import (
-    ShardBuffer,
-    TensorSpec,
-    write_shard,
-    xxh3,
-)
+from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, write_shard, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime.run_dir import write_file
 from bench.result import Result
