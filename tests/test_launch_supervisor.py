@@ -15,7 +15,7 @@ from atropos_hpc.config import Config, LaunchConf
 from atropos_hpc.contracts.members import AnyMember, EnvironmentState, LossReason
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
-from atropos_hpc.launch.sweep import Point
+from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.runtime import slurm
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import ProcessSpec

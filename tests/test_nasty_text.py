@@ -17,6 +17,7 @@ from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import doctor, hydra_api, preflight, sweep
 from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import html_report, report
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.terminal import terminal
@@ -106,7 +107,7 @@ def test_nasty_path_of_a_local_multirun_reaches_every_point(
     config = Config()
     config.launch.dry_run = True
     run_dir = tmp_path / name / "0"
-    point = sweep.Point(0, ["wandb.tags=[red]", "run_dir=x"], config, run_dir)
+    point = Point(0, ["wandb.tags=[red]", "run_dir=x"], config, run_dir)
     sweep.here([point], tmp_path / name, 1)
     printed = capsys.readouterr().out.splitlines()[0]
     _, *command = words(printed)

@@ -12,6 +12,7 @@ import pytest
 from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import hydra_api, preflight, resubmission, sweep
+from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import html_report, logs, status, trackers
 from atropos_hpc.observe.console import Console
 from atropos_hpc.runtime import masking, process
@@ -151,8 +152,8 @@ def shown_by_tail(run: RunDir, _capsys: pytest.CaptureFixture[str]) -> str:
     return process.tail(path)
 
 
-def point(run: RunDir) -> sweep.Point:
-    return sweep.Point(0, COMMAND[1:], copy.deepcopy(secret_config()), run.path)
+def point(run: RunDir) -> Point:
+    return Point(0, COMMAND[1:], copy.deepcopy(secret_config()), run.path)
 
 
 def shown_by_local_dry_run(run: RunDir, capsys: pytest.CaptureFixture[str]) -> str:

@@ -132,8 +132,6 @@ RANKS = {
     **dict.fromkeys(("learner", "rollout"), 4),
     **dict.fromkeys(("launch",), 5),
 }
-# environments of the verifiers library generate through the worker's client
-UPWARD = {("environments/verifiers.py", "rollout")}
 
 
 def upward_imports() -> list[str]:
@@ -146,7 +144,7 @@ def upward_imports() -> list[str]:
             r"^\s*from atropos_hpc(?:\.| import )(\w+)", path.read_text(), re.M
         ):
             ranked = own in RANKS and imported in RANKS and imported != own
-            if ranked and RANKS[imported] >= RANKS[own] and (name, imported) not in UPWARD:
+            if ranked and RANKS[imported] >= RANKS[own]:
                 found.append(f"{name} imports {imported}")
     return found
 

@@ -258,8 +258,8 @@ class Points:
         self.templates: dict[tuple[str, ...], Template] = {}
 
     def compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> "list[Any]":
-        """Return a `sweep.Point` for each list of overrides."""
-        from atropos_hpc.launch.sweep import Point
+        """Return a `Point` for each list of overrides."""
+        from atropos_hpc.launch.sweep_point import Point
 
         points = []
         common = frozenset.intersection(*map(frozenset, job_overrides))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -18,13 +18,11 @@ from atropos_hpc.contracts.run_info import PointConfig
 from atropos_hpc.contracts.status import LIVE, PointStatus
 from atropos_hpc.launch.new_directory import LOCK
 from atropos_hpc.launch.preflight import flat
+from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_struct
 from atropos_hpc.validate import Problem, Refused
-
-if TYPE_CHECKING:
-    from atropos_hpc.launch.sweep import Point
 
 T = TypeVar("T")
 ABSENT = object()
@@ -47,8 +45,8 @@ class Sorted:
     """The points of a submission: those to submit, and those that need nothing, with their state.
     `problems` names the points whose directory has another point."""
 
-    new: "list[Point]"
-    skipped: "list[tuple[Point, PointStatus]]"
+    new: list[Point]
+    skipped: list[tuple[Point, PointStatus]]
     problems: list[Problem]
 
 
@@ -64,7 +62,7 @@ def locked(sweep_dir: Path) -> Iterator[None]:
         raise Refused(Problem("run_dir", reason)) from None
 
 
-def sort(points: "Sequence[Point]", sweep_dir: Path, resumed: bool = False) -> Sorted:
+def sort(points: Sequence[Point], sweep_dir: Path, resumed: bool = False) -> Sorted:
     """Compare the points with those that the directory has. A point that is there already, under
     whatever number, takes its place; `resumed`: each is in its own. Raises Refused when Slurm does
     not answer."""
@@ -143,7 +141,7 @@ def _job_states(jobs: Sequence[str | None]) -> dict[str, str | None]:
     return {job: found.get(job) for job in wanted}
 
 
-def _status(point: "Point", row: SweepPoint | None, jobs: report.JobStates) -> PointStatus | None:
+def _status(point: Point, row: SweepPoint | None, jobs: report.JobStates) -> PointStatus | None:
     """Return the state of a point that needs nothing: complete, or live; None: it is to be run."""
     steps, job = point.config.trainer.steps, row.job if row is not None else None
     shown = [masking.mask_assignments(override) for override in point.overrides]
@@ -170,7 +168,7 @@ def known_configs(sweep_dir: Path, run_dirs: Sequence[str]) -> dict[str, Config]
     return known
 
 
-def record(sweep_dir: Path, points: "Sequence[Point]") -> None:
+def record(sweep_dir: Path, points: Sequence[Point]) -> None:
     """Add the configs of points to points.json, before they are submitted."""
     new = {str(point.run_dir) for point in points}
     kept = [each for each in _read(sweep_dir) if each.run_dir not in new]

@@ -18,6 +18,7 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AttemptStart
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch import base_model, hydra_api, resubmission, run, sweep
+from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct
@@ -40,7 +41,7 @@ def resume(directory: Path, overrides: Sequence[str]) -> int:
     if alone and (code := _needs_nothing(rows[0], configs[0])) is not None:
         return code
     points = [
-        sweep.Point(row.num, row.overrides, config, Path(row.run_dir))
+        Point(row.num, row.overrides, config, Path(row.run_dir))
         for row, config in zip(rows, configs, strict=True)
     ]
     if configs[0].launch.allocation != "local":

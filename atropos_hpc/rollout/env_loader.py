@@ -71,7 +71,7 @@ def load(target: str) -> type[BaseEnv]:
 
 def _load_verifiers(package: str) -> type[BaseEnv]:
     try:
-        from atropos_hpc.environments.verifiers import of_package
+        from atropos_hpc.rollout.verifiers_env import of_package
     except ImportError as error:
         message = (
             f"{package}: the verifiers library cannot be imported in {sys.executable}: {error!r}. "

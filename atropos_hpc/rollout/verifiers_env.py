@@ -32,8 +32,8 @@ from atropos_hpc.contracts.messages import (
     TokenLogprob,
 )
 from atropos_hpc.contracts.scored_group import JsonObject
-from atropos_hpc.environments import verifiers_chat
 from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
+from atropos_hpc.rollout import verifiers_chat
 from atropos_hpc.rollout.server_pool import GENERATE
 from atropos_hpc.rollout.stamping import Sampled, record, record_generations
 
