@@ -4,9 +4,8 @@
     python -m atropos_hpc.train experiment=NAME key=...  another run
     python -m atropos_hpc.train run_dir=DIR              resumes the run in DIR, if there is one
 
-Exit codes: 0 the run is complete; 1 it failed; 2 the config was refused and nothing was started;
-75 it was stopped and can be resumed. This module imports no torch, ray, verl or vllm: it runs on
-login nodes.
+`atropos-hpc train` and `atropos-hpc submit` call it. Exit codes: cli_arguments.EXIT_CODES. This
+module imports no torch, ray, verl or vllm: it runs on login nodes.
 """
 
 import os

@@ -315,8 +315,9 @@ def test_an_exported_checkpoint_is_the_published_policy(
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = exported(uninterrupted, tmp_path / "out")
-    assert done.returncode == 0 and f"step {STEPS}" in done.stdout, done.stderr
+    done = exported(uninterrupted, tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"directory": str(tmp_path / "out"), "step": STEPS}
     store = PolicyStore(uninterrupted.policy)
     latest = store.latest()
     assert latest is not None

@@ -48,7 +48,7 @@ def closed(path: Path) -> list[str]:
 
 
 MISTAKES: list[tuple[Arrange, int, tuple[str, ...]]] = [
-    (lambda path: ["stat"], 2, ("invalid choice: 'stat'", "'status'")),
+    (lambda path: ["stat"], 2, ("No such command 'stat'", "'status'")),
     (lambda path: ["status", str(path / "nothing")], 2, ("does not exist",)),
     (lambda path: ["stop", str(path)], 2, ("neither a run's directory nor a sweep's",)),
     (lambda path: ["stop", str(finished(path).path)], 1, ("nothing runs in",)),

@@ -1,6 +1,5 @@
 """Paths and names of users with characters that mean something to Hydra, a shell, Slurm or rich."""
 
-import argparse
 import os
 import re
 import shlex
@@ -152,8 +151,7 @@ def test_nasty_path_of_a_run_is_shown_by_status_report_and_logs(
 ) -> None:
     run = a_run(tmp_path / name)
     (run.logs / "trainer-0.log").write_text("[/red] a line\n")
-    options = argparse.Namespace(directory=run.path, once=True, json=False)
-    assert cli.status(options) == 0
+    assert cli.main(["status", str(run.path), "--once"]) == 0
     flat = re.sub(r"\s+", "", capsys.readouterr().out)
     assert re.sub(r"\s+", "", str(run.path)) in flat
     assert cli.main(["logs", str(run.path)]) == 0
@@ -221,8 +219,7 @@ def markup_sweep(tmp_path: Path) -> Path:
 def test_markup_in_overrides_is_shown_by_status_as_it_is(
     markup_sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = argparse.Namespace(directory=markup_sweep, once=True, json=False)
-    assert cli.status(options) == 0
+    assert cli.main(["status", str(markup_sweep), "--once"]) == 0
     shown = capsys.readouterr().out
     for text in [*MARKUP, "[red] sweep"]:
         assert text in shown

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from atropos_hpc import resources
+from atropos_hpc.runtime.run_dir import RunDir, write_json
 
 pytestmark = pytest.mark.wheel
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 TRAIN = ("python", "-m", "atropos_hpc.train")
-SWEEP = ("-m", "hydra/launcher=submitit_slurm", "+sweep=kl_coef", "launch.dry_run=true")
+SWEEP = ("+sweep=kl_coef", "launch.dry_run=true")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def test_help(installed: Run) -> None:
     tool, train = installed("atropos-hpc", "--help"), installed(*TRAIN, "--help")
     assert tool.returncode == 0 and "validate" in tool.stdout, tool.stderr
     assert train.returncode == 0 and "experiment: arithmetic_cpu" in train.stdout, train.stderr
+    assert installed("atropos-hpc", "train", "--help").stdout == train.stdout
 
 
 def test_validate_reports_the_missing_role_environments_only(installed: Run) -> None:
@@ -58,9 +60,20 @@ def test_validate_reports_the_missing_role_environments_only(installed: Run) -> 
 
 
 def test_a_dry_run_of_a_sweep_prints_every_batch_script(installed: Run) -> None:
-    done = installed(*TRAIN, *SWEEP, "run_dir=sweep")
+    done = installed("atropos-hpc", "submit", *SWEEP, "run_dir=sweep")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("#SBATCH hetjob") == 15 and "Nothing was submitted" in done.stdout
+
+
+def test_report_prints_the_table_and_says_what_its_page_needs(
+    installed: Run, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    write_json(run.run_json, {"id": "x", "config": {"trainer": {"steps": 3}}})
+    done = installed("atropos-hpc", "report", str(run.path))
+    assert done.returncode == 0 and "lost" in done.stdout, done.stderr
+    assert "atropos-hpc[login]" in done.stderr
 
 
 def test_templates_are_copied_and_never_overwritten(installed: Run) -> None:

@@ -9,11 +9,13 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Finding
 from atropos_hpc.launch import base_model, cluster_check, hydra_api, role_environment
 from atropos_hpc.launch.slurm.cluster import Partition, read_cluster
 from atropos_hpc.launch.steps import rollout_python, trainer_python
@@ -26,44 +28,49 @@ OPTIONAL = {"matplotlib": "the page of `report`", "tokenizers": "texts in `sampl
 SIGNS = {True: ("ok ", "green"), False: ("NO ", "bold red"), None: ("-  ", "")}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. ok: True works, False is broken, None is for information."""
-
-    ok: bool | None
-    text: str
-    fix: str = ""  # what to do about it
-
-
-def examine(overrides: Sequence[str], config_dir: Path | None = None) -> int:
+def examine(overrides: Sequence[str], config_dir: Path | None = None, as_json: bool = False) -> int:
     """Print every finding.
 
     Returns 1 if something is broken that a run on or from this machine needs, 2 if the overrides
     are refused.
     """
-    from rich.text import Text
-
-    from atropos_hpc.observe.terminal import terminal as make_terminal
-
     try:
         config = hydra_api.compose(overrides, config_dir)
     except hydra_api.ERRORS as error:
         return refuse(hydra_api.problems(error), "The overrides were refused.")
+    areas = {
+        "this machine": _machine(Path(config.run_dir).absolute()),
+        "Slurm": _slurm(config),
+        "the trainer's environment": _role(config, "trainer"),
+        "the rollout's environment": _role(config, "rollout"),
+    }
+    found = (
+        msgspec.structs.replace(each, area=area)
+        for area, each_of in areas.items()
+        for each in each_of
+    )
+    shown = list(found) if as_json else _shown(found)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode())
+    return 1 if any(finding.ok is False for finding in shown) else 0
+
+
+def _shown(findings: Iterable[Finding]) -> list[Finding]:
+    """Print each finding as soon as it is made."""
+    from rich.text import Text
+
+    from atropos_hpc.observe.terminal import terminal as make_terminal
+
     terminal = make_terminal(highlight=False, soft_wrap=True)
-    broken = False
-    for area, findings in (
-        ("this machine", _machine(Path(config.run_dir).absolute())),
-        ("Slurm", _slurm(config)),
-        ("the trainer's environment", _role(config, "trainer")),
-        ("the rollout's environment", _role(config, "rollout")),
-    ):
-        terminal.print(Text(area, style="bold"))
-        for finding in findings:
-            terminal.print(Text.assemble("  ", SIGNS[finding.ok], finding.text))
-            if finding.fix:
-                terminal.print(Text(f"       {finding.fix}", style="yellow"))
-            broken = broken or finding.ok is False
-    return 1 if broken else 0
+    shown: list[Finding] = []
+    for finding in findings:
+        if not shown or shown[-1].area != finding.area:
+            terminal.print(Text(finding.area, style="bold"))
+        terminal.print(Text.assemble("  ", SIGNS[finding.ok], finding.text))
+        if finding.fix:
+            terminal.print(Text(f"       {finding.fix}", style="yellow"))
+        shown.append(finding)
+    return shown
 
 
 def _machine(run_dir: Path) -> Iterator[Finding]:

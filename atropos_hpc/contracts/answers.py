@@ -1,0 +1,33 @@
+"""What `validate`, `doctor` and `export` print with --json; contracts/status.py has the others'."""
+
+from msgspec import Struct
+
+
+class RefusedKey(Struct, frozen=True):
+    """A reason to refuse a config. key: what to change; "" if no key is at fault."""
+
+    key: str
+    message: str
+
+
+class Validated(Struct, frozen=True):
+    """The outcome of `validate`. No problems: the config can be started."""
+
+    problems: list[RefusedKey]
+    memory: str | None  # estimated; None if the model's config is not at hand
+
+
+class Finding(Struct, frozen=True):
+    """One line of `doctor`. ok: True works, False is broken, None is for information."""
+
+    ok: bool | None
+    text: str
+    fix: str = ""  # what to do about it
+    area: str = ""
+
+
+class Exported(Struct, frozen=True):
+    """The directory that `export` has written, and the step of its weights."""
+
+    directory: str
+    step: int
