@@ -23,13 +23,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 
 # Logits per chunk. Large enough to keep matrix products efficient, small enough to be a minor part
-# of the memory: a chunk needs about 16 bytes per logit while it is processed.
-CHUNK_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 24}
+# of the memory: a chunk needs about 16 bytes per logit on a GPU while it is processed, 6 on a CPU.
+CHUNK_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 25}
+# Logits that a CPU reduces at a time, so that all temporaries stay in its caches. With whole chunks
+# the kernel's zeroing of their pages took ten times as long as the arithmetic.
+CACHED_LOGITS = 1 << 20
 # Config attributes of models that transform logits after the output layer, and the neutral value.
 LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
@@ -120,7 +124,7 @@ class _ChunkedHead(torch.autograd.Function):
     ) -> torch.Tensor:
         found = hidden.new_empty(len(hidden), 2, dtype=torch.float32)
         normalizers = hidden.new_empty(len(hidden), dtype=torch.float32)
-        statistics = _compiled(_statistics, hidden.device)
+        statistics = _fused(_statistics, hidden.device)
         for chunk in head.chunks(len(hidden), hidden.device):
             logits = targets.restrict(head.logits(hidden[chunk]), chunk)
             found[chunk, 0], found[chunk, 1], normalizers[chunk] = statistics(
@@ -139,7 +143,7 @@ class _ChunkedHead(torch.autograd.Function):
         parameters = head.parameters()
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         kind = _logit_gradient if head.differentiable_entropy else _logit_gradient_of_log_prob
-        of_logits = _compiled(kind, hidden.device)
+        of_logits = _fused(kind, hidden.device)
         for chunk in head.chunks(len(hidden), hidden.device):
             part = hidden[chunk].detach().requires_grad_()
             with torch.enable_grad(), ctx.autocast:
@@ -167,9 +171,12 @@ def _statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob of the label, entropy, log-sum-exp; each [n] float32, nats."""
     scaled = logits.float() / temperatures[:, None]
-    normalizer = scaled.logsumexp(-1)
     chosen = scaled.gather(-1, labels[:, None])[:, 0]
-    entropy = normalizer - ((scaled - normalizer[:, None]).exp() * scaled).sum(-1)
+    largest = scaled.amax(-1, keepdim=True)
+    exponentials = (scaled - largest).exp_()
+    total = exponentials.sum(-1)
+    normalizer = largest[:, 0] + total.log()
+    entropy = normalizer - exponentials.mul_(scaled).sum(-1) / total
     return chosen - normalizer, entropy, normalizer
 
 
@@ -201,21 +208,34 @@ def _logit_gradient_of_log_prob(
 ) -> torch.Tensor:
     """The same where nothing depends on the entropy."""
     scale = gradients[:, :1] / temperatures[:, None]
-    probability = (logits.float() / temperatures[:, None] - normalizers[:, None]).exp()
+    scaled = logits.float() / temperatures[:, None]
+    probability = scaled.sub_(normalizers[:, None]).exp_()
     chosen = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
-    return (scale * (chosen.float() - probability)).to(logits.dtype)
+    return probability.neg_().add_(chosen).mul_(scale).to(logits.dtype)
 
 
 _functions: dict[Any, Any] = {}
 
 
-def _compiled(function: Any, device: torch.device) -> Any:
-    """On CUDA, the function fused into one pass over the logits; elsewhere as it is."""
+def _fused(function: Any, device: torch.device) -> Any:
+    """Return the function of rows of logits, so that it passes over memory only once.
+
+    On CUDA it is compiled; on a CPU it is applied to a few rows at a time.
+    """
     if device.type != "cuda":
-        return function
+        return partial(_by_rows, function)
     if function not in _functions:
         _functions[function] = torch.compile(function, dynamic=True)
     return _functions[function]
+
+
+def _by_rows(function: Any, logits: torch.Tensor, *others: torch.Tensor) -> Any:
+    size = max(1, CACHED_LOGITS // logits.shape[-1])
+    split = [tensor.split(size) for tensor in (logits, *others)]
+    parts = [function(*rows) for rows in zip(*split, strict=True)]
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _autocast(device_type: str) -> AbstractContextManager[Any]:
