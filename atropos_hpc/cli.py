@@ -294,7 +294,8 @@ def export(run: Path, out: Path, step: int | None, as_json: bool) -> int:
 def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool) -> int:
     """Report everything that `train` and `submit` would refuse; start nothing."""
     from atropos_hpc.contracts.answers import RefusedKey, Validated
-    from atropos_hpc.launch import hydra_api, preflight, sizing
+    from atropos_hpc.launch import hydra_api, preflight
+    from atropos_hpc.runtime import sizing
     from atropos_hpc.runtime.masking import mask_assignments
     from atropos_hpc.validate import refuse
 

@@ -202,11 +202,17 @@ class TrainerConf:
         ge=1,
         le=MOST_STEPS,
     )
-    tokens_per_micro_batch: int = key(
-        16384, "tokens per rank and micro-batch; at least model.max_length", ge=1, le=1 << 24
+    tokens_per_micro_batch: Optional[int] = key(
+        None,
+        "tokens per rank and micro-batch; at least model.max_length; null: 16384 on GPUs, 2048 on "
+        "a CPU, or model.max_length if that is more",
+        ge=1,
+        le=1 << 24,
     )
-    gradient_checkpointing: bool = key(
-        True, "recompute activations in the backward pass instead of storing them"
+    gradient_checkpointing: Optional[bool] = key(
+        None,
+        "recompute activations in the backward pass instead of storing them; null: on GPUs, and on "
+        "a CPU where the rank would otherwise need more than half of the free memory",
     )
     share_prefixes: bool = key(
         True,
@@ -341,6 +347,13 @@ class Config:
     cluster: ClusterConf = section(ClusterConf)
     launch: LaunchConf = section(LaunchConf)
     roles: RolesConf = section(RolesConf)
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Return trainer.tokens_per_micro_batch, or what null stands for."""
+    if config.trainer.tokens_per_micro_batch is not None:
+        return config.trainer.tokens_per_micro_batch
+    return max(config.model.max_length, 16384 if config.roles.trainer.gpus_per_node else 2048)
 
 
 def environments(config: Config) -> dict[str, EnvironmentConf]:

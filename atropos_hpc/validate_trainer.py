@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from atropos_hpc.config import AlgorithmConf, Config, CorrectionConf
+from atropos_hpc.config import AlgorithmConf, Config, CorrectionConf, micro_batch_tokens
 from atropos_hpc.schema import did_you_mean
 
 Error = tuple[str, str]  # (key, message)
@@ -81,7 +81,7 @@ def errors(config: Config) -> Iterator[Error]:
     """Yield (key, message) of everything wrong with `algorithm` and `trainer`."""
     yield from _algorithm(config.algorithm)
     yield from _correction(config.algorithm.correction, config.algorithm.old_log_probs)
-    if (tokens := config.trainer.tokens_per_micro_batch) < config.model.max_length:
+    if (tokens := micro_batch_tokens(config)) < config.model.max_length:
         yield (
             "trainer.tokens_per_micro_batch",
             f"{tokens} is less than one sequence of model.max_length={config.model.max_length}",

@@ -11,9 +11,9 @@ import pytest
 from test_config import composed
 
 from atropos_hpc import validate
-from atropos_hpc.launch import sizing
 from atropos_hpc.launch.hydra_api import CONFIGS
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
+from atropos_hpc.runtime import sizing
 
 QWEN = {
     "vocab_size": 151936,

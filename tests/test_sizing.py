@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from atropos_hpc.config import Config
-from atropos_hpc.launch import sizing
+from atropos_hpc.runtime import sizing
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "gpu.json"
 SHAPES: dict[str, dict[str, Any]] = {  # of bench/gpu/parts.py
@@ -60,3 +60,18 @@ def test_the_chunk_of_logits_is_the_loss_head_s() -> None:
     from atropos_hpc.learner.loss_head import CHUNK_LOGITS
 
     assert CHUNK_LOGITS["cuda"] == sizing.LOSS_CHUNK
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "gpus", "asked", "recomputed"),
+    [(24, 0, None, False), (8, 0, None, True), (64, 1, None, True), (8, 0, False, False)],
+)
+def test_activations_are_recomputed_where_memory_is_short(
+    tmp_path: Path, free_gib: int, gpus: int, asked: bool | None, recomputed: bool
+) -> None:
+    model = {**SHAPES["0.5B"], "vocab_size": 32_768, "num_hidden_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = Config(run_dir="/run")
+    config.model.path, config.trainer.gradient_checkpointing = str(tmp_path), asked
+    config.roles.trainer.gpus_per_node = gpus
+    assert sizing.recomputes_activations(config, free_gib * sizing.GIB) is recomputed

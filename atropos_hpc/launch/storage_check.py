@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from atropos_hpc.config import Config
-from atropos_hpc.launch import sizing
 from atropos_hpc.policy.store import RESERVE_BYTES
+from atropos_hpc.runtime import sizing
 from atropos_hpc.validate import Problem
 
 MIB = 2**20

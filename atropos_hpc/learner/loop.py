@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from atropos_hpc.config import Config, environment_name, environments
+from atropos_hpc.config import Config, environment_name, environments, micro_batch_tokens
 from atropos_hpc.contracts.members import Done, TrainerState
 from atropos_hpc.contracts.messages import ServerStatus
 from atropos_hpc.contracts.metrics import Evaluation, Rollout
@@ -75,7 +75,7 @@ class TrainContext:
             names = tuple(map(environment_name, environments(config)))
         return BatchSettings(
             config.algorithm,
-            config.trainer.tokens_per_micro_batch,
+            micro_batch_tokens(config),
             config.model.max_length,
             replicas=self.backend.world // self.backend.data_world,
             environments=names,

@@ -18,6 +18,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
@@ -37,6 +38,7 @@ from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import group_host, keep_to_interface
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, last_records
+from atropos_hpc.runtime.sizing import GIB, free_memory, recomputes_activations
 from atropos_hpc.runtime.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -215,7 +217,14 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
-    trainer, rank = config.trainer, member.state.rank
+    recompute = recomputes_activations(config, free := free_memory())
+    log.info(
+        "activations are %s; %.1f GiB of memory are free",
+        "recomputed in the backward pass" if recompute else "stored",
+        free / GIB,
+    )
+    trainer = replace(config.trainer, gradient_checkpointing=recompute)
+    rank = member.state.rank
     backend = backend_class(trainer.backend)(
         config.model,
         trainer,

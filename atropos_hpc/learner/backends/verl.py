@@ -178,7 +178,7 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
             load_tokenizer=False,
             trust_remote_code=model.trust_remote_code,
             use_remove_padding=True,
-            enable_gradient_checkpointing=trainer.gradient_checkpointing and trainable,
+            enable_gradient_checkpointing=trainer.gradient_checkpointing is not False and trainable,
             override_config={"attn_implementation": attention},
             lora_rank=model.lora.rank if trainable else 0,
             lora_alpha=model.lora.alpha,

@@ -18,11 +18,11 @@ and libraries.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import Config
+from atropos_hpc.config import Config, micro_batch_tokens
 
 MASTER, COMPUTE = 4, 2  # bytes of a float32 and of a bfloat16
 TRAINED = 4 * MASTER  # weight, gradient, two moments
@@ -154,6 +154,38 @@ def estimate(config: Config, model: Sizes) -> Estimate:
     )
 
 
+def recomputes_activations(config: Config, free_bytes: float) -> bool:
+    """Decide trainer.gradient_checkpointing for a rank that may use so much of its node's memory.
+
+    null: True on a GPU, and if the rank would need more than half of it otherwise: the servers and
+    workers may be on the same machine.
+    """
+    if config.trainer.gradient_checkpointing is not None:
+        return config.trainer.gradient_checkpointing
+    model = sizes_of(config)
+    if config.roles.trainer.gpus_per_node or model is None:
+        return True
+    trainer = replace(config.trainer, gradient_checkpointing=False)
+    needed = estimate(replace(config, trainer=trainer), model).trainer
+    return needed * config.roles.trainer.ranks_per_node > free_bytes / 2
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still allocate: of the machine, and of its cgroup."""
+    import psutil
+
+    found = [psutil.virtual_memory().available]
+    mount = Path("/sys/fs/cgroup")
+    group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
+    for directory in (mount / group, *(mount / group).parents):
+        try:
+            limit, used = ((directory / f"memory.{n}").read_text() for n in ("max", "current"))
+            found.append(int(limit) - int(used))  # "max" is no limit
+        except (OSError, ValueError):
+            continue
+    return max(0, min(found))
+
+
 def stored_bytes(config: Config, model: Sizes) -> tuple[int, int]:
     """Return the bytes on disk of one policy version and of one checkpoint.
 
@@ -174,9 +206,9 @@ def _gathered(model: Sizes, lora: bool) -> float:
 
 def _activations(config: Config, model: Sizes) -> float:
     """Return the bytes that a micro-batch leaves for its backward pass, and one chunk of logits."""
-    tokens = config.trainer.tokens_per_micro_batch
+    tokens = micro_batch_tokens(config)
     layer = tokens * (8 * model.inner + 15 * model.hidden)
-    if config.trainer.gradient_checkpointing:
+    if config.trainer.gradient_checkpointing is not False:
         saved = model.layers * tokens * model.hidden * COMPUTE + layer
     else:
         saved = model.layers * layer
