@@ -69,7 +69,7 @@ apt:
 # Each test file belongs to one role's environment; tests/conftest.py knows which. Every tier records
 # its durations, from which `make docs-testing` writes docs/testing.md.
 test-fast: $(TRAINER)
-	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json GENERATED_REQUESTS=2000 GENERATED_CONFIGS=60 \
+	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json GENERATED_REQUESTS=1000 GENERATED_CONFIGS=60 \
 		.venv/bin/python -m pytest --numprocesses 4 --dist loadscope
 
 test: setup apt $(VERIFIERS)

@@ -1,7 +1,7 @@
 """What a cluster can never start, by recorded answers of sinfo and scontrol. No Slurm is needed."""
 
 import pytest
-from test_config import composed
+from config_parts import composed
 
 from atropos_hpc.launch import cluster_check
 from atropos_hpc.launch.slurm.cluster import Cluster, parse_cluster

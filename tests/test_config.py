@@ -1,36 +1,20 @@
 """Mistakes are refused before anything starts: by key, with the nearest valid key, exit code 2."""
 
-import functools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import in_process
 import pytest
+from config_parts import composed
 
 from atropos_hpc import schema, validate
 from atropos_hpc.config import Config, TrainerConf
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.hydra_api import CONFIGS
 from atropos_hpc.validate import Refused
-
-
-def composed(*overrides: str) -> Config:
-    """Compose a change of the demo, unless an experiment is given."""
-    given = any(override.startswith("experiment=") for override in overrides)
-    return hydra_api.compose([*([] if given else [hydra_api.DEMO]), "run_dir=/nowhere", *overrides])
-
-
-demo = functools.cache(composed)
-
-
-def changed(*overrides: str) -> Config:
-    """The demo's config with other values, in a tenth of the time that composing takes. A group is
-    composed."""
-    groups = [each for each in overrides if "." not in each.partition("=")[0]]
-    values = [each.removeprefix("+") for each in overrides if each not in groups]
-    return hydra_api.change(demo(*groups), values)
 
 
 def train(
@@ -71,10 +55,10 @@ def train(
 def test_a_mistake_in_composing_is_refused(
     tmp_path: Path, override: str, key: str, says: str
 ) -> None:
-    done = train(f"run_dir={tmp_path / 'run'}", override, cwd=tmp_path)
+    done = in_process.train(f"run_dir={tmp_path / 'run'}", override)
     assert done.returncode == 2, done.stderr
-    assert key in done.stderr and says in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 2
+    assert key in done.stderr and says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2 and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +165,7 @@ def test_a_mistake_in_composing_is_refused(
     ],
 )
 def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> None:
-    found = [str(each) for each in validate.problems(changed(override, "model.path=a/b"))]
+    found = [str(each) for each in validate.problems(composed(override, "model.path=a/b"))]
     assert len(found) == 1 and found[0].startswith(f"{key}: ") and says in found[0], found
 
 
@@ -223,7 +207,7 @@ def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> 
 def test_contradicting_settings_of_the_trainer_are_refused(
     overrides: list[str], key: str, says: str
 ) -> None:
-    found = [str(problem) for problem in validate.problems(changed(*overrides))]
+    found = [str(problem) for problem in validate.problems(composed(*overrides))]
     assert len(found) == 1 and key in found[0] and says in found[0], found
 
 
@@ -243,13 +227,13 @@ def test_contradicting_settings_of_the_trainer_are_refused(
     ],
 )
 def test_more_processes_than_gpus_are_refused(overrides: list[str], key: str, says: str) -> None:
-    found = [str(problem) for problem in validate.problems(changed(*overrides))]
+    found = [str(problem) for problem in validate.problems(composed(*overrides))]
     assert len(found) == 1 and found[0].startswith(key) and says in found[0], found
 
 
 def test_the_atropos_server_serves_one_rank_only() -> None:
     found = validate.problems(
-        changed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2")
+        composed("trajectories.server=atropos", "roles.trainer.ranks_per_node=2")
     )
     assert [problem.key for problem in found] == ["trajectories.server"]
 
@@ -262,7 +246,7 @@ def test_the_atropos_server_serves_one_rank_only() -> None:
     ],
 )
 def test_every_algorithm_is_valid(override: str) -> None:
-    assert validate.problems(changed(override)) == []
+    assert validate.problems(composed(override)) == []
 
 
 ADDED = [
@@ -275,7 +259,7 @@ ADDED = [
 @pytest.mark.parametrize("override, key, says", ADDED)
 def test_a_plus_does_not_let_a_misspelt_key_through(override: str, key: str, says: str) -> None:
     with pytest.raises(Refused) as refused:
-        composed(f"+{override}")
+        hydra_api.compose([f"+{override}"])
     assert [problem.key for problem in refused.value.problems] == [key]
     assert says in str(refused.value)
 
@@ -294,7 +278,8 @@ def test_a_value_is_refused_with_its_bound_or_the_nearest_choice() -> None:
 
 
 def test_keys_of_maps_need_no_plus() -> None:
-    config = composed("environment.config.seed=3", "trainer.fsdp_config.forward_prefetch=true")
+    overrides = ["environment.config.seed=3", "trainer.fsdp_config.forward_prefetch=true"]
+    config = hydra_api.compose([hydra_api.DEMO, *overrides])
     assert config.environment.config["seed"] == 3
     assert config.trainer.fsdp_config == {"forward_prefetch": True}
     more = composed("more_environments={b: {target: b.py:B}}").more_environments
@@ -314,14 +299,13 @@ def test_the_demo_is_run_only_if_nothing_else_is_asked_for() -> None:
 
 @pytest.mark.parametrize("override", ["environment=gsm8k", "environment.target=a.b:C"])
 def test_the_demos_model_is_refused_for_other_environments(override: str) -> None:
-    (problem,) = validate.problems(changed(override, "algorithm.batch_size=8"))
+    (problem,) = validate.problems(composed(override, "algorithm.batch_size=8"))
     assert problem.key == "model.path" and "model.path=DIRECTORY" in problem.message
 
 
 def test_no_experiment_and_no_environment_is_refused_with_what_to_give(tmp_path: Path) -> None:
-    done = train(f"run_dir={tmp_path / 'run'}", "experiment=none", cwd=tmp_path)
+    done = in_process.train(f"run_dir={tmp_path / 'run'}", "experiment=none")
     assert done.returncode == 2 and "environment.target: must be given" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import inspect
 from typing import Any
 
 import pytest
+from config_parts import composed
 
 from atropos_hpc import schema, validate, validate_options
 from atropos_hpc.config import Config
-from atropos_hpc.launch import hydra_api
 
 NUMERIC = {
     name: schema.describe(field)
@@ -33,7 +33,7 @@ def refused(config: Config) -> dict[str, str]:
 
 
 def with_value(name: str, value: Any) -> Config:
-    config = hydra_api.compose([hydra_api.DEMO])
+    config = composed()
     section: Any = config
     *path, last = name.split(".")
     for part in path:

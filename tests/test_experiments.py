@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_config import composed
+from config_parts import composed
 
 from atropos_hpc import validate
 from atropos_hpc.launch.hydra_api import CONFIGS

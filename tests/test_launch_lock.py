@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from config_parts import composed
 from filelock import FileLock, Timeout
-from test_config import composed
 
 from atropos_hpc.contracts.members import Holder
 from atropos_hpc.launch import preflight, run

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import composed
+from config_parts import composed
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.run_info import RunInfo

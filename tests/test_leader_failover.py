@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_config import composed
+from config_parts import composed
 
 from atropos_hpc.contracts.members import AgentState, Roster, SupervisorState
 from atropos_hpc.contracts.run_info import RunInfo

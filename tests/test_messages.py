@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import in_process
 import pytest
 from run_files import append_step
 
@@ -92,12 +93,7 @@ MISTAKES: list[tuple[Arrange, int, tuple[str, ...]]] = [
 def test_a_mistake_is_reported_in_one_line(
     tmp_path: Path, arrange: Arrange, code: int, says: tuple[str, ...]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "atropos_hpc.cli", *arrange(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_process.command(*arrange(tmp_path))
     assert done.returncode == code, done.stderr
     headlines = ("usage:", "The config was refused", "The overrides were", "This config would be")
     lines = [line for line in done.stderr.splitlines() if not line.startswith(headlines)]
@@ -106,12 +102,7 @@ def test_a_mistake_is_reported_in_one_line(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_somebody_else_s_directory(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "atropos_hpc.cli", *closed(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_process.command(*closed(tmp_path))
     assert (
         done.returncode == 2
         and "Permission denied" in done.stderr
@@ -147,12 +138,7 @@ def test_a_run_that_is_complete_is_not_resumed(tmp_path: Path) -> None:
     run = finished(tmp_path)
     write_json(run.done, {"version": 4})
     append_step(run, 4)
-    done = subprocess.run(
-        [sys.executable, "-m", "atropos_hpc.cli", "resume", str(run.path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = in_process.command("resume", run.path)
     assert "is complete at 4 steps" in done.stdout and "trainer.steps=" in done.stdout
 
 

@@ -3,11 +3,10 @@
 import json
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import in_process
 import numpy as np
 import pytest
 from run_files import activity, append_step
@@ -27,7 +26,6 @@ from atropos_hpc.observe import history, plots
 from atropos_hpc.observe.timeline import ActivityRecorder
 from atropos_hpc.runtime.run_dir import RunDir, append_record, write_struct
 
-REPORT = [sys.executable, "-m", "atropos_hpc.cli", "report"]
 STEP_S = 10.0
 
 
@@ -69,7 +67,7 @@ def made(
 
 def drawn(directory: Path) -> tuple[str, dict[str, tuple[int, int]]]:
     """Draw the report; return the page, and each PNG's width and height in pixels."""
-    subprocess.run([*REPORT, str(directory)], check=True, stdout=subprocess.DEVNULL)
+    assert in_process.command("report", directory).returncode == 0
     out = directory / "report"
     sizes = {
         path.stem: struct.unpack(">II", path.read_bytes()[16:24]) for path in out.glob("*.png")
@@ -132,16 +130,12 @@ def test_a_run_with_few_steps_has_a_page(tmp_path: Path, steps: int) -> None:
 def test_an_unwritable_directory_is_reported_and_another_can_be_named(
     tmp_path: Path,
 ) -> None:
-    run = made(tmp_path / "run")
+    run = made(tmp_path / "run", steps=0)
     (run.path / "report").write_text("in the way")
-    done = subprocess.run([*REPORT, str(run.path)], capture_output=True, text=True, check=False)
+    done = in_process.command("report", run.path)
     assert done.returncode == 1 and "--out" in done.stderr and "Traceback" not in done.stderr
-    subprocess.run(
-        [*REPORT, str(run.path), "--out", str(tmp_path / "elsewhere")],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    assert (tmp_path / "elsewhere" / "report.html").exists()
+    done = in_process.command("report", run.path, "--out", tmp_path / "elsewhere")
+    assert done.returncode == 0 and (tmp_path / "elsewhere" / "report.html").exists()
 
 
 def test_the_learner_s_time_is_divided_among_its_phases(tmp_path: Path) -> None:
@@ -200,9 +194,7 @@ def test_activity_samples_states_and_notes_restarts(tmp_path: Path) -> None:
 
 def test_the_table_as_json_draws_nothing(tmp_path: Path) -> None:
     run = made(tmp_path / "run")
-    shown = subprocess.run(
-        [*REPORT, str(run.path), "--json"], capture_output=True, text=True, check=True
-    ).stdout
+    shown = in_process.command("report", run.path, "--json").stdout
     assert (
         json.loads(shown)[0]["accuracy"] == pytest.approx(0.899)
         and not (run.path / "report").exists()

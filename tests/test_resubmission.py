@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_config import composed
+from config_parts import composed
 
 from atropos_hpc.config import Config
 from atropos_hpc.launch import new_directory, resubmission

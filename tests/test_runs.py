@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from config_parts import composed
 from run_files import activity, evaluations, scalars
 from run_parts import Started
-from test_config import composed
 
 from atropos_hpc.contracts.metrics import RestartMark, StepMetrics
 from atropos_hpc.contracts.status import RunStatus

@@ -4,8 +4,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from config_parts import composed
 from sbatch_parts import lines
-from test_config import composed
 
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.slurm import sbatch

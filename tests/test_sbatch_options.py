@@ -1,8 +1,8 @@
 """Options of sbatch in the config: where they go, and which are refused. No Slurm is needed."""
 
 import pytest
+from config_parts import composed
 from sbatch_parts import lines
-from test_config import composed
 
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from config_parts import composed
 
 from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import hydra_api, preflight, resubmission, sweep
+from atropos_hpc.launch import preflight, resubmission, sweep
 from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import html_report, logs, status, trackers
 from atropos_hpc.observe.console import Console
@@ -30,7 +31,7 @@ COMMAND = [
 
 
 def secret_config() -> Config:
-    config = hydra_api.compose(["run_dir=runs/x"])
+    config = composed("run_dir=runs/x")
     config.rollout.variables = {"JUDGE_API_KEY": SECRET, "PLAIN": "plain", "COPY": f"x{SECRET}"}
     config.environment.config = {"password": SECRET, "nested": [{"api_key": SECRET}], "max": 3}
     config.more_environments = {
@@ -214,7 +215,7 @@ def test_secret_of_the_shell_is_masked_in_logs(
 
 
 def test_config_without_secrets_is_unchanged() -> None:
-    config = hydra_api.compose([])
+    config = composed()
     masked, found = masking.mask_config(config)
     assert masked == config and found == []
     assert msgspec.to_builtins(masked) == msgspec.to_builtins(config)

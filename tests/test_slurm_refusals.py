@@ -172,7 +172,7 @@ def test_validate_asks_the_cluster_too(cluster: Cluster, tmp_path: Path) -> None
 
 
 def test_accounts_that_a_partition_refuses_are_named() -> None:
-    from test_config import composed
+    from config_parts import composed
 
     config = composed("launch=het", "cluster.partition=gpu", "cluster.account=physics")
     denied = {"account": ("physics",)}
@@ -186,7 +186,7 @@ def test_accounts_that_a_partition_refuses_are_named() -> None:
 
 
 def test_het_jobs_need_the_backfill_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_config import composed
+    from config_parts import composed
 
     config = composed("launch=het")
     found = list(cluster_check._scheduler(config, cluster_check.Cluster({}, "sched/builtin", 1001)))

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import in_process
 import msgspec
 import pytest
 from run_files import append_step
@@ -65,10 +66,7 @@ def ended(outcome: str) -> AttemptRecord:
 
 
 def shown(run: RunDir) -> dict[str, Any]:
-    done = subprocess.run(
-        [*COMMAND, "status", str(run.path), "--json"], capture_output=True, text=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(in_process.command("status", run.path, "--json").stdout)
     return found
 
 
@@ -83,12 +81,7 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
     trainer = Member(run, TrainerState(step=7, state="training"), "trainer0")
     trainer.show_wait(Wait("batch 7", "the trajectory server", time.time()))
     found = shown(run)
-    drawn = subprocess.run(
-        [*COMMAND, "status", str(run.path), "--once"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    drawn = in_process.command("status", run.path, "--once").stdout
     assert (found["state"], found["step"], found["steps"]) == ("running", 7, 10)
     assert found["eta_s"] == pytest.approx(6) and found["trained_tokens_per_s"] == pytest.approx(50)
     assert found["time_shares"] == {
@@ -138,12 +131,7 @@ def test_a_run_without_processes_is_lost_and_says_how_to_resume(tmp_path: Path) 
     member._stop.set()  # as KILL would: no word of goodbye
     write_json(run.checkpoints / "latest.json", {"step": 5, "directory": "step-5-0"})
     assert shown(run)["state"] == "lost" and [m["state"] for m in shown(run)["members"]] == ["gone"]
-    drawn = subprocess.run(
-        [*COMMAND, "status", str(tmp_path), "--once"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    drawn = in_process.command("status", tmp_path, "--once").stdout
     drawn = " ".join(drawn.split())  # a long path wraps the line
     assert f"atropos-hpc resume {tmp_path}" in drawn and "from step 5" in drawn
 
@@ -187,9 +175,7 @@ def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
         rows.append(SweepPoint(num, [f"seed={num}"], str(tmp_path / str(num)), steps=10))
     write_struct(tmp_path / "jobs.json", rows)
     write_json(RunDir(tmp_path / "2").done, {"version": 10})
-    drawn = subprocess.run(
-        [*COMMAND, "status", str(tmp_path), "--once"], capture_output=True, text=True, check=True
-    ).stdout
+    drawn = in_process.command("status", tmp_path, "--once").stdout
     lines = [line.split() for line in drawn.splitlines() if "seed=" in line]
     assert [line[:3] for line in lines] == [
         ["0", "lost", "0/10"],
@@ -213,9 +199,7 @@ def test_a_sweep_has_a_line_for_each_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_other_directories_are_refused(tmp_path: Path, make: Any, says: str, command: str) -> None:
     make(tmp_path / "it")
-    done = subprocess.run(
-        [*COMMAND, command, str(tmp_path / "it")], capture_output=True, text=True, check=False
-    )
+    done = in_process.command(command, tmp_path / "it")
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -280,9 +264,7 @@ def test_lines_of_another_layout_are_refused_by_name(tmp_path: Path) -> None:
     run = made(tmp_path)
     with run.metrics.open("a") as file:
         file.write('{"step": 8, "reward": 0.5}\n')
-    done = subprocess.run(
-        [*COMMAND, "status", str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    done = in_process.command("status", tmp_path)
     assert done.returncode == 2 and "no StepMetrics" in done.stderr
     assert str(run.metrics) in done.stderr and len(done.stderr.splitlines()) == 1
 

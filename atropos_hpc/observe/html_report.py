@@ -30,13 +30,13 @@ def write(directory: Path, rows: Sequence[PointStatus], out: Path) -> Path:
 
     `rows` are the points of it. Raises OSError.
     """
+    out.mkdir(parents=True, exist_ok=True)  # before anything is drawn: it may be refused
     runs = [history.read(Path(row.run_dir)) for row in rows]
     if report.is_run(directory):
         drawn, values = plots.run_plots(runs[0]), _run_values(runs[0], rows[0])
     else:
         keys = history.compared_keys(runs)
         drawn, values = plots.sweep_plots(runs, keys), _sweep_values(rows, runs, keys)
-    out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     title = "/".join(directory.resolve().parts[-2:])
     html = _template().render(**values, title=title, images=_write_images(drawn, out))
