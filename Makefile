@@ -25,10 +25,12 @@ TRAINER := .venv/ready-$(DEVICE)
 ROLLOUT := .venv-rollout/ready-$(DEVICE)
 TRL := .venv-trl/ready
 VERIFIERS := .venv-verifiers/ready
+TOOLS := .venv-tools/ready
 OVERRIDES := requirements/rollout-overrides.txt
 DURATIONS := build/test-durations
 
-.PHONY: gpu-check demo setup apt test test-fast docs-testing lint bench faults soak clean
+.PHONY: gpu-check demo setup apt test test-fast test-wheel test-slurm docs-testing docs-site
+.PHONY: lint lint-files release bench faults soak clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -79,6 +81,13 @@ test: setup apt $(VERIFIERS)
 	TEST_ROLE=verifiers TEST_DURATIONS=$(DURATIONS)/3-verifiers.json \
 		.venv-verifiers/bin/python -m pytest
 
+# Parts of `make test`, for workflows that run them by themselves.
+test-wheel: $(TRAINER)
+	TEST_ROLE=trainer .venv/bin/python -m pytest tests/test_wheel.py
+
+test-slurm: setup apt
+	TEST_ROLE=trainer .venv/bin/python -m pytest -m slurm
+
 docs-testing:
 	.venv/bin/python tests/write_durations.py $(sort $(wildcard $(DURATIONS)/*.json))
 
@@ -97,6 +106,27 @@ $(VERIFIERS): requirements/verifiers.txt requirements/dev.txt pyproject.toml | .
 		-r requirements/dev.txt
 	$(UV) pip install --quiet --python .venv-verifiers/bin/python --no-deps --editable .
 	touch $@
+
+# The documentation site and what is published: tools that no run needs.
+$(TOOLS): requirements/docs.txt requirements/release.txt | .venv/bin/uv
+	test -x .venv-tools/bin/python || $(UV) venv --quiet --python $(PYTHON) .venv-tools
+	$(INSTALL) --python .venv-tools/bin/python -r requirements/docs.txt -r requirements/release.txt
+	touch $@
+
+# build/site, without a network; then what the site's search finds first for a newcomer's questions.
+docs-site: $(TOOLS)
+	.venv-tools/bin/mkdocs build --quiet --strict
+	.venv-tools/bin/python tests/site_search.py build/site
+
+lint-files: $(TOOLS)
+	.venv-tools/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv-tools/bin/hadolint containers/Dockerfile.*
+
+# The source distribution, and the wheel that is built from it, in dist/.
+release: $(TOOLS)
+	rm -rf dist
+	.venv-tools/bin/python -m build --installer uv
+	.venv-tools/bin/twine check --strict dist/*
 
 # One GPU, no network. MODEL: a model's directory; DATA: a directory with GSM8K's train.jsonl and test.jsonl.
 MODEL ?=
@@ -122,6 +152,6 @@ soak: setup
 
 # Run directories and the cache of made models stay: they are results.
 clean:
-	rm -rf .venv .venv-rollout .venv-trl .venv-verifiers build *.egg-info
+	rm -rf .venv .venv-rollout .venv-trl .venv-verifiers .venv-tools build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -72,7 +72,7 @@ def test_report_prints_the_table_and_says_what_its_page_needs(
     run.create()
     write_json(run.run_json, {"id": "x", "config": {"trainer": {"steps": 3}}})
     done = installed("atropos-hpc", "report", str(run.path))
-    assert done.returncode == 0 and "lost" in done.stdout, done.stderr
+    assert done.returncode == 0 and "queued" in done.stdout, done.stderr
     assert "atropos-hpc[login]" in done.stderr
 
 
