@@ -75,3 +75,23 @@ def test_activations_are_recomputed_where_memory_is_short(
     config.model.path, config.trainer.gradient_checkpointing = str(tmp_path), asked
     config.roles.trainer.gpus_per_node = gpus
     assert sizing.recomputes_activations(config, free_gib * sizing.GIB) is recomputed
+
+
+def decides(rank: int, _world: int, free_gib: tuple[int, ...], config: Config) -> bool:
+    from atropos_hpc.learner.main import recompute_activations
+
+    return recompute_activations(config, free_gib[rank] * sizing.GIB)
+
+
+@pytest.mark.verl
+@pytest.mark.parametrize(("free_gib", "recomputed"), [((24, 8), True), ((24, 24), False)])
+def test_all_ranks_recompute_activations_where_one_is_short_of_memory(
+    tmp_path: Path, free_gib: tuple[int, ...], recomputed: bool
+) -> None:
+    from learner_ranks import on_ranks
+
+    model = {**SHAPES["0.5B"], "vocab_size": 32_768, "num_hidden_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = Config(run_dir="/run")
+    config.model.path = str(tmp_path)
+    assert on_ranks(2, decides, free_gib, config) == [recomputed] * 2

@@ -55,7 +55,7 @@ class Collective:
         """
         with Waiting(what, from_whom, timeout_s, self.member) as waiting:
             while True:
-                not_ready, stop, expired = self._any(
+                not_ready, stop, expired = self.on_any_rank(
                     not ready(), self.stop_requested(), waiting.expired
                 )
                 if not not_ready:
@@ -69,7 +69,7 @@ class Collective:
 
     def check(self) -> None:
         """Raise StopRequested on all ranks if the run is to stop."""
-        if self._any(self.stop_requested())[0]:
+        if self.on_any_rank(self.stop_requested())[0]:
             raise StopRequested
 
     def stop_requested(self) -> bool:
@@ -84,7 +84,7 @@ class Collective:
         self._stop = True
 
     @staticmethod
-    def _any(*flags: bool) -> list[bool]:
+    def on_any_rank(*flags: bool) -> list[bool]:
         """Return, for each flag, whether it is set on any rank."""
         if dist.get_world_size() == 1:
             return list(flags)

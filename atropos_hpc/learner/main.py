@@ -206,6 +206,23 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
             context.metrics.close()
 
 
+def recompute_activations(config: Config, free_bytes: float) -> bool:
+    """Decide trainer.gradient_checkpointing for all ranks; this one's node has so much memory free.
+
+    Recomputation gathers sharded parameters again, so ranks that differed would wait for ever.
+    """
+    from atropos_hpc.learner.collective import Collective
+
+    wanted = recomputes_activations(config, free_bytes)
+    (recompute,) = Collective.on_any_rank(wanted)
+    log.info(
+        "activations are %s; %.1f GiB of memory are free",
+        "recomputed in the backward pass" if recompute else "stored",
+        free_bytes / GIB,
+    )
+    return recompute
+
+
 def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) -> "TrainContext":
     """Build the backend, restore the last durable step, and register with the trajectory server."""
     from atropos_hpc.learner.batch_leaser import BatchLeaser
@@ -217,13 +234,9 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
-    recompute = recomputes_activations(config, free := free_memory())
-    log.info(
-        "activations are %s; %.1f GiB of memory are free",
-        "recomputed in the backward pass" if recompute else "stored",
-        free / GIB,
+    trainer = replace(
+        config.trainer, gradient_checkpointing=recompute_activations(config, free_memory())
     )
-    trainer = replace(config.trainer, gradient_checkpointing=recompute)
     rank = member.state.rank
     backend = backend_class(trainer.backend)(
         config.model,
