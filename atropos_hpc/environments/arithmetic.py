@@ -7,7 +7,7 @@ from atroposlib.envs.base import APIServerConfig, ScoredDataGroup
 from pydantic import Field
 
 from atropos_hpc.environments.addition import ANSWER_TOKENS, Problem, accepted, encode, problems
-from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
+from atropos_hpc.environments.single_turn import RULE, SingleTurnConfig, SingleTurnEnv, Verdict
 
 
 class ArithmeticConfig(SingleTurnConfig):
@@ -59,9 +59,9 @@ class ArithmeticEnv(SingleTurnEnv):
         chosen = random.Random(0).sample(
             self.held_out, min(self.config.eval_problems, len(self.held_out))
         )
-        await self.report_accuracy(chosen, self._answers_right)
+        await self.report_accuracy(chosen, self._answer)
 
-    async def _answers_right(self, problem: Problem, temperature: float) -> bool:
+    async def _answer(self, problem: Problem, temperature: float) -> Verdict:
         completion = await self.server.completion(
             prompt=problem.prompt,
             n=1,
@@ -71,4 +71,4 @@ class ArithmeticEnv(SingleTurnEnv):
         )
         choice = completion.choices[0]
         right = [answer.strip() for answer in accepted(problem, self.config.tolerance)]
-        return choice.finish_reason == "stop" and choice.text.strip() in right
+        return {RULE: choice.finish_reason == "stop" and choice.text.strip() in right}

@@ -60,6 +60,21 @@ def is_right(text: str, answer: str) -> bool:
     return expression is not None and _verified(expression, gold)
 
 
+def is_strictly_right(text: str, answer: str) -> bool:
+    """Return whether the number after the last #### is right: the format that prompts ask for."""
+    expression = _after_marker(text)
+    return expression is not None and _equals(value(expression), answer)
+
+
+def is_flexibly_right(text: str, answer: str) -> bool:
+    """Return whether the last number of `text`, in whatever format, is right."""
+    return _equals(_last_number(_plain(text[-2000:])), answer)
+
+
+def _equals(given: Fraction | None, answer: str) -> bool:
+    return given is not None and given == final_number(answer)
+
+
 def value(expression: str) -> Fraction | None:
     """Return the number that an expression begins with, or equals; units may follow it.
 
@@ -79,11 +94,16 @@ def value(expression: str) -> Fraction | None:
 
 def _marked(text: str) -> str | None:
     """Return what an answer marks as its final expression, None without a marker."""
+    return _after_marker(text) or _boxed(text)
+
+
+def _after_marker(text: str) -> str | None:
+    """Return the line after the last #### that is followed by something."""
     for part in reversed(text.split(MARKER)[1:]):
         line = next((line for line in part.splitlines() if re.search(r"\w", line)), None)
         if line is not None:
             return (_boxed(line) or line)[:LONGEST]
-    return _boxed(text)
+    return None
 
 
 def _boxed(text: str) -> str | None:

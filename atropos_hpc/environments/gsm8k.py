@@ -13,8 +13,13 @@ from typing import Any
 from atroposlib.envs.base import APIServerConfig, ScoredDataGroup
 from pydantic import Field, model_validator
 
-from atropos_hpc.environments.final_answer import final_number, is_right
-from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
+from atropos_hpc.environments.final_answer import (
+    final_number,
+    is_flexibly_right,
+    is_right,
+    is_strictly_right,
+)
+from atropos_hpc.environments.single_turn import RULE, SingleTurnConfig, SingleTurnEnv, Verdict
 
 SAMPLE = Path(__file__).parent / "data"
 SYSTEM_PROMPT = (
@@ -69,7 +74,7 @@ class GSM8KEnv(SingleTurnEnv):
 
     @classmethod
     def config_init(cls) -> tuple[GSM8KConfig, list[APIServerConfig]]:
-        return GSM8KConfig(max_token_length=1024, group_size=8), [APIServerConfig()]
+        return cls.env_config_cls(max_token_length=1024, group_size=8), [APIServerConfig()]
 
     async def setup(self) -> None:
         await super().setup()
@@ -118,13 +123,13 @@ class GSM8KEnv(SingleTurnEnv):
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Answer each held-out problem once, or the first `eval_problems` of them."""
-        await self.report_accuracy(self.held_out[: self.config.eval_problems], self._answers_right)
+        await self.report_accuracy(self.held_out[: self.config.eval_problems], self._answer)
 
-    async def _answers_right(self, problem: dict[str, str], temperature: float) -> bool:
+    async def _answer(self, problem: dict[str, str], temperature: float) -> Verdict:
         prompt = self.prompt(problem["question"])
         left = self.tokens_left(prompt)
         if left < 1:
-            return False
+            return verdict("", problem["answer"])
         completion = await self.server.completion(
             prompt=prompt,
             n=1,
@@ -132,7 +137,16 @@ class GSM8KEnv(SingleTurnEnv):
             temperature=temperature,
             split="eval",
         )
-        return is_right(completion.choices[0].text, problem["answer"])
+        return verdict(completion.choices[0].text, problem["answer"])
+
+
+def verdict(text: str, answer: str) -> Verdict:
+    """Return whether an answer is right by the reward's rule, strictly and flexibly."""
+    return {
+        RULE: is_right(text, answer),
+        "strict_accuracy": is_strictly_right(text, answer),
+        "flexible_accuracy": is_flexibly_right(text, answer),
+    }
 
 
 def load_problems(config: GSM8KConfig) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -7,7 +7,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from atroposlib.envs.base import BaseEnv, BaseEnvConfig, ScoredDataGroup
@@ -15,8 +15,11 @@ from pydantic import Field
 
 CONCURRENT_EVALUATIONS = 256
 ORDERS = 2  # epochs whose order is kept
+RULE = "percent_correct"  # the verdict by the rule of the reward
 
 T = TypeVar("T")
+# Whether an answer is right, by each rule; one of them is RULE.
+Verdict = Mapping[str, bool]
 
 
 class SingleTurnConfig(BaseEnvConfig):
@@ -116,23 +119,26 @@ class SingleTurnEnv(BaseEnv):
     async def report_accuracy(
         self,
         problems: Sequence[T],
-        answers_right: Callable[[T, float], Coroutine[Any, Any, bool]],
+        answer: Callable[[T, float], Coroutine[Any, Any, Verdict]],
     ) -> None:
-        """Report eval/percent_correct, a fraction of 1, and with `eval_samples` eval/pass@k.
+        """Report eval/<rule>, a fraction of 1, for each rule of the verdicts.
 
-        `answers_right` answers a problem once, at that temperature.
+        With `eval_samples`, eval/sampled_<rule> and eval/pass@k by the rule of the reward follow;
+        pass@1 is the sampled accuracy. `answer` answers a problem once, at that temperature.
         """
         start, config = time.time(), self.config
-        once = await _gather(problems, lambda each: answers_right(each, config.eval_temperature))
-        metrics = {"eval/percent_correct": sum(once) / len(problems)}
+        once = await _gather(problems, lambda each: answer(each, config.eval_temperature))
+        metrics = {f"eval/{rule}": _mean(once, rule) for rule in once[0]}
         if sizes := ks(config.eval_samples):
             repeated = [problem for problem in problems for _ in range(config.eval_samples)]
-            answers = await _gather(repeated, lambda each: answers_right(each, config.temperature))
-            n = config.eval_samples
-            counts = [sum(answers[at : at + n]) for at in range(0, len(answers), n)]
+            answers = await _gather(repeated, lambda each: answer(each, config.temperature))
+            n, right = config.eval_samples, [verdict[RULE] for verdict in answers]
+            counts = [sum(right[at : at + n]) for at in range(0, len(right), n)]
             for k in sizes:
-                estimates = [pass_at_k(n, right, k) for right in counts]
+                estimates = [pass_at_k(n, count, k) for count in counts]
                 metrics[f"eval/pass@{k}"] = sum(estimates) / len(estimates)
+            rules = answers[0].keys() - {RULE}
+            metrics |= {f"eval/sampled_{rule}": _mean(answers, rule) for rule in sorted(rules)}
         self.eval_metrics += metrics.items()
         await self.evaluate_log(metrics, start_time=start, end_time=time.time())
 
@@ -145,11 +151,15 @@ class SingleTurnEnv(BaseEnv):
         await super().wandb_log(metrics)
 
 
+def _mean(answers: Sequence[Verdict], rule: str) -> float:
+    return sum(verdict[rule] for verdict in answers) / len(answers)
+
+
 async def _gather(
-    items: Sequence[T], answer: Callable[[T], Coroutine[Any, Any, bool]]
-) -> list[bool]:
+    items: Sequence[T], answer: Callable[[T], Coroutine[Any, Any, Verdict]]
+) -> list[Verdict]:
     """Answer every item, a bounded number at once, in order."""
-    answers: list[bool] = []
+    answers: list[Verdict] = []
     for at in range(0, len(items), CONCURRENT_EVALUATIONS):
         answers += await asyncio.gather(*map(answer, items[at : at + CONCURRENT_EVALUATIONS]))
     return answers

@@ -20,9 +20,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -34,10 +34,14 @@ from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records
 
+if TYPE_CHECKING:
+    from atropos_hpc.rollout.stamping import Sampled
+
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-NAMED = ("eval/pass@", "eval/length_mean")  # metrics that get the name of their environment
+# Metrics that get the name of their environment.
+NAMED = ("eval/pass@", "eval/length_mean", "eval/strict_", "eval/flexible_", "eval/sampled_")
 
 
 def next_due(conf: EvaluationConf, served: int, last: int, done: set[int]) -> int | None:
@@ -63,7 +67,7 @@ def numbers(metrics: Mapping[str, object]) -> dict[str, float | None]:
 
 
 def with_name(metrics: Mapping[str, float | None], name: str) -> dict[str, float | None]:
-    """Return pass@k and the mean length under the name of their environment.
+    """Return the metrics of `NAMED` under the name of their environment.
 
     >>> with_name({"eval/pass@4": 0.5, "eval/percent_correct": 0.25}, "sums")
     {'eval/sums/pass@4': 0.5, 'eval/percent_correct': 0.25}
@@ -72,6 +76,16 @@ def with_name(metrics: Mapping[str, float | None], name: str) -> dict[str, float
         f"eval/{name}/{key[5:]}" if key.startswith(NAMED) else key: value
         for key, value in metrics.items()
     }
+
+
+def mean_lengths(sampled: Sequence["Sampled"]) -> dict[str, float]:
+    """Return the mean number of tokens of the answers; of sampled ones apart from greedy ones."""
+    greedy = [len(each.tokens) for each in sampled if each.temperature == 0]
+    others = [len(each.tokens) for each in sampled if each.temperature != 0]
+    parts = {"eval/length_mean": greedy or others}
+    if greedy:
+        parts["eval/sampled_length_mean"] = others
+    return {name: sum(part) / len(part) for name, part in parts.items() if part}
 
 
 def as_evaluator(environment: type[Any]) -> type[Any]:
@@ -124,8 +138,7 @@ async def evaluate(env: Any, version: int, timeout_s: float) -> Evaluation:
     await env.wandb_log()
     versions = [version for each in sampled for version in each.versions]
     metrics = numbers(env.reported)
-    if sampled:
-        metrics["eval/length_mean"] = sum(len(each.tokens) for each in sampled) / len(sampled)
+    metrics |= mean_lengths(sampled)
     return Evaluation(
         version,
         metrics=metrics,

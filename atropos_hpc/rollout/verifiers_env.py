@@ -32,7 +32,7 @@ from atropos_hpc.contracts.messages import (
     TokenLogprob,
 )
 from atropos_hpc.contracts.scored_group import JsonObject
-from atropos_hpc.environments.single_turn import SingleTurnConfig, SingleTurnEnv
+from atropos_hpc.environments.single_turn import RULE, SingleTurnConfig, SingleTurnEnv, Verdict
 from atropos_hpc.rollout import verifiers_chat
 from atropos_hpc.rollout.server_pool import GENERATE
 from atropos_hpc.rollout.stamping import Sampled, record, record_generations
@@ -260,11 +260,11 @@ class VerifiersEnv(SingleTurnEnv):
             return
         start, rewards = time.time(), list[float]()
 
-        async def right(task: Any, temperature: float) -> bool:
+        async def play(task: Any, temperature: float) -> Verdict:
             rewards.append(await self._played(task, temperature))
-            return rewards[-1] >= self.config.right_from
+            return {RULE: rewards[-1] >= self.config.right_from}
 
-        await self.report_accuracy(self.held_out, right)
+        await self.report_accuracy(self.held_out, play)
         metrics = {"eval/reward": sum(rewards) / len(rewards)}
         self.eval_metrics += metrics.items()
         await self.evaluate_log(metrics, start_time=start, end_time=time.time())
