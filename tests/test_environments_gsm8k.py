@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc.environments.final_answer import final_number, is_right
+from atropos_hpc.environments.final_answer import (
+    final_number,
+    is_flexibly_right,
+    is_right,
+    is_strictly_right,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -75,6 +80,27 @@ def test_gsm8k_numbers_are_read_in_every_spelling(kind: str) -> None:
         if wanted is not None:
             assert is_right(text, f"#### {float(wanted)}"), text
             assert not is_right(text, f"#### {float(wanted) + 1}"), text
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("5 + 7 = 12\n#### 12", True, True),
+        ("#### 12 apples in 3 bags", True, False),
+        ("#### 1\n#### 12", True, True),
+        ("#### 11\nno, it is 12", False, True),
+        ("so \\boxed{12}", False, True),
+        ("The answer is 12.", False, True),
+        ("12 and 13", False, False),
+        ("####", False, False),
+        ("", False, False),
+    ],
+)
+def test_gsm8k_strict_accuracy_wants_the_marker_and_flexible_the_last_number(
+    text: str, strict: bool, flexible: bool
+) -> None:
+    assert is_strictly_right(text, "#### 12") is strict
+    assert is_flexibly_right(text, "#### 12") is flexible
 
 
 def test_gsm8k_other_mathematics_is_compared_within_bounds() -> None:

@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from atropos_hpc.environments.word_problems import ONE_STEP, TWO_STEPS, Numbers, generate
+from atropos_hpc.environments.word_problems import (
+    ONE_STEP,
+    TWO_STEPS,
+    Numbers,
+    WordProblemsConfig,
+    WordProblemsEnv,
+    generate,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -16,6 +23,11 @@ def test_the_same_seed_gives_the_same_problems_and_none_is_in_both_parts() -> No
     assert len(set(questions)) == 2500
     other_training, _ = generate(4, 2, 10, 2000, 500)  # the text decides the part, not the seed
     assert not {p["question"] for p in other_training} & {p["question"] for p in held_out}
+
+
+def test_the_config_of_the_class_has_the_options_of_word_problems() -> None:
+    config, _ = WordProblemsEnv.config_init()
+    assert isinstance(config, WordProblemsConfig) and config.largest == 10
 
 
 @pytest.mark.parametrize("template", range(len(ONE_STEP + TWO_STEPS)))

@@ -60,7 +60,8 @@ def made(
         append_step(run, step, STEP_S, phases, when, **scalars)
         append_record(run.activity, ActivitySample(when, states, tokens_per_s=80.0))
     for version, accuracy, served in ((0, 0.2, (0, 0)), (steps, 0.9 - kl_coef, (40, 40))):
-        line = Evaluation(version, accuracy, sequences=10, served=served, wall_s=1.0)
+        metrics: dict[str, float | None] = {"eval/environment/strict_accuracy": accuracy / 2}
+        line = Evaluation(version, accuracy, metrics, sequences=10, served=served, wall_s=1.0)
         append_record(run.evaluations, line)
     return run
 
@@ -92,7 +93,12 @@ def test_a_run_s_page_needs_no_other_file_and_marks_restarts(tmp_path: Path) -> 
         r'(src|href)="(?!data:)', page
     )
     assert all(width > 600 and height > 150 for width, height in sizes.values())
-    for said in ("<td>server-0-0</td>", "<td>attempt 1</td>", "0.200 to 0.899", "40 of 40"):
+    for said in (
+        "<td>server-0-0</td>",
+        "<td>attempt 1</td>",
+        "0.200 to 0.899",
+        "40 of 40",
+    ):
         assert said in page, said
 
 

@@ -23,7 +23,7 @@ from atropos_hpc.contracts.run_info import RunInfo  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
-from atropos_hpc.rollout.evaluation import next_due, numbers, with_name  # noqa: E402
+from atropos_hpc.rollout.evaluation import mean_lengths, next_due, numbers, with_name  # noqa: E402
 from atropos_hpc.rollout.prompt_draws import Drawer, PromptDraws  # noqa: E402
 from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
 from atropos_hpc.trajectories.decode import decode_json  # noqa: E402
@@ -248,6 +248,36 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers() -> None:
         chosen = [any(each) for each in combinations(answers, k)]
         assert pass_at_k(5, 2, k) == pytest.approx(sum(chosen) / len(chosen))
     assert ks(1) == [] and ks(6) == [1, 2, 4, 6]
+
+
+def test_each_rule_is_reported_for_greedy_and_for_sampled_answers() -> None:
+    from atropos_hpc.environments.gsm8k import verdict
+    from atropos_hpc.environments.single_turn import SingleTurnEnv
+
+    texts = {0.0: ["#### 2", "it is 3"], 1.0: ["it is 2", "2 or 3", "#### 3", "#### 3"]}
+    logged: dict[str, float] = {}
+
+    async def log(metrics: dict[str, float], **times: float) -> None:
+        logged.update(metrics)
+
+    async def answer(gold: str, temperature: float) -> Any:
+        return verdict(texts[temperature].pop(0), gold)
+
+    config = SimpleNamespace(eval_samples=2, eval_temperature=0.0, temperature=1.0)
+    env: Any = SimpleNamespace(config=config, eval_metrics=[], evaluate_log=log)
+    asyncio.run(SingleTurnEnv.report_accuracy(env, ["#### 2", "#### 3"], answer))
+    greedy = {"percent_correct": 1.0, "strict_accuracy": 0.5, "flexible_accuracy": 1.0}
+    sampled = {"sampled_strict_accuracy": 0.5, "sampled_flexible_accuracy": 0.75}
+    expected = {**greedy, **sampled, "pass@1": 0.75, "pass@2": 1.0}
+    assert logged == {f"eval/{name}": value for name, value in expected.items()}
+
+
+def test_the_mean_length_of_sampled_answers_is_apart_from_that_of_greedy_ones() -> None:
+    greedy = [Sampled((1, 2), (0, 0), temperature=0.0), Sampled((1,) * 4, (0, 0), temperature=0.0)]
+    sampled = [Sampled((1,) * 9, (0, 0), temperature=0.7)]
+    both = {"eval/length_mean": 3.0, "eval/sampled_length_mean": 9.0}
+    assert mean_lengths([*greedy, *sampled]) == both
+    assert mean_lengths(sampled) == {"eval/length_mean": 9.0} and mean_lengths([]) == {}
 
 
 def test_pass_at_k_and_the_length_have_the_name_of_their_environment() -> None:

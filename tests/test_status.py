@@ -72,7 +72,7 @@ def shown(run: RunDir) -> dict[str, Any]:
 
 def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None:
     run = made(tmp_path, pid=os.getpid())
-    append_record(run.evaluations, Evaluation(4, accuracy=0.5, sequences=10))
+    append_record(run.evaluations, Evaluation(4, 0.5, {"eval/environment/strict_accuracy": 0.25}))
     servers = [
         ServerState(name="server-0-0", version=PolicyVersion(version=6, attempt=1)),
         ServerState(name="server-0-1"),
@@ -91,7 +91,8 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
         "other": 0.125,
     }
     assert (
-        found["evaluation"] == {"version": 4, "accuracy": 0.5, "sequences": 10}
+        found["evaluation"]
+        == {"version": 4, "accuracy": 0.5, "sequences": 0, "metrics": {"strict_accuracy": 0.25}}
         and found["versions"]["served"] == 6
     )
     assert [(wait["member"], wait["what"]) for wait in found["waits"]] == [
@@ -109,7 +110,7 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
         "running",
         "step 7 of 10",
         "6 s left",
-        "0.500 at version 4",
+        "0.500 at version 4    strict_accuracy 0.25",
         "1 of 2 servers serve",
         "something is odd",
         "epoch 1, 90 drawn, 8 outstanding, 2 to be drawn again, 5 without signal",

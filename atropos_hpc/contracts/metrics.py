@@ -61,6 +61,16 @@ class Evaluation(Struct, frozen=True):
     error: str | None = None
 
 
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float | None]:
+    """Return the metrics of the run's first environment, by short name.
+
+    >>> evaluation_metrics(Evaluation(0, 0.5, {"eval/sums/pass@4": 0.75, "b/eval/x": 1.0}))
+    {'pass@4': 0.75}
+    """
+    metrics = evaluation.metrics.items()
+    return {name.rpartition("/")[2]: value for name, value in metrics if name.startswith("eval/")}
+
+
 class Reported(Struct, frozen=True):
     """What the experiment trackers were given: up to which step, and how many evaluations."""
 
@@ -144,6 +154,7 @@ class EvaluationSummary(Struct, frozen=True):
     version: int
     accuracy: float
     sequences: int
+    metrics: dict[str, float | None] = {}  # by short name
 
 
 class Summary(Struct, frozen=True):

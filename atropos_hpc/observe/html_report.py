@@ -50,6 +50,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=loader, **options)  # type: ignore[arg-type]
     environment.filters |= {"number": number, "duration": duration, "local": _local}
     environment.filters["short"] = history.short_key
+    environment.filters["value_in"] = lambda name, values: values.get(name)
     environment.globals["now"] = time.time
     return environment.get_template("report.html.j2")
 
@@ -76,7 +77,8 @@ def _run_values(run: History, row: PointStatus) -> dict[str, object]:
     return {
         "run": run,
         "point": row,
-        "summary": summarize(RunDir(run.path)),
+        "summary": (summary := summarize(RunDir(run.path))),
+        "rules": list(dict.fromkeys(name for e in summary.evaluations for name in e.metrics)),
         "shares": status.time_shares(run.lines),
         "about": _describe(run.config),
         "created": info.created if info is not None else 0.0,

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from atropos_hpc.contracts.metrics import evaluation_metrics
 from atropos_hpc.observe import history
 from atropos_hpc.observe.history import ConfigValue, History, RunGroups, Values
 from atropos_hpc.observe.timeline import MAX_INTERVAL_S
@@ -112,6 +113,9 @@ def learning(run: History) -> Figure | None:
         return None
     if run.evaluations:
         versions = np.array([each.version for each, _ in run.evaluations], float)
+        for rule, color in (("strict_accuracy", GREEN), ("flexible_accuracy", PURPLE)):
+            values = [evaluation_metrics(each).get(rule) for each, _ in run.evaluations]
+            draw_curve(axes, versions, np.array(values, float), color, rule.replace("_", " "))
         accuracies = np.array([accuracy for _, accuracy in run.evaluations])
         draw_curve(axes, versions, accuracies, ORANGE, "accuracy, held out")
         label = f"{accuracies[-1]:.3f}  "

@@ -13,7 +13,13 @@ from pathlib import Path
 import msgspec
 
 from atropos_hpc.contracts.members import AttemptRecord, Done, Holder
-from atropos_hpc.contracts.metrics import Evaluation, EvaluationSummary, StepMetrics, SweepPoint
+from atropos_hpc.contracts.metrics import (
+    Evaluation,
+    EvaluationSummary,
+    StepMetrics,
+    SweepPoint,
+    evaluation_metrics,
+)
 from atropos_hpc.contracts.status import PointStatus, RunState
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import DEAD_S
@@ -215,10 +221,17 @@ def configured_steps(run: RunDir) -> int | None:
 
 def last_evaluation(run: RunDir) -> EvaluationSummary | None:
     """Return the last evaluation that has an accuracy."""
-    for each in reversed(last_records(run.evaluations, Evaluation, RECENT)):
-        if each.accuracy is not None:
-            return EvaluationSummary(each.version, each.accuracy, each.sequences)
-    return None
+    found = summarized(last_records(run.evaluations, Evaluation, RECENT))
+    return found[-1] if found else None
+
+
+def summarized(evaluations: Iterable[Evaluation]) -> list[EvaluationSummary]:
+    """Return what a summary repeats of the evaluations that have an accuracy."""
+    return [
+        EvaluationSummary(each.version, each.accuracy, each.sequences, evaluation_metrics(each))
+        for each in evaluations
+        if each.accuracy is not None
+    ]
 
 
 def mean(lines: Iterable[StepMetrics], name: str) -> float | None:

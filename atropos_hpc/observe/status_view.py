@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atropos_hpc.contracts.members import AgentState, EnvironmentState, TrainerState
+from atropos_hpc.contracts.metrics import EvaluationSummary
 from atropos_hpc.contracts.status import ENDED, MemberStatus, RunStatus, Status, SweepStatus
 from atropos_hpc.observe.report import best, varying
 from atropos_hpc.observe.status import served_version
@@ -138,15 +139,21 @@ def _prompts(status: RunStatus) -> dict[str, str]:
     return {f"prompts of {name}": row(name) for name in names}
 
 
+def _evaluation(evaluation: EvaluationSummary | None) -> str:
+    if evaluation is None:
+        return "-"
+    others = [f"{name} {number(value)}" for name, value in evaluation.metrics.items()]
+    return "    ".join([f"{evaluation.accuracy:.3f} at version {evaluation.version}", *others])
+
+
 def _metrics(status: RunStatus) -> Table:
     def metric(name: str) -> str:
         return number(status.metrics.get(name))
 
-    evaluation, versions = status.evaluation, status.versions
-    accuracy = f"{evaluation.accuracy:.3f} at version {evaluation.version}" if evaluation else "-"
-    shares = status.time_shares.items()
+    versions, shares = status.versions, status.time_shares.items()
     rows = {
-        "reward": f"{metric('reward')}    held-out accuracy {accuracy}",
+        "reward": metric("reward"),
+        "held-out accuracy": _evaluation(status.evaluation),
         "KL to the reference": f"{metric('kl_reference')}    entropy {metric('entropy')}    "
         f"response length {metric('response_length_mean')} tokens",
         "staleness": f"{metric('staleness_mean')} versions on average, {metric('staleness_max')} "

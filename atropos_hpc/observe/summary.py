@@ -11,7 +11,7 @@ from atropos_hpc.contracts.metrics import (
     StepMetrics,
     Summary,
 )
-from atropos_hpc.observe.report import attempts
+from atropos_hpc.observe.report import attempts, summarized
 from atropos_hpc.runtime.run_dir import RunDir, read_intact, read_records
 
 
@@ -53,12 +53,7 @@ def _attempt_record(directory: Path) -> AttemptRecord | None:
 
 def evaluation_summaries(run: RunDir) -> list[EvaluationSummary]:
     """Return the evaluations that have an accuracy."""
-    found = read_records(run.evaluations, Evaluation)
-    return [
-        EvaluationSummary(each.version, each.accuracy, each.sequences)
-        for each in found
-        if each.accuracy is not None
-    ]
+    return summarized(read_records(run.evaluations, Evaluation))
 
 
 def _phases(steps: Sequence[StepMetrics]) -> dict[str, PhaseTotal]:
