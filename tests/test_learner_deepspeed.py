@@ -1,5 +1,6 @@
 """The DeepSpeed backend: ZeRO 1, 2 and 3 agree with verl's FSDP2."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ pytest.importorskip("deepspeed")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, train, whole  # noqa: E402
+from learner_ranks import MAX_LENGTH, on_ranks, one_batch, same, state_of, train, whole  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
@@ -223,6 +224,31 @@ def test_bfloat16_keeps_float32_for_the_optimizer(small_model: Path) -> None:
         and kept == {torch.float32}
         and all(m["grad_norm"] > 0 for m in metrics)
     )
+
+
+def over_a_bad_step(rank: int, world: int, path: Path, stage: int, dtype: str) -> Any:
+    """What a step whose loss is NaN changes and reports, and then a good one."""
+    backend = backend_of(path, stage, dtype)
+    train(backend, 1)
+    before = whole(backend.state_dict()["model"])
+    moments = [whole(each) for each in backend.state_dict()["optimizer"].values()]
+    norm = backend.update(one_batch(backend), 1, kl_coef=float("nan"))["grad_norm"]
+    kept = same(before, whole(backend.state_dict()["model"]))
+    after = [whole(each) for each in backend.state_dict()["optimizer"].values()]
+    kept = kept and all(map(same, moments, after))
+    next_norm = train(backend, 1)[0]["grad_norm"]
+    return norm, kept, next_norm, same(before, whole(backend.state_dict()["model"]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16")]
+)
+def test_a_non_finite_gradient_is_a_skipped_step_as_with_the_other_backend(
+    small_model: Path, stage: int, dtype: str
+) -> None:
+    for norm, kept, next_norm, stuck in on_ranks(2, over_a_bad_step, small_model, stage, dtype):
+        assert not math.isfinite(norm) and kept, "the weights and moments are unchanged"
+        assert 0 < next_norm < math.inf and not stuck
 
 
 def test_deepspeeds_json_is_passed_on_below_what_the_run_decides() -> None:

@@ -38,6 +38,7 @@ from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import group_host, keep_to_interface
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, last_records
+from atropos_hpc.runtime.signed_objects import sign_object_collectives
 from atropos_hpc.runtime.sizing import GIB, free_memory, recomputes_activations
 from atropos_hpc.runtime.waiting import wait_for
 
@@ -123,6 +124,7 @@ def join(run: RunDir, member: Member[TrainerState], host: str, timeout_s: float)
     import torch
     import torch.distributed as dist
 
+    sign_object_collectives(run.token())
     rank, world = member.state.rank, _variable("WORLD_SIZE", "SLURM_NTASKS", "1")
     store: dist.Store
     # Ranks load and wait at different speeds; a lost rank ends the Slurm step anyway.

@@ -48,6 +48,9 @@ from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
 from atropos_hpc.policy import lora
 from atropos_hpc.policy.manifest import BadVersion, read_manifest
 from atropos_hpc.policy.shard_buffer import tensors_of
+from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.signed_objects import sign_object_collectives
+from atropos_hpc.runtime.token_check import RUN_DIR
 
 log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has the handler
 
@@ -243,3 +246,6 @@ class WorkerExtension:
 
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, DiskEngine)
+
+if RUN_DIR in os.environ:  # before the worker joins the group of a server's workers
+    sign_object_collectives(RunDir(Path(os.environ[RUN_DIR])).token())
