@@ -105,6 +105,55 @@ def test_a_max_length_above_the_models_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a cache of the hub in which a/cached allows 16 tokens."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hub"
+    snapshot = home / "models--a--cached" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (home / "models--a--cached" / "refs").mkdir()
+    (home / "models--a--cached" / "refs" / "main").write_text("0")
+    content = {"model_type": "qwen3", "max_position_embeddings": 16}
+    (snapshot / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setenv("HF_HUB_CACHE", str(home))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return home
+
+
+@pytest.mark.parametrize(("max_length", "fits"), [(16, True), (17, False)])
+def test_a_max_length_above_that_of_a_cached_hub_model_is_refused_without_the_network(
+    hub_cache: Path, max_length: int, fits: bool
+) -> None:
+    config = composed("model.path=a/cached", f"model.max_length={max_length}")
+    says = "model.max_length: 17 tokens exceed the model's 16 (max_position_embeddings)"
+    assert [str(each) for each in preflight._model_files(config)] == ([] if fits else [says])
+
+
+def test_a_max_length_above_that_of_a_hub_model_is_refused_when_its_config_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print_config = "import json; print(json.dumps({'text_config': {'max_position_embeddings': 9}}))"
+    monkeypatch.setattr(role_environment, "LOAD_MODEL", print_config)
+    found = found_by_preflight(composed("model.path=not/cached"), tmp_path / "run")
+    assert found == ["model.max_length: 32 tokens exceed the model's 9 (max_position_embeddings)"]
+
+
+@pytest.mark.verl
+def test_a_max_length_above_the_models_ends_a_process_that_loads_it_with_the_key(
+    hub_cache: Path,
+) -> None:
+    from atropos_hpc.config import ModelConf
+    from atropos_hpc.runtime.position_limit import require_positions
+
+    path = str(hub_cache / "models--a--cached" / "snapshots" / "0")
+    require_positions(ModelConf(path=path, max_length=16))
+    with pytest.raises(ValueError, match=r"model\.max_length: 17 tokens exceed the model's 16"):
+        require_positions(ModelConf(path=path, max_length=17))
+
+
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     assert any(line.startswith("run_dir: ") for line in found_by_preflight(composed(), tmp_path))

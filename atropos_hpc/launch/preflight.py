@@ -5,7 +5,6 @@ Python environments, the model, the environment classes, and what the cluster of
 are found in one pass, each with the key to change.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,7 @@ from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import cluster_check, role_environment, service_check, storage_check
 from atropos_hpc.launch.slurm import sbatch_checks
-from atropos_hpc.launch.steps import trainer_python
-from atropos_hpc.runtime import masking
+from atropos_hpc.runtime import masking, position_limit
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import Problem, problems
 
@@ -83,9 +81,7 @@ def _trainer_role(config: Config, wrong: frozenset[str], imports: bool) -> list[
         return found
     if model.path is None or wrong & {"model.path", "model.max_length"}:
         return []
-    setup = role_environment.setup_lines(config, role)
-    python = trainer_python(config)
-    return role_environment.check_model(python, setup, model.path, model.trust_remote_code)
+    return role_environment.check_model(config)
 
 
 def _rollout_role(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:
@@ -183,20 +179,18 @@ def _model_files(config: Config) -> Iterator[Problem]:
             yield Problem("model.make", f"there is no module {model.make}")
         return
     path = Path(model.path).expanduser()
-    is_hub_name = model.path.count("/") == 1 and not model.path.startswith((".", "/", "~"))
-    if not path.exists():
-        if not is_hub_name:
-            yield Problem("model.path", f"there is no {path}")
+    on_hub = position_limit.is_hub_name(model.path)
+    if not path.exists() and not on_hub:
+        yield Problem("model.path", f"there is no {path}")
+        return
+    if (file := position_limit.config_file(model.path)) is None:
         return
     try:
-        limit = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
+        excess = position_limit.excess(model.max_length, position_limit.read(file))
     except (OSError, ValueError) as error:
         yield Problem("model.path", f"{path} has no readable config.json: {error}")
         return
-    if limit is not None and model.max_length > limit:
-        yield Problem(
-            "model.max_length",
-            f"{model.max_length} tokens exceed the model's {limit} (max_position_embeddings)",
-        )
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if excess is not None:
+        yield Problem(position_limit.KEY, excess)
+    if not on_hub and not any((path / name).exists() for name in TOKENIZER_FILES):
         yield Problem("model.path", f"{path} has no tokenizer")

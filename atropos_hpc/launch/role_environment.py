@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import subprocess
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,7 @@ from atropos_hpc import resources
 from atropos_hpc.config import Config, EnvironmentConf, RoleConf
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch.steps import rollout_python, trainer_python
-from atropos_hpc.runtime import environment
+from atropos_hpc.runtime import environment, position_limit
 from atropos_hpc.validate import Problem
 
 CHECK_TIMEOUT_S = 300.0
@@ -55,10 +56,12 @@ if not wrong:
     runpy.run_module("atropos_hpc.rollout.env_worker", run_name="__main__", alter_sys=True)
 """
 LOAD_MODEL = """
-import sys
+import json, sys
 from transformers import AutoConfig, AutoTokenizer
-AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
+loaded = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
 AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
+print()
+print(json.dumps(loaded.to_dict(), default=str))
 """
 Modules = dict[str, tuple[tuple[str, ...], str]]
 
@@ -126,18 +129,30 @@ def _unusable(role: str, python: str, wrong: list[str]) -> Problem:
     return Problem(f"roles.{role}.python", reason)
 
 
+def check_model(config: Config) -> list[Problem]:
+    """Load the model's config and tokenizer in the trainer's interpreter."""
+    model, setup = config.model, setup_lines(config, config.roles.trainer)
+    assert model.path is not None
+    loaded = _load_model(trainer_python(config), setup, model.path, model.trust_remote_code)
+    if isinstance(loaded, str):
+        return [Problem("model.path", loaded)]
+    excess = position_limit.excess(model.max_length, loaded)
+    return [Problem(position_limit.KEY, excess)] if excess else []
+
+
 @functools.cache
-def check_model(
+def _load_model(
     python: str, setup: tuple[str, ...], path: str, trust_remote_code: bool
-) -> list[Problem]:
-    """Load a model's config and tokenizer in the trainer's interpreter."""
+) -> dict[str, Any] | str:
+    """Return the model's config, or what is wrong."""
     try:
         done = _run(setup, python, "-c", LOAD_MODEL, path, str(trust_remote_code))
     except (OSError, subprocess.SubprocessError) as error:
-        return [Problem("model.path", f"could not be checked: {error}")]
-    if done.returncode == 0:
-        return []
-    return [Problem("model.path", f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}")]
+        return f"could not be checked: {error}"
+    if done.returncode:
+        return f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}"
+    found: dict[str, Any] = json.loads(_last_line(done.stdout, "{}"))
+    return found
 
 
 def check_environment(

@@ -36,6 +36,7 @@ from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import group_host, keep_to_interface
+from atropos_hpc.runtime.position_limit import require_positions
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, last_records
 from atropos_hpc.runtime.signed_objects import sign_object_collectives
@@ -236,6 +237,7 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
+    require_positions(config.model)
     trainer = replace(
         config.trainer, gradient_checkpointing=recompute_activations(config, free_memory())
     )

@@ -23,6 +23,7 @@ from atropos_hpc.rollout.vllm_api import serve, version_flags
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.devices import require_gpus
 from atropos_hpc.runtime.network import LOOPBACK, keep_to_interface, own_host
+from atropos_hpc.runtime.position_limit import require_positions
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.token_check import RUN_DIR, TokenGuard
 
@@ -117,14 +118,15 @@ def main() -> None:
 
     config = RunDir(options.run_dir).config()
     rollout, model = config.rollout, config.model
-    try:
-        require_gpus("rollout", config.roles.rollout.gpus_per_node)
-    except ValueError as error:
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(process.REFUSED)
     host = own_host(config.cluster.host)
     keep_to_interface(LOOPBACK)  # of vLLM's own processes, which are all on this node
     os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
+    try:
+        require_gpus("rollout", config.roles.rollout.gpus_per_node)
+        require_positions(model)
+    except ValueError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(process.REFUSED)
     # Servers that sample with the same seed would give groups of the same noise.
     seed = zlib.crc32(
         f"{config.seed} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode()

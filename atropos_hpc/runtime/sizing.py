@@ -17,12 +17,12 @@ the same peaks, so they guard the fit and do not validate it. Leave a tenth free
 and libraries.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config, micro_batch_tokens
+from atropos_hpc.runtime import position_limit
 
 MASTER, COMPUTE = 4, 2  # bytes of a float32 and of a bfloat16
 TRAINED = 4 * MASTER  # weight, gradient, two moments
@@ -112,8 +112,8 @@ def sizes(model: dict[str, Any]) -> Sizes:
 def sizes_of(config: Config) -> Sizes | None:
     """Read the sizes of the config's model; None without a config.json of that kind."""
     try:
-        path = Path(config.model.path or "", "config.json").expanduser()
-        return sizes(json.loads(path.read_text()))
+        path = position_limit.config_file(config.model.path or "")
+        return sizes(position_limit.read(path)) if path else None
     except (OSError, ValueError, KeyError):
         return None
 
