@@ -135,7 +135,7 @@ gpu-check:
 	.venv/bin/python -m bench.gpu --rollout-python $(CURDIR)/.venv-rollout/bin/python \
 		$(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
-bench: setup apt $(if $(filter-out end_to_end,$(NAME)),,$(TRL))
+bench: setup apt $(if $(filter-out end_to_end real_model,$(NAME)),,$(TRL))
 	.venv/bin/python -m bench $(NAME)
 
 # Random faults against a live run, summarised over all calls. SEED: one number or a range. MINUTES:

@@ -16,12 +16,8 @@ The result also has what bounds each side: seconds of a step by part, and CPU se
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +26,11 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.runtime.run_dir import RunDir, read_records
+from bench.parts.processes import TRL, run
 from bench.result import Result
 
 STEPS, KEEP, SEED = 120, 5, 0
 BAR = 0.85  # held-out accuracy
-ROOT = Path(__file__).resolve().parent.parent
-TRL = ROOT / ".venv-trl" / "bin" / "python"
-TICK_S, TIMEOUT_S = 0.5, 1800.0
 
 
 @dataclass
@@ -63,7 +57,8 @@ def run_atropos_hpc(scratch: Path) -> Side:
         "evaluation.before=false",
         "evaluation.after=false",
     ]
-    start, cpu = run([sys.executable, "-m", "atropos_hpc.train", *overrides], scratch / "ours.log")
+    command = [sys.executable, "-m", "atropos_hpc.train", *overrides]
+    ran = run(command, scratch / "ours.log")
     lines = read_records(RunDir(directory).metrics, StepMetrics)[1:]
     phases = {
         name: sum(line.phases.get(name, 0.0) for line in lines) / len(lines)
@@ -82,7 +77,7 @@ def run_atropos_hpc(scratch: Path) -> Side:
         for step, path in versions.items()
         if step and step % KEEP == 0
     }
-    return Side("atropos_hpc", start, ends, kept, phases, cpu)
+    return Side("atropos_hpc", ran.start, ends, kept, phases, ran.cpu)
 
 
 def run_trl(scratch: Path, base: Path) -> Side:
@@ -111,72 +106,17 @@ def run_trl(scratch: Path, base: Path) -> Side:
         str(Path(__file__).parent / "trl" / "grpo.py"),
         *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
     ]
-    start, cpu = run(command, scratch / "trl.log")
+    ran = run(command, scratch / "trl.log")
     times = json.loads((out / "times.json").read_text())
     parts = {name: seconds / STEPS for name, seconds in times["seconds"].items()}
     kept = {step: [out / f"weights-{step}.safetensors"] for step in range(KEEP, STEPS + 1, KEEP)}
-    return Side(
-        "TRL", start, {int(step): end for step, end in times["steps"].items()}, kept, parts, cpu
-    )
+    ends = {int(step): end for step, end in times["steps"].items()}
+    return Side("TRL", ran.start, ends, kept, parts, ran.cpu)
 
 
 def composed() -> Config:
     """Compose the config of experiment=arithmetic_cpu."""
     return hydra_api.compose([f"seed={SEED}", "experiment=arithmetic_cpu"])
-
-
-def run(command: list[str], log: Path) -> tuple[float, dict[str, float]]:
-    """Run a command. Returns the Unix time of its start, and CPU seconds by program."""
-    start = time.time()
-    seen: dict[int, tuple[str, float]] = {}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        while process.poll() is None:
-            if time.time() - start > TIMEOUT_S:
-                process.kill()
-            seen.update(descendants(process.pid))
-            time.sleep(TICK_S)
-    if process.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}"
-        )
-    cpu: Counter[str] = Counter()
-    for name, seconds in seen.values():
-        cpu[name] += seconds
-    return start, dict(cpu)
-
-
-def descendants(root: int) -> dict[int, tuple[str, float]]:
-    """Return {pid: (program, CPU seconds so far)} of a process and its descendants."""
-    parents, found = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # gone meanwhile
-                continue
-            name = (
-                arguments[arguments.index("-m") + 1]
-                if "-m" in arguments
-                else Path(arguments[min(1, len(arguments) - 1)]).name
-            )
-            parents[int(entry.name)] = int(fields[1])
-            found[int(entry.name)] = (
-                name,
-                (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"),
-            )
-
-    def below(pid: int) -> bool:
-        return pid == root or (pid in parents and below(parents[pid]))
-
-    return {pid: what for pid, what in found.items() if below(pid)}
 
 
 def evaluate(side: Side, base: Path) -> dict[int, float]:

@@ -249,6 +249,7 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
         config.seed,
         reference=config.algorithm.needs_reference,
     )
+    process.return_freed_memory()
     checkpoints = Checkpoints(run, trainer.keep_checkpoints, trainer.keep_checkpoints_every)
     state = TrainState(kl_coef=config.algorithm.kl_coef)
     checkpoints.load_latest(backend, state)

@@ -232,6 +232,16 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def return_freed_memory() -> None:
+    """Return freed memory to the system, which glibc keeps otherwise; elsewhere, do nothing.
+
+    Loading a model leaves as much again: 0.9 GB of 2.4 for 135M parameters.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def dump_stacks_on_request() -> None:
     """Dump the stack traces of all threads to stderr on USR1, even while stuck in C code."""
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)

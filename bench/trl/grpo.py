@@ -1,12 +1,14 @@
-"""Run TRL's GRPOTrainer on the arithmetic task, for bench/end_to_end.py.
+"""Run TRL's GRPOTrainer, for bench/end_to_end.py and bench/real_model.py.
 
     .venv-trl/bin/python bench/trl/grpo.py --base DIR --out DIR --steps N --batch N --group N \\
-        --learning-rate X --kl X --clip X --seed N --keep N
+        --learning-rate X --kl X --clip X --seed N --keep N [--problems FILE --tokens N --micro N]
 
-Everything that `experiment=arithmetic_cpu` sets is the same: base, reward, prompts and their order,
-batch, group size, AdamW, KL to the base, float32. A step is one generation of the whole batch and
-one forward and backward pass over it, the fastest that TRL offers for sequences this short. It
-generates with transformers, because TRL drives no vLLM on a CPU. torch uses all cores.
+Base, reward, prompts and their order, batch, group size, AdamW and KL to the base are those of the
+other side. Without --problems, the task is that of `experiment=arithmetic_cpu`, in float32, and a
+step is one forward and backward pass over the whole batch, the fastest for sequences this short.
+With --problems, JSON lines of prompts and GSM8K's answers, float32 weights are trained in bfloat16
+autocast, --micro sequences at a time, with TRL's default of gradient checkpointing. TRL generates
+with transformers, because it drives no vLLM on a CPU. torch uses all cores.
 
 Writes to --out: weights-<step>.safetensors every --keep steps, and times.json: {"start", "steps":
 {step: Unix time}, "seconds": {part: s}}.
@@ -30,6 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from atropos_hpc.environments.addition import ANSWER_TOKENS, encode, problems  # of no third package
+from atropos_hpc.environments.final_answer import is_right
 
 # Parts of a step, by methods of GRPOTrainer. `_get_per_token_logps_and_entropies` is called for the
 # reference and in the loss. The rest of a step is scoring, bookkeeping and the data loader.
@@ -43,6 +46,18 @@ PARTS = {
 def exact(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
     """The environment's reward: 1 for the exact answer, newline included."""
     return [float(ids == encode(right)) for ids, right in zip(completion_ids, answer, strict=True)]
+
+
+def right_number(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """GSM8K's reward: 1 for the right final number."""
+
+    def score(text: str, right: str) -> float:
+        try:
+            return float(is_right(text, right))
+        except ImportError:  # math-verify is not installed here, and only reads roots and the like
+            return 0.0
+
+    return [score(text, right) for text, right in zip(completions, answer, strict=True)]
 
 
 class Recorder(TrainerCallback):
@@ -95,28 +110,35 @@ def main() -> None:
         ("clip", float),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument("--problems", type=Path)
+    parser.add_argument("--tokens", type=int, default=ANSWER_TOKENS)
+    parser.add_argument("--micro", type=int)
     asked = parser.parse_args()
-    order, training = random.Random(asked.seed), problems(held_out=False)
-    drawn = [
-        order.choice(training) for _ in range(asked.steps * asked.batch // asked.group)
-    ]  # as the environment draws them
+    prompts, real = asked.steps * asked.batch // asked.group, asked.problems is not None
+    if real:
+        rows = [json.loads(line) for line in asked.problems.read_text().splitlines()[:prompts]]
+    else:
+        order, training = random.Random(asked.seed), problems(held_out=False)
+        drawn = [order.choice(training) for _ in range(prompts)]  # as the environment draws them
+        rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in drawn]
+    micro = asked.micro or asked.batch
     conf = GRPOConfig(
         output_dir=str(asked.out),
         seed=asked.seed,
         use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
+        bf16=real,
+        **({} if real else {"activation_checkpointing": False}),
         report_to="none",
         save_strategy="no",
         logging_steps=20,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         max_steps=asked.steps,
-        per_device_train_batch_size=asked.batch,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=asked.batch // micro,
         shuffle_dataset=False,
         num_generations=asked.group,
-        max_completion_length=ANSWER_TOKENS,
+        max_completion_length=asked.tokens,
         temperature=1.0,
         loss_type="dapo",
         scale_rewards="group",
@@ -130,11 +152,9 @@ def main() -> None:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(asked.base, dtype="float32"),
         processing_class=AutoTokenizer.from_pretrained(asked.base),
-        reward_funcs=exact,
+        reward_funcs=right_number if real else exact,
         args=conf,
-        train_dataset=Dataset.from_list(
-            [{"prompt": problem.prompt, "answer": problem.answer} for problem in drawn]
-        ),
+        train_dataset=Dataset.from_list(rows),
     )
     seconds: Counter = Counter()
     timed(trainer, seconds)
