@@ -42,7 +42,7 @@ def run(staleness: int, directory: Path) -> dict[str, Any]:
         "waiting share": sum(step.phases["wait"] for step in steps) / wall,
         "s per step": wall / len(steps),
         "stale sequences": int(total("stale_sequences")),
-        "mean staleness": total("staleness_mean") / len(steps),
+        "mean staleness": total("off_policy/staleness_mean") / len(steps),
         "dropped as stale": int(steps[-1].get("dropped_as_stale") or 0),
         "sequences": int(total("sequences")),
     }

@@ -30,7 +30,7 @@ ROUNDS = 7
 KINDS = ("agent", "environment")
 # As long a line as the learner's.
 SCALARS: dict[str, float | None] = {f"scalar_{n}": 0.123456789 * n for n in range(36)}
-SCALARS |= {"reward": 0.5, "tokens": 1e5}
+SCALARS |= {"reward/mean": 0.5, "tokens": 1e5}
 
 
 def made(path: Path, steps: int, members: int) -> Path:

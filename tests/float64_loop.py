@@ -209,9 +209,10 @@ def expected(
             "kl_reference",
             "clip_fraction",
             "ppo_kl",
-            "mismatch_mean",
-            "mismatch_kl",
-            "mismatch_chi2",
+            "off_policy/abs_log_ratio_mean",
+            "off_policy/kl",
+            "off_policy/mean_ratio",
+            "off_policy/chi2",
         ),
         0.0,
     )
@@ -271,9 +272,10 @@ def expected(
             ("kl_reference", kl_of("k3", log_prob, ref)),
             ("clip_fraction", (clipped > free).double()),
             ("ppo_kl", old - log_prob),
-            ("mismatch_mean", (behaviour - log_prob).abs()),
-            ("mismatch_kl", behaviour - log_prob),
-            ("mismatch_chi2", (2 * (log_prob - behaviour)).exp() - 1),
+            ("off_policy/abs_log_ratio_mean", (behaviour - log_prob).abs()),
+            ("off_policy/kl", behaviour - log_prob),
+            ("off_policy/mean_ratio", (log_prob - behaviour).exp()),
+            ("off_policy/chi2", (2 * (log_prob - behaviour)).exp() - 1),
         ):
             sums[name] += float(values[mask].detach().sum())
     loss.backward()

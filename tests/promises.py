@@ -104,8 +104,8 @@ def violations(started: Started, steps: int) -> list[str]:
         reward = math.fsum(float(score) for group in groups for score in group.scores) / sequences
         versions = [pair for group in groups for pair in group.policy_versions if pair is not None]
         check(
-            abs(line.scalars["reward"] - reward) < 1e-6,
-            f"step {line.step}: trained on rewards of {line.get('reward')}, its batch has {reward}",
+            abs(line.scalars["reward/mean"] - reward) < 1e-6,
+            f"step {line.step}: trained on other rewards than its batch's, {reward}",
         )
         check(
             line.get("tokens") == sum(len(group.tokens) for group in groups),
@@ -121,12 +121,12 @@ def violations(started: Started, steps: int) -> list[str]:
         )
         mean = math.fsum(number - oldest for oldest, _ in versions) / max(1, len(versions))
         check(
-            abs(line.scalars["staleness_mean"] - mean) < 1e-6,
+            abs(line.scalars["off_policy/staleness_mean"] - mean) < 1e-6,
             f"step {line.step}: staleness of another batch",
         )
         check(
-            line.scalars["mismatch_mean"] < WORST_MISMATCH,
-            f"step {line.step}: the servers' log-probs are off by {line.get('mismatch_mean')}",
+            line.scalars["off_policy/abs_log_ratio_mean"] < WORST_MISMATCH,
+            f"step {line.step}: the servers' log-probs are off",
         )
     check(
         read_json(started.run.checkpoints / "latest.json").get("step") == steps,

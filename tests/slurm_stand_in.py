@@ -67,7 +67,7 @@ def learner(path: Path) -> int:
             return 75
         if rank == 0 and roster.members(AgentState):
             step += 1
-            scalars = {"reward": step / conf.steps}
+            scalars = {"reward/mean": step / conf.steps}
             line = StepMetrics(step, step, run.attempt(), time.time(), STEP_S, {}, scalars)
             append_record(run.metrics, line)
             if step % conf.checkpoint_every == 0:

@@ -23,7 +23,7 @@ def point(directory: Path, num: int, job: str | None = "7") -> SweepPoint:
 def trained(row: SweepPoint, steps: int, reward: float, accuracy: float | None = None) -> RunDir:
     run = RunDir(Path(row.run_dir))
     for step in range(1, steps + 1):
-        append_step(run, step, reward=reward, kl_reference=0.01 * step)
+        append_step(run, step, **{"reward/mean": reward, "kl_reference": 0.01 * step})
     if accuracy is not None:
         append_record(run.evaluations, Evaluation(steps, accuracy=accuracy, sequences=10))
     return run
@@ -65,7 +65,7 @@ def test_the_state_follows_from_job_attempt_and_done_file(
 def test_reward_and_kl_are_means_over_the_last_tenth_of_the_steps(tmp_path: Path) -> None:
     row = point(tmp_path, 0)
     run = trained(row, 19, reward=0.0)
-    append_step(run, 20, reward=1.0, kl_reference=0.21)
+    append_step(run, 20, **{"reward/mean": 1.0, "kl_reference": 0.21})
     found = report.point_status(row, {})
     assert (found.reward, found.kl, found.step) == (
         pytest.approx(0.5),

@@ -161,16 +161,16 @@ def test_statistics_are_of_all_ranks() -> None:
             "tokens": 13,
             "trained_tokens": 7,
             "first_tokens": 1,
-            "reward_mean": 1.0,
-            "reward_std": np.std([1, 0, 2, 1, 1]),
+            "reward/mean": 1.0,
+            "reward/std": np.std([1, 0, 2, 1, 1]),
             "length_mean": 2.6,
             "length_max": 4,
             "response_length_mean": 7 / 4,
             "truncated_fraction": 0.2,
             "zero_advantage_groups": 1,
             "without_log_probs": 4,
-            "staleness_mean": 1.0,
-            "staleness_max": 2,
+            "off_policy/staleness_mean": 1.0,
+            "off_policy/staleness_max": 2,
             "stale_sequences": 1,
             "biased_sequences": 2,
         }
@@ -308,7 +308,7 @@ def test_what_is_rejected_weighs_nothing_and_no_more_than_that() -> None:
         [1.2, 1.2, 0, 1.2, 1, 1]
     ), "unknown: 1"
     assert (batch.tensors["response_mask"].values() == mask).all() and metrics[
-        "rejected_fraction"
+        "off_policy/rejected_fraction"
     ] == pytest.approx(1 / 6)
     assert correct(batch, CorrectionConf()) == {}
 

@@ -174,18 +174,18 @@ def test_every_step_is_trained_published_measured_and_acknowledged(uninterrupted
     lines = step_metrics(run)
     assert [line.step for line in lines] == list(range(1, STEPS + 1))
     for key in (
-        "reward",
+        "reward/mean",
         "kl_reference",
         "entropy",
         "grad_norm",
         "clip_fraction",
-        "staleness_mean",
+        "off_policy/staleness_mean",
         "length_mean",
     ):
         assert all(key in line.scalars for line in lines), key
     for phase in ("wait", "update", "publish"):
         assert all(line.phases[phase] >= 0 for line in lines), phase
-    assert all(line.scalars["tokens_per_s"] > 0 and line.step_s > 0 for line in lines)
+    assert all(line.scalars["perf/throughput"] > 0 and line.step_s > 0 for line in lines)
     assert lines[0].scalars["kl_reference"] == 0 and lines[-1].scalars["kl_reference"] > 0
     assert weights(run)[0] == STEPS and read_json(run.done) == {"version": STEPS}
     assert read_json(run.checkpoints / "latest.json")["step"] == STEPS
@@ -299,7 +299,10 @@ def test_two_ranks_take_the_same_steps(
             run.logs / "trainer-0.log", 40
         )
     for one, two in zip(scalars(uninterrupted), scalars(run), strict=True):
-        assert two["reward"] == one["reward"] and two["trained_tokens"] == one["trained_tokens"]
+        assert (
+            two["reward/mean"] == one["reward/mean"]
+            and two["trained_tokens"] == one["trained_tokens"]
+        )
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     assert weights(run)[0] == STEPS and len(weights(run)[1]) == 2
 

@@ -82,7 +82,7 @@ def test_old_log_probs_of_the_learner_itself(
     steps, _ = on_ranks(1, three_steps, model_path, conf, with_log_probs)[0]
     for step in steps:
         assert step["ppo_kl"] == pytest.approx(0, abs=1e-6) and step["clip_fraction"] == 0
-        assert ("mismatch_max" in step) == with_log_probs
+        assert ("off_policy/abs_log_ratio_max" in step) == with_log_probs
     assert steps[2]["kl_reference"] > 0, "also reported where it is not part of the loss"
 
 
@@ -223,8 +223,9 @@ def test_the_ratio_at_equal_versions_shows_whether_the_sampled_policy_is_replaye
     model_path: Any,
 ) -> None:
     replayed, biased = on_ranks(1, same_version_metrics, model_path)[0]
-    assert replayed["same_version_ratio_mean"] == pytest.approx(1, abs=1e-5)
-    assert replayed["same_version_log_ratio_p999"] < 1e-5
-    assert replayed["mismatch_max"] == pytest.approx(1, abs=1e-5), "of an older version"
-    assert biased["same_version_ratio_mean"] > 1.5
-    assert biased["same_version_log_ratio_p999"] > 1
+    assert replayed["off_policy/same_version/mean_ratio"] == pytest.approx(1, abs=1e-5)
+    assert replayed["off_policy/same_version/abs_log_ratio_p999"] < 1e-5
+    of_older_version = replayed["off_policy/abs_log_ratio_max"]
+    assert of_older_version == pytest.approx(1, abs=1e-5)
+    assert biased["off_policy/same_version/mean_ratio"] < 0.9
+    assert biased["off_policy/same_version/abs_log_ratio_p999"] > 1

@@ -70,12 +70,12 @@ def test_metrics_that_are_not_finite_are_null_in_every_json(run: RunDir) -> None
     run.new_attempt()
     write_struct(run.run_json, RunInfo(Config(run_dir=str(run.path)), id="x"))
     writer = MetricsWriter(run, [], resume_at=0)
-    writer.write(1, {"reward": math.nan, "loss": math.inf, "tokens": 1.0}, StepTimes(1.0, {}))
+    writer.write(1, {"reward/mean": math.nan, "loss": math.inf, "tokens": 1.0}, StepTimes(1.0, {}))
     command = [sys.executable, "-m", "atropos_hpc.cli", "status", str(run.path), "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for text in (run.metrics.read_text(), shown):
         msgspec.json.decode(text)  # strict: NaN and Infinity are no JSON
-        assert json.loads(text) and '"reward":null' in text.replace(" ", "")
+        assert json.loads(text) and '"reward/mean":null' in text.replace(" ", "")
 
 
 def test_steps_that_are_skipped_in_a_row_end_the_run() -> None:

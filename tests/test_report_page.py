@@ -28,6 +28,8 @@ from atropos_hpc.runtime.run_dir import RunDir, append_record, write_struct
 
 STEP_S = 10.0
 
+PERFORMANCE = ("<b>12.5</b>", "<b>33.5</b>", "<b>41%</b>", "<b>63.5</b>")
+
 
 def made(
     path: Path, kl_coef: float = 0.001, seed: int = 0, steps: int = 40, lost_s: float = 0.0
@@ -50,12 +52,16 @@ def made(
         if lost_s and step == steps // 2 + 1:
             append_record(run.activity, AttemptMark(when - STEP_S, "attempt-1"))
         scalars = {
-            "reward": step / steps,
+            "reward/mean": step / steps,
             "kl_reference": 0.1 / (1 + 50 * kl_coef) * step / steps,
             "entropy": 1.0,
-            "tokens_per_s": 100.0,
+            "perf/throughput": 100.0,
+            "perf/throughput_per_gpu": 12.5,
+            "perf/rollout/throughput_per_gpu": 33.5,
+            "perf/mfu": 0.41,
+            "perf/peak_memory_gib": 63.5,
             "length_mean": 50.0,
-            "staleness_mean": 0.5,
+            "off_policy/staleness_mean": 0.5,
         }
         append_step(run, step, STEP_S, phases, when, **scalars)
         append_record(run.activity, ActivitySample(when, states, tokens_per_s=80.0))
@@ -87,6 +93,9 @@ def test_a_run_s_page_needs_no_other_file_and_marks_restarts(tmp_path: Path) -> 
         "entropy",
         "lengths",
         "staleness",
+        "per_gpu",
+        "mfu",
+        "memory",
         "throughput",
     }
     assert page.count('src="data:image/png;base64,') == len(sizes) and not re.search(
@@ -98,6 +107,7 @@ def test_a_run_s_page_needs_no_other_file_and_marks_restarts(tmp_path: Path) -> 
         "<td>attempt 1</td>",
         "0.200 to 0.899",
         "40 of 40",
+        *PERFORMANCE,
     ):
         assert said in page, said
 

@@ -280,7 +280,9 @@ def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(
         "model.max_length=1024",
     )
     assert_complete(started, 2)
-    assert all(line["reward"] == 0 and line["trained_tokens"] > 0 for line in scalars(started.run))
+    assert all(
+        line["reward/mean"] == 0 and line["trained_tokens"] > 0 for line in scalars(started.run)
+    )
 
 
 @pytest.fixture
@@ -313,8 +315,8 @@ def test_several_environments_share_a_run(start: Callable[..., Started], demo_mo
     ]:  # by then the second has registered too, and what was generated without it is used up
         assert (
             line["sequences/kinds"] >= 32
-            and line["reward/kinds"] == 0.5
-            and 0 < line["reward/environment"] < 1
+            and line["reward/kinds/mean"] == 0.5
+            and 0 < line["reward/environment/mean"] < 1
         )
     (evaluated,) = evaluations(started.run)
     assert 0 < evaluated.accuracy < 1 and evaluated.error.startswith(

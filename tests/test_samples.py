@@ -270,11 +270,15 @@ def test_what_environments_log_is_averaged_over_workers_into_the_step_s_metrics(
         values = {"train/right": right}
         append_record(run.environments, EnvironmentMetrics("sums", member, values))
     append_record(run.environments, EnvironmentMetrics("letters", "c", {"turns": 3.0}))
-    metrics.write(1, {"reward": 0.5}, times)
-    metrics.write(2, {"reward": 0.5}, times)
+    metrics.write(1, {"reward/mean": 0.5}, times)
+    metrics.write(2, {"reward/mean": 0.5}, times)
     first, second = read_records(run.metrics, StepMetrics)
-    assert first.scalars == {"reward": 0.5, "env/sums/train/right": 0.5, "env/letters/turns": 3.0}
-    assert second.scalars == {"reward": 0.5}
+    assert first.scalars == {
+        "reward/mean": 0.5,
+        "env/sums/train/right": 0.5,
+        "env/letters/turns": 3.0,
+    }
+    assert second.scalars == {"reward/mean": 0.5}
     assert [line.scalars for line in tracker.lines] == [first.scalars, second.scalars]
 
 

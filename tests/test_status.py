@@ -52,9 +52,11 @@ def made(path: Path, trained: int = 7, steps: int = 10, **holder: Any) -> RunDir
     phases = {"wait": 1.0, "update": 0.5, "checkpoint": 0.25}
     prompts = {"epoch": 1, "drawn": 90, "outstanding": 8, "returned": 2, "no_signal": 5}
     drawn = {f"prompts/environment/{name}": float(count) for name, count in prompts.items()}
-    scalars = {"kl_reference": 0.01, "tokens": 100, **drawn}
+    perf = {"perf/throughput_per_gpu": 12.5, "perf/rollout/throughput_per_gpu": 33.5}
+    perf |= {"perf/mfu": 0.41, "perf/peak_memory_gib": 63.5}
+    scalars = {"kl_reference": 0.01, "tokens": 100, **drawn, **perf}
     for step in range(1, trained + 1):
-        append_step(run, step, 2.0, phases, reward=0.1 * step, **scalars)
+        append_step(run, step, 2.0, phases, **{"reward/mean": 0.1 * step}, **scalars)
     (attempt / "trainer-0.log").write_text(
         "2026-01-01 10:00:00,123 W atropos_hpc.learner: something is odd\nother text\n"
     )
@@ -114,6 +116,8 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
         "1 of 2 servers serve",
         "something is odd",
         "epoch 1, 90 drawn, 8 outstanding, 2 to be drawn again, 5 without signal",
+        "per GPU 12.5 and 33.5",
+        "MFU of the update 0.41    peak memory 63.5 GiB",
     ):
         assert said in drawn, drawn
     agent.leave()
@@ -264,7 +268,7 @@ def test_the_last_records_of_files_of_any_length(tmp_path: Path, length: int) ->
 def test_lines_of_another_layout_are_refused_by_name(tmp_path: Path) -> None:
     run = made(tmp_path)
     with run.metrics.open("a") as file:
-        file.write('{"step": 8, "reward": 0.5}\n')
+        file.write('{"step": 8, "reward/mean": 0.5}\n')
     done = in_process.command("status", tmp_path)
     assert done.returncode == 2 and "no StepMetrics" in done.stderr
     assert str(run.metrics) in done.stderr and len(done.stderr.splitlines()) == 1

@@ -60,7 +60,7 @@ def attempt(run: RunDir, steps: range, evaluations: list[int]) -> None:
     for version in evaluations:
         append_record(run.evaluations, Evaluation(version, accuracy=version / 10))
     for step in steps:
-        writer.write(step, {"reward": step / 10 + 1}, StepTimes(1.0, {}))
+        writer.write(step, {"reward/mean": step / 10 + 1}, StepTimes(1.0, {}))
     wandb.close()
     board._writer.flush()
     ended = int(time.time())
@@ -75,14 +75,14 @@ def test_a_step_that_is_made_again_is_shown_once(run: RunDir, monkeypatch: Any) 
     attempt(run, range(3, 8), [6])  # the learner was killed after step 5, and resumes at step 2
 
     lines = list(logged(run))
-    steps = Counter(line["step"] for line in lines if "reward" in line)
+    steps = Counter(line["step"] for line in lines if "reward/mean" in line)
     assert steps == dict.fromkeys(range(1, 8), 1)
-    evaluated = Counter(line["step"] for line in lines if "evaluation/accuracy" in line)
+    evaluated = Counter(line["step"] for line in lines if "eval/accuracy" in line)
     assert evaluated == dict.fromkeys((0, 4, 6), 1)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(run.path / "tensorboard"))
     shown.Reload()
-    assert [event.step for event in shown.Scalars("train/reward")] == list(range(1, 8))
-    assert sorted(e.step for e in shown.Scalars("evaluation/accuracy")) == [0, 4, 6]
+    assert [event.step for event in shown.Scalars("reward/mean")] == list(range(1, 8))
+    assert sorted(e.step for e in shown.Scalars("eval/accuracy")) == [0, 4, 6]

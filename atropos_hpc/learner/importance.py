@@ -25,8 +25,8 @@ from atropos_hpc.learner.batch import Batch, from_jagged
 def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:
     """Set the batch's importance weights, if the config asks for any. Needs old log-probs.
 
-    A sequence without behaviour log-probs has weight 1. Returns, over all ranks: importance_mean
-    and importance_max (of the weights as used), rejected_fraction (of tokens with weight 0), and
+    A sequence without behaviour log-probs has weight 1. Returns, over all ranks, under off_policy/:
+    weight_mean and weight_max (as used), rejected_fraction (of tokens with weight 0), and
     chi2_sequence (mean over sequences of the squared ratio, minus 1). Collective.
     """
     if conf.weights == conf.rejection == "none":
@@ -55,10 +55,10 @@ def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
     count, total, rejected, sequences, squared = sums.tolist()
     return {
-        "importance_mean": total / count,
-        "importance_max": float(maximum),
-        "rejected_fraction": rejected / count,
-        "chi2_sequence": squared / sequences - 1,
+        "off_policy/weight_mean": total / count,
+        "off_policy/weight_max": float(maximum),
+        "off_policy/rejected_fraction": rejected / count,
+        "off_policy/chi2_sequence": squared / sequences - 1,
     }
 
 

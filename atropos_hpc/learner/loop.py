@@ -17,6 +17,7 @@ is trained on twice in the weights that survive.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -32,6 +33,7 @@ from atropos_hpc.learner.checkpoint import Checkpoints
 from atropos_hpc.learner.collective import Collective, StopRequested
 from atropos_hpc.learner.importance import correct
 from atropos_hpc.learner.kl import next_coefficient, penalize
+from atropos_hpc.learner.performance import Devices, device_name, peak_memory
 from atropos_hpc.learner.publisher import Publisher
 from atropos_hpc.learner.skipped_steps import SkippedSteps
 from atropos_hpc.learner.state import TrainState
@@ -145,10 +147,12 @@ def _step(context: TrainContext, timeout_s: float) -> None:
             context.checkpoints.save(context.backend, state)
         _acknowledge(context, context.checkpoints.newly_durable())
     _keep_rollouts(context, batch, leased)
+    scalars["perf/peak_memory_gib"] = peak_memory() / 2**30
     if context.metrics is not None:
         times = phases.take()
-        scalars["staleness_limit"] = config.staleness.max
-        context.metrics.write(state.version, _scalars(batch, scalars, times, leased.server), times)
+        scalars |= _performance(context, batch, times)
+        scalars["off_policy/staleness_limit"] = config.staleness.max
+        context.metrics.write(state.version, _scalars(batch, scalars, leased.server), times)
     context.skipped.check(state.version)
 
 
@@ -226,8 +230,14 @@ def _prompt_scalars(server: ServerStatus) -> dict[str, float]:
     return scalars
 
 
+def _performance(context: TrainContext, batch: Batch, times: StepTimes) -> Mapping[str, float]:
+    backend, tokens = context.backend, batch.statistics.sums["tokens"]
+    devices = Devices(backend.world, device_name(), context.config.model.dtype)
+    return devices.metrics(tokens, backend.computed, backend.flop_rates, times)
+
+
 def _scalars(
-    batch: Batch, updated: dict[str, float], times: StepTimes, server: ServerStatus | None
+    batch: Batch, updated: dict[str, float], server: ServerStatus | None
 ) -> dict[str, float]:
     """Return the scalars of one step for the metrics."""
     of_batch = batch.statistics.metrics()
@@ -239,9 +249,7 @@ def _scalars(
             **_prompt_scalars(server),
         }
     return {
-        "reward": of_batch.pop("reward_mean"),
         **of_batch,
         **updated,
-        "tokens_per_s": of_batch["tokens"] / times.step_s,
         **queue,
     }

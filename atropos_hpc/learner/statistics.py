@@ -40,22 +40,22 @@ class Statistics:
             "biased_sequences",
         )
         metrics = {name: sums[name] for name in counts} | {
-            "reward_mean": mean,
-            "reward_std": math.sqrt(max(0.0, sums["reward_squared"] / sequences - mean * mean)),
+            "reward/mean": mean,
+            "reward/std": math.sqrt(max(0.0, sums["reward_squared"] / sequences - mean * mean)),
             "length_mean": sums["tokens"] / sequences,
             "length_max": maxima["length"],
             "response_length_mean": sums["trained_tokens"]
             / (sums["trained_sequences"] or math.nan),
             "truncated_fraction": sums["truncated"] / sequences,
-            "staleness_mean": sums["staleness"] / (sums["versions_known"] or math.nan),
-            "staleness_max": maxima["staleness"],
+            "off_policy/staleness_mean": sums["staleness"] / (sums["versions_known"] or math.nan),
+            "off_policy/staleness_max": maxima["staleness"],
         }
         for key in sums:
             if key.startswith("reward/"):
                 name = key.removeprefix("reward/")
                 count = sums[f"sequences/{name}"]
                 metrics[f"sequences/{name}"] = count
-                metrics[key] = sums[key] / (count or math.nan)
+                metrics[f"{key}/mean"] = sums[key] / (count or math.nan)
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 

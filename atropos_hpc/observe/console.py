@@ -26,9 +26,9 @@ LOOK_S = 0.5
 RECENT = 10  # evaluations that a look reads
 PLAIN_INTERVAL_S = 10.0  # between plain progress lines
 METRICS = (
-    ("reward", "reward", ".3f"),
+    ("reward", "reward/mean", ".3f"),
     ("kl", "kl_reference", ".4f"),
-    ("stale", "staleness_mean", ".2f"),
+    ("stale", "off_policy/staleness_mean", ".2f"),
 )
 OUTCOMES: dict[str, str] = {
     "finish": "complete",

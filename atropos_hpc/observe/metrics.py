@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from atropos_hpc.config import WandbConf
+from atropos_hpc.config import Config, WandbConf
 from atropos_hpc.contracts.members import EnvironmentState
 from atropos_hpc.contracts.metrics import (
     EnvironmentMetrics,
@@ -97,15 +97,15 @@ class MetricsWriter:
         self._resume_at = None
 
     def write(self, step: int, scalars: Mapping[str, float], times: StepTimes) -> None:
-        """Write one step, with the last held-out accuracy if a new one has arrived."""
+        """Write one step."""
         self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
         scalars |= environment_means(self._environments.take())
-        scalars |= group_counts(self._roster.members(EnvironmentState))
-        evaluations = self._new_evaluations()
-        if evaluations and evaluations[-1].accuracy is not None:
-            scalars["accuracy"] = evaluations[-1].accuracy
-            scalars["accuracy_version"] = evaluations[-1].version
+        workers = self._roster.members(EnvironmentState)
+        scalars |= group_counts(workers)
+        if workers:
+            scalars |= rollout_throughput(workers, self.run.config())
+        self._pass_on_evaluations()
         line = StepMetrics(
             step=step,
             version=step,
@@ -130,20 +130,17 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.samples(decoded, step <= self._before.step)
 
-    def _new_evaluations(self) -> list[Evaluation]:
-        """Return the evaluations since the last call that have an accuracy; pass them on."""
-        new = []
+    def _pass_on_evaluations(self) -> None:
+        """Show the trackers the evaluations since the last call that have an accuracy."""
         for line in self._evaluations.take():
             if line.accuracy is not None:
-                new.append(line)
                 for tracker in self._trackers:
                     tracker.evaluation(line, self._evaluated < self._before.evaluations)
             self._evaluated += 1
-        return new
 
     def close(self) -> None:
         """Pass on the remaining evaluations and close the trackers."""
-        self._new_evaluations()
+        self._pass_on_evaluations()
         self._write_reported()
         for tracker in self._trackers:
             tracker.close()
@@ -180,6 +177,18 @@ def group_counts(workers: Iterable[EnvironmentState]) -> dict[str, float]:
         counts["groups_unsent"] += worker.unsent or 0
         counts.update({f"groups_unsent/{kind}": n for kind, n in worker.unsent_by.items()})
     return dict(counts)
+
+
+def rollout_throughput(workers: Iterable[EnvironmentState], config: Config) -> dict[str, float]:
+    """Add up the generated tokens per second of all workers, over the last seconds.
+
+    >>> rollout_throughput([EnvironmentState(tokens_per_s=50.0)] * 2, Config(run_dir=""))
+    {'perf/rollout/throughput': 100.0, 'perf/rollout/throughput_per_gpu': 100.0}
+    """
+    rate = math.fsum(worker.tokens_per_s or 0.0 for worker in workers)
+    rollout = config.rollout
+    gpus = config.roles.rollout.nodes * rollout.servers * rollout.tensor_parallel
+    return {"perf/rollout/throughput": rate, "perf/rollout/throughput_per_gpu": rate / gpus}
 
 
 def open_trackers(

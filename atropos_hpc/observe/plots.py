@@ -1,5 +1,6 @@
 """The report's plots. Each function returns a Figure, or None where there is nothing to draw."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def curves(run: History, title: str, unit: str, lines: Sequence[Line]) -> Figure
 def learning(run: History) -> Figure | None:
     """Draw the training reward and the accuracy on held-out problems."""
     figure, axes = _axes()
-    drawn = draw_curve(axes, run.steps, run.scalar("reward"), BLUE, "reward, training")
+    drawn = draw_curve(axes, run.steps, run.scalar("reward/mean"), BLUE, "reward, training")
     if not drawn and not run.evaluations:
         return None
     if run.evaluations:
@@ -130,7 +131,7 @@ def learning(run: History) -> Figure | None:
 def throughput(run: History) -> Figure | None:
     """Draw the tokens per second that were trained and generated."""
     figure, axes = _axes()
-    drawn = draw_curve(axes, run.steps, run.scalar("tokens_per_s"), BLUE, "trainer: trained")
+    drawn = draw_curve(axes, run.steps, run.scalar("perf/throughput"), BLUE, "trainer: trained")
     steps = np.array([run.step_at(line.time) for line in run.activity])
     rates = np.array([line.tokens_per_s for line in run.activity], float)
     drawn |= draw_curve(axes, steps, rates, GREEN, "rollout: generated")
@@ -143,9 +144,10 @@ def throughput(run: History) -> Figure | None:
 
 def environments(run: History) -> Figure | None:
     """Draw the reward of each environment, where there are several."""
-    names = sorted({name for line in run.lines for name in line.scalars if "reward/" in name})
+    found = {name for line in run.lines for name in line.scalars}
+    names = sorted(name for name in found if re.fullmatch("reward/.+/mean", name))
     lines = [
-        (name, CYCLE[index % len(CYCLE)], name.removeprefix("reward/"))
+        (name, CYCLE[index % len(CYCLE)], name.split("/", 1)[1].removesuffix("/mean"))
         for index, name in enumerate(names)
     ]
     return curves(run, "Reward by environment", "", lines)
@@ -167,12 +169,26 @@ CURVES: dict[str, tuple[str, str, list[Line]]] = {
         "Staleness of the trained sequences",
         "policy versions",
         [
-            ("staleness_mean", BLUE, "mean"),
-            ("staleness_max", GREY, "largest"),
-            ("staleness_limit", RED, "limit"),
+            ("off_policy/staleness_mean", BLUE, "mean"),
+            ("off_policy/staleness_max", GREY, "largest"),
+            ("off_policy/staleness_limit", RED, "limit"),
         ],
     ),
     "gradient": ("Gradient norm before clipping", "", [("grad_norm", BLUE, "norm")]),
+    "per_gpu": (
+        "Throughput per GPU",
+        "tokens per second",
+        [
+            ("perf/throughput_per_gpu", BLUE, "trainer: trained"),
+            ("perf/rollout/throughput_per_gpu", GREEN, "rollout: generated"),
+        ],
+    ),
+    "mfu": ("MFU of the update", "", [("perf/mfu", BLUE, "MFU")]),
+    "memory": (
+        "Peak memory of a trainer rank",
+        "GiB",
+        [("perf/peak_memory_gib", BLUE, "since its start")],
+    ),
     "off_policy": (
         "Distance to the behaviour policy",
         "",
@@ -255,10 +271,10 @@ def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figur
     groups = history.grouped(runs, keys)
     kl: Final = lambda run: run.final("kl_reference")  # noqa: E731
     accuracy: Final = lambda run: run.accuracy  # noqa: E731
-    reward: Final = lambda run: run.final("reward")  # noqa: E731
+    reward: Final = lambda run: run.final("reward/mean")  # noqa: E731
     nats = "nats per token"
     drawn = {
-        "reward": compare(groups, keys, "reward", "Reward, training"),
+        "reward": compare(groups, keys, "reward/mean", "Reward, training"),
         "accuracy": compare(groups, keys, "accuracy", "Accuracy, held out"),
         "kl": compare(groups, keys, "kl_reference", "KL to the reference", nats),
         "entropy": compare(groups, keys, "entropy", "Entropy", nats),

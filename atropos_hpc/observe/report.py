@@ -204,10 +204,10 @@ def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
         step=last.step if last else 0,
         steps=steps,
         eta_s=eta(lines, steps) if state == "running" else None,
-        reward=mean(final, "reward"),
+        reward=mean(final, "reward/mean"),
         accuracy=evaluation.accuracy if evaluation else None,
         kl=mean(final, "kl_reference"),
-        staleness=last.get("staleness_mean") if last else None,
+        staleness=last.get("off_policy/staleness_mean") if last else None,
         tokens_per_s=rate(lines, "tokens"),
         begun=bool(attempts(run)),
     )

@@ -152,19 +152,22 @@ def _metrics(status: RunStatus) -> Table:
 
     versions, shares = status.versions, status.time_shares.items()
     rows = {
-        "reward": metric("reward"),
+        "reward": metric("reward/mean"),
         "held-out accuracy": _evaluation(status.evaluation),
         "KL to the reference": f"{metric('kl_reference')}    entropy {metric('entropy')}    "
         f"response length {metric('response_length_mean')} tokens",
-        "staleness": f"{metric('staleness_mean')} versions on average, {metric('staleness_max')} "
-        f"at most, {metric('dropped_as_stale')} groups dropped",
+        "staleness": f"{metric('off_policy/staleness_mean')} versions on average, at most "
+        f"{metric('off_policy/staleness_max')}, {metric('dropped_as_stale')} groups dropped",
         "versions": f"learner {versions.learner}, published {number(versions.published)}, "
         f"served {number(versions.served)}, durable {versions.durable or 0}",
         "queue": f"{number(status.queued_sequences)} sequences queued, "
         f"{status.groups_in_flight} groups in flight",
         **_prompts(status),
         "tokens/s": f"trainer {number(status.trained_tokens_per_s)}    "
-        f"rollout {number(status.generated_tokens_per_s)}",
+        f"rollout {number(status.generated_tokens_per_s)}    per GPU "
+        f"{metric('perf/throughput_per_gpu')} and {metric('perf/rollout/throughput_per_gpu')}",
+        "trainer's devices": f"MFU of the update {metric('perf/mfu')}    "
+        f"peak memory {metric('perf/peak_memory_gib')} GiB",
         "learner's time": "  ".join(f"{phase} {share:.0%}" for phase, share in shares),
     }
     grid = Table.grid(padding=(0, 2))

@@ -71,7 +71,7 @@ class WandbTracker:
     def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
         if again:
             return
-        accuracy = {"step": evaluation.version, "evaluation/accuracy": evaluation.accuracy}
+        accuracy = {"step": evaluation.version, "eval/accuracy": evaluation.accuracy}
         self._run.log({**accuracy, **evaluation.metrics})
 
     def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
@@ -106,7 +106,7 @@ class TensorBoardTracker:
     def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
         if again and evaluation.version <= self._resume_at:  # was not purged
             return
-        scalars = {"evaluation/accuracy": evaluation.accuracy, **evaluation.metrics}
+        scalars = {"eval/accuracy": evaluation.accuracy, **evaluation.metrics}
         for name, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(name, value, evaluation.version)

@@ -129,10 +129,10 @@ def main() -> None:
     row = {
         "what": f"run: {len(done)} of {total} steps, exit code {child.returncode}",
         **middle,
-        "reward first": done[0]["reward"] if done else 0.0,
-        "reward last": statistics.mean(line["reward"] for line in done[-5:]) if done else 0.0,
+        "reward first": done[0]["reward/mean"] if done else 0.0,
+        "reward last": statistics.mean(line["reward/mean"] for line in done[-5:]) if done else 0.0,
         "mismatch of log-probs, mean nats": statistics.median(
-            line.get("mismatch_mean", 0.0) for line in done
+            line.get("off_policy/abs_log_ratio_mean", 0.0) for line in done
         )
         if done
         else 0.0,

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from atropos_hpc.learner.batch import Batch
+from atropos_hpc.learner.performance import Computed, FlopRates
 from atropos_hpc.learner.state import StateDict
 
 
@@ -24,6 +25,8 @@ class Backend(Protocol):
     data_rank: int
     data_world: int
     vocab_size: int
+    flop_rates: FlopRates | None  # of `update`; None: not known
+    computed: Computed  # by the last `update`, over all ranks
 
     @property
     def module(self) -> torch.nn.Module:
@@ -58,12 +61,12 @@ class Backend(Protocol):
           loss, pg_loss, kl_loss: as in the loss; kl_loss is 0 without a KL term
           kl_reference: k3 estimate, mean over trained tokens, nats
           entropy, clip_fraction, ppo_kl: means over trained tokens, nats
-          mismatch_mean, mismatch_max: absolute difference between the behaviour policy's log-probs
-            and the learner's before this step, where the former are known, nats
-          mismatch_kl: from behaviour to learner; mismatch_chi2: mean of the squared ratio learner /
-            behaviour, minus 1; mismatch_ratio_max
-          same_version_ratio_mean, same_version_log_ratio_p999: mean of behaviour / learner, and the
-            99.9th percentile of |log ratio|, over tokens that the learner's own version sampled
+          off_policy/: of the ratio learner / behaviour of trained tokens before this step, where
+            the behaviour policy's log-probs are known: mean_ratio, max_ratio; abs_log_ratio_mean
+            and abs_log_ratio_max, nats; kl, from behaviour to learner, nats; chi2, the mean of the
+            squared ratio, minus 1
+          off_policy/same_version/: of the tokens that the learner's own version sampled: mean_ratio
+            and abs_log_ratio_p999, the 99.9th percentile of |log ratio|
           grad_norm: before clipping; lr: of this step
 
         Raises ValueError for a batch without trained tokens.

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.learner.backends.verl_api import TensorDict, kl_penalty, response_from_nested
+from atropos_hpc.learner.batch import PREFIXES
+from atropos_hpc.learner.performance import Computed
 
 MAX_LOG_RATIO = 20.0  # verl clamps log-ratios to this, too, before it takes their exponential
 
@@ -25,10 +27,13 @@ class LossMetrics:
         self._token_sums: defaultdict[str, float] = defaultdict(float)
         # verl has divided these by totals over all ranks, and multiplied by the number of ranks.
         self._loss_terms: defaultdict[str, float] = defaultdict(float)
-        # d = behaviour - own log-prob: count, sums of |d|, d, exp(-2 d); maxima of |d| and -d.
-        self._mismatch = torch.zeros(4, dtype=torch.float64)
+        # d = behaviour - own log-prob: count, sums of |d|, d, exp(-d), exp(-2 d).
+        self._mismatch = torch.zeros(5, dtype=torch.float64)
+        # Maxima of |d| and -d.
         self._maxima = torch.tensor([0.0, -math.inf], dtype=torch.float64)
         self._same_version = _Ratios()
+        self._computed = torch.zeros(2, dtype=torch.float64)  # tokens, pairs of query and key
+        self.computed = Computed()  # over all ranks, set by `over_ranks`
 
     def __call__(
         self, model_output: dict[str, torch.Tensor], data: TensorDict, dp_group: Any = None
@@ -48,37 +53,45 @@ class LossMetrics:
                 self._token_sums["kl_reference"] += kl.sum().item()
             difference = data["behaviour_log_probs"].values()[mask] - log_probs
             self._add_mismatch(difference)
+            self._add_computed(data["input_ids"].offsets().diff(), data[PREFIXES])
             lengths = data["response_mask"].offsets().diff()
             same = torch.repeat_interleave(data["same_version"], lengths)[mask]
             self._same_version.add(difference[same])
         return loss, {}
 
-    def over_ranks(self) -> dict[str, float]:
-        """Return the metrics over all ranks, see `Backend.update`. Collective."""
-        sums = [self._tokens, *self._token_sums.values(), *self._loss_terms.values()]
-        totals = torch.cat(
-            [torch.tensor(sums, dtype=torch.float64), self._mismatch, self._same_version.sums]
+    def over_ranks(self, replicas: int = 1) -> dict[str, float]:
+        """Return the metrics over all ranks, see `Backend.update`. Collective.
+
+        `replicas` is the number of ranks that hold each sequence.
+        """
+        sums = torch.tensor(
+            [self._tokens, *self._token_sums.values(), *self._loss_terms.values()],
+            dtype=torch.float64,
         )
-        dist.all_reduce(totals)
-        totals, same_version = totals.split([len(sums) + 4, len(self._same_version.sums)])
+        parts = (sums, self._mismatch, self._same_version.sums, self._computed)
+        whole = torch.cat(parts)
+        dist.all_reduce(whole)
+        sums, mismatch, same_version, computed = whole.split([len(part) for part in parts])
+        self.computed = Computed(*(torch.cat([computed, sums[:1]]) / replicas).tolist())
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
-        tokens, *rest = totals.tolist()
+        tokens, *rest = sums.tolist()
         values = iter(rest)
         world = dist.get_world_size()
         means = {name: next(values) / tokens for name in self._token_sums}
         losses = {name: next(values) / world for name in self._loss_terms}
-        known, absolute, kl, squares = values
+        known, absolute, kl, ratios, squares = mismatch.tolist()
         if not known:
             return {**losses, **means}
         max_difference, max_log_ratio = self._maxima.tolist()
         return {
             **losses,
             **means,
-            "mismatch_mean": absolute / known,
-            "mismatch_max": max_difference,
-            "mismatch_kl": kl / known,
-            "mismatch_chi2": squares / known - 1,
-            "mismatch_ratio_max": math.exp(min(max_log_ratio, MAX_LOG_RATIO)),
+            "off_policy/abs_log_ratio_mean": absolute / known,
+            "off_policy/abs_log_ratio_max": max_difference,
+            "off_policy/kl": kl / known,
+            "off_policy/chi2": squares / known - 1,
+            "off_policy/mean_ratio": ratios / known,
+            "off_policy/max_ratio": math.exp(min(max_log_ratio, MAX_LOG_RATIO)),
             **_Ratios(same_version).metrics(),
         }
 
@@ -95,19 +108,25 @@ class LossMetrics:
             if verl_name in metrics:  # not every policy loss has them
                 self._token_sums[name] += metrics[verl_name].aggregate() * tokens
 
+    def _add_computed(self, lengths: torch.Tensor, prefixes: torch.Tensor) -> None:
+        """Count a micro-batch: a branch computes only what follows its prefix."""
+        squares = lengths.double().square() - prefixes.double().square()
+        self._computed[0] += float((lengths - prefixes).sum())
+        self._computed[1] += float(squares.sum()) / 2
+
     def _add_mismatch(self, difference: torch.Tensor) -> None:
         known = difference[difference.isfinite()].double().cpu()
         if not len(known):
             return
-        squares = (-2 * known).clamp(max=2 * MAX_LOG_RATIO).exp()
-        sums = [values.sum() for values in (known.abs(), known, squares)]
+        ratios = (-known).clamp(max=MAX_LOG_RATIO).exp()
+        sums = [values.sum() for values in (known.abs(), known, ratios, ratios.square())]
         self._mismatch += torch.stack([torch.tensor(float(len(known)), dtype=torch.float64), *sums])
         maxima = torch.stack([known.abs().max(), -known.min()])
         self._maxima = torch.maximum(self._maxima, maxima)
 
 
 class _Ratios:
-    """The ratio behaviour / learner of tokens that the learner's own version sampled.
+    """The ratio learner / behaviour of tokens that the learner's own version sampled.
 
     It is 1 but for rounding, if the learner replays the distribution that was sampled. `sums` holds
     the sum of the ratios, and a histogram of |log ratio| whose bins are 5 % wide.
@@ -122,7 +141,7 @@ class _Ratios:
     def add(self, log_ratios: torch.Tensor) -> None:
         """Add tokens; those whose log-ratio is not known are left out."""
         known = log_ratios[log_ratios.isfinite()].double().cpu()
-        self.sums[0] += known.clamp(max=MAX_LOG_RATIO).exp().sum()
+        self.sums[0] += (-known).clamp(max=MAX_LOG_RATIO).exp().sum()
         bins = (known.abs().clamp(min=self.SMALLEST) / self.SMALLEST).log() / self.WIDTH
         self.sums[1:] += torch.bincount(bins.long().clamp(max=self.BINS - 1), minlength=self.BINS)
 
@@ -133,6 +152,7 @@ class _Ratios:
             return {}
         at = int((counts.cumsum(0) >= 0.999 * count).nonzero()[0])
         return {
-            "same_version_ratio_mean": float(self.sums[0]) / count,
-            "same_version_log_ratio_p999": self.SMALLEST * math.exp(self.WIDTH * (at + 1)),
+            "off_policy/same_version/mean_ratio": float(self.sums[0]) / count,
+            "off_policy/same_version/abs_log_ratio_p999": self.SMALLEST
+            * math.exp(self.WIDTH * (at + 1)),
         }

@@ -24,6 +24,7 @@ from atropos_hpc.learner.backends.loss_metrics import LossMetrics
 from atropos_hpc.learner.backends.verl_api import ppo_loss, tensordict_utils
 from atropos_hpc.learner.batch import Batch
 from atropos_hpc.learner.objective import objective
+from atropos_hpc.learner.performance import Computed, flop_rates
 from atropos_hpc.learner.state import StateDict, seed_generators
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class VerlBackend:
         self._reference = None
         if reference:
             self._reference = self._policy if self._lora else _frozen(model, trainer)
-        self.vocab_size: int = self._policy.model_config.hf_config.get_text_config().vocab_size
+        hf_config = self._policy.model_config.hf_config.get_text_config()
+        self.vocab_size: int = hf_config.vocab_size
+        self.flop_rates, self.computed = flop_rates(self.module, hf_config), Computed()
         self._saved = StateDictOptions(ignore_frozen_params=self._lora, strict=not self._lora)
 
     @property
@@ -106,7 +109,9 @@ class VerlBackend:
             log.error(
                 "step %d: the gradient norm is %s; the weights are unchanged", version, grad_norm
             )
-        return {**metrics.over_ranks(), "grad_norm": grad_norm, "lr": lr}
+        found = metrics.over_ranks(self.world // self.data_world)
+        self.computed = metrics.computed
+        return {**found, "grad_norm": grad_norm, "lr": lr}
 
     def state_dict(self) -> StateDict:
         optimizer = self._policy.optimizer
