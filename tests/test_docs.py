@@ -1,5 +1,6 @@
 """The pages are correct: links, commands, the config page, the example environment."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -7,16 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from atropos_hpc import cli
+from atropos_hpc import cli, schema
 from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.launch import hydra_api, role_environment
 from atropos_hpc.launch.steps import rollout_python
 from atropos_hpc.validate import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CHANGELOG")),
+    ROOT / "containers" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^ {4}(?P<command>(?:\S*/)?(?:atropos-hpc|python|make|sbatch)\b.*)$", re.M)
 
@@ -33,7 +39,7 @@ def commands() -> list[str]:
     return sorted(set(found))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_are_valid(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         target, _, anchor = link.partition("#")
@@ -135,3 +141,35 @@ def test_every_command_of_the_tool_is_in_some_page() -> None:
     text = "".join(page.read_text() for page in PAGES)
     for command in cli.app.commands:
         assert f"atropos-hpc {command}" in text, command
+
+
+@pytest.mark.parametrize("column", [0, pytest.param(1, marks=pytest.mark.verl)])
+def test_the_keys_of_the_glossary_exist_here_and_in_verl(column: int) -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text().partition("\n## Words")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    keys = {
+        key.partition("=")[0]
+        for row in rows
+        for key in re.findall(r"`([^`]+)`", row[column])
+        if "/" not in key
+    }
+    known = {name for name, _ in schema.fields(Config)} if column == 0 else verl_keys()
+    assert len(keys) > 30 and keys <= known, keys - known
+
+
+def verl_keys() -> set[str]:
+    """Every key of the installed verl's trainers, without importing it."""
+    spec = importlib.util.find_spec("verl")
+    assert spec is not None and spec.submodule_search_locations is not None
+    (package,) = map(Path, spec.submodule_search_locations)
+    asynchronous = "experimental/fully_async_policy/config/fully_async_ppo_trainer.yaml"
+    found: set[str] = set()
+    for path in ("trainer/config/_generated_ppo_trainer.yaml", asynchronous):
+        waiting = [("", yaml.safe_load((package / path).read_text()))]
+        while waiting:
+            prefix, section = waiting.pop()
+            for name, value in section.items():
+                found.add(f"{prefix}{name}")
+                if isinstance(value, dict):
+                    waiting.append((f"{prefix}{name}.", value))
+    return found

@@ -28,8 +28,12 @@ NOT_WALKED = {  # what a command begins with or holds -> why it is not run here
     "make bench": "a bench is no test",
     "make faults": "tests/test_faults.py does some",
     "make soak": "takes an hour",
+    "make release": "the workflow of a release runs it",
+    "make docs-site": "CI runs it",
     "make clean": "would remove the environments",
     "make demo SEED=1": "the demo once more",
+    "atropos-hpc submit": "tests/test_slurm_training.py and tests/test_slurm_runs.py submit",
+    "atropos-hpc samples RUN": NAMES_YOURS,
     "hydra/launcher=submitit_slurm algorithm.kl_coef": "tests/test_slurm_training.py runs it",
     "hydra/launcher=submitit_slurm +sweep=kl_coef": "tests/test_slurm_runs.py submits one",
     "sbatch slurm/het_grpo.sbatch": "tests/test_slurm_training.py runs it",
@@ -132,7 +136,7 @@ def test_a_walk_through_the_pages(tmp_path: Path) -> None:
     first = commands(ROOT / "docs" / "quick-start.md")
     train, stop = (
         next(c for c in first if part in c)
-        for part in ("atropos_hpc.train run_dir=runs/first", "stop runs/first")
+        for part in ("train run_dir=runs/first", "stop runs/first")
     )
     for command in first:
         if command == train:
