@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 
@@ -32,10 +32,14 @@ class Works(BaseEnv):
     def prompt(self) -> str:
         return PROMPT
 
+    sampling: ClassVar[dict[str, Any]] = {}
+
     async def collect_trajectories(self, item: Any) -> Any:
         n = self.config.group_size
         async with self.server.managed_server(tokenizer=self.tokenizer) as server:
-            await server.completion(prompt=self.prompt(), n=n, max_tokens=4, temperature=1.0)
+            await server.completion(
+                prompt=self.prompt(), n=n, max_tokens=4, temperature=1.0, **self.sampling
+            )
             nodes = server.get_state()["nodes"]
         group = ScoredDataGroup(
             tokens=[node.tokens for node in nodes],
@@ -106,6 +110,14 @@ class BooleanScores(Works):
 class NaNScores(Works):
     def scores(self, n: int) -> list[Any]:
         return [float("nan"), *super().scores(n)[1:]]
+
+
+class Truncates(Works):
+    sampling: ClassVar = {"top_p": 0.8, "top_k": 6}
+
+
+class Penalizes(Works):
+    sampling: ClassVar = {"presence_penalty": 0.5}
 
 
 class EqualScores(Works):

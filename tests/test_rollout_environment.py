@@ -24,7 +24,7 @@ from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
 from atropos_hpc.rollout.evaluation import mean_lengths, next_due, numbers, with_name  # noqa: E402
-from atropos_hpc.rollout.prompt_draws import Drawer, PromptDraws  # noqa: E402
+from atropos_hpc.rollout.prompt_draws import Drawer, DrawingEnv, PromptDraws  # noqa: E402
 from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
 from atropos_hpc.trajectories.decode import decode_json  # noqa: E402
 
@@ -53,6 +53,32 @@ def test_sequences_are_stamped_with_their_temperature_unless_the_environment_sai
         {"temperature": 0.7},
         {"temperature": 1.0, "x": 1},
     ]
+
+
+@pytest.mark.parametrize(
+    ("every", "saved"), [(1, [5, 6, 9, 10]), (3, [6, 9]), (7, [7]), (-1, []), (None, [])]
+)
+def test_an_environment_is_saved_at_each_checkpoint_of_the_learner_that_it_sees(
+    every: int | None, saved: list[int]
+) -> None:
+    class Saving(DrawingEnv):
+        def __init__(self) -> None:
+            self.found: list[int] = []
+
+        async def get_next_item(self) -> Any: ...
+
+        async def evaluate(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def save_checkpoint(self, step: int, data: Any = None) -> None:
+            self.found.append(step)
+
+    env = Saving()
+    registered = {"starting_step": 4, "checkpoint_interval": every}
+    env.take_over_checkpoints(registered)
+    assert registered["checkpoint_interval"] == -1  # BaseEnv saves nothing by itself
+    for step in (4, 5, 5, 6, 9, 9, 10):  # as the loop sees them
+        env.save_if_due(step)
+    assert env.found == saved
 
 
 def test_a_group_without_generations_has_unknown_versions_and_keeps_its_parameters() -> None:

@@ -99,14 +99,17 @@ class Live:
     """A run without learner and vLLM: `train` leases what comes."""
 
     environment: type[BaseEnv] = UnmodifiedEnv
+    longest = 100  # tokens of a sequence
 
-    def __init__(self, path: Path, vllm: str = "http://127.0.0.1:9") -> None:
+    def __init__(self, path: Path, *vllm: str) -> None:
         self.run: RunDir = make_run(path / "run")
         self.tokenizer = path / "tokenizer"
         make_tokenizer().save_pretrained(self.tokenizer)
         self.attempt, self.listener = 0, socket.create_server(("127.0.0.1", 0))
         port = self.listener.getsockname()[1]
-        servers = [ServerState(url=vllm, version=PolicyVersion(version=0, attempt=1))]
+        version = PolicyVersion(version=0, attempt=1)
+        urls = vllm or ("http://127.0.0.1:9",)
+        servers = [ServerState(url=url, version=version) for url in urls]
         trajectories = TrajectoriesState(url=f"http://127.0.0.1:{port}")
         write_struct(
             self.run.roster,
@@ -118,7 +121,7 @@ class Live:
         settings = ServiceSettings(segment_bytes=1 << 30, max_staleness=1 << 20)
         self.service = Service(self.run.trajectories, settings)
         folder = str(self.run.path / "environments")
-        values = registration(BATCH, checkpoint_dir=folder)
+        values = registration(BATCH, checkpoint_dir=folder, max_token_len=self.longest)
         await self.service.register(Registration(**values))
         app = application(self.service, self.run.token(), BodyLimits(1 << 20))
         self.runner = await start(app, socket.socket(fileno=socket.dup(self.listener.fileno())))
@@ -198,9 +201,6 @@ def test_an_environment_that_walks_covers_each_epoch_however_often_it_is_killed(
             await live.kill_worker(index)
             live.start_worker(index)
         await live.until(60)
-        for env, _ in live.workers.values():  # as BaseEnv's loop, which begins after 5 s
-            if env.checkpoint_dir:  # it has registered
-                env.save_checkpoint(live.service.state.next_batch)
         await live.stop_server()
         await live.start_server()
         await live.until(90)

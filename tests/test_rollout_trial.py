@@ -40,6 +40,8 @@ def run_json(model: Path, target: str) -> bytes:
     [
         ("Works", None),
         ("BooleanScores", None),
+        ("Truncates", None),
+        ("Penalizes", "biased sampling: presence_penalty"),
         ("EqualScores", None),  # random answers may all be wrong
         ("RaisesSometimes", None),  # one prompt of three is good
         ("RaisesAtOnce", "LookupError: no such tool"),

@@ -31,9 +31,8 @@ from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
 from atropos_hpc.rollout.env_metrics import LoggedEnvironment
 from atropos_hpc.rollout.prompt_draws import Drawer, DrawingEnv, Drawn, PromptDraws
 from atropos_hpc.rollout.rollout_failures import AccountedRollouts, GaveUp, Loss, Losses, note_sent
-from atropos_hpc.rollout.sampling_support import add_support
+from atropos_hpc.rollout.sampling_support import complete_group
 from atropos_hpc.rollout.server_pool import Pool
-from atropos_hpc.rollout.stamping import recorded, stamp
 from atropos_hpc.rollout.vllm_client import VllmServer
 from atropos_hpc.runtime.http import HttpClient, Request
 from atropos_hpc.runtime.membership import Member
@@ -110,6 +109,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         status = await self._request_status()
         self.status_dict = msgspec.structs.asdict(status)  # BaseEnv reads it as a dict
         self.quota = status.quota
+        self.save_if_due(status.current_step)
         if status.batch_size != -1:
             self.config.batch_size = status.batch_size
         if self.config.max_num_workers == -1:
@@ -234,7 +234,10 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         registered = answer.status == "success"
         wait = None if registered else "the run's first request for a batch"
         self._show_wait(wait, "the learner")
-        return msgspec.structs.asdict(answer)
+        found = msgspec.structs.asdict(answer)
+        if registered:
+            self.take_over_checkpoints(found)
+        return found
 
     async def get_server_info(self) -> None:
         """Take the batch size. BaseEnv calls this once, registered and just before its loop."""
@@ -305,16 +308,11 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
 
     def _is_faithful(self, group: JsonObject, drawn: Drawn | None) -> bool:
         """Stamp a group, and add its support. Return False, and count it, if it is refused."""
-        try:
-            stamp(group, recorded(), self.label, None if drawn is None else drawn.draw)
-            add_support(group, recorded(), self._rollout, binary=self.quota is not None)
-        except RequestError as error:
-            self._count_refused([group], str(error))
-            return False
-        except Exception as error:  # malformed tokens
-            self._count_refused([group], f"tokens: {type(error).__name__}: {error}")
-            return False
-        return True
+        draw, binary = None if drawn is None else drawn.draw, self.quota is not None
+        why = complete_group(group, self._rollout, binary, self.label, draw)
+        if why is not None:
+            self._count_refused([group], why)
+        return why is None
 
     async def _send(self, groups: list[JsonObject]) -> bool:
         """Encode and post groups, retrying while the server is away. Return whether it took them.

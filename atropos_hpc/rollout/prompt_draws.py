@@ -196,6 +196,8 @@ class DrawingEnv(BaseEnv):
     curr_step: int
     wandb_prepend: Any
     _resumed = False  # the run has taken steps before
+    _every = 0  # the learner's steps between two checkpoints; 0: none
+    _saved_step = 0
 
     async def setup(self) -> None:
         """Set up with the random state that all workers of the environment share."""
@@ -221,6 +223,21 @@ class DrawingEnv(BaseEnv):
         return await super().handle_send_to_api(scored_data, *args, **kwargs)
 
     # --- Atropos' checkpoints of environments: <checkpoint_dir>/env_checkpoints/<name>/step-N.json
+
+    def take_over_checkpoints(self, registered: dict[str, Any]) -> None:
+        """Take the interval of checkpoints from BaseEnv, before it sees it in this answer.
+
+        BaseEnv saves none at an interval of 1, and misses some where its loop skips steps.
+        """
+        self._every, registered["checkpoint_interval"] = registered["checkpoint_interval"] or 0, -1
+        self._saved_step = max(self._saved_step, registered["starting_step"] or 0)
+
+    def save_if_due(self, step: int) -> None:
+        """Save for the learner's last checkpoint up to `step`, unless that was done."""
+        due = step // self._every * self._every if self._every > 0 else 0
+        if due > self._saved_step:
+            self._saved_step = due
+            self.save_checkpoint(due)
 
     def save_checkpoint(self, step: int, data: Any = None) -> None:
         """Save what the environment saves, and beside it the position of its stream."""

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from atropos_hpc.config import RolloutConf
 from atropos_hpc.contracts.group import NOT_TRAINED
 from atropos_hpc.contracts.messages import WANTED, Generation, SamplingParams
+from atropos_hpc.contracts.prompts import Draw
 from atropos_hpc.contracts.scored_group import RequestError
 from atropos_hpc.contracts.support import Support
-from atropos_hpc.rollout.stamping import Sampled, find_tokens
+from atropos_hpc.rollout.stamping import Sampled, find_tokens, recorded, stamp
 
 # Tokens that an environment may remove at the end of an answer (a stop token), and that a chat
 # template may add behind it (the end of a turn), which nobody sampled.
@@ -109,6 +110,24 @@ def sampled(
             yield Sampled(
                 tokens, versions, temperature, prompt, support, why, generation.finish_reason
             )
+
+
+def complete_group(
+    group: MutableMapping[str, Any],
+    rollout: RolloutConf,
+    binary: bool,
+    environment: str | None = None,
+    draw: Draw | None = None,
+) -> str | None:
+    """Stamp a group of the surrounding rollout, and add its support. Return why it is refused."""
+    try:
+        stamp(group, recorded(), environment, draw)
+        add_support(group, recorded(), rollout, binary)
+    except RequestError as error:
+        return str(error)
+    except Exception as error:  # malformed tokens
+        return f"tokens: {type(error).__name__}: {error}"
+    return None
 
 
 def add_support(

@@ -17,13 +17,16 @@ import msgspec
 from aiohttp import web
 from atroposlib.envs.base import BaseEnv
 
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.group import Limits, encode_group
 from atropos_hpc.contracts.members import AgentState, Roster, ServerState
 from atropos_hpc.contracts.messages import (
+    WANTED,
     GenerateAnswer,
     GenerateRequest,
     Generation,
     Logprobs,
+    SamplingParams,
     TokenLogprob,
     Usage,
     VersionSpan,
@@ -32,8 +35,8 @@ from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup
 from atropos_hpc.rollout import env_loader
 from atropos_hpc.rollout.rollout_failures import AccountedRollouts, Loss, Losses, files_of
+from atropos_hpc.rollout.sampling_support import complete_group
 from atropos_hpc.rollout.server_pool import GENERATE
-from atropos_hpc.rollout.stamping import recorded, stamp
 from atropos_hpc.rollout.vllm_client import VllmServer
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir, write_file, write_struct
@@ -69,26 +72,29 @@ class StubServer:
         request = msgspec.json.decode(await http.read(), type=GenerateRequest)
         self.served += 1
         wanted, prompt = request.sampling_params, request.token_ids
-        choices = [self._sample(i, prompt, wanted.max_tokens) for i in range(wanted.n)]
+        choices = [self._sample(i, prompt, wanted) for i in range(wanted.n)]
         logprobs: list[dict[str, TokenLogprob] | None] | None = None
         if wanted.prompt_logprobs:
             logprobs = [None, *({str(token): TokenLogprob(-1.0)} for token in prompt[1:])]
         answer = GenerateAnswer(choices, logprobs, Usage(len(prompt)))
         return web.json_response(body=msgspec.json.encode(answer))
 
-    def _sample(self, index: int, prompt: list[int], max_tokens: int | None) -> Generation:
-        longest = max(1, min(max_tokens or STUB_TOKENS, self.max_length - len(prompt), STUB_TOKENS))
+    def _sample(self, index: int, prompt: list[int], wanted: SamplingParams) -> Generation:
+        most = wanted.max_tokens or STUB_TOKENS
+        longest = max(1, min(most, self.max_length - len(prompt), STUB_TOKENS))
         tokens = [
             self.random.randrange(self.vocabulary) for _ in range(self.random.randint(1, longest))
         ]
         if self.eos is not None:
             tokens[-1] = self.eos
+        asked = wanted.extra_args or {}
         return Generation(
             index=index,
             token_ids=tokens,
             finish_reason="stop",
             logprobs=Logprobs([TokenLogprob(-1.0) for _ in tokens]),
             weight_versions=[VersionSpan("default", 0, len(tokens))],
+            sampling_mask=[[token] for token in tokens] if WANTED in asked else None,
         )
 
 
@@ -96,19 +102,22 @@ class TrialRollouts(AccountedRollouts):
     """Checks groups as a worker and the trajectory server would, and sends nothing."""
 
     server_cls = VllmServer
+    run_config: Config
     limits: Limits
 
     async def _send_scored_data_to_api(self, scored_data: Any) -> None:
+        binary = self.run_config.trajectories.server != "atropos"
         for group in scored_data if isinstance(scored_data, list) else [scored_data]:
+            why = complete_group(group, self.run_config.rollout, binary)
             try:
-                stamp(group, recorded())
-                encode_group(ScoredGroup.from_python(group), self.limits)
+                if why is None:
+                    encode_group(ScoredGroup.from_python(group), self.limits)
             except RequestError as error:
-                self.losses.lose(Loss.REFUSED, str(error))
-            except Exception as error:
-                self.losses.lose(Loss.REFUSED, f"tokens: {type(error).__name__}: {error}")
-            else:
+                why = str(error)
+            if why is None:
                 self.losses.accept(1)
+            else:
+                self.losses.lose(Loss.REFUSED, why)
 
 
 def try_out(info: bytes, expect: Expect) -> str | None:
@@ -132,13 +141,15 @@ def try_out(info: bytes, expect: Expect) -> str | None:
 
 async def _try_out(run: RunDir, make: Callable[[], BaseEnv], expect: Expect) -> str | None:
     expect("the constructor")
-    max_length = run.config().model.max_length
+    config = run.config()
+    max_length = config.model.max_length
     stub = StubServer(1, None, max_length)
     async with stub:
         server = ServerState(url=stub.url, version=PolicyVersion(version=0, attempt=1))
         roster = Roster(members={"agent-trial-0": AgentState(servers=[server])})
         write_struct(run.roster, roster)
         env: Any = make()
+        env.run_config = config
         stub.vocabulary, stub.eos = len(env.tokenizer), env.tokenizer.eos_token_id
         env.limits, env.max_token_len = Limits(stub.vocabulary, max_length), max_length + 1
         expect("setup()")
