@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -155,6 +157,15 @@ def worker(cluster: RunDir, model: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return run_worker
 
 
+def last_line(directory: Path, ended: Ended) -> str:
+    """The console's last line of a run, by the real command, whose worker ends like that."""
+    stand_in = Path(__file__).with_name("ending_stand_in.py")
+    command = [sys.executable, str(stand_in), str(directory), str(ended.code), ended.error]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "config", "says"),
     [
@@ -172,10 +183,15 @@ def worker(cluster: RunDir, model: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     ],
 )
 def test_a_worker_whose_rollouts_all_fail_gives_up_with_the_environment_s_name_and_the_cause(
-    worker: Callable[..., Ended], name: str, config: dict[str, Any], says: list[str]
+    worker: Callable[..., Ended],
+    tmp_path: Path,
+    name: str,
+    config: dict[str, Any],
+    says: list[str],
 ) -> None:
     ended = worker(name, **config)
     assert ended.code == GAVE_UP
+    assert "the run failed: " in (line := last_line(tmp_path, ended)) and line.endswith(ended.error)
     for text in ("environment (", f"broken_envs.py:{name})", *says):
         assert text in ended.error
     if ended.state.reasons[0].kind in (Loss.FAILED, Loss.NOTHING):
@@ -279,12 +295,13 @@ def test_boolean_scores_are_numbers(worker: Callable[..., Ended]) -> None:
     ],
 )
 def test_an_error_outside_of_rollouts_ends_the_worker_with_that_error_and_line(
-    worker: Callable[..., Ended], name: str, says: str
+    worker: Callable[..., Ended], tmp_path: Path, name: str, says: str
 ) -> None:
     ended = worker(name)
     assert ended.code == env_worker.CRASHED  # the restart policy restarts it, up to its limit
     assert f"broken_envs.py:{name})" in ended.error and says in ended.error
     assert f"({BROKEN}:" in ended.error
+    assert "the run failed: " in (line := last_line(tmp_path, ended)) and line.endswith(ended.error)
 
 
 def test_a_class_that_cannot_be_imported_on_its_node_is_refused_with_file_and_line(
@@ -296,6 +313,7 @@ def test_a_class_that_cannot_be_imported_on_its_node_is_refused_with_file_and_li
     assert ended.code == REFUSED
     for text in ("environment.target", "No module named 'sandbox_of_the_login_node'", f"{path}:2"):
         assert text in ended.error
+    assert "the run failed: " in (line := last_line(tmp_path, ended)) and line.endswith(ended.error)
 
 
 def test_a_worker_that_blocks_its_process_is_ended_with_the_line_at_which_it_is(
