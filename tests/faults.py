@@ -36,7 +36,8 @@ from fault_kinds import (
     stop,
     terminate,
 )
-from promises import BATCH, STALENESS, TRAIN_PROBLEMS, final_accuracy, history, violations
+from promises import BATCH, STALENESS, final_accuracy, violations
+from prompt_coverage import FEW_PROBLEMS, history
 from rich.console import Console
 from rich.table import Table
 from run_files import step_metrics
@@ -50,7 +51,7 @@ SETTINGS = [
     f"staleness.max={STALENESS}",
     "evaluation.after=true",
     "environment.config.eval_problems=300",
-    f"environment.config.train_problems={TRAIN_PROBLEMS}",
+    FEW_PROBLEMS,
 ]
 STEPS_PER_MINUTE = 100  # of faults; most runs then last longer than their faults
 ENDLESS = 1_000_000  # steps, where the run is ended by time
@@ -194,7 +195,7 @@ def one_seed(seed: int, schedule: Schedule, scratch: Path, console: Console) -> 
                 found = violations(started, steps)
             except AssertionError as error:
                 found = [str(error)]
-            steps_done, groups = len(step_metrics(started.run)), len(history(started).groups)
+            steps_done, groups = len(step_metrics(started.run)), len(history(started.run).groups)
             outcome = Outcome(
                 seed,
                 schedule.minutes,

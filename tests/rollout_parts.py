@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -196,6 +197,6 @@ def ks_distance(one: Sequence[int], other: Sequence[int]) -> float:
     return float(np.abs(cumulated[0] - cumulated[1]).max())
 
 
-def ks_critical(size: int) -> float:
-    """What that distance exceeds with probability 0.01 for two samples of one distribution."""
-    return float(1.628 * (2 / size) ** 0.5)
+def ks_critical(size: int, alpha: float = 0.01) -> float:
+    """What that distance exceeds with probability `alpha` for two samples of one distribution."""
+    return math.sqrt(-math.log(alpha / 2) / size)

@@ -189,23 +189,23 @@ SAMPLES, MEAN, MOST = 400, 60, 150
 class RandomVllm(StubVllm):
     """Ends answers at random, and interrupts each request at a moment that is independent of it."""
 
-    def __init__(self, interrupted: bool) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__(chunk=16)
-        self.interrupted, self.attempts = interrupted, Counter[int]()
+        self.how, self.attempts = how, Counter[int]()
 
     def plan(self, body: dict[str, Any]) -> tuple[Policy, Interrupt]:
         answer = body["token_ids"][0]
         self.attempts[answer] += 1
-        source = random.Random(f"{answer} {self.attempts[answer]} {self.interrupted}")
-        interrupt = ("abort" if self.interrupted else "", source.randrange(20, MOST))
+        source = random.Random(f"{answer} {self.attempts[answer]} {self.how}")
+        interrupt = (self.how, source.randrange(20, MOST))
         return lambda ids: EOS if source.random() < 1 / MEAN else 2, interrupt
 
 
-async def lengths(path: Path, interrupted: bool, **sampling: Any) -> list[int]:
+async def lengths(path: Path, how: str, **sampling: Any) -> list[int]:
     """The lengths of answers."""
     run = make_run(path)
     pool = Pool(run)
-    async with RandomVllm(interrupted) as server:
+    async with RandomVllm(how) as server:
         list_servers(run, {server.url: 1})
         requests = [request([i], max_tokens=MOST, **sampling) for i in range(SAMPLES)]
         answers = await asyncio.gather(*(pool.post(each, 60) for each in requests))
@@ -214,9 +214,9 @@ async def lengths(path: Path, interrupted: bool, **sampling: Any) -> list[int]:
 
 
 def test_interruptions_do_not_change_the_distribution_of_lengths(tmp_path: Path) -> None:
-    undisturbed = asyncio.run(lengths(tmp_path / "undisturbed", False))
-    continued = asyncio.run(lengths(tmp_path / "continued", True))
+    undisturbed = asyncio.run(lengths(tmp_path / "undisturbed", ""))
+    continued = asyncio.run(lengths(tmp_path / "continued", "abort"))
     # The same interruptions of answers that start anew: what the test would find.
-    restarted = asyncio.run(lengths(tmp_path / "restarted", True, presence_penalty=0.1))
+    restarted = asyncio.run(lengths(tmp_path / "restarted", "abort", presence_penalty=0.1))
     critical = ks_critical(SAMPLES)
     assert ks_distance(undisturbed, continued) < critical < ks_distance(undisturbed, restarted)

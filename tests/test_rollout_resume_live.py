@@ -1,8 +1,9 @@
-"""A worker that is stopped in the middle of its answers, and the run that resumes it, over HTTP."""
+"""Answers that are interrupted, from the worker to the trained groups, over HTTP."""
 
 import asyncio
+import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -10,8 +11,11 @@ pytestmark = pytest.mark.vllm
 pytest.importorskip("atroposlib")
 
 from atroposlib.envs.base import ScoredDataGroup  # noqa: E402
+from prompt_coverage import history  # noqa: E402
 from prompt_parts import journalled  # noqa: E402
+from rollout_parts import ks_critical, ks_distance  # noqa: E402
 from stub_vllm import Interrupt, Policy, StubVllm, counting  # noqa: E402
+from test_rollout_continuation import MOST, RandomVllm  # noqa: E402
 from test_rollout_prompts_live import Live, UnmodifiedEnv  # noqa: E402
 
 ANSWER, THERE = 20, 12  # tokens of an answer, and of all samples of a request at the stop
@@ -19,9 +23,11 @@ RUNNING = 4  # rollouts
 
 
 class GeneratingEnv(UnmodifiedEnv):
+    sampling: ClassVar[dict[str, Any]] = {"max_tokens": ANSWER}
+
     async def collect_trajectories(self, item: int) -> tuple[ScoredDataGroup | None, list[Any]]:
         prompt, answers, log_probs, _ = await self.server.tokens_and_logprobs_completion(
-            input_ids=[100 + item], n=2, max_tokens=ANSWER, temperature=1.0
+            input_ids=[100 + item], n=2, temperature=1.0, **self.sampling
         )
         group = ScoredDataGroup(
             tokens=[prompt + answer for answer in answers],
@@ -95,3 +101,53 @@ def test_a_requeued_run_continues_the_answers_that_were_under_way(tmp_path: Path
             for at in range(ANSWER):
                 ids.append(counting(ids) + (0 if at else index))
             assert row == ids
+
+
+PROMPTS = 120
+
+
+class LongEnv(GeneratingEnv):
+    sampling: ClassVar = {"max_tokens": MOST}
+
+
+class RestartingEnv(LongEnv):
+    """Asks for what starts anew where it is interrupted."""
+
+    sampling: ClassVar = {**LongEnv.sampling, "structured_outputs": {"json_object": True}}
+
+
+async def trained_lengths(path: Path, how: str, environment: type[LongEnv] = LongEnv) -> list[int]:
+    """The lengths of the answers to the first prompts, in the batches that were trained on."""
+    async with contextlib.AsyncExitStack() as stack:
+        stubs = [await stack.enter_async_context(RandomVllm(how)) for _ in range(2)]
+        live = Generating(path, *(stub.url for stub in stubs))
+        live.environment, live.longest = environment, 2 * MOST
+        live.run.new_attempt()
+        await live.start_server()
+        for index in range(3):
+            live.start_worker(index)
+        await live.until(PROMPTS)
+        for index in range(3):
+            await live.stop_worker(index)
+        await live.stop_server()
+    past = history(live.run)
+    trained = [past.groups[gid] for gids in past.batches.values() for gid in gids]
+    first = [group for group in trained if group.generation_params["draw"]["number"] < PROMPTS]
+    assert len(first) >= PROMPTS - 1  # one may wait for its batch
+    return [int(length) - 1 for group in first for length in group.lengths]
+
+
+@pytest.mark.timeout(300)
+def test_interruptions_do_not_change_the_distribution_of_lengths_of_trained_answers(
+    tmp_path: Path,
+) -> None:
+    async def story() -> dict[str, list[int]]:
+        found = {how: await trained_lengths(tmp_path / how, how) for how in ("", "abort", "lose")}
+        anew = await trained_lengths(tmp_path / "anew", "abort", RestartingEnv)
+        return {**found, "anew": anew}
+
+    found = asyncio.run(story())
+    critical = ks_critical(2 * PROMPTS, alpha=0.001)
+    distances = {how: ks_distance(found[""], found[how]) for how in ("abort", "lose", "anew")}
+    print(distances, critical)
+    assert max(distances["abort"], distances["lose"]) < critical < distances["anew"]
