@@ -76,7 +76,7 @@ test-fast: $(TRAINER)
 
 test: setup apt $(VERIFIERS)
 	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest \
-		--numprocesses 2 --dist loadscope --no-loadscope-reorder
+		--numprocesses 3 --dist loadscope --no-loadscope-reorder
 	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
 	TEST_ROLE=verifiers TEST_DURATIONS=$(DURATIONS)/3-verifiers.json \
 		.venv-verifiers/bin/python -m pytest

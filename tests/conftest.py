@@ -87,19 +87,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # They kill processes at moments that a busy machine shifts, so a failure is retried once.
         if item.get_closest_marker("run") or item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.flaky(reruns=RERUNS))
-    items.sort(key=lambda item: {"slurm": 0, "run": 1}.get(group_of(item.path), 2))
+    order = ["slurm", "test_runs", "run"]
+    items.sort(key=lambda item: [*order, name := group_of(item.path)].index(name))
 
 
 @functools.cache
 def group_of(path: Path) -> str:
     """Return the group of a file's tests: one process runs a group in order.
 
-    Clusters mostly wait, so they run beside the whole runs, which need both cores: one cluster and
-    one run at a time. Everything else goes by file, to whichever process is free.
+    Clusters of stand-ins mostly wait, so they run beside two whole runs, which compute for half of
+    their time. Everything else goes by file, to whichever process is free.
     """
     found = re.search(r"^pytestmark = (\[[^]]*\]|.*)", path.read_text(), re.M)
     markers = found.group() if found else ""
-    return next((group for group in ("slurm", "run") if f"mark.{group}" in markers), path.stem)
+    if "mark.run" in markers and path.stem != "test_runs":
+        return "run"
+    return "slurm" if "mark.slurm" in markers and "mark.run" not in markers else path.stem
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

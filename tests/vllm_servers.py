@@ -26,7 +26,7 @@ ROLLOUT = {
     "memory_utilization": 0.05,
     "kv_cache_bytes": 64 << 20,
     "enforce_eager": True,
-    "variables": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    "variables": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
 }
 
 

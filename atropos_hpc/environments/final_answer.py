@@ -5,6 +5,7 @@ Other mathematics (roots, powers) goes to math-verify, within bounds: sympy woul
 powers that a policy writes for as long as it takes.
 """
 
+import logging
 import re
 from fractions import Fraction
 
@@ -191,7 +192,9 @@ def _verified(expression: str, gold: Fraction) -> bool:
         return False
     from math_verify import parse, verify
 
-    # No timeouts: they need SIGALRM in the main thread. The bounds above keep it quick.
+    # No timeouts: they need SIGALRM in the main thread. The bounds above keep it quick, and the
+    # library's warnings about it are of no use.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     given = parse(f"${expression.strip().strip('$')}$", parsing_timeout=None)
     wanted = parse(f"${gold.numerator}/{gold.denominator}$", parsing_timeout=None)
     return bool(verify(wanted, given, timeout_seconds=None))

@@ -40,7 +40,7 @@ from atropos_hpc.learner.state import TrainState
 from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
 from atropos_hpc.observe.rollouts import RolloutWriter, rollouts_of
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.run_dir import RunDir, read_records, write_struct
+from atropos_hpc.runtime.run_dir import RunDir, last_records, write_struct
 from atropos_hpc.trajectories.client import TrajectoryClient
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _await_evaluation(context: TrainContext, version: int) -> None:
     """Wait for the held-out evaluation of a version."""
 
     def done() -> bool:
-        lines = read_records(context.run.evaluations, Evaluation)
+        lines = last_records(context.run.evaluations, Evaluation, 8)  # in order of version
         return any(line.version == version for line in lines)
 
     what, timeout_s = f"the evaluation of version {version}", context.config.evaluation.timeout_s

@@ -77,7 +77,7 @@ def _run_values(run: History, row: PointStatus) -> dict[str, object]:
     return {
         "run": run,
         "point": row,
-        "summary": (summary := summarize(RunDir(run.path))),
+        "summary": (summary := summarize(RunDir(run.path), run.lines)),
         "rules": list(dict.fromkeys(name for e in summary.evaluations for name in e.metrics)),
         "shares": status.time_shares(run.lines),
         "about": _describe(run.config),

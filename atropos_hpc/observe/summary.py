@@ -15,9 +15,9 @@ from atropos_hpc.observe.report import attempts, summarized
 from atropos_hpc.runtime.run_dir import RunDir, read_intact, read_records
 
 
-def summarize(run: RunDir) -> Summary:
-    """Add up a run over all its attempts."""
-    steps = read_records(run.metrics, StepMetrics)
+def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summary:
+    """Add up a run over all its attempts. `lines`: its metrics, if they have been read."""
+    steps = read_records(run.metrics, StepMetrics) if lines is None else lines
     evaluations = evaluation_summaries(run)
     last = max((line.step for line in steps), default=0)
     directories = attempts(run)

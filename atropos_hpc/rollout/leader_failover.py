@@ -31,13 +31,19 @@ class LeaderFailover:
     job of rollout nodes only ends by itself.
     """
 
-    def __init__(self, run: RunDir, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        clock: Callable[[], float] = time.monotonic,
+        silent_s: float = SILENT_S,
+        ask_s: float = ASK_S,
+    ) -> None:
         launch = run.config().launch
         shared = launch.allocation in ("het", "single")
         in_step = "SLURM_STEP_ID" in os.environ and shared
         self.job = os.environ["SLURM_JOB_ID"] if in_step else None
         self.run, self.attempt, self.shared = run, run.attempt(), shared
-        self.patience_s = launch.start_timeout_s
+        self.patience_s, self.silent_s, self.ask_s = launch.start_timeout_s, silent_s, ask_s
         self.roster = RosterReader(run.roster)
         self.watch, self._asked = RosterWatch(self.roster, clock), 0.0
         self._abandoned = self._listed = False
@@ -71,7 +77,7 @@ class LeaderFailover:
         if self.job is None:
             return False
         now = time.monotonic()
-        if self.watch.silent_s() < SILENT_S or now - self._asked < ASK_S:
+        if self.watch.silent_s() < self.silent_s or now - self._asked < self.ask_s:
             return False
         self._asked = now
         if not _lost_leader(self.job):
