@@ -295,11 +295,11 @@ def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool)
     """Report everything that `train` and `submit` would refuse; start nothing."""
     from atropos_hpc.contracts.answers import RefusedKey, Validated
     from atropos_hpc.launch import hydra_api, preflight
-    from atropos_hpc.runtime import sizing
+    from atropos_hpc.runtime import cores, sizing
     from atropos_hpc.runtime.masking import mask_assignments
     from atropos_hpc.validate import refuse
 
-    memory = None
+    memory = threads = None
     try:
         config = hydra_api.compose(overrides, config_dir)
     except hydra_api.ERRORS as error:
@@ -308,13 +308,15 @@ def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool)
         run_dir = Path(config.run_dir).absolute()
         on_slurm = config.launch.allocation != "local"
         found = preflight.check(config, run_dir, RunDir(run_dir).info(), on_slurm, imports=True)
-        memory = sizing.describe(config)
+        memory, threads = sizing.describe(config), cores.describe(config)
     if as_json:
         refused = [RefusedKey(each.key, mask_assignments(each.message)) for each in found]
         print_json(Validated(refused, memory))
         return 2 if found else 0
     if memory is not None:
         print(f"memory, estimated: {memory}")
+    if threads is not None:
+        print(f"cores: {threads}")
     if found:
         return refuse(found, "This config would be refused.")
     print("nothing wrong was found")

@@ -77,7 +77,6 @@ def test_an_experiment_for_a_cpu_needs_no_further_key(name: str) -> None:
     assert validate.problems(config) == []
     assert not config.roles.trainer.gpus_per_node and not config.roles.rollout.gpus_per_node
     assert config.model.make is not None  # no hub is needed
-    assert config.rollout.variables["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_one_gpu_is_shared_by_both_roles() -> None:

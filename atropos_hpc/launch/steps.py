@@ -16,7 +16,7 @@ from atropos_hpc import resources
 from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm.sbatch import Allocation
 from atropos_hpc.launch.slurm.srun import StepRequest, program, srun
-from atropos_hpc.runtime import devices
+from atropos_hpc.runtime import cores, devices
 from atropos_hpc.runtime.network import HOST
 from atropos_hpc.runtime.process import END_TASKS, NODE, ProcessSpec
 
@@ -68,6 +68,7 @@ def local_steps(config: Config, run_dir: Path) -> list[Step]:
             "LOCAL_RANK": str(local),
             "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
             devices.VISIBLE: ",".join(of_trainer),
+            **cores.variables(rank, world, bind=not role.gpus_per_node),
         }
         ranks.append(ProcessSpec(f"trainer-{rank}", _learner(config, run_dir), variables))
     return [_trajectories(config, run_dir), *agents, Step("trainer", "trainer", tuple(ranks))]

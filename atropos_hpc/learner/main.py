@@ -31,7 +31,7 @@ from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.learner.checkpoint_files import BadCheckpoint
 from atropos_hpc.learner.skipped_steps import NothingLearned
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import cores, process
 from atropos_hpc.runtime.devices import local_device, require_gpus
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member, RosterReader
@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# For GNU's and LLVM's OpenMP. With the default, a step of a model of 135M parameters on two cores
-# took five times as long.
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 GONE = (
     "%s. The checkpoint that was restored is older than the acknowledged batches: newer checkpoints"
     " are damaged or were removed. Restore one of them; or, to continue from this one with new"
@@ -176,10 +173,9 @@ def _set_environment(config: Config) -> None:
     if config.trainer.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
     if not config.roles.trainer.gpus_per_node:
-        # The servers' threads compute on the same cores in turn: a thread that spins while it waits
-        # takes them from those that work.
-        for name, value in PASSIVE_WAITING.items():
+        for name, value in cores.PASSIVE_WAITING.items():
             os.environ.setdefault(name, value)
+    log.info("computes with %s", cores.bind())
     # Packs differ in length from step to step; fixed-size segments would leave a fragment for each.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if Path(config.model.path or "").exists():

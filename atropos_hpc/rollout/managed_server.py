@@ -14,7 +14,7 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import ServerState, Wait
 from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
-from atropos_hpc.runtime import devices
+from atropos_hpc.runtime import cores, devices
 from atropos_hpc.runtime.network import free_port, http_url
 from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_cache
 from atropos_hpc.runtime.process import ProcessSpec
@@ -86,16 +86,16 @@ class ManagedServer:
         command = (sys.executable, "-m", "atropos_hpc.rollout.vllm_server", *arguments)
         # of this start of the server; a killed one has left its sockets
         private = str(self.context.private.empty(str(self.index)))
-        variables = {"TMPDIR": private, "VLLM_RPC_BASE_PATH": private, **self._devices()}
+        variables = {"TMPDIR": private, "VLLM_RPC_BASE_PATH": private, **self._hardware()}
         if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (compiled := compile_cache()):
             variables["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
         return [ProcessSpec(self.name, command, variables)]
 
-    def _devices(self) -> dict[str, str]:
-        """Return the variable that gives the server its own GPUs."""
+    def _hardware(self) -> dict[str, str]:
+        """Return the variables that give the server its own GPUs, or else its own CPUs."""
         config = self.context.config
         if not (gpus := config.roles.rollout.gpus_per_node):
-            return {}
+            return cores.variables(self.index, config.rollout.servers, bind=True)
         visible = devices.visible_devices(os.environ, gpus)
         own = devices.server_devices(visible, self.index, config.rollout.tensor_parallel)
         return {devices.VISIBLE: ",".join(own)}

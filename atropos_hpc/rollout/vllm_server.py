@@ -20,7 +20,7 @@ from typing import Any
 
 from atropos_hpc.config import ModelConf, RolloutConf
 from atropos_hpc.rollout.vllm_api import serve, version_flags
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import cores, process
 from atropos_hpc.runtime.devices import require_gpus
 from atropos_hpc.runtime.network import LOOPBACK, keep_to_interface, own_host
 from atropos_hpc.runtime.position_limit import require_positions
@@ -83,13 +83,15 @@ def lora_arguments(model: ModelConf) -> list[str]:
     return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
 
 
-def variables(rollout: RolloutConf, model: ModelConf) -> dict[str, str]:
+def variables(rollout: RolloutConf, model: ModelConf, gpus: bool = True) -> dict[str, str]:
     """Environment variables for vLLM. `rollout.variables` have the last word."""
     found = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for pausing and weight updates
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": LOOPBACK,  # where vLLM's processes meet, not where the server listens
     }
+    if not gpus:
+        found |= cores.PASSIVE_WAITING
     if model.lora.rank:
         found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # the route that registers the adapter
     if model.path is not None and Path(model.path).is_dir():
@@ -120,7 +122,10 @@ def main() -> None:
     rollout, model = config.rollout, config.model
     host = own_host(config.cluster.host)
     keep_to_interface(LOOPBACK)  # of vLLM's own processes, which are all on this node
-    os.environ.update(variables(rollout, model), **{RUN_DIR: str(options.run_dir.resolve())})
+    gpus = config.roles.rollout.gpus_per_node > 0
+    own = {RUN_DIR: str(options.run_dir.resolve())}
+    os.environ.update(variables(rollout, model, gpus), **own)
+    print(f"computes with {cores.bind()}", flush=True)
     try:
         require_gpus("rollout", config.roles.rollout.gpus_per_node)
         require_positions(model)
