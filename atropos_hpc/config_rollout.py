@@ -7,6 +7,23 @@ from atropos_hpc.schema import MISSING, key
 
 WEEK_S = 7 * 24 * 3600
 
+# Fields of Atropos' own environment config that the run sets, and the key to change instead;
+# {} is the environment's key.
+SET_BY_RUN = {
+    "group_size": "{}.group_size",
+    "max_num_workers": "{}.concurrency",
+    "inference_weight": "{}.weight",
+    "min_batch_allocation": "{}.min_batch_allocation",
+    "max_token_length": "model.max_length",
+    "tokenizer_name": "model.path",
+    "max_batches_offpolicy": "staleness.max",
+    "steps_per_eval": "evaluation.every",
+    "total_steps": "trainer.steps",
+    "batch_size": "algorithm.batch_size",
+    "use_wandb": "wandb.mode",
+    "rollout_server_url": "trajectories.server",
+}
+
 
 @dataclass
 class EnvironmentConf:
@@ -37,7 +54,8 @@ class EnvironmentConf:
     trial_timeout_s: float = key(
         60.0,
         "`validate` and submission import the class, draw one prompt and roll out one group "
-        "against a stub of the servers, each within this many seconds; 0: they only import it",
+        "against a stub of the servers, each within this many seconds, and look whether evaluate() "
+        "reports `metric`; 0: they only import it",
         ge=0,
         le=WEEK_S,
     )

@@ -22,7 +22,8 @@ from omegaconf import DictConfig
 from atropos_hpc.config import Config
 from atropos_hpc.launch import hydra_api, new_directory
 from atropos_hpc.runtime import process
-from atropos_hpc.validate import Problem, Refused, refuse
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import Refused, refuse
 
 hydra_api.register()
 

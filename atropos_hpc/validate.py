@@ -7,30 +7,15 @@ environment or the cluster is checked by launch/preflight.py, and reported as th
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from atropos_hpc import schema, validate_options, validate_trainer
 from atropos_hpc.config import Config, EnvironmentConf, environment_name, environments
+from atropos_hpc.config_rollout import SET_BY_RUN
 from atropos_hpc.runtime import masking
+from atropos_hpc.schema import Problem
 
 REFUSED = 2  # exit code
 
-# Fields of Atropos' own environment config that the run sets, and the key to change instead;
-# {} is the environment's key.
-SET_BY_RUN = {
-    "group_size": "{}.group_size",
-    "max_num_workers": "{}.concurrency",
-    "inference_weight": "{}.weight",
-    "min_batch_allocation": "{}.min_batch_allocation",
-    "max_token_length": "model.max_length",
-    "tokenizer_name": "model.path",
-    "max_batches_offpolicy": "staleness.max",
-    "steps_per_eval": "evaluation.every",
-    "total_steps": "trainer.steps",
-    "batch_size": "algorithm.batch_size",
-    "use_wandb": "wandb.mode",
-    "rollout_server_url": "trajectories.server",
-}
 # Variables of vLLM that are not the user's, with the reason.
 SET_FOR_SERVERS = {
     "VLLM_API_KEY": "the servers ask for the run's token; with a key of their own they refuse it",
@@ -41,17 +26,6 @@ SET_FOR_SERVERS = {
 DEMO_MODEL = "atropos_hpc.environments.make_base"
 DEMO_ENVIRONMENT = "atropos_hpc.environments.arithmetic:ArithmeticEnv"
 MODEL_NEEDED = "give model=hugging_face model.path=DIRECTORY_OR_HUB_NAME model.max_length=TOKENS"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A reason to refuse a config: the key to change ("" if there is none), and what is wrong."""
-
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}" if self.key else self.message
 
 
 class Refused(Exception):

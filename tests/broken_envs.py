@@ -174,3 +174,13 @@ class NumbersForAnswers(Works):
 class NoPrompt(Works):
     async def get_next_item(self) -> Any:
         raise FileNotFoundError("/data/train.jsonl")
+
+
+class Reports(Works):
+    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        await self.evaluate_log({"eval/score": 0.5})
+
+
+class HangsInEvaluation(Works):
+    async def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        await asyncio.sleep(3600)

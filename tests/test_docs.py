@@ -15,7 +15,7 @@ from atropos_hpc import cli, schema
 from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.launch import hydra_api, role_environment
 from atropos_hpc.launch.steps import rollout_python
-from atropos_hpc.validate import Problem
+from atropos_hpc.schema import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

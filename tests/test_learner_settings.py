@@ -13,10 +13,16 @@ pytest.importorskip("verl")
 
 import torch  # noqa: E402
 from learner_ranks import MAX_LENGTH, on_ranks, same, state_of, train, whole  # noqa: E402
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig  # noqa: E402
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY  # noqa: E402
+from verl.workers.config import (  # noqa: E402
+    FSDPActorConfig,
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    PolicyLossConfig,
+)
 
-from atropos_hpc import validate_trainer  # noqa: E402
-from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
+from atropos_hpc import schema, validate_trainer  # noqa: E402
+from atropos_hpc.config import AlgorithmConf, Config, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
@@ -34,6 +40,14 @@ def test_the_names_that_the_checks_know_are_verls() -> None:
         }
         assert set(known) | owned <= {field.name for field in dataclasses.fields(made)}
         assert not set(known) & owned
+    choices = {name: key.choices for name, key, _ in schema.values(Config())}
+    assert set(choices["algorithm.loss"]) <= set(POLICY_LOSS_REGISTRY)
+    fields = {
+        each.name
+        for made in (PolicyLossConfig, FSDPActorConfig)
+        for each in dataclasses.fields(made)
+    }
+    assert {name for names in validate_trainer.LOSS_OPTIONS.values() for name in names} <= fields
 
 
 def backend_of(

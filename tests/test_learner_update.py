@@ -172,23 +172,6 @@ def test_a_batch_with_nothing_to_train_is_refused(model_path: Any) -> None:
     assert vocabulary == VOCABULARY and "no sequence" in refusal and "-100" in refusal
 
 
-@pytest.mark.parametrize(
-    "conf, complaint",
-    [
-        (AlgorithmConf(loss="vanila"), r"algorithm.loss=vanila.*cispo.*vanilla"),
-        (AlgorithmConf(aggregation="mean"), r"algorithm.aggregation=mean.*token-mean"),
-        (AlgorithmConf(kl_estimator="full"), r"algorithm.kl_estimator=full.*k3"),
-    ],
-)
-def test_a_wrong_objective_is_named_with_the_valid_ones(
-    conf: AlgorithmConf, complaint: str
-) -> None:
-    from atropos_hpc.learner.objective import objective
-
-    with pytest.raises(ValueError, match=complaint):
-        objective(conf, MAX_LENGTH)
-
-
 def same_version_metrics(rank: int, world: int, path: Any) -> list[dict[str, float]]:
     """Of an update at version 1, with behaviour log-probs that equal the learner's own.
 

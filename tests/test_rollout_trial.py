@@ -15,6 +15,7 @@ from atropos_hpc.config import Config, EnvironmentConf, ModelConf  # noqa: E402
 from atropos_hpc.contracts.run_info import RunInfo  # noqa: E402
 from atropos_hpc.rollout import trial  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
+from atropos_hpc.schema import Problem  # noqa: E402
 
 BROKEN = Path(__file__).parent / "broken_envs.py"
 
@@ -28,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_json(model: Path, target: str) -> bytes:
-    conf = EnvironmentConf(target=target, group_size=4)
+def run_json(model: Path, target: str, metric: str = "") -> bytes:
+    conf = EnvironmentConf(target=target, group_size=4, metric=metric, trial_timeout_s=4)
     return msgspec.json.encode(
         RunInfo(Config(model=ModelConf(path=str(model), max_length=96), environment=conf))
     )
@@ -64,9 +65,25 @@ def test_a_trial_finds_what_is_wrong_with_an_environment(
     if says is None:
         assert wrong is None
     else:
-        assert wrong is not None and says in wrong
+        assert wrong is not None and wrong.key == "target" and says in wrong.message
         if says.startswith(("Lookup", "Template", "'int'", "File", "it called", "returned")):
-            assert f"({BROKEN}:" in wrong
+            assert f"({BROKEN}:" in wrong.message
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "says"),
+    [
+        ("Reports", "eval/score", None),
+        ("Reports", "eval/skore", "eval/skore is not what evaluate() reports: eval/score"),
+        ("Works", "eval/score", None),  # it reports nothing
+        ("HangsInEvaluation", "eval/score", None),  # nothing is known
+    ],
+)
+def test_a_metric_that_evaluation_never_reports_is_found_by_a_trial(
+    model: Path, name: str, metric: str, says: str | None
+) -> None:
+    wrong = trial.try_out(run_json(model, f"{BROKEN}:{name}", metric), lambda _: None)
+    assert wrong == (says and Problem("metric", says))
 
 
 def test_a_class_that_exits_on_import_is_reported_by_name(tmp_path: Path) -> None:

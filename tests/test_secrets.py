@@ -18,7 +18,8 @@ from atropos_hpc.observe import html_report, logs, status, trackers
 from atropos_hpc.observe.console import Console
 from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.validate import Problem, refuse
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import refuse
 
 SECRET = "correct-horse-battery-staple"
 HF = "hf_" + "Ab3" * 8

@@ -7,8 +7,8 @@ checks the script itself: it knows every option, and what only the accounting da
 import functools
 import os
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +20,9 @@ from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
 from atropos_hpc.runtime import slurm
-from atropos_hpc.schema import did_you_mean
-from atropos_hpc.validate import Problem
+from atropos_hpc.schema import Problem, did_you_mean
 
 LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
-TEST_TIMEOUT_S = 60.0
 # sbatch prints these also if nodes are only down or drained and will come back; whether the nodes
 # are sufficient at all has been checked before.
 UNAVAILABLE = ("Requested node configuration is not available", "Required node not available")
@@ -326,25 +324,15 @@ def _test(key: str, text: str) -> list[Problem]:
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as script:
         script.write(text)
         script.flush()
-        command = ["sbatch", "--test-only", script.name]
+        command = ("sbatch", "--test-only", script.name)
         try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=TEST_TIMEOUT_S,
-                check=False,
-                env=sbatch.submission_environment(os.environ),
-            )
-        except subprocess.TimeoutExpired:
-            reason = f"sbatch --test-only did not answer within {TEST_TIMEOUT_S:.0f} s"
-            return [Problem("cluster", reason)]
-    if done.returncode == 0:
+            slurm.run_command(*command, env=sbatch.submission_environment(os.environ))
+            return []
+        except slurm.SlurmError as refusal:
+            said = str(refusal).removeprefix(f"{shlex.join(command)}: ")
+    if any(words in said for words in UNAVAILABLE) and _some_are_away():
         return []
-    if any(words in done.stderr for words in UNAVAILABLE) and _some_are_away():
-        return []
-    lines = done.stderr.strip().splitlines()
-    error = "; ".join(line.partition("error: ")[2] or line for line in lines)
+    error = "; ".join(line.partition("error: ")[2] or line for line in said.split("; "))
     unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
     hint = f" ({', '.join(unused)} of your shell is not used)" if unused else ""
     return [Problem(key_of(error) or key, f"sbatch refuses it: {error}{hint}")]

@@ -33,7 +33,8 @@ from atropos_hpc.launch.hydra_errors import is_composing_error as is_composing_e
 from atropos_hpc.launch.hydra_errors import named_problems as named_problems
 from atropos_hpc.launch.hydra_errors import problems as problems
 from atropos_hpc.runtime import shell
-from atropos_hpc.validate import Problem, Refused
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import Refused
 
 # Hydra's scan of plugins executes its core modules again: a class that is imported before the scan
 # is not the one that Hydra uses.

@@ -8,7 +8,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from atropos_hpc import schema
 from atropos_hpc.config import Config, EnvironmentConf
-from atropos_hpc.validate import Problem, Refused
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import Refused
 
 ERRORS = (HydraException, OmegaConfBaseException, Refused)  # of composing; `problems` words them
 

@@ -17,7 +17,8 @@ from atropos_hpc.launch import cluster_check, role_environment, service_check, s
 from atropos_hpc.launch.slurm import sbatch_checks
 from atropos_hpc.runtime import masking, position_limit
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.validate import Problem, problems
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import problems
 
 # Keys that identify a run: a resumed run must not change them.
 IDENTITY = (

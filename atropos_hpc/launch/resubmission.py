@@ -22,7 +22,8 @@ from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_struct
-from atropos_hpc.validate import Problem, Refused
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import Refused
 
 T = TypeVar("T")
 ABSENT = object()

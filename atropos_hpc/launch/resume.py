@@ -22,7 +22,8 @@ from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct
-from atropos_hpc.validate import REFUSED, Problem, Refused, refuse
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import REFUSED, Refused, refuse
 
 
 def resume(directory: Path, overrides: Sequence[str]) -> int:

@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 
 from atropos_hpc import resources
-from atropos_hpc.config import Config, EnvironmentConf, RoleConf
+from atropos_hpc.config import Config, EnvironmentConf, EvaluationConf, RoleConf
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch.steps import rollout_python, trainer_python
 from atropos_hpc.runtime import environment, position_limit
-from atropos_hpc.validate import Problem
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate_options import OWN_ENVIRONMENTS
 
 CHECK_TIMEOUT_S = 300.0
 SETUP = "`make setup` creates it in a clone; elsewhere, give the path of the role's interpreter"
@@ -172,7 +173,10 @@ def check_environment(
     part = Config(environment=EnvironmentConf(environment.target, config=environment.config))
     if timeout_s and trial and config.model.path is not None:
         options += ["--trial"]
-        part = Config(model=config.model, environment=environment)
+        # metrics of ours are known, and those of more_environments name no accuracy
+        judged = key == "environment" and not environment.target.startswith(OWN_ENVIRONMENTS)
+        evaluation = config.evaluation if judged else EvaluationConf(before=False, after=False)
+        part = Config(model=config.model, environment=environment, evaluation=evaluation)
     info = msgspec.json.encode(RunInfo(part)).decode()
     python = environment.python or rollout_python(config)
     needed = json.dumps(needed_modules(config, "rollout")) if imports else ""

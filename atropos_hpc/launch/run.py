@@ -49,7 +49,8 @@ from atropos_hpc.runtime.run_dir import (
     write_struct,
 )
 from atropos_hpc.runtime.waiting import Waiting
-from atropos_hpc.validate import Problem, Refused, refuse
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import Refused, refuse
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from atropos_hpc.config import Config
-from atropos_hpc.validate import Problem
+from atropos_hpc.schema import Problem
 
 WANDB = "https://api.wandb.ai"
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

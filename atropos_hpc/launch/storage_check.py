@@ -12,7 +12,7 @@ from pathlib import Path
 from atropos_hpc.config import Config
 from atropos_hpc.policy.store import RESERVE_BYTES
 from atropos_hpc.runtime import sizing
-from atropos_hpc.validate import Problem
+from atropos_hpc.schema import Problem
 
 MIB = 2**20
 

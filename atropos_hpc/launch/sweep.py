@@ -17,11 +17,13 @@ from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.status import ENDED
 from atropos_hpc.launch import preflight, resubmission
 from atropos_hpc.launch.slurm import sbatch
+from atropos_hpc.launch.slurm.cluster import cluster_answers
 from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
-from atropos_hpc.validate import Problem, Refused, refuse
+from atropos_hpc.schema import Problem
+from atropos_hpc.validate import Refused, refuse
 
 POLL_S = 3.0
 SWEEP_REFUSED = "The sweep was refused; nothing was queued."
@@ -49,7 +51,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = F
             new = _unfinished(points, sweep_dir, resumed)
             names = [_slot(point, sweep_dir, slots) for point in new]
             if launch.dry_run:
-                answers = slurm.is_reachable()
+                answers = cluster_answers()
                 _refuse(new, answers, roles=False)
                 return _dry_run(new, folder, names, answers)
             if new:

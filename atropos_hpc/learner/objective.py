@@ -1,29 +1,15 @@
 """Translate `algorithm.*` into verl's actor config, from which `ppo_loss` assembles the objective.
 
 Every formula is verl's: policy loss, clipping, aggregation, KL and entropy terms. Only the
-translation, and the checks of its values, are here.
+translation is here; validate.py has checked the values.
 """
 
 from atropos_hpc.config import AlgorithmConf
 from atropos_hpc.learner.backends.verl_api import (
-    POLICY_LOSS_REGISTRY,
     FSDPActorConfig,
     FSDPEngineConfig,
     PolicyLossConfig,
 )
-from atropos_hpc.validate_trainer import LOSS_OPTIONS
-
-# bypass_mode and dro need options that `algorithm` does not have; geo_mean divides by the size of
-# the micro-batch instead of that of the batch.
-LOSSES = tuple(sorted(set(POLICY_LOSS_REGISTRY) - {"bypass_mode", "dro", "geo_mean"}))
-AGGREGATIONS = (
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-)
-KL_ESTIMATORS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")
 
 
 def objective(
@@ -35,10 +21,8 @@ def objective(
     verl's own default is the longest response of the micro-batch, which depends on the packing.
     `kl_coef` is the present coefficient, where it adapts.
 
-    `ppo_loss` writes the batch's totals into the config, so every step needs a new one. Raises
-    ValueError naming the key.
+    `ppo_loss` writes the batch's totals into the config, so every step needs a new one.
     """
-    _check(algorithm)
     options = algorithm.loss_options
     policy_options = {k: value for k, value in options.items() if hasattr(PolicyLossConfig, k)}
     actor_options = {k: value for k, value in options.items() if k not in policy_options}
@@ -61,20 +45,3 @@ def objective(
         fsdp_config=FSDPEngineConfig(strategy="fsdp2", use_torch_compile=False),
         **actor_options,
     )
-
-
-def _check(algorithm: AlgorithmConf) -> None:
-    for key, value, allowed in (
-        ("loss", algorithm.loss, LOSSES),
-        ("aggregation", algorithm.aggregation, AGGREGATIONS),
-        ("kl_estimator", algorithm.kl_estimator, KL_ESTIMATORS),
-    ):
-        if value not in allowed:
-            raise ValueError(
-                f"algorithm.{key}={value}: not supported; use one of {', '.join(allowed)}"
-            )
-    for option in algorithm.loss_options:
-        if option not in LOSS_OPTIONS.get(algorithm.loss, ()):
-            raise ValueError(
-                f"algorithm.loss_options.{option}: not an option of algorithm.loss={algorithm.loss}"
-            )

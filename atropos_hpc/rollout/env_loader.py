@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from atropos_hpc.config import Config, EnvironmentConf, environments
+from atropos_hpc.config_rollout import SET_BY_RUN
 from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout import managed_chat
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.schema import did_you_mean
-from atropos_hpc.validate import SET_BY_RUN, Problem
+from atropos_hpc.schema import Problem, did_you_mean
 
 LEAST_TIMEOUT_S = 600.0  # of a generation request
 SLOWEST_TOKEN_S = 0.1  # a busy server makes ten tokens per second and request or more

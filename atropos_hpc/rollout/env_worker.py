@@ -36,7 +36,7 @@ from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.stall_watch import StallWatch
-from atropos_hpc.validate import Problem
+from atropos_hpc.schema import Problem
 
 log = logging.getLogger(__name__)
 
@@ -203,9 +203,9 @@ def check(options: argparse.Namespace) -> NoReturn:
     patch_chat_templates()
     quiet_atropos()
     wrong = try_out(info, lambda what: stall.expect(what, options.timeout_s))
-    if wrong is not None:
-        end_failed(f"a trial rollout failed: {wrong}")
-    end()
+    if wrong is not None and wrong.key == "target":
+        end_failed(f"a trial rollout failed: {wrong.message}")
+    end(*([wrong] if wrong else []))
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 It sets the environment up, draws a prompt, and rolls a group out as a worker would. The stub
 answers with random tokens, so scores say nothing; but a chat template that refuses a message, data
-of a wrong shape, or a group that the trajectory server would refuse shows here.
+of a wrong shape, or a group that the trajectory server would refuse shows here. Then it evaluates,
+if the run does and the evaluation is short, to learn whether it reports environment.metric.
 """
 
 import asyncio
@@ -34,15 +35,18 @@ from atropos_hpc.contracts.messages import (
 from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup
 from atropos_hpc.rollout import env_loader
+from atropos_hpc.rollout.evaluation import NAMED, as_evaluator, evaluate
 from atropos_hpc.rollout.rollout_failures import AccountedRollouts, Loss, Losses, files_of
 from atropos_hpc.rollout.sampling_support import complete_group
 from atropos_hpc.rollout.server_pool import GENERATE
 from atropos_hpc.rollout.vllm_client import VllmServer
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir, write_file, write_struct
+from atropos_hpc.schema import Problem
 
 PROMPTS = 3  # that are tried until one gives a group: a single one may be too long
 STUB_TOKENS = 16  # of an answer, at most
+EVALUATION_S = 10.0  # at most; one that takes longer is not judged
 
 Expect = Callable[[str], None]
 
@@ -120,8 +124,8 @@ class TrialRollouts(AccountedRollouts):
                 self.losses.lose(Loss.REFUSED, why)
 
 
-def try_out(info: bytes, expect: Expect) -> str | None:
-    """Try an environment out, and return what is wrong.
+def try_out(info: bytes, expect: Expect) -> Problem | None:
+    """Try an environment out, and return what is wrong, with a key of the environment's section.
 
     `info`: the content of a run.json whose `environment` is tried. `expect` is called with what
     happens next.
@@ -132,14 +136,15 @@ def try_out(info: bytes, expect: Expect) -> str | None:
         write_file(run.run_json, info)
         environment, config, servers = env_loader.of_run(run, "environment", run.config().seed)
         files = files_of(environment)
-        kind = type(environment.__name__, (TrialRollouts, environment), {"files": files})
+        bases = (TrialRollouts, as_evaluator(environment))
+        kind = type(environment.__name__, bases, {"files": files, "server_cls": VllmServer})
         try:
             return asyncio.run(_try_out(run, lambda: kind(config, servers, slurm=False), expect))
         except (Exception, SystemExit) as error:
-            return describe_error(error, files)
+            return Problem("target", describe_error(error, files))
 
 
-async def _try_out(run: RunDir, make: Callable[[], BaseEnv], expect: Expect) -> str | None:
+async def _try_out(run: RunDir, make: Callable[[], BaseEnv], expect: Expect) -> Problem | None:
     expect("the constructor")
     config = run.config()
     max_length = config.model.max_length
@@ -159,8 +164,26 @@ async def _try_out(run: RunDir, make: Callable[[], BaseEnv], expect: Expect) -> 
             problem = await _roll_out(env, stub, expect)
             if problem is None:
                 break
+        unreported = None if problem else await _unreported(env, run.config(), expect)
         await env.server.servers[0].pool.close()
-    return problem
+    return Problem("target", problem) if problem else unreported
+
+
+async def _unreported(env: Any, config: Config, expect: Expect) -> Problem | None:
+    """Evaluate, and return a problem if something is reported, but not environment.metric."""
+    conf, metric = config.evaluation, config.environment.metric
+    if not (conf.before or conf.after or conf.every):
+        return None
+    expect("an evaluation")
+    limit_s = min(EVALUATION_S, config.environment.trial_timeout_s / 2)
+    try:
+        found = (await evaluate(env, 0, limit_s)).metrics
+    except Exception:  # too long, or it cannot judge random answers
+        return None
+    reported = sorted(name for name in found if not name.startswith(NAMED))
+    if not reported or metric in found:
+        return None
+    return Problem("metric", f"{metric} is not what evaluate() reports: {', '.join(reported)}")
 
 
 async def _roll_out(env: Any, stub: StubServer, expect: Expect) -> str | None:

@@ -70,6 +70,14 @@ def read_cluster() -> Cluster:
     )
 
 
+def cluster_answers() -> bool:
+    """Tell whether the cluster could be read; the checks then use what was read."""
+    try:
+        return bool(read_cluster())
+    except slurm.SlurmError:
+        return False
+
+
 def parse_cluster(nodes_shown: str, partitions_shown: str, config_shown: str) -> Cluster:
     """Read a cluster from what the commands of `read_cluster` print."""
     nodes: dict[str, list[Nodes]] = {}

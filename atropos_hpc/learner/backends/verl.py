@@ -30,7 +30,6 @@ from atropos_hpc.learner.state import StateDict, seed_generators
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
-ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 
 
 class VerlBackend:
@@ -47,7 +46,6 @@ class VerlBackend:
         seed: int,
         reference: bool = True,
     ) -> None:
-        _check(model, algorithm, reference)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._algorithm, self._max_length = algorithm, model.max_length
         seed_generators(seed, self.rank)
@@ -208,18 +206,6 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
         ),
         checkpoint_config=verl_api.CheckpointConfig(),
     )
-
-
-def _check(model: ModelConf, algorithm: AlgorithmConf, reference: bool) -> None:
-    for key, value, allowed in (
-        ("dtype", model.dtype, tuple(DTYPES)),
-        ("attention", model.attention, ATTENTIONS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"model.{key}={value}: use one of {', '.join(allowed)}")
-    if algorithm.kl_coef and not reference:
-        raise ValueError(f"algorithm.kl_coef={algorithm.kl_coef} needs the frozen reference")
-    objective(algorithm, model.max_length)  # raises now instead of at the first step
 
 
 def _frozen(model: ModelConf, trainer: TrainerConf) -> Any:

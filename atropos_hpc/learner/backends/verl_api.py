@@ -19,7 +19,6 @@ from atropos_hpc.learner.backends.cpu_platform import ON_CPU
 from tensordict import TensorDict
 from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.core_algos import (
-    POLICY_LOSS_REGISTRY,
     AdaptiveKLController,
     get_adv_estimator_fn,
     kl_penalty,
@@ -51,7 +50,6 @@ from verl.workers.utils.padding import response_from_nested
 
 __all__ = [
     "ON_CPU",
-    "POLICY_LOSS_REGISTRY",
     "SAFETY_BOUND",
     "AdaptiveKLController",
     "CheckpointConfig",
