@@ -86,6 +86,19 @@ def test_a_resume_is_bit_equal(small_model: Path, run: RunDir) -> None:
     assert metrics == again and same(after, end)
 
 
+def test_a_checkpoint_is_not_copied_where_memory_is_short(
+    small_model: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copies(*_: Any, **__: Any) -> None:
+        raise AssertionError("the state was copied")
+
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 0)
+    monkeypatch.setattr(checkpoint, "async_save", copies)
+    at_save, metrics, after = on_ranks(2, two_steps_saved, small_model, run)[0]
+    loaded, again, end, start = on_ranks(2, resumed, small_model, run)[0]
+    assert start == 2 and same(at_save, loaded) and metrics == again and same(after, end)
+
+
 def test_other_numbers_of_ranks(small_model: Path, run: RunDir) -> None:
     both = on_ranks(2, two_steps_saved, small_model, run)
     at_save, metrics, after = both[0]

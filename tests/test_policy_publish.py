@@ -148,6 +148,30 @@ def test_any_shapes_meshes_and_buckets(tmp_path: Path, mesh: tuple[int, ...], bu
         assert torch.equal(tensors[name], weights[name].half())
 
 
+def published_twice(rank: int, world: int, directory: Path) -> Any:
+    module = Odd()
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    writer = writer_module.ShardWriter(dist.new_group(backend="gloo"))
+    shot, weights = None, []
+    for version in range(3):
+        shot = snapshot(module, torch.bfloat16, reuse=shot)
+        writer.write_full(directory / str(version), writer.fill(shot))
+        weights.append({name: full(tensor) for name, tensor in module.state_dict().items()})
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+    begin = writer.shard.buffer.ctypes.data
+    return weights, [begin <= p.data_ptr() < begin + writer.shard.size for p in shot.pieces]
+
+
+def test_a_single_rank_holds_one_copy_of_what_it_publishes(tmp_path: Path) -> None:
+    weights, inside = on_ranks(1, published_twice, tmp_path)[0]
+    assert all(inside)
+    for version, expected in enumerate(weights):
+        for name, tensor in stored(tmp_path / str(version)).items():
+            assert torch.equal(tensor, expected[name].to(tensor.dtype)), (version, name)
+
+
 def fails_to_write(rank: int, world: int, directory: Path) -> None:
     module = nn.Linear(8, 8)
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))

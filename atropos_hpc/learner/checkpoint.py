@@ -4,6 +4,7 @@ Order of writes of a save, so that a crash at any point leaves a valid checkpoin
 
 1. Rank 0 makes checkpoints/step-<n>-<attempt>/. Every rank copies its shards to host memory.
    Training continues from here.
+   Where a copy would take more than half of the free memory, it waits for the writing instead.
 2. In the background, every rank writes its shards there and syncs them; then rank 0 writes the
    index (torch.distributed.checkpoint).
 3. When all ranks are done, rank 0 writes manifest.json with every file's size.
@@ -25,7 +26,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from atropos_hpc.contracts.checkpoint import CheckpointFile, CheckpointManifest, LatestCheckpoint
 from atropos_hpc.learner.backends.base import Backend
@@ -40,6 +43,7 @@ from atropos_hpc.learner.checkpoint_files import (
 )
 from atropos_hpc.learner.state import TrainState
 from atropos_hpc.runtime.run_dir import RunDir, sync_directory, write_struct
+from atropos_hpc.runtime.sizing import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +88,32 @@ class Checkpoints:
         writer = FileSystemWriter(
             target.path, single_file_per_rank=True, sync_files=True, thread_count=1
         )
-        upload = async_save(tensors, storage_writer=writer, process_group=self._background)
-        assert isinstance(upload, Future)
+        upload: Future[Any]
+        if self._is_short_of_memory(tensors):
+            log.info("memory is short: training waits until the checkpoint is written")
+            save(tensors, storage_writer=writer, process_group=self._background)
+            (upload := Future()).set_result(None)
+        else:
+            saving = async_save(tensors, storage_writer=writer, process_group=self._background)
+            assert isinstance(saving, Future)
+            upload = saving
         self._pending = target, self._thread.submit(self._finish, upload, target)
+
+    def _is_short_of_memory(self, tensors: dict[str, Any]) -> bool:
+        """Whether, on any rank, a copy of its tensors would take more than half of the free memory.
+
+        Tensors on a GPU are copied in any case.
+        """
+        own = sum(
+            local.numel() * local.element_size()
+            for leaf in tree_leaves(tensors)
+            if isinstance(leaf, torch.Tensor)
+            and (local := leaf.to_local() if isinstance(leaf, DTensor) else leaf).device.type
+            == "cpu"
+        )
+        short = torch.tensor(int(own > free_memory() / 2))
+        dist.all_reduce(short, op=dist.ReduceOp.MAX, group=self._foreground)
+        return bool(short)
 
     def newly_durable(self) -> int | None:
         """Return the step that has become durable since the last call, if any. Does not wait.

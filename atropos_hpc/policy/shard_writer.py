@@ -9,7 +9,9 @@
    adds transformers' index, or the adapter's config.
 
 An adapter is owned by rank 0 and written as PEFT would. The policy store writes the manifest.
-Host memory per rank is the snapshot and one shard buffer; two buffers with deltas.
+Host memory per rank is the snapshot and one shard buffer; two buffers with deltas. Of a single rank
+without deltas it is one buffer: the snapshot's pieces become views of it, and the next one is taken
+there.
 """
 
 from collections import deque
@@ -210,10 +212,23 @@ class ShardWriter:
                     else:
                         piece = received[at : at + size]
                         at += size
-                    into.parts[entry.name][filled[i] : filled[i] + size] = piece.numpy()
+                    target = into.parts[entry.name][filled[i] : filled[i] + size]
+                    if piece.data_ptr() != target.ctypes.data:
+                        target[:] = piece.numpy()
                     filled[i] += size
+            if self._one_copy:
+                for i in owned:
+                    entry = self._snapshot.entries[i]
+                    self._snapshot.pieces[i] = torch.from_numpy(into.parts[entry.name]).view(
+                        entry.dtype
+                    )
             if owned:
                 yield into.end(self._snapshot.entries[owned[-1]].name)
+
+    @property
+    def _one_copy(self) -> bool:
+        """Whether the snapshot may lie in the shard: a single rank's, which no delta needs."""
+        return self.world == 1 and not self.keep_base and self._snapshot.rename is None
 
     def _exchange_bucket(self, bucket: list[int]) -> torch.Tensor:
         """Send this rank's pieces of other ranks' tensors. Return what came in, rank by rank."""
