@@ -88,11 +88,12 @@ class Checkpoints:
         writer = FileSystemWriter(
             target.path, single_file_per_rank=True, sync_files=True, thread_count=1
         )
-        upload: Future[Any]
+        written: Future[None] = Future()
+        upload: Future[Any] = written
         if self._is_short_of_memory(tensors):
             log.info("memory is short: training waits until the checkpoint is written")
             save(tensors, storage_writer=writer, process_group=self._background)
-            (upload := Future()).set_result(None)
+            written.set_result(None)
         else:
             saving = async_save(tensors, storage_writer=writer, process_group=self._background)
             assert isinstance(saving, Future)
