@@ -1,5 +1,6 @@
 """The pages are correct: links, commands, the config page, the example environment."""
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -77,6 +78,11 @@ def test_commands_parse_and_compose(command: str) -> None:
         assert (ROOT / arguments[0]).exists() or arguments[:2] == ["-m", "bench"], command
 
 
+@functools.cache
+def compose(overrides: tuple[str, ...]) -> None:
+    hydra_api.compose(overrides)
+
+
 def composes(overrides: list[str]) -> None:
     """What follows the program composes; of a multirun, the first point and the last do."""
     overrides = [
@@ -98,7 +104,7 @@ def composes(overrides: list[str]) -> None:
         tuple(each[0] for each in values),
         tuple(each[-1] for each in values),
     }:  # the first and the last
-        hydra_api.compose([each for each in point if each is not None])
+        compose(tuple(each for each in point if each is not None))
 
 
 @pytest.mark.parametrize("script", ["make_config.py", "make_cli.py"])

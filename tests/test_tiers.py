@@ -41,8 +41,11 @@ def session(
     (directory / "test_it.py").write_text(content)
     durations = directory / "durations.json"
     variables = {"TEST_ROLE": role, "TEST_DURATIONS": str(durations), "ATROPOS_HPC_RERUNS": "1"}
+    variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hypothesis takes a second and a half
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(directory), str(directory)]
+    plugins = ["-p", "xdist", "-p", "pytest_rerunfailures"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins]
+    command += ["--rootdir", str(directory), str(directory)]
     env |= variables
     done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True)
     return done, durations
