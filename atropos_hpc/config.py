@@ -325,10 +325,7 @@ class Config:
         "subdirectories. Default: a new directory named after the date",
     )
     seed: int = key(
-        0,
-        "seed of the base model, the environments' sampling and the learner",
-        ge=0,
-        le=2**32 - 1,
+        0, "seed of the base model, the environments' sampling and the learner", ge=0, le=2**32 - 1
     )
     model: ModelConf = section(ModelConf)
     environment: EnvironmentConf = section(EnvironmentConf)

@@ -139,8 +139,7 @@ def _environment(key: str, environment: EnvironmentConf, config: Config) -> Iter
         )
     if key != "environment" and not re.fullmatch(r"(?!environment$)\w+", environment_name(key)):
         yield Problem(
-            key,
-            "is not a valid name for metrics: use letters, digits and _, and not `environment`",
+            key, "is not a valid name for metrics: use letters, digits and _, and not `environment`"
         )
     for name in sorted(environment.config.keys() & SET_BY_RUN.keys()):
         yield Problem(

@@ -133,10 +133,7 @@ def _correction(correction: CorrectionConf, old_log_probs: str) -> Iterator[Erro
             f"{correction.threshold!r} is neither a number nor a range such as 0.5_2.0",
         )
     if (correction.rejection == "none") != (correction.rejection_threshold == "none"):
-        yield (
-            f"{prefix}.rejection_threshold",
-            f"and {prefix}.rejection must be given together",
-        )
+        yield (f"{prefix}.rejection_threshold", f"and {prefix}.rejection must be given together")
     elif correction.rejection != "none":
         yield from _rejections(correction)
 
@@ -193,10 +190,7 @@ def _verl(config: Config) -> Iterator[Error]:
             "is set by the run; change model.dtype instead",
         )
     if engine.get("entropy_checkpointing") and not config.algorithm.entropy_coef:
-        yield (
-            f"{prefix}.entropy_checkpointing",
-            "has no effect with algorithm.entropy_coef=0",
-        )
+        yield (f"{prefix}.entropy_checkpointing", "has no effect with algorithm.entropy_coef=0")
     for name in ("param_offload", "optimizer_offload"):
         if trainer.offload and engine.get(name):
             yield f"{prefix}.{name}", "and trainer.offload do the same; keep one"

@@ -14,13 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from atropos_hpc.contracts.members import (
-    AgentState,
-    AnyMember,
-    EnvironmentState,
-    ServerState,
-    Wait,
-)
+from atropos_hpc.contracts.members import AgentState, AnyMember, EnvironmentState, ServerState, Wait
 from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.runtime.run_dir import RunDir, write_json, write_struct

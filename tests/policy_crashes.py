@@ -32,13 +32,7 @@ from numpy.typing import NDArray
 from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta, node_cache, shard_buffer
 from atropos_hpc.policy.follower import Follower, LoadableVersion
-from atropos_hpc.policy.shard_buffer import (
-    ShardBuffer,
-    TensorSpec,
-    tensors_of,
-    write_shard,
-    xxh3,
-)
+from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, tensors_of, write_shard, xxh3
 from atropos_hpc.policy.store import PolicyStore, Superseded
 from atropos_hpc.runtime import run_dir
 from atropos_hpc.runtime.run_dir import RunDir, write_file
@@ -186,10 +180,7 @@ class Reader:
     def __init__(self, root: Path, cache: Path) -> None:
         self.complaints: list[PolicyVersion] = []
         self.follower = Follower(
-            PolicyStore(root),
-            cache,
-            "reader",
-            lambda version, _: self.complaints.append(version),
+            PolicyStore(root), cache, "reader", lambda version, _: self.complaints.append(version)
         )
         self.wrong = 0
 

@@ -27,10 +27,7 @@ QUESTIONS = {
         "job queue",
         "tasks/what-went-wrong/#the-job-stays-in-the-queue",
     ),
-    "What do I do when memory runs out?": (
-        "out of memory",
-        "tasks/what-went-wrong/#out-of-memory",
-    ),
+    "What do I do when memory runs out?": ("out of memory", "tasks/what-went-wrong/#out-of-memory"),
     "Why does my run hang?": ("hang", "tasks/what-went-wrong/#the-run-hangs"),
     "How do I resume a run?": ("resume", "tasks/preemption/#stop-and-resume-by-hand"),
     "How do I change the KL?": (

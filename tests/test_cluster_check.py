@@ -42,11 +42,7 @@ def found(*overrides: str, cluster: Cluster = RECORDED) -> list[str]:
             "roles.rollout.nodes",
             "need 3 different nodes, but partition main has 2",
         ),
-        (
-            "launch=single roles.trainer.nodes=3 roles.rollout.nodes=3",
-            "roles.rollout.nodes",
-            "6 (",
-        ),
+        ("launch=single roles.trainer.nodes=3 roles.rollout.nodes=3", "roles.rollout.nodes", "6 ("),
         (
             "launch=single roles.trainer.cpus_per_task=65",
             "roles.rollout.cpus_per_task",
@@ -63,11 +59,7 @@ def found(*overrides: str, cluster: Cluster = RECORDED) -> list[str]:
         ("roles.rollout.mem=240G", "roles.rollout.mem", "245760M exceed the 200000M per node"),
         ("+cluster.sbatch.mem=240G", "roles.trainer.mem", "245760M exceed the 200000M per node"),
         # what no node has together
-        (
-            "roles.trainer.constraint='a100&eth'",
-            "roles.trainer.constraint",
-            "a100&eth together",
-        ),
+        ("roles.trainer.constraint='a100&eth'", "roles.trainer.constraint", "a100&eth together"),
         ("roles.trainer.constraint=h10|eht", "roles.trainer.constraint", "no node"),
         ("roles.trainer.gres='gpu:a100:2,gpu:h100:3'", "roles.trainer.gres", "3 h100: no node"),
         ("roles.trainer.gres='gpu:a100:3'", "roles.trainer.gres", "3 a100: no node"),

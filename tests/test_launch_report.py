@@ -67,16 +67,10 @@ def test_reward_and_kl_are_means_over_the_last_tenth_of_the_steps(tmp_path: Path
     run = trained(row, 19, reward=0.0)
     append_step(run, 20, **{"reward/mean": 1.0, "kl_reference": 0.21})
     found = report.point_status(row, {})
-    assert (found.reward, found.kl, found.step) == (
-        pytest.approx(0.5),
-        pytest.approx(0.2),
-        20,
-    )
+    assert (found.reward, found.kl, found.step) == (pytest.approx(0.5), pytest.approx(0.2), 20)
 
 
-def test_the_best_point_has_the_highest_accuracy_or_else_reward(
-    tmp_path: Path,
-) -> None:
+def test_the_best_point_has_the_highest_accuracy_or_else_reward(tmp_path: Path) -> None:
     rows = [point(tmp_path, num) for num in range(3)]
     trained(rows[0], 2, reward=0.9)
     trained(rows[1], 2, reward=0.1)

@@ -10,12 +10,7 @@ pytest.importorskip("verl")
 
 import torch  # noqa: E402
 from float64_loop import expected, noisy_twins  # noqa: E402
-from learner_ranks import (  # noqa: E402
-    MAX_LENGTH,
-    make_groups,
-    on_ranks,
-    settings_of,
-)
+from learner_ranks import MAX_LENGTH, make_groups, on_ranks, settings_of  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, CorrectionConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402

@@ -113,15 +113,8 @@ def test_only_the_adapter_moves_and_it_is_what_is_published_and_saved(
     assert version == 2
     verify(directory)
     assert read_json(directory / "manifest.json")["kind"] == "adapter"
-    assert {path.name for path in directory.iterdir()} == {
-        "manifest.json",
-        lora.FILE,
-        lora.CONFIG,
-    }
-    tensors, config = (
-        load_file(directory / lora.FILE),
-        read_json(directory / lora.CONFIG),
-    )
+    assert {path.name for path in directory.iterdir()} == {"manifest.json", lora.FILE, lora.CONFIG}
+    tensors, config = (load_file(directory / lora.FILE), read_json(directory / lora.CONFIG))
     merged = lora.merge([load_file(small_model / "model.safetensors")], tensors, config)
     exact = AutoModelForCausalLM.from_pretrained(
         small_model, dtype=torch.float64, attn_implementation="eager"
@@ -160,8 +153,7 @@ def test_peft_reads_what_is_published(small_model: Path, run: RunDir) -> None:
     on_ranks(1, two_steps_and_two_more, small_model, run)
     directory, _ = published(run)
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32),
-        str(directory),
+        AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32), str(directory)
     )
     merged = lora.merge(
         [load_file(small_model / "model.safetensors")],
@@ -171,11 +163,7 @@ def test_peft_reads_what_is_published(small_model: Path, run: RunDir) -> None:
     theirs = model.merge_and_unload().state_dict()
     assert all(torch.allclose(theirs[name], tensor, atol=1e-6) for name, tensor in merged.items())
     with pytest.raises(ValueError, match="no weights for"):
-        lora.merge(
-            [{}],
-            load_file(directory / lora.FILE),
-            read_json(directory / lora.CONFIG),
-        )
+        lora.merge([{}], load_file(directory / lora.FILE), read_json(directory / lora.CONFIG))
 
 
 def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: Path) -> None:
@@ -197,10 +185,7 @@ def test_an_export_merges_the_adapter(small_model: Path, run: RunDir, tmp_path: 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "a LoRA adapter of rank 4, merged" in card and "| 2 | 0.250 | 10 |" in card
     directory, _ = published(run)
-    tensors, config = (
-        load_file(directory / lora.FILE),
-        read_json(directory / lora.CONFIG),
-    )
+    tensors, config = (load_file(directory / lora.FILE), read_json(directory / lora.CONFIG))
     (merged,) = lora.merge([load_file(small_model / "model.safetensors")], tensors, config)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == merged.keys() and all(

@@ -14,13 +14,7 @@ pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
 import torch  # noqa: E402
-from learner_ranks import (  # noqa: E402
-    MAX_LENGTH,
-    VOCABULARY,
-    make_group,
-    on_ranks,
-    settings_of,
-)
+from learner_ranks import MAX_LENGTH, VOCABULARY, make_group, on_ranks, settings_of  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
@@ -28,12 +22,7 @@ from atropos_hpc.contracts.group import Group  # noqa: E402
 from atropos_hpc.learner.backends import packed_attention  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
-from atropos_hpc.learner.prefixes import (  # noqa: E402
-    MIN_PREFIX,
-    local_prefixes,
-    partition,
-    shared_prefixes,
-)
+from atropos_hpc.learner.prefixes import MIN_PREFIX, local_prefixes, partition, shared_prefixes  # noqa: E402
 
 
 def sequences(seed: int) -> tuple[list[list[int]], np.ndarray]:

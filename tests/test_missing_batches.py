@@ -6,8 +6,7 @@ from atropos_hpc.learner.batch_leaser import missing_batches
 
 
 @pytest.mark.parametrize(
-    ("next_batch", "durable", "trained"),
-    [(0, 0, 0), (4, 4, 4), (6, 4, 5), (5, 4, 5), (7, 4, 5)],
+    ("next_batch", "durable", "trained"), [(0, 0, 0), (4, 4, 4), (6, 4, 5), (5, 4, 5), (7, 4, 5)]
 )
 def test_a_whole_journal_is_not_reported(next_batch: int, durable: int, trained: int) -> None:
     assert missing_batches(next_batch, durable, trained) is None

@@ -118,9 +118,7 @@ def test_compiled_code_is_kept_in_a_directory_that_nobody_else_has_made(parent: 
     assert private_tmp.compile_cache() is None
 
 
-def test_private_files_are_what_every_child_of_a_run_creates(
-    tmp_path: Path,
-) -> None:
+def test_private_files_are_what_every_child_of_a_run_creates(tmp_path: Path) -> None:
     previous = os.umask(0o022)
     try:
         made = tmp_path / "made"

@@ -143,9 +143,7 @@ def test_a_run_with_few_steps_has_a_page(tmp_path: Path, steps: int) -> None:
     assert ("nothing to draw" in page) == (steps == 0)
 
 
-def test_an_unwritable_directory_is_reported_and_another_can_be_named(
-    tmp_path: Path,
-) -> None:
+def test_an_unwritable_directory_is_reported_and_another_can_be_named(tmp_path: Path) -> None:
     run = made(tmp_path / "run", steps=0)
     (run.path / "report").write_text("in the way")
     done = in_process.command("report", run.path)

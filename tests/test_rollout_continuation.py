@@ -14,11 +14,7 @@ import pytest
 from rollout_parts import ks_critical, ks_distance, list_servers, make_run
 from stub_vllm import EOS, Interrupt, Policy, StubVllm, characters, counting
 
-from atropos_hpc.contracts.messages import (
-    GenerateRequest,
-    SamplingParams,
-    VersionSpan,
-)
+from atropos_hpc.contracts.messages import GenerateRequest, SamplingParams, VersionSpan
 from atropos_hpc.rollout.server_pool import Pool
 
 PROMPT = [5, 6, 7]

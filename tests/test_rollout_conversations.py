@@ -62,11 +62,7 @@ async def serving(
         list_servers(run, {stub.url: 1})
         name = str(path / "model")
         config = VllmServerConfig(
-            run_dir=run.path,
-            model_name=name,
-            tokenizer_name=name,
-            timeout=30,
-            server_type="vllm",
+            run_dir=run.path, model_name=name, tokenizer_name=name, timeout=30, server_type="vllm"
         )
         yield VllmServer(config), stub
         await pool_of(run.path).close()

@@ -183,11 +183,7 @@ def last_line(directory: Path, ended: Ended) -> str:
     ],
 )
 def test_a_worker_whose_rollouts_all_fail_gives_up_with_the_environment_s_name_and_the_cause(
-    worker: Callable[..., Ended],
-    tmp_path: Path,
-    name: str,
-    config: dict[str, Any],
-    says: list[str],
+    worker: Callable[..., Ended], tmp_path: Path, name: str, config: dict[str, Any], says: list[str]
 ) -> None:
     ended = worker(name, **config)
     assert ended.code == GAVE_UP
@@ -202,8 +198,7 @@ def test_a_worker_whose_rollouts_all_fail_gives_up_with_the_environment_s_name_a
 
 
 @pytest.mark.parametrize(
-    ("name", "lost"),
-    [("RaisesSometimes", Loss.FAILED), ("EqualScores", Loss.EQUAL_SCORES)],
+    ("name", "lost"), [("RaisesSometimes", Loss.FAILED), ("EqualScores", Loss.EQUAL_SCORES)]
 )
 def test_a_worker_goes_on_while_some_rollouts_succeed_or_only_lack_signal_and_counts_the_others(
     worker: Callable[..., Ended], name: str, lost: Loss

@@ -12,12 +12,7 @@ import pytest
 pytestmark = pytest.mark.vllm
 pytest.importorskip("atroposlib")
 
-from atroposlib.envs.base import (  # noqa: E402
-    APIServerConfig,
-    BaseEnv,
-    BaseEnvConfig,
-    ScoredDataGroup,
-)
+from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup  # noqa: E402
 from prompt_parts import journalled  # noqa: E402
 from rollout_parts import make_run  # noqa: E402
 from trajectory_parts import registration  # noqa: E402

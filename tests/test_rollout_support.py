@@ -10,12 +10,7 @@ pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import RolloutConf  # noqa: E402
 from atropos_hpc.contracts.group import encode_group, read_group  # noqa: E402
-from atropos_hpc.contracts.messages import (  # noqa: E402
-    GenerateRequest,
-    Generation,
-    SamplingParams,
-    VersionSpan,
-)
+from atropos_hpc.contracts.messages import GenerateRequest, Generation, SamplingParams, VersionSpan  # noqa: E402
 from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup  # noqa: E402
 from atropos_hpc.contracts.support import Support  # noqa: E402
 from atropos_hpc.rollout.partial_answer import Sample  # noqa: E402
@@ -48,10 +43,7 @@ def group_of(*sequences: tuple[list[int], list[int]]) -> dict[str, Any]:
 
 
 def through(
-    group: dict[str, Any],
-    generations: list[Sampled],
-    allow: bool = False,
-    binary: bool = True,
+    group: dict[str, Any], generations: list[Sampled], allow: bool = False, binary: bool = True
 ) -> Any:
     """Stamp, add the support, encode, and read as the learner does."""
     stamp(group, generations)

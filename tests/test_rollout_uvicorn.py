@@ -48,9 +48,7 @@ def exchange(data: bytes, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"GET /he", GET % b"/info"],
-    ids=["silence", "half a line", "half the headers"],
+    "data", [b"", b"GET /he", GET % b"/info"], ids=["silence", "half a line", "half the headers"]
 )
 def test_half_sent_request_to_uvicorn_is_closed_after_the_time_limit(
     data: bytes, monkeypatch: pytest.MonkeyPatch

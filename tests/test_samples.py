@@ -15,13 +15,7 @@ from atropos_hpc.contracts.group import Group
 from atropos_hpc.contracts.metrics import EnvironmentMetrics, Evaluation, Rollout, StepMetrics
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
-from atropos_hpc.observe.rollouts import (
-    Advantages,
-    Part,
-    RolloutWriter,
-    files,
-    read_file,
-)
+from atropos_hpc.observe.rollouts import Advantages, Part, RolloutWriter, files, read_file
 from atropos_hpc.observe.samples import Selection
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records, write_json
 
@@ -282,9 +276,7 @@ def test_what_environments_log_is_averaged_over_workers_into_the_step_s_metrics(
     assert [line.scalars for line in tracker.lines] == [first.scalars, second.scalars]
 
 
-def test_an_evaluation_that_came_after_the_last_step_is_not_new_after_a_resume(
-    run: RunDir,
-) -> None:
+def test_an_evaluation_that_came_after_the_last_step_is_not_new_after_a_resume(run: RunDir) -> None:
     for version in (0, 4, 8):
         append_record(run.evaluations, Evaluation(version, accuracy=0.5))
         tracker = Recorder()
@@ -301,7 +293,4 @@ def test_commands_refuse_a_directory_that_is_no_run(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        assert done.returncode == 2 and "a run's directory" in done.stderr, (
-            command,
-            done.stderr,
-        )
+        assert done.returncode == 2 and "a run's directory" in done.stderr, (command, done.stderr)

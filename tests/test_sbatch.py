@@ -132,10 +132,7 @@ def test_every_site_renders(site: str) -> None:
     for component in lines(sbatch.script(config, "o", "c")):
         assert set(SITES[site]) <= set(component)
         assert site != "site_constraint" or not any("gpu" in option for option in component)
-    allocations = {
-        "trainer": Allocation(("a",), "7", 0),
-        "rollout": Allocation(("b",), "8", 1),
-    }
+    allocations = {"trainer": Allocation(("a",), "7", 0), "rollout": Allocation(("b",), "8", 1)}
     addresses = {"a": "10.0.0.1", "b": "10.0.0.2"}
     steps = SlurmSteps(config, Path("/run"), allocations, addresses, Path("/logs")).all()
     agent = next(step for step in steps if step.kind == "agent").processes[0].command

@@ -86,10 +86,7 @@ BEFORE_TOKEN = {
     ),
     "another protocol": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9, 400),
     "an endless number of headers": (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200, 400),
-    "two lengths": (
-        b"POST /ack HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        400,
-    ),
+    "two lengths": (b"POST /ack HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
 }
 
 

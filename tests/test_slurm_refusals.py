@@ -46,11 +46,7 @@ NODES = 3
             "roles.trainer.cpus_per_task",
             "20 CPUs (20 ranks of 1)",
         ),
-        (
-            "roles.rollout.nodes=5",
-            "roles.rollout.nodes",
-            "5 exceed the 3 nodes of partition main",
-        ),
+        ("roles.rollout.nodes=5", "roles.rollout.nodes", "5 exceed the 3 nodes of partition main"),
         (
             "roles.rollout.nodes=9",
             "roles.rollout.nodes",

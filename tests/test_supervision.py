@@ -51,11 +51,7 @@ class Machine:
         self.now, self.progress, self.complete = 0.0, 0, False
         self.started: list[FakeChild] = []
         self.engine = SupervisionEngine(
-            Path("logs"),
-            lambda: self.progress,
-            lambda: self.complete,
-            lambda: self.now,
-            self.start,
+            Path("logs"), lambda: self.progress, lambda: self.complete, lambda: self.now, self.start
         )
         self.managed = ManagedProcess("unit", "kind", self.specs, LIMITS)
         self.names, self.not_ready = specs or ("a",), False

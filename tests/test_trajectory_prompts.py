@@ -70,9 +70,7 @@ def test_equal_scores_count_as_drawn_and_a_refusal_is_tried_again(tmp_path: Path
     story(tmp_path, tell)
 
 
-def test_an_answer_that_was_lost_is_given_again_and_a_requeue_returns_draws(
-    tmp_path: Path,
-) -> None:
+def test_an_answer_that_was_lost_is_given_again_and_a_requeue_returns_draws(tmp_path: Path) -> None:
     async def tell(http: Http) -> None:
         assert await draw(http, "a/1", 2) == [0, 1]
         assert await draw(http, "a/1", 2) == [0, 1], "the worker does not hold them"

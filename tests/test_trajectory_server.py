@@ -135,10 +135,7 @@ def test_a_trainer_and_an_environment_of_atropos(tmp_path):
         batch = (await http.get("/batch"))["batch"]
         assert [
             {name: value for name, value in one.items() if value is not None} for one in batch
-        ] == [
-            group(1, env_id=0),
-            group(2, env_id=0),
-        ]
+        ] == [group(1, env_id=0), group(2, env_id=0)]
         assert (await http.get("/status"))["current_step"] == 1
         assert await http.post("/disconnect-env", {"env_id": 1}) == {"status": "success"}
         assert (await http.post("/disconnect-env", {"env_id": 9}))["status"] == "failure"

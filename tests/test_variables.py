@@ -145,9 +145,7 @@ def test_run_starts_without_the_dropped_variables_and_names_them(
     assert "VLLM_API_KEY" in printed and "hostile" not in printed
 
 
-def test_checks_of_a_role_see_the_variables_that_its_processes_see(
-    hostile: dict[str, str],
-) -> None:
+def test_checks_of_a_role_see_the_variables_that_its_processes_see(hostile: dict[str, str]) -> None:
     done = role_environment._run((), sys.executable, "-c", "import os; print(dict(os.environ))")
     assert "'HF_TOKEN': 'kept'" in done.stdout
     for name in ("PYTHONHOME", "PYTHONINSPECT", "VLLM_API_KEY", "RAY_ADDRESS"):

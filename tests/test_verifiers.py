@@ -16,12 +16,7 @@ from atropos_hpc.contracts.group import encode_group, read_group  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.contracts.wal_record import scan  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
-from atropos_hpc.rollout.stamping import (  # noqa: E402
-    Sampled,
-    record,
-    record_generations,
-    stamp,
-)
+from atropos_hpc.rollout.stamping import Sampled, record, record_generations, stamp  # noqa: E402
 from atropos_hpc.rollout.verifiers_env import VerifiersEnv, of_package  # noqa: E402
 
 PACKAGES = Path(__file__).parent / "verifiers_packages"

@@ -117,9 +117,7 @@ class SingleTurnEnv(BaseEnv):
         )
 
     async def report_accuracy(
-        self,
-        problems: Sequence[T],
-        answer: Callable[[T, float], Coroutine[Any, Any, Verdict]],
+        self, problems: Sequence[T], answer: Callable[[T, float], Coroutine[Any, Any, Verdict]]
     ) -> None:
         """Report eval/<rule>, a fraction of 1, for each rule of the verdicts.
 

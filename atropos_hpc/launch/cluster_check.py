@@ -34,12 +34,7 @@ KEYS_BY_WORD = {
     "time limit": "launch.minutes",
 }
 # a word in an error of sbatch -> the key of the role that has a value for it
-FIELDS_BY_WORD = {
-    "feature": "constraint",
-    "gres": "gres",
-    "memory": "mem",
-    "node count": "nodes",
-}
+FIELDS_BY_WORD = {"feature": "constraint", "gres": "gres", "memory": "mem", "node count": "nodes"}
 
 
 def check(config: Config, run_dir: Path) -> list[Problem]:

@@ -39,10 +39,7 @@ from atropos_hpc.validate import Refused
 # Hydra's scan of plugins executes its core modules again: a class that is imported before the scan
 # is not the one that Hydra uses.
 Plugins.instance()
-from hydra._internal.core_plugins.basic_sweeper import (  # noqa: E402
-    BasicSweeper,
-    BasicSweeperConf,
-)
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf  # noqa: E402
 
 CONFIGS = resources.data("configs")
 DEMO = "experiment=arithmetic_cpu"

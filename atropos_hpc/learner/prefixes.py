@@ -67,10 +67,7 @@ def local_prefixes(prefixes: Ints, chosen: Sequence[int]) -> Ints:
 
 
 def partition(
-    lengths: Ints,
-    prefixes: Ints,
-    limit: int,
-    largest_of_ranks: Callable[[int], int],
+    lengths: Ints, prefixes: Ints, limit: int, largest_of_ranks: Callable[[int], int]
 ) -> list[list[int]]:
     """Divide sequences into micro-batches of at most `limit` computed tokens; return their indices.
 

@@ -17,12 +17,7 @@ from atropos_hpc.contracts.members import (
     MemberState,
     ServerState,
 )
-from atropos_hpc.contracts.metrics import (
-    ActivityLine,
-    ActivitySample,
-    AttemptMark,
-    RestartMark,
-)
+from atropos_hpc.contracts.metrics import ActivityLine, ActivitySample, AttemptMark, RestartMark
 from atropos_hpc.runtime.run_dir import RunDir, append_record
 
 log = logging.getLogger(__name__)

@@ -30,9 +30,7 @@ class Route:
 
 
 def find_routes(
-    manifest: Callable[[PolicyVersion], Manifest],
-    target: PolicyVersion,
-    held: PolicyVersion | None,
+    manifest: Callable[[PolicyVersion], Manifest], target: PolicyVersion, held: PolicyVersion | None
 ) -> list[Route]:
     """Return the routes to `target`, the one with the fewest bytes first.
 

@@ -11,11 +11,7 @@ from typing import Any
 import msgspec
 from atroposlib.envs.base import BaseEnv
 
-from atropos_hpc.contracts.metrics import (
-    ONLY_ENVIRONMENT,
-    EnvironmentMetrics,
-    finite_numbers,
-)
+from atropos_hpc.contracts.metrics import ONLY_ENVIRONMENT, EnvironmentMetrics, finite_numbers
 from atropos_hpc.runtime.http import HttpClient, Request
 from atropos_hpc.runtime.membership import Member
 

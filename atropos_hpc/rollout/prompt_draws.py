@@ -17,14 +17,7 @@ from typing import Any
 
 from atroposlib.envs.base import BaseEnv
 
-from atropos_hpc.contracts.prompts import (
-    Draw,
-    DrawAnswer,
-    DrawRequest,
-    Report,
-    Reported,
-    Seen,
-)
+from atropos_hpc.contracts.prompts import Draw, DrawAnswer, DrawRequest, Report, Reported, Seen
 from atropos_hpc.rollout.prompt_stream import PromptStream
 
 log = logging.getLogger(__name__)

@@ -23,10 +23,7 @@ class DrawService:
     """Hands out draws. `commit` journals an event and then applies it to the state."""
 
     def __init__(
-        self,
-        state: TrajectoryState,
-        pacing: Pacing,
-        commit: Callable[[AnyEvent], Awaitable[None]],
+        self, state: TrajectoryState, pacing: Pacing, commit: Callable[[AnyEvent], Awaitable[None]]
     ) -> None:
         self.state, self.pacing, self.commit = state, pacing, commit
         self._reserved: Counter[tuple[str, int]] = Counter()  # being journalled as handed out

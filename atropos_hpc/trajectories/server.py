@@ -214,9 +214,7 @@ class Routes:
         return web.Response(text="Reset successful")
 
 
-def keep_in(
-    path: Path | None,
-) -> Callable[[EnvironmentMetrics], Awaitable[messages.Stored]]:
+def keep_in(path: Path | None) -> Callable[[EnvironmentMetrics], Awaitable[messages.Stored]]:
     """Make the method that appends an environment's metrics to a file; None: to none."""
 
     async def keep(logged: EnvironmentMetrics) -> messages.Stored:

@@ -7,11 +7,7 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.learner.backends import verl_api
-from atropos_hpc.learner.backends.verl_api import (
-    TensorDict,
-    get_device_name,
-    tensordict_utils,
-)
+from atropos_hpc.learner.backends.verl_api import TensorDict, get_device_name, tensordict_utils
 from atropos_hpc.learner.batch import PREFIXES
 from atropos_hpc.learner.prefixes import local_prefixes, partition
 

@@ -18,11 +18,7 @@ from atropos_hpc.learner.backends.cpu_platform import ON_CPU
 # isort: split
 from tensordict import TensorDict
 from verl.trainer.config import CheckpointConfig
-from verl.trainer.ppo.core_algos import (
-    AdaptiveKLController,
-    get_adv_estimator_fn,
-    kl_penalty,
-)
+from verl.trainer.ppo.core_algos import AdaptiveKLController, get_adv_estimator_fn, kl_penalty
 from verl.trainer.ppo.rollout_corr_helper import (
     SAFETY_BOUND,
     compute_rollout_correction_and_rejection_mask,
