@@ -263,3 +263,7 @@ def test_markup_is_never_parsed_because_every_console_is_made_in_one_place() -> 
         if made.search(path.read_text())
     }
     assert places == {"atropos_hpc/observe/terminal.py"}
+    with (made_there := terminal(width=80)).capture() as captured:
+        for text in MARKUP:
+            made_there.print(text)
+    assert captured.get().split("\n")[:-1] == MARKUP

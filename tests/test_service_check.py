@@ -1,8 +1,10 @@
 """W&B without a key, LoRA targets that match nothing, and IPv6 hosts are found before the run."""
 
 import json
+import socket
 import struct
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -54,11 +56,27 @@ def test_lora_targets_that_match_no_layer_are_refused(tmp_path: Path, indexed: b
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_hosts_of_ipv4_and_ipv6_get_ports_and_urls(host: str) -> None:
+def test_hosts_of_ipv4_and_ipv6_get_ports(host: str) -> None:
     try:
         port = network.free_port(host)
     except OSError as error:
         pytest.skip(f"no {host} on this machine: {error}")
     assert 0 < port < 65536
-    shown = "[::1]" if host == "::1" else host
-    assert network.http_url(host, port) == f"http://{shown}:{port}"
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "url"),
+    [
+        ("10.0.0.1", socket.AF_INET, "http://10.0.0.1:7"),
+        ("fd00::1", socket.AF_INET6, "http://[fd00::1]:7"),
+    ],
+)
+def test_hosts_of_ipv6_are_bound_as_such_and_put_into_brackets(
+    host: str, family: int, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine without IPv6."""
+    made = MagicMock()
+    made.return_value.__enter__.return_value.getsockname.return_value = (host, 7)
+    monkeypatch.setattr(network.socket, "socket", made)
+    assert network.http_url(host, network.free_port(host)) == url
+    made.assert_called_once_with(family)
