@@ -18,8 +18,6 @@ from atropos_hpc.runtime import process, shell
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.runtime.slurm import merge_states
 
-TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
-
 
 def require_slurm() -> None:
     """Skip where Slurm is not installed; in CI that is an error."""
@@ -148,9 +146,7 @@ class Submitted:
 def submission(directory: Path, *overrides: str) -> list[str]:
     """The command of `submit`."""
     return [
-        *TRAIN,
-        "-m",
-        "hydra/launcher=submitit_slurm",
+        *(sys.executable, "-m", "atropos_hpc.cli", "submit"),
         shell.override("run_dir", directory),
         *QUICK,
         *overrides,
