@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from atropos_hpc.contracts.group import Group
+from bench.parts.models import random_qwen3
 from bench.result import Result
 
 SEQUENCES, GROUP = 32, 8
@@ -157,7 +158,6 @@ def backend_of(directory: Path) -> Any:
     """Build a Qwen3 of 4 M parameters on verl's engine, with one rank."""
     import torch
     import torch.distributed as dist
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf
     from atropos_hpc.learner.backends.verl import VerlBackend
@@ -166,19 +166,8 @@ def backend_of(directory: Path) -> Any:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(directory / "store"), 1), rank=0, world_size=1
     )
-    shape = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(shape).save_pretrained(directory / "model")
+    small = random_qwen3(VOCABULARY, 256, 4, (4, 2), max_position_embeddings=4096)
+    small.save_pretrained(directory / "model")
     model = ModelConf(path=str(directory / "model"), dtype="float32", max_length=4096)
     return VerlBackend(
         model, TrainerConf(learning_rate=1e-6, gradient_checkpointing=False), AlgorithmConf(), 0

@@ -34,6 +34,7 @@ from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.policy.weight_update import UpdateOptions, push
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_json
+from bench.parts.models import random_qwen3
 from bench.result import Result
 
 STREAMS, TOKENS, UPDATES = 4, 48, 5
@@ -42,27 +43,9 @@ START_S = 300.0
 
 
 def make_model(directory: Path) -> None:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from atropos_hpc.environments.make_base import make_tokenizer
 
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=32768,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=12,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = random_qwen3(32768, 512, 12, (8, 4), bos_token_id=None, eos_token_id=None)
     model.bfloat16().save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
 

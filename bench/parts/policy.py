@@ -11,6 +11,7 @@ from atropos_hpc.policy import delta
 from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, write_shard, xxh3
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.runtime.run_dir import write_file
+from bench.parts.models import random_qwen3
 from bench.result import Result
 
 HIDDEN, INNER, LAYERS, KEY_VALUE, VOCABULARY = 896, 4864, 24, 128, 151936  # Qwen2.5-0.5B
@@ -71,23 +72,7 @@ def note(result: Result, what: str, **values: float) -> None:
 
 
 def small_model() -> Any:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=8192,
-            hidden_size=320,
-            intermediate_size=960,
-            num_hidden_layers=8,
-            num_attention_heads=5,
-            num_key_value_heads=5,
-            head_dim=64,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-        )
-    )
+    return random_qwen3(8192, 320, 8, (5, 5))
 
 
 def training(learning_rate: float) -> Callable[[], ShardBuffer]:
