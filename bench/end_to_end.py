@@ -110,7 +110,7 @@ def run_trl(scratch: Path, base: Path) -> Side:
     times = json.loads((out / "times.json").read_text())
     parts = {name: seconds / STEPS for name, seconds in times["seconds"].items()}
     kept = {step: [out / f"weights-{step}.safetensors"] for step in range(KEEP, STEPS + 1, KEEP)}
-    ends = {int(step): end for step, end in times["steps"].items()}
+    ends = {int(step): end for step, end in times["steps"].items() if int(step)}
     return Side("TRL", ran.start, ends, kept, parts, ran.cpu)
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRL = ROOT / ".venv-trl" / "bin" / "python"  # `make bench NAME=...` installs it
 TICK_S, SAMPLE_S, TIMEOUT_S = 0.5, 1.0, 1800.0
@@ -20,11 +22,18 @@ class Ran:
     cpu: dict[str, float]  # CPU seconds by program
     peak: int  # bytes of all processes together
     peaks: dict[str, int]  # of each program, not at the same moment
+    timeline: list[tuple[float, float]]  # Unix time, CPU seconds so far
+
+    def cpu_between(self, start: float, end: float) -> float:
+        """Return the CPU seconds of all processes between two Unix times."""
+        times, seconds = zip(*self.timeline, strict=True)
+        at_start, at_end = np.interp([start, end], times, seconds)
+        return float(at_end - at_start)
 
 
 def run(command: list[str], log: Path, memory: bool = False) -> Ran:
     """Run a command to its end. `memory`: sample the memory of its processes."""
-    ran = Ran(time.time(), {}, 0, {})
+    ran = Ran(time.time(), {}, 0, {}, [])
     seen: dict[int, tuple[str, float]] = {}
     sampled = 0.0
     with log.open("w") as out:
@@ -40,6 +49,7 @@ def run(command: list[str], log: Path, memory: bool = False) -> Ran:
                 process.kill()
             found = descendants(process.pid)
             seen.update(found)
+            ran.timeline.append((time.time(), sum(seconds for _, seconds in seen.values())))
             if memory and time.time() - sampled >= SAMPLE_S:
                 _sample(ran, found)
                 sampled = time.time()

@@ -11,7 +11,7 @@ autocast, --micro sequences at a time, with TRL's default of gradient checkpoint
 with transformers, because it drives no vLLM on a CPU. torch uses all cores.
 
 Writes to --out: weights-<step>.safetensors every --keep steps, and times.json: {"start", "steps":
-{step: Unix time}, "seconds": {part: s}}.
+{step: Unix time, 0: before the first}, "seconds": {part: s}}.
 """
 
 import argparse
@@ -65,6 +65,9 @@ class Recorder(TrainerCallback):
 
     def __init__(self, out: Path, every: int) -> None:
         self.out, self.every, self.times = out, every, {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.times[0] = time.time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % self.every == 0:
