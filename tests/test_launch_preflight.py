@@ -132,6 +132,20 @@ def test_a_max_length_above_that_of_a_cached_hub_model_is_refused_without_the_ne
     assert [str(each) for each in preflight._model_files(config)] == ([] if fits else [says])
 
 
+@pytest.mark.verl
+def test_a_model_is_checked_without_importing_torch(tmp_path: Path) -> None:
+    from transformers import Qwen3Config
+
+    from atropos_hpc.environments.make_base import make_tokenizer
+
+    Qwen3Config(max_position_embeddings=16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    show = "; import os; os.write(2, str(sys.modules.get('torch')).encode()); sys.exit(3)"
+    command = ("-c", role_environment.LOAD_MODEL.strip() + show, str(tmp_path), "False")
+    done = role_environment._run((), sys.executable, *command)
+    assert done.stderr.endswith("None") and "16" in done.stdout
+
+
 def test_a_max_length_above_that_of_a_hub_model_is_refused_when_its_config_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,9 +58,12 @@ if not wrong:
 """
 LOAD_MODEL = """
 import json, sys
+remote = sys.argv[2] == "True"
+if not remote:  # such code may need torch, which takes three quarters of the time to import
+    sys.modules["torch"] = None
 from transformers import AutoConfig, AutoTokenizer
-loaded = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
-AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "True")
+loaded = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=remote)
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=remote)
 print()
 print(json.dumps(loaded.to_dict(), default=str))
 """
