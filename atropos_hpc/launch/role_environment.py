@@ -151,12 +151,11 @@ def _load_model(
     """Return the model's config, or what is wrong."""
     try:
         done = _run(setup, python, "-c", LOAD_MODEL, path, str(trust_remote_code))
-    except (OSError, subprocess.SubprocessError) as error:
+        if done.returncode:
+            return f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}"
+        return msgspec.json.decode(_last_line(done.stdout, "{}"), type=dict[str, Any])
+    except (OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
         return f"could not be checked: {error}"
-    if done.returncode:
-        return f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}"
-    found: dict[str, Any] = json.loads(_last_line(done.stdout, "{}"))
-    return found
 
 
 def check_environment(
