@@ -115,7 +115,7 @@ $(TOOLS): requirements/docs.txt requirements/release.txt | .venv/bin/uv
 
 # build/site, without a network; then what the site's search finds first for a newcomer's questions.
 docs-site: $(TOOLS)
-	NO_MKDOCS_2_WARNING=1 .venv-tools/bin/mkdocs build --strict
+	.venv-tools/bin/mkdocs build --strict
 	.venv-tools/bin/python tests/site_search.py build/site
 
 lint-files: $(TOOLS)

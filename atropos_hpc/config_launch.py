@@ -58,7 +58,11 @@ class LaunchConf:
         le=525_600,
     )
     signal_s: int = key(
-        180, "how long before the time limit Slurm sends its signal, seconds", ge=0, le=65535
+        180,
+        "how long before the time limit Slurm sends its signal, seconds, for a small model; see "
+        "save_timeout_s",
+        ge=0,
+        le=65535,
     )
     requeues: int = key(
         3, "how often a job is requeued in a row without a durable step in between", ge=0, le=1000
@@ -84,9 +88,19 @@ class LaunchConf:
     start_timeout_s: float = key(
         900.0, "timeout of the learner's first batch, seconds", gt=0, le=WEEK_S
     )
-    step_timeout_s: float = key(1800.0, "timeout of every further batch, seconds", gt=0, le=WEEK_S)
+    step_timeout_s: float = key(
+        1800.0,
+        "timeout of every further batch, and of a micro-batch, seconds; what an answer of "
+        "max_length takes beyond 600 s is added",
+        gt=0,
+        le=WEEK_S,
+    )
     save_timeout_s: float = key(
-        120.0, "timeout of the final checkpoint of a run that is stopped, seconds", gt=0, le=WEEK_S
+        120.0,
+        "timeout of the final checkpoint of a run that is stopped, seconds, for a small model; two "
+        "policy versions and two checkpoints at 0.25 GB/s are added",
+        gt=0,
+        le=WEEK_S,
     )
     grace_s: float = key(10.0, "time from SIGTERM to SIGKILL, seconds", gt=0, le=3600)
 

@@ -18,6 +18,8 @@ from atropos_hpc.runtime import process, shell
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.runtime.slurm import merge_states
 
+TRAIN = [sys.executable, "-m", "atropos_hpc.train"]
+
 
 def require_slurm() -> None:
     """Skip where Slurm is not installed; in CI that is an error."""
@@ -150,7 +152,9 @@ class Submitted:
 def submission(directory: Path, *overrides: str) -> list[str]:
     """The command of `submit`."""
     return [
-        *(sys.executable, "-m", "atropos_hpc.cli", "submit"),
+        *TRAIN,
+        "-m",
+        "hydra/launcher=submitit_slurm",
         shell.override("run_dir", directory),
         *QUICK,
         *overrides,

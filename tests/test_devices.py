@@ -84,6 +84,39 @@ def test_a_role_without_gpus_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
             assert spec.variables.get(devices.VISIBLE, "") == ""
 
 
+@pytest.fixture
+def node(tmp_path: Path) -> tuple[Path, Path]:
+    """The driver's and the kernel's files of two GPUs on two NUMA nodes."""
+    gpus, pci = tmp_path / "gpus", tmp_path / "pci"
+    for slot, uuid, cpus in (("0000:17:00.0", "GPU-aa", "0-1"), ("0000:ca:00.0", "GPU-bb", "2,4")):
+        (gpus / slot).mkdir(parents=True)
+        (gpus / slot / "information").write_text(f"Model: X\nGPU UUID: \t {uuid}\n")
+        (pci / slot).mkdir(parents=True)
+        (pci / slot / "local_cpulist").write_text(f"{cpus}\n")
+    return gpus, pci
+
+
+@pytest.mark.parametrize(
+    ("entries", "cpus"),
+    [
+        (["0"], {0, 1}),
+        (["GPU-bb"], {2, 4}),
+        (["1", "0"], {0, 1, 2, 4}),
+        (["7"], set()),
+        (["MIG-11"], set()),
+        ([], set()),
+    ],
+)
+def test_the_cpus_near_a_process_s_gpus_are_those_of_their_numa_nodes(
+    node: tuple[Path, Path], entries: list[str], cpus: set[int]
+) -> None:
+    assert devices.local_cpus(entries, *node) == cpus
+
+
+def test_without_a_driver_no_cpus_are_known(tmp_path: Path) -> None:
+    assert devices.local_cpus(["0"], tmp_path / "none", tmp_path) == set()
+
+
 @pytest.mark.verl
 def test_a_role_that_asks_for_gpus_and_finds_none_is_refused_with_what_torch_found() -> None:
     program = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from atropos_hpc.config import LaunchConf
+from atropos_hpc.config import Config, LaunchConf
 from atropos_hpc.contracts.members import (
     EnvironmentState,
     TrainerState,
@@ -89,7 +89,9 @@ def test_a_learner_that_hangs_is_named_dumped_and_ended(
     )
     waiting = membership.Member(run, EnvironmentState(), "n", beat_s=0.1)
     waiting.show_wait(Wait("a vLLM server", "the node agents", time.time()))
-    supervisor = Supervisor(run, conf, steps, lambda members: None)
+    supervisor = Supervisor(
+        run, Config(run_dir=str(run.path), launch=conf), steps, lambda members: None
+    )
     supervisor.roster.dead_s, supervisor.silence.hung_s = 1.5, 1.0
     end = supervisor.supervise()
     waiting.leave()

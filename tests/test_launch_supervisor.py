@@ -23,7 +23,8 @@ from atropos_hpc.runtime.restart_policy import Action
 from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
 from atropos_hpc.runtime.slurm import SlurmError
 
-QUICK = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
+LAUNCH = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
+QUICK = Config(run_dir="", launch=LAUNCH)
 FOR_EVER = "import time; time.sleep(600)"
 SAVES = """
 import os, pathlib, sys, time

@@ -10,7 +10,9 @@ import in_process
 import pytest
 from run_files import append_step
 
-from atropos_hpc.launch import doctor
+from atropos_hpc.config import Config
+from atropos_hpc.launch import doctor, role_environment
+from atropos_hpc.runtime import devices
 from atropos_hpc.runtime.run_dir import RunDir, write_json
 
 Arrange = Callable[[Path], list[str]]
@@ -157,4 +159,33 @@ def test_the_doctor_finds_an_environment_that_does_not_work_and_tells_what_to_do
         "NO there is no /no/python: `make setup` creates it" in said
         and f"ok {sys.executable}" in said
         and "this machine" in said
+        and "NVIDIA driver: " in said
     )
+
+
+@pytest.mark.parametrize(
+    ("driver", "asked", "ok"), [("580.65", 2, False), ("580.65", 0, None), (None, 2, None)]
+)
+def test_the_doctor_names_the_cuda_of_torch_and_refuses_one_that_sees_no_gpu(
+    driver: str | None, asked: int, ok: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = role_environment.TorchBuild("2.13.0+cu130", "13.0", 0)
+    monkeypatch.setattr(role_environment, "torch_build", lambda *_: build)
+    monkeypatch.setattr(devices, "driver_version", lambda: driver)
+    config = Config(run_dir="/run")
+    config.roles.trainer.gpus_per_node = asked
+    (found,) = doctor.torch_findings(config, "trainer")
+    assert found.ok is ok
+    assert "torch 2.13.0+cu130, built for CUDA 13.0, sees 0 GPUs" in found.text
+    assert ok is not False or "580.65" in found.fix
+
+
+@pytest.mark.verl
+def test_a_role_s_interpreter_tells_its_torch() -> None:
+    import torch
+
+    config = Config(run_dir="/run")
+    config.roles.trainer.python = sys.executable
+    build = role_environment.torch_build(config, "trainer")
+    assert build is not None
+    assert (build.torch, build.cuda) == (torch.__version__, torch.version.cuda)

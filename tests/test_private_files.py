@@ -106,16 +106,19 @@ def test_private_directories_of_others_and_links_are_left_alone(parent: Path) ->
 
 
 def test_compiled_code_is_kept_in_a_directory_that_nobody_else_has_made(parent: Path) -> None:
-    made = private_tmp.compile_cache()
-    assert made is not None and mode(made) == 0o700
-    assert private_tmp.compile_cache() == made
+    caches = private_tmp.compile_caches("vllm")
+    made = Path(caches["TORCHINDUCTOR_CACHE_DIR"])
+    assert made.parent == parent and mode(made) == 0o700
+    assert all(Path(cache).is_relative_to(made) for cache in caches.values())
+    assert set(caches) == {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"}
+    assert private_tmp.compile_caches("vllm") == caches
     PrivateDirectory().remove()
     assert made.exists()
     made.chmod(0o777)  # anybody may have written into it
-    assert private_tmp.compile_cache() is None
+    assert private_tmp.compile_caches() == {}
     made.rmdir()
     made.symlink_to(parent)
-    assert private_tmp.compile_cache() is None
+    assert private_tmp.compile_caches() == {}
 
 
 def test_private_files_are_what_every_child_of_a_run_creates(tmp_path: Path) -> None:

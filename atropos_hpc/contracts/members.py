@@ -81,10 +81,11 @@ class RolloutJobState(MemberState, tag="rollout_job"):
 
 class TrainerState(MemberState, tag="trainer"):
     """A learner rank. `store` is (host, port) of rank 0's process group store; `step_id` names this
-    start of the trainer step."""
+    start of the trainer step; `micro_batches` counts what it has begun, now and then."""
 
     rank: int = 0
     step: int | None = None
+    micro_batches: int = 0
     step_id: str | None = None
     store: tuple[str, int] | None = None
 

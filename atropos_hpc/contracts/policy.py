@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `files` describe the full state. Of a "delta" version they are not stored; a reader makes them
     from version `base` and `deltas`. A "full" version may carry deltas too, for readers that hold
-    `base`. `local` marks a node's verified copy. `seal` is the hash of all other fields.
+    `base`. `seal` is the hash of all other fields.
     """
 
     version: PolicyVersion
@@ -70,7 +70,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: tuple[FileEntry, ...]
     base: PolicyVersion | None = None
     deltas: tuple[DeltaEntry, ...] = ()
-    local: bool = False
     seal: str = ""
 
     @property

@@ -19,7 +19,7 @@ from atropos_hpc.contracts.answers import Finding
 from atropos_hpc.launch import base_model, cluster_check, hydra_api, role_environment
 from atropos_hpc.launch.slurm.cluster import Partition, read_cluster
 from atropos_hpc.launch.steps import rollout_python, trainer_python
-from atropos_hpc.runtime import slurm
+from atropos_hpc.runtime import devices, slurm
 from atropos_hpc.validate import refuse
 
 QUERY_TIMEOUT_S = 20.0
@@ -80,6 +80,7 @@ def _machine(run_dir: Path) -> Iterator[Finding]:
     yield Finding(True, f"Python {python}, {cores} cores, {memory:.0f} GiB of memory")
     gpus = _gpus()
     yield Finding(True if gpus else None, f"GPUs: {', '.join(gpus) or 'none visible here'}")
+    yield Finding(None, f"NVIDIA driver: {devices.driver_version() or 'none loaded here'}")
     yield from _storage(run_dir)
     yield Finding(None, f"created base models: {base_model.cache()} ($ATROPOS_HPC_CACHE)")
     for module, purpose in OPTIONAL.items():
@@ -170,3 +171,18 @@ def _role(config: Config, role: str) -> Iterator[Finding]:
         versions = [f"{name} {pin}.*" if pin else name for name, (_, pin) in modules]
         python = trainer_python(config) if role == "trainer" else rollout_python(config)
         yield Finding(True, f"{python}: {', '.join(versions)}")
+        yield from torch_findings(config, role)
+
+
+def torch_findings(config: Config, role: str) -> Iterator[Finding]:
+    """Tell which CUDA a role's torch is built for, and whether it sees the GPUs of this machine."""
+    if (build := role_environment.torch_build(config, role)) is None:
+        return
+    built = f"CUDA {build.cuda}" if build.cuda else "the CPU"
+    text = f"torch {build.torch}, built for {built}, sees {build.gpus} GPUs here"
+    driver = devices.driver_version()
+    if driver is None or build.gpus or not getattr(config.roles, role).gpus_per_node:
+        yield Finding(True if build.gpus else None, text)
+        return
+    fix = f"install packages for a CUDA that this driver supports: {driver}"
+    yield Finding(False, text, f"{fix} (make setup DEVICE=cuda)")

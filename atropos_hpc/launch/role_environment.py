@@ -56,6 +56,14 @@ if not wrong:
     sys.argv = ["env_worker", *sys.argv[3:]]
     runpy.run_module("atropos_hpc.rollout.env_worker", run_name="__main__", alter_sys=True)
 """
+TORCH = """
+import json, os
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+import torch
+seen = torch.cuda.device_count()
+print()
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": seen}))
+"""
 LOAD_MODEL = """
 import json, sys
 remote = sys.argv[2] == "True"
@@ -156,6 +164,24 @@ def _load_model(
         return msgspec.json.decode(_last_line(done.stdout, "{}"), type=dict[str, Any])
     except (OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
         return f"could not be checked: {error}"
+
+
+class TorchBuild(msgspec.Struct, frozen=True):
+    """The torch of a role's environment. `cuda` is that of its wheel; `gpus` that it sees here."""
+
+    torch: str
+    cuda: str | None
+    gpus: int
+
+
+def torch_build(config: Config, role: str) -> TorchBuild | None:
+    """Ask a role's interpreter for its torch; None if it does not answer."""
+    python = trainer_python(config) if role == "trainer" else rollout_python(config)
+    try:
+        done = _run(setup_lines(config, getattr(config.roles, role)), python, "-c", TORCH)
+        return msgspec.json.decode(_last_line(done.stdout, ""), type=TorchBuild)
+    except (OSError, subprocess.SubprocessError, msgspec.MsgspecError):
+        return None
 
 
 def check_environment(

@@ -225,7 +225,7 @@ def _supervise(config: Config, run: RunDir, parts: Supervision) -> Action:
         activity.observe(members)
         return parts.rollout_job.poll() if parts.rollout_job is not None else None
 
-    supervisor = Supervisor(run, config.launch, parts.steps, watch, parts.job)
+    supervisor = Supervisor(run, config, parts.steps, watch, parts.job)
     action = supervisor.supervise()
     if parts.rollout_job is not None and action is not Action.REQUEUE:
         parts.rollout_job.end(at_once=action is not Action.FINISH)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import LaunchConf
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.checkpoint import LatestCheckpoint
 from atropos_hpc.contracts.members import (
     AgentState,
@@ -42,6 +42,7 @@ from atropos_hpc.launch import failure_cause
 from atropos_hpc.launch.slurm.slurm_job import Job
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.runtime import process, restart_policy
+from atropos_hpc.runtime.deadlines import save_timeout_s
 from atropos_hpc.runtime.hang_detection import ProgressWatch, SilenceWatch, describe_waits
 from atropos_hpc.runtime.membership import (
     Member,
@@ -85,19 +86,21 @@ class Supervisor:
     def __init__(
         self,
         run: RunDir,
-        launch: LaunchConf,
+        config: Config,
         steps: Sequence[Step],
         watch: Watch,
         job: Job | None = None,
         leads: bool = True,
     ) -> None:
-        self.run, self.launch, self.watch, self.job, self.leads = run, launch, watch, job, leads
+        self.run, self.watch, self.job, self.leads = run, watch, job, leads
+        launch = self.launch = config.launch
+        self.save_timeout_s = save_timeout_s(config)
         self.engine = SupervisionEngine(run.logs, self._durable_step, self._is_done)
         limits = Limits(
             restarts=launch.restarts,
             backoff_s=launch.backoff_s,
             grace_s=launch.grace_s,
-            leave_s=launch.save_timeout_s,
+            leave_s=self.save_timeout_s,
         )
         self.steps = {step.name: step for step in steps}
         for step in steps:
@@ -111,7 +114,7 @@ class Supervisor:
         self.error: str | None = None  # why the run fails, once it does
         self.silence = SilenceWatch()
         self.progress = ProgressWatch(launch.start_timeout_s, launch.step_timeout_s)
-        self.ending = RunEnding(launch.save_timeout_s)
+        self.ending = RunEnding(self.save_timeout_s)
         self.member: Member[SupervisorState] | Member[RolloutJobState] | None = None
         self.stop_signals = 0
         self.warned = False  # by Slurm, of the time limit
@@ -363,12 +366,12 @@ class Supervisor:
         log.warning(
             "%s: the learner saves a checkpoint, for at most %.0f s; then: %s",
             REASONS[action],
-            self.launch.save_timeout_s,
+            self.save_timeout_s,
             action.value,
         )
         if self.member is not None:
             now = time.time()
-            deadline = now + self.launch.save_timeout_s
+            deadline = now + self.save_timeout_s
             self.member.show_wait(Wait("a checkpoint", "the learner", now, deadline))
         try:
             post_request(self.run, StopRequest())

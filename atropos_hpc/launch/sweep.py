@@ -21,6 +21,7 @@ from atropos_hpc.launch.slurm.cluster import cluster_answers
 from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell, slurm
+from atropos_hpc.runtime.deadlines import save_timeout_s
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
 from atropos_hpc.schema import Problem
 from atropos_hpc.validate import Refused, refuse
@@ -238,7 +239,7 @@ def _run_processes(points: list[Point], logs: dict[int, Path], slots: int) -> di
                 print(f"point {num} {_OUTCOMES.get(codes[num], 'failed')}", file=sys.stderr)
             time.sleep(0.2)
     finally:
-        process.end(running.values(), points[0].config.launch.save_timeout_s)
+        process.end(running.values(), save_timeout_s(points[0].config))
         for number, handler in previous.items():
             signal.signal(number, handler)
     return codes

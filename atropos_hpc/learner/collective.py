@@ -19,6 +19,23 @@ from atropos_hpc.runtime.waiting import Waiting
 
 POLL_S = 0.05
 REQUEST_POLL_S = 0.5  # between looks for a request to stop
+SHOW_PROGRESS_S = 5.0  # between writes of the member file during a step
+
+
+class MicroBatchCounter:
+    """Shows in this rank's member file that a long step makes progress."""
+
+    def __init__(
+        self, member: Member[TrainerState], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._member, self._clock = member, clock
+        self._count, self._shown = 0, clock()
+
+    def __call__(self) -> None:
+        self._count += 1
+        if (now := self._clock()) - self._shown > SHOW_PROGRESS_S:
+            self._member.update(micro_batches=self._count)
+            self._shown = now
 
 
 class StopRequested(Exception):

@@ -39,6 +39,7 @@ from atropos_hpc.learner.skipped_steps import SkippedSteps
 from atropos_hpc.learner.state import TrainState
 from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
 from atropos_hpc.observe.rollouts import RolloutWriter, rollouts_of
+from atropos_hpc.runtime.deadlines import batch_timeout_s
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, last_records, write_struct
 from atropos_hpc.trajectories.client import TrajectoryClient
@@ -98,10 +99,10 @@ def train(context: TrainContext) -> bool:
         if evaluation.before and state.version == 0:
             _await_evaluation(context, 0)  # training on would change what it evaluates
         context.leaser.start(state.version, state.version)
-        timeout_s = launch.start_timeout_s
+        timeout_s = batch_timeout_s(config, launch.start_timeout_s)
         while state.version < config.trainer.steps:
             _step(context, timeout_s)
-            timeout_s = launch.step_timeout_s
+            timeout_s = batch_timeout_s(config, launch.step_timeout_s)
             context.collective.check()
         _save_now(context)
         if evaluation.after:

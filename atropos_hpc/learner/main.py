@@ -32,11 +32,13 @@ from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.learner.checkpoint_files import BadCheckpoint
 from atropos_hpc.learner.skipped_steps import NothingLearned
 from atropos_hpc.runtime import cores, process
-from atropos_hpc.runtime.devices import local_device, require_gpus
+from atropos_hpc.runtime.deadlines import write_timeout_s
+from atropos_hpc.runtime.devices import local_device, require_gpus, stay_near, visible_devices
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import group_host, keep_to_interface
 from atropos_hpc.runtime.position_limit import require_positions
+from atropos_hpc.runtime.private_tmp import compile_caches
 from atropos_hpc.runtime.process import DONE, REFUSED, STOPPED, STUCK
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, last_records
 from atropos_hpc.runtime.signed_objects import sign_object_collectives
@@ -56,6 +58,7 @@ GONE = (
     " are damaged or were removed. Restore one of them; or, to continue from this one with new"
     " groups, move the run's trajectories/ away"
 )
+WRITE_TIMEOUT_S = 1800.0  # of a policy version or a checkpoint of a small model, by all ranks
 SERVER_TIMEOUT_S = 600.0  # how long the trajectory server may be unreachable
 
 
@@ -161,6 +164,8 @@ def join(run: RunDir, member: Member[TrainerState], host: str, timeout_s: float)
         index = local_device(
             _variable("LOCAL_RANK", "SLURM_LOCALID", "0"), torch.cuda.device_count()
         )
+        visible = visible_devices(os.environ, torch.cuda.device_count())
+        stay_near(visible[index : index + 1])
         torch.cuda.set_device(index)  # before anything allocates on another device
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", index)
     dist.init_process_group(
@@ -178,6 +183,8 @@ def _set_environment(config: Config) -> None:
     log.info("computes with %s", cores.bind())
     # Packs differ in length from step to step; fixed-size segments would leave a fragment for each.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    for name, path in compile_caches().items():
+        os.environ.setdefault(name, path)
     if Path(config.model.path or "").exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -226,9 +233,9 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     """Build the backend, restore the last durable step, and register with the trajectory server."""
     from atropos_hpc.learner.batch_leaser import BatchLeaser
     from atropos_hpc.learner.checkpoint import Checkpoints
-    from atropos_hpc.learner.collective import Collective
+    from atropos_hpc.learner.collective import Collective, MicroBatchCounter
     from atropos_hpc.learner.loop import TrainContext
-    from atropos_hpc.learner.publisher import Publisher, ReaderLink, take_request
+    from atropos_hpc.learner.publisher import Intervals, Publisher, ReaderLink, take_request
     from atropos_hpc.learner.state import TrainState
     from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
@@ -246,7 +253,10 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
         reference=config.algorithm.needs_reference,
     )
     process.return_freed_memory()
-    checkpoints = Checkpoints(run, trainer.keep_checkpoints, trainer.keep_checkpoints_every)
+    backend.on_micro_batch(MicroBatchCounter(member))
+    write_s = write_timeout_s(config, WRITE_TIMEOUT_S)
+    keep = trainer.keep_checkpoints, trainer.keep_checkpoints_every
+    checkpoints = Checkpoints(run, *keep, write_s)
     state = TrainState(kl_coef=config.algorithm.kl_coef)
     checkpoints.load_latest(backend, state)
     if config.algorithm.kl_target is None:
@@ -272,7 +282,9 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
         client=client,
         leaser=BatchLeaser(leasing, backend.data_rank, backend.data_world, config.staleness.max),
         checkpoints=checkpoints,
-        publisher=Publisher(run.policy, config.policy, config.model.dtype, link),
+        publisher=Publisher(
+            run.policy, config.policy, config.model.dtype, link, Intervals(timeout=write_s)
+        ),
         collective=Collective(run, member),
         metrics=metrics,
         rollouts=_rollout_writer(run, config, backend, state.version),

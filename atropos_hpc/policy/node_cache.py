@@ -74,7 +74,7 @@ class NodeCache:
                 ]:
                     made.result()
             kind = "full" if target.kind == "delta" else target.kind
-            copy = msgspec.structs.replace(target, kind=kind, base=None, deltas=(), local=True)
+            copy = msgspec.structs.replace(target, kind=kind, base=None, deltas=())
             write_manifest(partial, copy)
             partial.rename(directory)
         except BaseException:

@@ -12,9 +12,9 @@ full weights has three steps:
           start-up
 
 If `finish` fails, the model is partly old and partly new, and the worker terminates itself: no
-answer may come from half a version. All workers of a node map the same copy; without one, each
-reads the whole version into its own memory. Adapters use `WorkerExtension.load_policy_adapter`
-instead.
+answer may come from half a version. All workers of a node map the same files. Where the node agent
+has verified their hashes, the workers do not do so again. Adapters use
+`WorkerExtension.load_policy_adapter` instead.
 """
 
 import logging
@@ -80,11 +80,12 @@ class Init(WeightTransferInitInfo):
 class Update(WeightTransferUpdateInfo):
     """Which version to load: its directory, and `PolicyVersion`'s text form, for checking.
 
-    An empty directory abandons the update.
+    An empty directory abandons the update. `verified`: this node has verified its hashes.
     """
 
     directory: str
     version: str
+    verified: bool = False
 
 
 class DiskEngine(WeightTransferEngine[Init, Update]):
@@ -111,7 +112,9 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         if not update_info.directory:
             raise BadVersion("the update was abandoned")
         self._shards = read_version(
-            Path(update_info.directory), PolicyVersion.parse(update_info.version)
+            Path(update_info.directory),
+            PolicyVersion.parse(update_info.version),
+            verified=update_info.verified,
         )
 
     def finish_weight_update(self) -> None:
@@ -154,12 +157,12 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
 
 
 def read_version(
-    directory: Path, version: PolicyVersion, kind: str = "full"
+    directory: Path, version: PolicyVersion, kind: str = "full", verified: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """Read every tensor of a published version into host memory, one dict per shard.
+    """Map every tensor of a published version, one dict per shard.
 
-    The bytes that are hashed are the bytes that are returned. Raises BadVersion, naming the file,
-    when anything differs from the manifest.
+    Raises BadVersion, naming the file, when anything differs from the manifest; the hashes are
+    compared unless they are `verified`.
     """
     manifest = read_manifest(directory)
     if manifest.version != version or manifest.kind != kind:
@@ -172,12 +175,12 @@ def read_version(
         # Not as a path: vLLM removes paths from its error messages.
         shard = f"{file.file} of {directory.name}"
         try:
-            data = _content(directory / file.file, file.bytes, manifest.local)
+            data = _mapped(directory / file.file)
         except (OSError, ValueError) as error:
             raise BadVersion(f"{shard}: {error}") from error
         if len(data) != file.bytes:
             raise BadVersion(f"{shard}: {len(data)} bytes, the manifest says {file.bytes}")
-        if (digest := xxhash.xxh3_64_hexdigest(data)) != file.xxh3:
+        if not verified and (digest := xxhash.xxh3_64_hexdigest(data)) != file.xxh3:
             raise BadVersion(f"{shard}: xxh3 {digest}, the manifest says {file.xxh3}")
         try:
             if file.file != lora.CONFIG:
@@ -189,15 +192,12 @@ def read_version(
     return shards
 
 
-def _content(path: Path, size: int, local: bool) -> Any:
-    """Return a file's bytes, writable as torch requires.
-
-    A `local` copy, which nobody changes, is mapped privately; another file is read.
-    """
+def _mapped(path: Path) -> Any:
+    """Map a file, which nobody changes, privately: torch requires writable bytes."""
     with path.open("rb") as file:
-        if local and size:
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        return bytearray(file.read())
+        if not os.fstat(file.fileno()).st_size:
+            return bytearray()
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def tensors_in(data: Any) -> dict[str, torch.Tensor]:

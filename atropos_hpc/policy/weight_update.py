@@ -20,12 +20,11 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
+from atropos_hpc.runtime.deadlines import load_timeout_s
 
 log = logging.getLogger(__name__)
 
-LOAD_TIMEOUT_S = (
-    600.0  # reading all shards from a shared filesystem; requests that run to their end
-)
+LOAD_TIMEOUT_S = 600.0  # of a version of a small model, from a shared filesystem
 ADMIN_TIMEOUT_S = 60.0  # requests that need no work from the engine
 RESUME_TRIES = 5
 
@@ -47,11 +46,16 @@ class UpdateOptions:
     keep_kv: whether running requests and the prefix cache keep keys and values that older versions
         computed. Otherwise the server drops its cache and prefills every running request again.
     adapter: the version is a LoRA adapter.
+    verified: this node has compared the version's hashes with its manifest; the server's workers do
+        not do so again.
+    longest_request_s: how long a running request may take, for mode "wait".
     """
 
     mode: str = "keep"
     keep_kv: bool = True
     adapter: bool = False
+    verified: bool = False
+    longest_request_s: float = 600.0
 
 
 async def push(
@@ -71,11 +75,18 @@ async def push(
     """
     options = options or UpdateOptions()
     server = _Server(session, url, token, version)
+    load_s = load_timeout_s(
+        sum(path.stat().st_size for path in directory.glob("*")), LOAD_TIMEOUT_S
+    )
     if not options.adapter:
         await server.start()
-        update = {"update_info": {"directory": str(directory), "version": str(version)}}
-        await server.post("/update_weights", update, LOAD_TIMEOUT_S)
-    timeout_s = LOAD_TIMEOUT_S if options.mode == "wait" else ADMIN_TIMEOUT_S
+        update = {
+            "directory": str(directory),
+            "version": str(version),
+            "verified": options.verified,
+        }
+        await server.post("/update_weights", {"update_info": update}, load_s)
+    timeout_s = ADMIN_TIMEOUT_S + (options.longest_request_s if options.mode == "wait" else 0)
     clear = "false" if options.keep_kv else "true"
     try:
         await server.post("/pause", timeout_s=timeout_s, mode=options.mode, clear_cache=clear)
@@ -83,7 +94,7 @@ async def push(
             await server.load_adapter(directory)
         else:
             finish = {"weight_version": str(version)}
-            await server.post("/finish_weight_update", finish, LOAD_TIMEOUT_S)
+            await server.post("/finish_weight_update", finish, load_s)
     finally:
         await server.resume()
 

@@ -19,12 +19,10 @@ from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout import managed_chat
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
+from atropos_hpc.runtime.deadlines import request_timeout_s
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.schema import Problem, did_you_mean
-
-LEAST_TIMEOUT_S = 600.0  # of a generation request
-SLOWEST_TOKEN_S = 0.1  # a busy server makes ten tokens per second and request or more
 
 
 class TargetError(Exception):
@@ -161,17 +159,6 @@ def of_run(run: RunDir, key: str, seed: int) -> tuple[type[BaseEnv], Any, list[V
     return environment, worker_config, [servers]
 
 
-def request_timeout_s(conf: EnvironmentConf, max_length: int) -> float:
-    """Return the deadline of a generation: a fixed one would cut long answers off.
-
-    >>> [request_timeout_s(EnvironmentConf(), length) for length in (2048, 32768)]
-    [600.0, 3276.8]
-    """
-    if conf.request_timeout_s is not None:
-        return conf.request_timeout_s
-    return max(LEAST_TIMEOUT_S, SLOWEST_TOKEN_S * max_length)
-
-
 def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config, seed: int) -> Any:
     """Return the config of one worker of the environment.
 
@@ -180,9 +167,12 @@ def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config
     """
     env_config = default_config(environment)
     workers = conf.workers * config.roles.rollout.nodes
+    rollout_s = request_timeout_s(conf, config.model.max_length)
     own = {"seed": seed, "eval_samples": config.evaluation.samples}
     changes: JsonObject = {k: v for k, v in own.items() if k in type(env_config).model_fields}
     changes |= conf.config
+    if (own_s := env_config.worker_timeout) > 0:  # Atropos' default would end long answers
+        changes.setdefault("worker_timeout", max(own_s, rollout_s))
     changes |= {
         "group_size": conf.group_size,
         "inference_weight": conf.weight / workers,

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from atropos_hpc.config import Config
+from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.members import ServerState, Wait
 from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
 from atropos_hpc.runtime import cores, devices
+from atropos_hpc.runtime.deadlines import request_timeout_s
 from atropos_hpc.runtime.network import free_port, http_url
-from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_cache
+from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_caches
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.supervision import Limits, ManagedProcess, SupervisionEngine
@@ -86,19 +87,14 @@ class ManagedServer:
         command = (sys.executable, "-m", "atropos_hpc.rollout.vllm_server", *arguments)
         # of this start of the server; a killed one has left its sockets
         private = str(self.context.private.empty(str(self.index)))
-        variables = {"TMPDIR": private, "VLLM_RPC_BASE_PATH": private, **self._hardware()}
-        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (compiled := compile_cache()):
-            variables["TORCHINDUCTOR_CACHE_DIR"] = str(compiled)
+        variables = {
+            "TMPDIR": private,
+            "VLLM_RPC_BASE_PATH": private,
+            **own_hardware(self.context.config, self.index),
+        }
+        caches = {**compile_caches("vllm"), **os.environ}
+        variables |= {name: caches[name] for name in compile_caches("vllm")}
         return [ProcessSpec(self.name, command, variables)]
-
-    def _hardware(self) -> dict[str, str]:
-        """Return the variables that give the server its own GPUs, or else its own CPUs."""
-        config = self.context.config
-        if not (gpus := config.roles.rollout.gpus_per_node):
-            return cores.variables(self.index, config.rollout.servers, bind=True)
-        visible = devices.visible_devices(os.environ, gpus)
-        own = devices.server_devices(visible, self.index, config.rollout.tensor_parallel)
-        return {devices.VISIBLE: ",".join(own)}
 
     def tick(self) -> None:
         """Probe the server and bring it to the newest version; each in a task of its own."""
@@ -182,9 +178,23 @@ class ManagedServer:
         self.context.engine.kill_hung(self.managed, f"{self.name} {why}")
 
 
+def own_hardware(config: Config, index: int) -> dict[str, str]:
+    """Return the variables that give server `index` its own GPUs, or else its own CPUs."""
+    if not (gpus := config.roles.rollout.gpus_per_node):
+        return cores.variables(index, config.rollout.servers, bind=True)
+    visible = devices.visible_devices(os.environ, gpus)
+    own = devices.server_devices(visible, index, config.rollout.tensor_parallel)
+    return {devices.VISIBLE: ",".join(own)}
+
+
 def _update_options(config: Config) -> UpdateOptions:
     return UpdateOptions(
         mode=config.policy.update_mode,
         keep_kv=config.policy.kv == "keep",
         adapter=config.model.lora.rank > 0,
+        verified=True,  # by the follower
+        longest_request_s=max(
+            request_timeout_s(conf, config.model.max_length)
+            for conf in environments(config).values()
+        ),
     )

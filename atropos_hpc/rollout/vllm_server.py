@@ -20,8 +20,7 @@ from typing import Any
 
 from atropos_hpc.config import ModelConf, RolloutConf
 from atropos_hpc.rollout.vllm_api import serve, version_flags
-from atropos_hpc.runtime import cores, process
-from atropos_hpc.runtime.devices import require_gpus
+from atropos_hpc.runtime import cores, devices, process
 from atropos_hpc.runtime.network import LOOPBACK, keep_to_interface, own_host
 from atropos_hpc.runtime.position_limit import require_positions
 from atropos_hpc.runtime.run_dir import RunDir
@@ -120,6 +119,8 @@ def main() -> None:
 
     config = RunDir(options.run_dir).config()
     rollout, model = config.rollout, config.model
+    if config.roles.rollout.gpus_per_node:
+        devices.stay_near(devices.visible_devices(os.environ, 0))
     host = own_host(config.cluster.host)
     keep_to_interface(LOOPBACK)  # of vLLM's own processes, which are all on this node
     gpus = config.roles.rollout.gpus_per_node > 0
@@ -127,7 +128,7 @@ def main() -> None:
     os.environ.update(variables(rollout, model, gpus), **own)
     print(f"computes with {cores.bind()}", flush=True)
     try:
-        require_gpus("rollout", config.roles.rollout.gpus_per_node)
+        devices.require_gpus("rollout", config.roles.rollout.gpus_per_node)
         require_positions(model)
     except ValueError as error:
         print(error, file=sys.stderr, flush=True)

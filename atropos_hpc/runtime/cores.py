@@ -7,8 +7,8 @@ is only good because idle threads do not spin (PASSIVE_WAITING). Environment wor
 that mostly waits, and use any CPU.
 
 What a process may use is its affinity mask, which Slurm sets from roles.*.cpus_per_task. With GPUs,
-processes are not bound. `trainer.threads`, `rollout.variables` and OMP_NUM_THREADS of the shell
-take precedence.
+processes stay on the CPUs near them (`devices.stay_near`). `trainer.threads`, `rollout.variables`
+and OMP_NUM_THREADS of the shell take precedence.
 """
 
 import os

@@ -16,6 +16,7 @@ from pathlib import Path
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def visible_devices(environment: Mapping[str, str], machine_devices: int) -> list[str]:
@@ -83,6 +84,57 @@ def local_device(local_rank: int, device_count: int) -> int:
     return local_rank
 
 
+def driver_version() -> str | None:
+    """Return what the NVIDIA driver says of itself; None without one."""
+    try:
+        return DRIVER_VERSION.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def local_cpus(
+    entries: Sequence[str], gpus: Path = NVIDIA_DEVICES, pci: Path = PCI_DEVICES
+) -> set[int]:
+    """Return the CPUs of the NUMA nodes that GPUs of the visible list are attached to.
+
+    Empty where that is not known: for MIG instances, and in containers without the driver's /proc.
+    """
+    found: set[int] = set()
+    try:
+        slots = sorted(gpus.iterdir())  # by PCI address, as equal GPUs are numbered
+        uuids = {_uuid(slot): slot.name for slot in slots}
+        for entry in entries:
+            slot = slots[int(entry)].name if entry.isdigit() else uuids[entry]
+            found |= _cpu_list((pci / slot / "local_cpulist").read_text())
+    except (OSError, LookupError, ValueError):
+        return set()
+    return found
+
+
+def stay_near(entries: Sequence[str]) -> None:
+    """Bind this process, and those that it starts, to the CPUs near its GPUs.
+
+    Of the CPUs that it may use; where these are all far from its GPUs, it keeps them.
+    """
+    if near := os.sched_getaffinity(0) & local_cpus(entries):
+        os.sched_setaffinity(0, near)
+
+
+def _uuid(slot: Path) -> str:
+    lines = (slot / "information").read_text().splitlines()
+    return next(line.split()[-1] for line in lines if line.startswith("GPU UUID"))
+
+
+def _cpu_list(text: str) -> set[int]:
+    """Parse the kernel's form of a set of CPUs.
+
+    >>> sorted(_cpu_list("0-2,8"))
+    [0, 1, 2, 8]
+    """
+    ranges = [part.partition("-") for part in text.strip().split(",") if part]
+    return {cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1)}
+
+
 def require_gpus(role: str, gpus_per_node: int) -> None:
     """Raise ValueError, with what torch found, if the role asks for GPUs and there are none."""
     if not gpus_per_node:
@@ -93,10 +145,7 @@ def require_gpus(role: str, gpus_per_node: int) -> None:
 
     if torch.cuda.is_available():
         return
-    try:
-        driver = DRIVER_VERSION.read_text().splitlines()[0]
-    except OSError:
-        driver = "no NVIDIA driver is loaded on this node"
+    driver = driver_version() or "no NVIDIA driver is loaded on this node"
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
     raise ValueError(
         f"roles.{role}.gpus_per_node={gpus_per_node}, but torch {torch.__version__} finds no GPU. "

@@ -58,14 +58,14 @@ class ProgressWatch:
     ) -> None:
         self.start_timeout_s, self.step_timeout_s = start_timeout_s, step_timeout_s
         self._clock = clock
-        self._last: list[tuple[str, int, str, int]] = []
+        self._last: list[tuple[str, int, str, int, int]] = []
         self._since = clock()
 
     def stalled_s(self, ranks: list[TrainerState]) -> float | None:
-        """For how long the ranks have been in the same state and step, if that is too long. None
+        """For how long the ranks have been in the same micro-batch, if that is too long. None
         while one of them waits for another member, as waits have deadlines of their own."""
         now = self._clock()
-        seen = sorted((m.name, m.pid, m.state, m.step or 0) for m in ranks)
+        seen = sorted((m.name, m.pid, m.state, m.step or 0, m.micro_batches) for m in ranks)
         if seen != self._last or any(m.waiting for m in ranks):
             self._last, self._since = seen, now
             return None

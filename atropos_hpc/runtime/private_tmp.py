@@ -48,11 +48,21 @@ class PrivateDirectory:
         os.close(self._lock)
 
 
-def compile_cache() -> Path | None:
-    """Return a directory on this node for compiled code, which stays; None if that is impossible.
+def compile_caches(*more: str) -> dict[str, str]:
+    """Return the variables that keep compiled code on this node, where it stays; {} if impossible.
 
-    torch's own has a name that another user can take first, with code of his choice in it.
+    The libraries' own caches are in the home directory, which nodes share, or, torch's, have a name
+    that another user can take first, with code of his choice in it.
     """
+    if (path := _compile_cache()) is None:
+        return {}
+    caches = {"TORCHINDUCTOR_CACHE_DIR": path, "TRITON_CACHE_DIR": path / "triton"}
+    if "vllm" in more:
+        caches["VLLM_CACHE_ROOT"] = path / "vllm"
+    return {name: str(cache) for name, cache in caches.items()}
+
+
+def _compile_cache() -> Path | None:
     path = _parent() / f"atropos-compiled-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)

@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = SlurmSteps(config, run.path, job.allocations, addresses, run.logs.resolve())
     follower = RunFollower(run, config.trainer.steps, config.launch.start_timeout_s)
     supervisor = Supervisor(
-        run, config.launch, [steps.agent(node, index)], follower.poll, job, leads=False
+        run, config, [steps.agent(node, index)], follower.poll, job, leads=False
     )
     action = supervisor.supervise()
     log.info("rollout node %d: %s", index, action.name.lower())

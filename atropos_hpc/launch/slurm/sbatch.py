@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from atropos_hpc.config import Config, RoleConf
 from atropos_hpc.runtime import environment
+from atropos_hpc.runtime.deadlines import signal_s
 
 # In het jobs, the number of a role's component. The first one leads: its first node runs the batch
 # step.
@@ -112,7 +113,7 @@ def _common(config: Config, output: str) -> Options:
         "output": output,
         "open_mode": "append",
         "requeue": True,
-        "signal": f"B:USR2@{config.launch.signal_s}",
+        "signal": f"B:USR2@{signal_s(config)}",
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from atropos_hpc.config import Config
 from atropos_hpc.launch.slurm.sbatch import ROLES, Options, option, option_name, options
+from atropos_hpc.runtime.deadlines import signal_s
 from atropos_hpc.schema import Problem
 
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.I)
@@ -51,10 +52,10 @@ def problems(config: Config) -> Iterator[Problem]:
                     "is for Slurm only; with launch.allocation=local, run the command inside it",
                 )
         return
-    if launch.signal_s >= 60 * launch.minutes:
+    if (warned_s := signal_s(config)) >= 60 * launch.minutes:
         yield Problem(
             "launch.signal_s",
-            f"{launch.signal_s} s is not less than the time limit, launch.minutes={launch.minutes}",
+            f"{warned_s} s is not less than the time limit, launch.minutes={launch.minutes}",
         )
     if launch.signal_s < launch.save_timeout_s:
         yield Problem(

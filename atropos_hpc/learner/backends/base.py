@@ -1,5 +1,6 @@
 """The interface of a training backend."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,6 +39,10 @@ class Backend(Protocol):
 
         Frozen ones may be missing where an adapter is trained. Collective.
         """
+        ...
+
+    def on_micro_batch(self, call: Callable[[], None]) -> None:
+        """Have this rank call `call` at the beginning of each micro-batch of any pass."""
         ...
 
     def log_probs(self, batch: Batch) -> torch.Tensor:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Engine(FSDPEngineWithLMHead):
         self._reference_dtype = reference_dtype
         self._wants_shared_prefixes, self._share_prefixes = share_prefixes, False
         self._loss_head: LossHead | None = None
+        self.on_micro_batch: Callable[[], None] = lambda: None
 
     def _build_module(self) -> torch.nn.Module:
         module: torch.nn.Module = super()._build_module()
@@ -102,6 +104,7 @@ class Engine(FSDPEngineWithLMHead):
     def prepare_model_inputs(
         self, micro_batch: TensorDict
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.on_micro_batch()
         inputs, arguments = super().prepare_model_inputs(micro_batch)
         packed = tensordict_utils.get_non_tensor_data(
             micro_batch, "use_remove_padding", default=True

@@ -7,6 +7,7 @@ switched off, and only the adapter is saved.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -74,6 +75,11 @@ class VerlBackend:
         # state_dict's hook shards again what a forward without a backward pass left unsharded.
         weights: dict[str, torch.Tensor] = self.module.state_dict()
         return weights
+
+    def on_micro_batch(self, call: Callable[[], None]) -> None:
+        for engine in (self._policy, self._reference):
+            if engine is not None:
+                engine.on_micro_batch = call
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
         return _log_probs(self._policy, batch)
