@@ -12,11 +12,25 @@ pytest.importorskip("deepspeed")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from learner_ranks import MAX_LENGTH, on_ranks, one_batch, same, state_of, train, whole  # noqa: E402
+from learner_ranks import (  # noqa: E402
+    MAX_LENGTH,
+    on_ranks,
+    one_batch,
+    same,
+    state_of,
+    tiny_model,
+    train,
+    whole,
+)
+from peak_memory import PeakMemory, existing  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
-from atropos_hpc.learner.backends.deepspeed import DeepSpeedBackend, deepspeed_config  # noqa: E402
+from atropos_hpc.learner.backends.deepspeed import (  # noqa: E402
+    DeepSpeedBackend,
+    _Engine,
+    deepspeed_config,
+)
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
 from atropos_hpc.policy.shard_writer import write_shards  # noqa: E402
@@ -205,6 +219,34 @@ def test_what_is_published(small_model: Path, tmp_path: Path) -> None:
         }
         assert stored.keys() == load_file(small_model / "model.safetensors").keys()
         assert all(torch.equal(stored[name], weights[name]) for name in stored), stage
+
+
+def loaded(rank: int, world: int, path: Path, stages: tuple[int, ...]) -> list[float]:
+    """Return the most memory that sharding takes, in bytes per parameter of the whole model."""
+    peaks, build = [], _Engine._build_fsdp_module
+
+    def watched(engine: _Engine, module: torch.nn.Module) -> torch.nn.Module:
+        before = existing()  # held, so that none of their addresses is used again
+        with PeakMemory(ignored=frozenset(each._cdata for each in before)) as memory:
+            sharded = build(engine, module)
+        peaks.append(memory.peak)
+        return sharded
+
+    _Engine._build_fsdp_module = watched  # type: ignore[method-assign]
+    for stage in stages:
+        backend = backend_of(path, stage, "bfloat16")
+    shapes = (getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters())
+    total = sum(shapes)
+    return [peak / total for peak in peaks]
+
+
+def test_zero_3_never_holds_the_whole_model_and_others_in_the_computing_dtype(
+    tmp_path: Path,
+) -> None:
+    """Rank 1 receives the weights; rank 0 has them in host memory, which here counts, too."""
+    _, (whole_model, sharded) = on_ranks(2, loaded, tiny_model(tmp_path, layers=8), (2, 3))
+    assert 2.0 <= whole_model < 2.4
+    assert 1.0 <= sharded < 1.4
 
 
 def in_bfloat16(rank: int, world: int, path: Path) -> Any:

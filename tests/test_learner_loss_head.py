@@ -1,50 +1,14 @@
 """The loss head: log-probs and entropies without logits of [tokens, vocabulary]."""
 
-import weakref
-from typing import Any
-
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from peak_memory import PeakMemory  # noqa: E402
 
 from atropos_hpc.learner import loss_head  # noqa: E402
 from atropos_hpc.learner.loss_head import LossHead, Supports, Targets  # noqa: E402
 
 pytestmark = pytest.mark.verl
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, and the most that lived at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return found
-
-    def _count(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 @pytest.mark.parametrize("tokens", [4096, 32768])
@@ -55,7 +19,7 @@ def test_a_logit_costs_at_most_six_bytes_at_any_size(tokens: int) -> None:
     head = LossHead(layer, vocabulary)
     rows = torch.arange(tokens, device="meta")
     head.targets = Targets(tokens, rows, rows, rows, torch.empty(tokens, device="meta"))
-    with PeakMemory() as memory:
+    with PeakMemory("meta") as memory:
         found = layer(hidden)
         found.sum().backward()
     assert 0.1 < memory.peak / (tokens * vocabulary) <= 6.0

@@ -222,8 +222,10 @@ def _fused(function: Any, device: torch.device) -> Any:
 
     On CUDA it is compiled; on a CPU it is applied to a few rows at a time.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return partial(_by_rows, function)
+    if device.type != "cuda":
+        return function
     if function not in _functions:
         _functions[function] = torch.compile(function, dynamic=True)
     return _functions[function]

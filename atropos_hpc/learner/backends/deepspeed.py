@@ -44,7 +44,8 @@ class DeepSpeedBackend(VerlBackend):
     """See `Backend`. `trainer.deepspeed` is DeepSpeed's JSON."""
 
     def _build_policy(self, model: ModelConf, trainer: TrainerConf) -> Any:
-        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        # DeepSpeed's device: the one that this process already uses, of those that it sees.
+        os.environ["LOCAL_RANK"] = "0" if ON_CPU else str(get_device_id())
         # DeepSpeed would compile its CPU communication kernel at start-up, and an interrupted build
         # leaves a lock behind. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -112,12 +113,23 @@ class _Engine(Engine):
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         self._install_loss_head(module)
         self._autocast_dtype = torch.bfloat16 if self.json["bf16"]["enabled"] else torch.float32
-        # verl loads the weights on rank 0 only, and leaves the others to FSDP.
-        if any(parameter.is_meta for parameter in module.parameters()):
-            module = module.to_empty(device=get_device_id())
-        else:
-            module = module.to(get_device_id())
-        for tensor in (*module.parameters(), *module.buffers()):
+        device, sharding = get_device_id(), None
+        if self.stage == 3:  # parameter by parameter: the whole model may not fit on a device
+            sharding = deepspeed.zero.Init(
+                module=torch.nn.Module(), config_dict_or_path=self.json, dtype=self._autocast_dtype
+            )
+        for part in module.modules():
+            own = list(part.parameters(recurse=False))
+            if any(parameter.is_meta for parameter in own):
+                # verl loads the weights on rank 0 only, and leaves the others to FSDP.
+                part.to_empty(device=device, recurse=False)
+                own = list(part.parameters(recurse=False))
+            for parameter in own:
+                parameter.data = parameter.data.to(device, self._autocast_dtype)
+            if sharding is not None:
+                sharding._convert_to_zero_parameters(own)  # broadcasts, too
+        module = module.to(device)
+        for tensor in (*(module.parameters() if sharding is None else ()), *module.buffers()):
             dist.broadcast(tensor.data, src=0)
         return module
 
