@@ -118,6 +118,33 @@ def test_other_numbers_of_ranks(small_model: Path, run: RunDir) -> None:
     assert read_json(run.checkpoints / "latest.json") == {"step": 3, "directory": "step-3-0"}
 
 
+def places_of_saves(rank: int, world: int, path: Path, run: RunDir) -> Any:
+    """Save twice; return the addresses of the staged weights, and what was saved last."""
+    backend, checkpoints = backend_of(path), Checkpoints(run, keep=2, keep_staging=True)
+    assert checkpoints._stager is not None
+    stage, places = checkpoints._stager.stage, []
+
+    def watched(state: Any) -> Any:
+        staged = stage(state)
+        places.append([tensor.to_local().data_ptr() for tensor in staged["model"].values()])
+        return staged
+
+    checkpoints._stager.stage = watched  # type: ignore[method-assign]
+    for _ in range(2):
+        train(backend, 1)
+        checkpoints.save(backend, state_of(backend))
+        at_save = weights_of(backend)
+        train(backend, 1)
+        checkpoints.wait()
+    checkpoints.load_latest(backend, TrainState())
+    return places, at_save, weights_of(backend)
+
+
+def test_every_save_is_staged_in_the_same_host_memory(small_model: Path, run: RunDir) -> None:
+    for (first, second), at_save, loaded in on_ranks(2, places_of_saves, small_model, run):
+        assert first == second and len(set(first)) > 4 and same(at_save, loaded)
+
+
 def saved_at_zero(rank: int, world: int, path: Path, run: RunDir) -> Any:
     ends = []
     for save in (False, True):

@@ -172,6 +172,27 @@ def test_a_single_rank_holds_one_copy_of_what_it_publishes(tmp_path: Path) -> No
             assert torch.equal(tensor, expected[name].to(tensor.dtype)), (version, name)
 
 
+def copied_twice(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    module = Odd()
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    first = snapshot(module, torch.bfloat16)
+    places = [piece.data_ptr() for piece in first.pieces]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.to_local().add_(1)  # type: ignore[attr-defined]
+    again = snapshot(module, torch.bfloat16, reuse=first)
+    fresh = snapshot(module, torch.bfloat16)
+    assert [piece.data_ptr() for piece in again.pieces] == places
+    assert [piece.data_ptr() for piece in fresh.pieces if len(piece)] != [p for p in places if p]
+    for one, other in zip(again.pieces, fresh.pieces, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_snapshot_goes_to_the_memory_of_the_one_before() -> None:
+    on_ranks(2, copied_twice)
+
+
 def fails_to_write(rank: int, world: int, directory: Path) -> None:
     module = nn.Linear(8, 8)
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))

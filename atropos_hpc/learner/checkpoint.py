@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
@@ -58,11 +59,17 @@ class Checkpoints:
     """The checkpoints of one run. Every method but `close` is collective.
 
     The newest `keep` complete ones are kept, and those at multiples of `keep_every` steps (0:
-    none). `timeout_s` bounds every wait for other ranks and for the disk.
+    none). `timeout_s` bounds every wait for other ranks and for the disk. `keep_staging`: every
+    save is copied to the host memory of the one before, which is pinned; None: if on a GPU.
     """
 
     def __init__(
-        self, run: RunDir, keep: int, keep_every: int = 0, timeout_s: float = 1800.0
+        self,
+        run: RunDir,
+        keep: int,
+        keep_every: int = 0,
+        timeout_s: float = 1800.0,
+        keep_staging: bool | None = None,
     ) -> None:
         self.root, self.keep, self.keep_every = run.checkpoints, keep, keep_every
         self.timeout_s = timeout_s
@@ -70,6 +77,17 @@ class Checkpoints:
         timeout = timedelta(seconds=timeout_s)
         self._foreground = dist.new_group(backend="gloo", timeout=timeout)
         self._background = dist.new_group(backend="gloo", timeout=timeout)
+        gpu = torch.cuda.is_available()
+        self._stager = None
+        if gpu if keep_staging is None else keep_staging:
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=gpu,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=gpu,
+                )
+            )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[CheckpointDir, Future[None]] | None = None
         self._newly_durable: int | None = None
@@ -95,7 +113,12 @@ class Checkpoints:
             save(tensors, storage_writer=writer, process_group=self._background)
             written.set_result(None)
         else:
-            saving = async_save(tensors, storage_writer=writer, process_group=self._background)
+            saving = async_save(
+                tensors,
+                storage_writer=writer,
+                process_group=self._background,
+                async_stager=self._stager,
+            )
             assert isinstance(saving, Future)
             upload = saving
         self._pending = target, self._thread.submit(self._finish, upload, target)
@@ -183,6 +206,8 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for this rank's background work only."""
         self._thread.shutdown()
+        if self._stager is not None:
+            self._stager.close()
 
     def _load(
         self,

@@ -227,8 +227,13 @@ class ShardWriter:
 
     @property
     def _one_copy(self) -> bool:
-        """Whether the snapshot may lie in the shard: a single rank's, which no delta needs."""
-        return self.world == 1 and not self.keep_base and self._snapshot.rename is None
+        """Whether the snapshot may lie in the shard: a single rank's, which no delta needs.
+
+        Not one in pinned memory, to which a GPU copies faster.
+        """
+        pinned = any(piece.is_pinned() for piece in self._snapshot.pieces[:1])
+        single = self.world == 1 and not self.keep_base
+        return single and self._snapshot.rename is None and not pinned
 
     def _exchange_bucket(self, bucket: list[int]) -> torch.Tensor:
         """Send this rank's pieces of other ranks' tensors. Return what came in, rank by rank."""

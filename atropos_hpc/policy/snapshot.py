@@ -3,6 +3,7 @@
 Of a model with a LoRA adapter only the adapter is copied.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -79,11 +81,28 @@ def snapshot(
     pieces = []
     for i, ((_, tensor), entry) in enumerate(zip(tensors, entries, strict=True)):
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-        piece = reusable[i] if reusable else torch.empty(entry.counts[rank], dtype=entry.dtype)
+        piece = reusable[i] if reusable else _host_memory(entry.counts[rank], entry, local.is_cuda)
         if len(piece):
-            piece.copy_(local.reshape(-1))
+            # A copy between devices that also casts would cast on the host, and block.
+            cast = local.to(entry.dtype) if local.device != piece.device else local
+            piece.copy_(cast.reshape(-1), non_blocking=True)
         pieces.append(piece)
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # once, for all copies
     return Snapshot(entries, pieces, _renaming(module) if adapter is None else None, adapter)
+
+
+def _host_memory(count: int, entry: Entry, pinned: bool) -> torch.Tensor:
+    """Return memory for `count` elements of the entry, page-locked if the copy is from a GPU.
+
+    torch's own pinned memory would be rounded up to a power of two.
+    """
+    memory = torch.empty(count, dtype=entry.dtype)
+    if pinned and count:
+        pin_memory(memory.data_ptr(), memory.nbytes)
+        release = weakref.finalize(memory.untyped_storage(), unpin_memory, memory.data_ptr())
+        release.atexit = False  # the CUDA context may be gone by then
+    return memory
 
 
 def _entries(
