@@ -1,5 +1,6 @@
 """Prefixes that the sequences of a group share are computed once, and nothing else changes."""
 
+import inspect
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -141,6 +142,53 @@ def test_the_kernel_for_varying_lengths_gets_the_keys_of_each_branch(
     assert torch.equal(seen, mask)
     assert packed.longest_query == packed.query_offsets.diff().max()
     assert packed.longest_key == packed.key_offsets.diff().max()
+
+
+@pytest.mark.parametrize("segments", PACKS, ids=str)
+def test_the_call_of_that_kernel_attends_to_each_branch_s_prefix(
+    segments: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the kernel's own signature, causal at the ends of queries and keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def stand_in(*values: Any, **named: Any) -> torch.Tensor:
+        call = inspect.signature(varlen_attn).bind(*values, **named)
+        call.apply_defaults()
+        given = call.arguments
+        assert given["window_size"] == (-1, 0), "which varlen_attn takes for causal"
+        offsets = [given[name] for name in ("cu_seq_q", "cu_seq_k")]
+        assert all(each.dtype == torch.int32 for each in offsets)
+        parts = []
+        for (start, stop), (first, last) in zip(
+            *(pairwise(o.tolist()) for o in offsets), strict=True
+        ):
+            q, k, v = (
+                given[name][slice(*span)].transpose(0, 1)[None]
+                for name, span in (
+                    ("query", (start, stop)),
+                    ("key", (first, last)),
+                    ("value", (first, last)),
+                )
+            )
+            before = (last - first) - (stop - start)
+            causal = torch.ones(stop - start, last - first, dtype=torch.bool).tril(before)
+            options = {"scale": given["scale"], "enable_gqa": given["enable_gqa"]}
+            part = scaled_dot_product_attention(q, k, v, attn_mask=causal, **options)
+            parts.append(part[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    torch.manual_seed(0)
+    positions, mask = pack_of(segments)
+    total = positions.shape[1]
+    shapes = ((1, 4, total, 8), (1, 2, total, 8), (1, 2, total, 8))
+    query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    want = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    _, options = packed_attention._varlen_attention()
+    monkeypatch.setattr(packed_attention, "_varlen_attention", lambda: (stand_in, options))
+    got = packed_attention._varlen(query, key, value, positions, 0.3)
+    assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
 # --- with a model

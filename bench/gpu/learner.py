@@ -41,6 +41,7 @@ def groups_of(tokens: int, vocabulary: int) -> list[Group]:
         trained = position >= PROMPT
         log_probs = np.where(trained, -7.0, 1.0).astype(np.float32)
         ids = rng.integers(0, vocabulary, count).astype(np.int32)
+        ids[~trained] = np.tile(ids[:PROMPT], GROUP)  # one prompt, which is computed once
         made.append(Group(lengths, rng.random(GROUP), ids, trained, inference_logprobs=log_probs))
         total += count
     return made
@@ -57,9 +58,9 @@ def backend_of(model: Path, dtype: str, checkpointing: bool, attention: str = "s
 
 
 def batch_of(groups: list[Group]) -> Any:
-    from atropos_hpc.learner.batch import make_batch
+    from atropos_hpc.learner.batch import BatchSettings, make_batch
 
-    return make_batch(groups, AlgorithmConf(), BUDGET, 4096, 0)
+    return make_batch(groups, BatchSettings(AlgorithmConf(), BUDGET, 4096), 0)
 
 
 def matmul_rate() -> float:
