@@ -30,8 +30,8 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.steps import rollout_python
+from atropos_hpc.runtime.model_sizes import Sizes, sizes_of
 from atropos_hpc.runtime.run_dir import RunDir, read_records
-from atropos_hpc.runtime.sizing import Sizes, sizes_of
 from bench.parts.processes import ROOT, TRL, Ran, run
 from bench.result import Result
 

@@ -107,7 +107,7 @@ def composes(overrides: list[str]) -> None:
         compose(tuple(each for each in point if each is not None))
 
 
-@pytest.mark.parametrize("script", ["make_config.py", "make_cli.py"])
+@pytest.mark.parametrize("script", ["make_config.py", "make_cli.py", "make_memory.py"])
 def test_generated_files_are_up_to_date(script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / script), "--check"],

@@ -11,9 +11,10 @@ import pytest
 from config_parts import composed
 
 from atropos_hpc import validate
+from atropos_hpc.config import environments
 from atropos_hpc.launch.hydra_api import CONFIGS
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
-from atropos_hpc.runtime import sizing
+from atropos_hpc.runtime import model_sizes, sizing
 
 QWEN = {
     "vocab_size": 151936,
@@ -39,6 +40,10 @@ def _config(*shape: str | int, **more: int) -> dict[str, Any]:
 MODELS = {
     "Qwen/Qwen2.5-0.5B-Instruct": _config("qwen2", 896, 24, 14, 2, 4864, 32768),
     "Qwen/Qwen2.5-3B-Instruct": _config("qwen2", 2048, 36, 16, 2, 11008, 32768),
+    "Qwen/Qwen2.5-32B-Instruct": {
+        **_config("qwen2", 5120, 64, 40, 8, 27648, 32768, vocab_size=152064),
+        "tie_word_embeddings": False,
+    },
     "Qwen/Qwen3-4B": _config("qwen3", 2560, 36, 32, 8, 9728, 40960, head_dim=128),
 }
 EXPERIMENTS = {
@@ -49,6 +54,7 @@ EXPERIMENTS = {
 ON_A_CPU = sorted(path.stem for path in (CONFIGS / "experiment").glob("*_cpu.yaml"))
 NEEDED = {
     "math_qwen3_4b": ["environment.target=math_server.py:MathEnv"],
+    "math_qwen2_5_32b": ["environment.target=math_server.py:MathEnv"],
     "multi_env": [
         "more_environments.letters.target=letter_counting_environment.py:LetterCountingEnv"
     ],
@@ -98,7 +104,7 @@ def test_it_becomes_a_heterogeneous_job(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_what_it_says_of_memory_is_what_the_model_s_config_comes_to(name: str) -> None:
     config = experiment(name)
-    found = sizing.estimate(config, sizing.sizes(MODELS[config.model.path]))
+    found = sizing.estimate(config, model_sizes.sizes(MODELS[config.model.path]))
     text = EXPERIMENTS[name].read_text()
     said = re.search(
         r"trainer ([\d.]+) GiB per GPU; a server's weights ([\d.]+) GiB, ([\d.]+) GiB of KV cache",
@@ -113,10 +119,40 @@ def test_what_it_says_of_memory_is_what_the_model_s_config_comes_to(name: str) -
         if config.model.lora.rank
         else pytest.approx(2 * found.weights * config.rollout.tensor_parallel)
     )
-    assert (
-        found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization)
-        >= config.environment.group_size
-    )
+    held = found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization)
+    assert held >= config.environment.group_size
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_its_concurrency_fills_the_servers_as_far_as_a_step_lets_it(name: str) -> None:
+    config = experiment(name)
+    found = sizing.estimate(config, model_sizes.sizes(MODELS[config.model.path]))
+    held = found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization)
+    fits = config.rollout.servers * min(held, config.rollout.max_sequences)
+    workers = environments(config).values()
+    asked = sum(each.workers * each.concurrency * each.group_size for each in workers)
+    in_flight = config.algorithm.batch_size * (1 + config.staleness.max)
+    nodes = config.roles.rollout.nodes
+    assert asked >= min(fits, in_flight // nodes)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_it_asks_for_the_host_memory_that_its_nodes_need(name: str) -> None:
+    config = experiment(name)
+    found = sizing.estimate(config, model_sizes.sizes(MODELS[config.model.path]))
+    for role, needed in (("trainer", found.trainer_node), ("rollout", found.rollout_node)):
+        mem = getattr(config.roles, role).mem
+        assert re.fullmatch(r"\d+G", mem) and int(mem[:-1]) * GIB >= needed, (role, needed / GIB)
+
+
+def test_an_adapter_learns_at_ten_times_the_rate_of_all_weights() -> None:
+    assert experiment("gsm8k_qwen2_5_3b_lora").trainer.learning_rate == 3e-5
+
+
+def test_32b_runs_on_four_and_four_nodes_with_a_server_over_a_node_s_gpus() -> None:
+    config = experiment("math_qwen2_5_32b")
+    assert (config.roles.trainer.nodes, config.roles.rollout.nodes) == (4, 4)
+    assert (config.rollout.servers, config.rollout.tensor_parallel) == (1, 8)
 
 
 @pytest.mark.verl
@@ -131,7 +167,7 @@ def test_sizes_are_those_of_the_model_that_transformers_builds(name: str) -> Non
             AutoConfig.for_model(MODELS[name]["model_type"], **kind)
         )
     parameters = sum(parameter.numel() for parameter in dict(model.named_parameters()).values())
-    assert sizing.sizes(MODELS[name]).total == parameters
+    assert model_sizes.sizes(MODELS[name]).total == parameters
 
 
 def test_every_experiment_says_how_it_is_started_and_what_it_takes() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from atropos_hpc.config import Config
-from atropos_hpc.runtime import sizing
+from atropos_hpc.runtime import model_sizes, sizing
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "gpu.json"
 SHAPES: dict[str, dict[str, Any]] = {  # of bench/gpu/parts.py
@@ -31,15 +31,18 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["what"])
-def test_the_estimate_is_within_ten_percent_of_the_measured_peak(row: dict[str, Any]) -> None:
+def test_the_estimate_is_within_three_percent_of_the_measured_peak(row: dict[str, Any]) -> None:
+    """Nothing of the formula was fitted to these peaks."""
     shape = SHAPES[row["what"].split()[1].rstrip(",")]
     model = {**shape, "vocab_size": 151_936, "num_key_value_heads": 2, "model_type": "qwen2"}
     config = Config(run_dir="/run")
-    config.trainer.tokens_per_micro_batch = 8192
+    config.roles.trainer.gpus_per_node = 1
     config.trainer.gradient_checkpointing = "with activation" in row["what"]
-    found = sizing.estimate(config, sizing.sizes({**model, "tie_word_embeddings": True}))
-    # in this measurement the reference lay in host memory
-    assert (found.trainer - found.reference) / sizing.GIB == pytest.approx(row["peak GiB"], rel=0.1)
+    config.algorithm.kl_coef, config.algorithm.kl_metric = 0, False  # it lay in host memory
+    sizes = model_sizes.sizes({**model, "tie_word_embeddings": True})
+    # the largest of the five micro-batches; no prompts were shared
+    phases = sizing.Learner(config, sizes, tokens=7548, keys=7548).phases()
+    assert max(phases.values()) / sizing.GIB == pytest.approx(row["peak GiB"], rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -51,15 +54,15 @@ def test_a_reference_that_nothing_needs_takes_no_memory(
     model = {**SHAPES["0.5B"], "vocab_size": 151_936, "num_key_value_heads": 2}
     config = Config(run_dir="/run")
     config.algorithm.kl_coef, config.algorithm.kl_metric = kl_coef, kl_metric
-    sizes = sizing.sizes({**model, "model_type": "qwen2", "tie_word_embeddings": True})
+    sizes = model_sizes.sizes({**model, "model_type": "qwen2", "tie_word_embeddings": True})
     assert sizing.estimate(config, sizes).reference == held * sizes.total
 
 
 @pytest.mark.verl
 def test_the_chunk_of_logits_is_the_loss_head_s() -> None:
-    from atropos_hpc.learner.loss_head import CHUNK_LOGITS
+    from atropos_hpc.learner.loss_head import CACHED_LOGITS, CHUNK_LOGITS
 
-    assert CHUNK_LOGITS["cuda"] == sizing.LOSS_CHUNK
+    assert CHUNK_LOGITS == sizing.LOSS_CHUNK and sizing.CACHED_LOGITS["cpu"] == CACHED_LOGITS
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,22 @@ def test_all_ranks_recompute_activations_where_one_is_short_of_memory(
     config = Config(run_dir="/run")
     config.model.path = str(tmp_path)
     assert on_ranks(2, decides, free_gib, config) == [recomputed] * 2
+
+
+def small_model(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({**SHAPES["0.5B"], "vocab_size": 151_936}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("mem", "refused"), [(None, False), ("0", False), ("2048", True), ("8G", True), ("1T", False)]
+)
+def test_a_role_with_too_little_host_memory_is_refused(
+    tmp_path: Path, mem: str | None, refused: bool
+) -> None:
+    config = Config(run_dir="/run")
+    config.model.path = str(small_model(tmp_path / "model"))
+    config.roles.trainer.gpus_per_node, config.roles.trainer.mem = 1, mem
+    keys = [key for key, _ in sizing.too_little_host_memory(config)]
+    assert keys == (["roles.trainer.mem"] if refused else [])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from atropos_hpc.config import Config
 from atropos_hpc.policy.store import RESERVE_BYTES
-from atropos_hpc.runtime import sizing
+from atropos_hpc.runtime import model_sizes, sizing
 from atropos_hpc.schema import Problem
 
 MIB = 2**20
@@ -39,7 +39,7 @@ def check(config: Config, run_dir: Path) -> Iterator[Problem]:
 
     A resumed run needs as much: both are written beside the ones that exist.
     """
-    model = sizing.sizes_of(config)
+    model = model_sizes.sizes_of(config)
     version, checkpoint = sizing.stored_bytes(config, model) if model else (0, 0)
     yield from _run_directory(existing(run_dir), version, checkpoint)
     if config.policy.max_bytes is not None and config.policy.max_bytes < version:

@@ -5,7 +5,8 @@ large model or long answers take beyond that is added here, at rates that a load
 """
 
 from atropos_hpc.config import Config, EnvironmentConf
-from atropos_hpc.runtime.sizing import sizes_of, stored_bytes
+from atropos_hpc.runtime.model_sizes import sizes_of
+from atropos_hpc.runtime.sizing import stored_bytes
 
 SHORT_ANSWER_S = 600.0  # that the config's timeouts allow for
 SLOWEST_TOKEN_S = 0.1  # a busy server makes ten tokens per second and request or more

@@ -1,121 +1,53 @@
-"""Estimate the memory of a run on each GPU, and of a rollout node's policy cache, before it starts.
+"""Estimate the memory of a run on each GPU, and of its nodes, before it starts.
 
 The estimate follows from the model's config.json and the run's config, for dense decoders such as
-Llama and Qwen. Terms of the trainer, in bytes (P parameters, T tokens per micro-batch, H hidden
-size, I size of the MLP):
+Llama and Qwen. A trainer rank is at its peak in one of four phases:
 
-    sharded over ranks    16 P: float32 weights and gradients, two moments of Adam
-                          2 P: the frozen reference in the computing dtype
-    optimizer step        4 P more: a temporary of the fused list operations
-    forward and backward  gathered weights: the root's and two layers'; gradient of the output
-                          layer, in the computing dtype and summed in float32; one chunk of logits
-                          saved activations: (8 I + 15 H) T per layer, or 2 H T per layer and one
-                          whole layer with activation checkpointing
+    load       DeepSpeed: the weights in the computing dtype; one parameter at a time with ZeRO-3
+    loss head  all saved activations; sums of the output layer's gradient; a chunk of logits
+    backward   saved activations, gradients within one layer, the output layer's gradient
+    optimizer  float32 gradients, and as much for temporaries of the fused list operations
 
-The activation term is fitted to the four peaks in bench/results/gpu.json. The tests compare with
-the same peaks, so they guard the fit and do not validate it. Leave a tenth free for the allocator
-and libraries.
+Each adds to what is always held: weights, two moments of Adam, the frozen reference. Tests compare
+the peaks with torch's dispatcher (tests/test_sizing_tracked.py) and with a GPU's (test_sizing.py).
+Not included: the allocator's fragmentation, CUDA's context and libraries. Leave a tenth free.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.config import Config, micro_batch_tokens
-from atropos_hpc.runtime import position_limit
+from atropos_hpc.config import Config, environments, micro_batch_tokens
+from atropos_hpc.runtime.model_sizes import COMPUTE, Sizes, sizes_of
 
-MASTER, COMPUTE = 4, 2  # bytes of a float32 and of a bfloat16
-TRAINED = 4 * MASTER  # weight, gradient, two moments
+MASTER = 4  # bytes of a float32
 CHECKPOINT = 3 * MASTER  # weight, two moments
-OPTIMIZER_TEMPORARY = MASTER
-LOSS_CHUNK = 96 << 20  # logits; as in learner/loss_head.py, which imports torch
-CHUNK_LOGIT = 2 * COMPUTE + MASTER  # logits, their gradient, a float32 temporary
+# Logits at a time, as in learner/loss_head.py, which imports torch; and those of the temporaries.
+LOSS_CHUNK = {"cuda": 96 << 20, "cpu": 1 << 25}
+CACHED_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 20}
+# DeepSpeed's defaults, numbers of elements
+BUCKET = 500_000_000
+MAX_LIVE = 1_000_000_000
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model, in numbers of parameters."""
-
-    layers: int
-    hidden: int
-    inner: int  # of the MLP
-    vocabulary: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tied: bool
-    biased: bool  # query, key and value have biases, as in Qwen2
-    normed: bool  # queries and keys are normed, as in Qwen3
-
-    @property
-    def layer(self) -> int:
-        """Parameters of one decoder layer."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (queries + 2 * keys) + queries * self.hidden
-        biases = queries + 2 * keys if self.biased else 0
-        norms = 2 * self.head_dim if self.normed else 0
-        return attention + biases + norms + 3 * self.hidden * self.inner + 2 * self.hidden
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding; an untied output layer has as many."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def total(self) -> int:
-        """All parameters; a tied output layer counts once."""
-        ends = self.embedding * (1 if self.tied else 2)
-        return self.layers * self.layer + ends + self.hidden
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of one token in the KV cache, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * COMPUTE
+PROCESS = 5 * GIB  # host memory of one that imports torch and uses a GPU: an assumption
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes; per GPU except for the last."""
+    """Bytes; per GPU except for the last two."""
 
     trainer: float  # peak, with the reference
     reference: float  # the part of it that the frozen reference takes
     weights: float  # of the model in a server, per GPU
     cache_of_one: float  # KV cache of one sequence of model.max_length, per GPU
-    policy_cache: (
-        float  # policy.cache on a rollout node: the newest version, and the next while made
-    )
+    policy_cache: float  # on a rollout node: the newest version, and the next while made
+    trainer_node: float  # host memory of the first trainer node, which needs most
+    rollout_node: float  # host memory of a rollout node, with the policy cache
 
     def sequences(self, gpu_bytes: float, utilization: float) -> int:
         """Return how many sequences of full length a server holds at once."""
         return max(0, int((gpu_bytes * utilization - self.weights) / self.cache_of_one))
-
-
-def sizes(model: dict[str, Any]) -> Sizes:
-    """Read a parsed config.json. Raises KeyError for another kind of model."""
-    heads, hidden = model["num_attention_heads"], model["hidden_size"]
-    kind = model.get("model_type", "")
-    return Sizes(
-        layers=model["num_hidden_layers"],
-        hidden=hidden,
-        inner=model["intermediate_size"],
-        vocabulary=model["vocab_size"],
-        heads=heads,
-        kv_heads=model.get("num_key_value_heads") or heads,
-        head_dim=model.get("head_dim") or hidden // heads,
-        tied=bool(model.get("tie_word_embeddings")),
-        biased=kind == "qwen2",
-        normed=kind == "qwen3",
-    )
-
-
-def sizes_of(config: Config) -> Sizes | None:
-    """Read the sizes of the config's model; None without a config.json of that kind."""
-    try:
-        path = position_limit.config_file(config.model.path or "")
-        return sizes(position_limit.read(path)) if path else None
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def describe(config: Config) -> str | None:
@@ -127,31 +59,229 @@ def describe(config: Config) -> str | None:
         f"trainer {found.trainer / GIB:.2g} GiB per rank; "
         f"a server {found.weights / GIB:.2g} GiB of weights, "
         f"{found.cache_of_one / GIB:.2g} GiB of KV cache per sequence of full length; "
-        f"a rollout node {found.policy_cache / GIB:.2g} GiB in {config.policy.cache}"
+        f"host memory of a trainer node {found.trainer_node / GIB:.0f} GiB, "
+        f"of a rollout node {found.rollout_node / GIB:.0f} GiB, "
+        f"of which {found.policy_cache / GIB:.2g} GiB in {config.policy.cache}"
     )
+
+
+def too_little_host_memory(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (key, message) of each role whose `mem` is less than its node needs.
+
+    Of a job without GPUs nothing is said: there, the estimate of a rank is of host memory.
+    """
+    if (model := sizes_of(config)) is None:
+        return
+    found = estimate(config, model)
+    for role, needed in (("trainer", found.trainer_node), ("rollout", found.rollout_node)):
+        conf = getattr(config.roles, role)
+        if conf.gpus_per_node and conf.mem and 0 < _mem_bytes(conf.mem) < needed:
+            yield (
+                f"roles.{role}.mem",
+                f"{conf.mem} is less than the {needed / GIB:.0f} GiB that a node of this role is "
+                "estimated to need",
+            )
+
+
+def _mem_bytes(mem: str) -> float:
+    """Return Slurm's --mem in bytes; 0 asks for all memory of a node."""
+    digits = mem.upper().rstrip("B")
+    unit = digits[-1] if digits[-1] in "KMGT" else "M"
+    return float(digits.rstrip("KMGT")) * 2 ** (10 * (1 + "KMGT".index(unit)))
 
 
 def estimate(config: Config, model: Sizes) -> Estimate:
     """Estimate what each GPU of either role holds at its peak."""
-    ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
     lora = config.model.lora.rank > 0
-    trained = MASTER if lora else TRAINED  # an adapter leaves the base without gradient and moments
-    held = 0.0 if config.trainer.offload else trained * model.total / ranks
-    temporary = 0.0 if lora else OPTIMIZER_TEMPORARY * model.total / ranks
-    frozen = config.algorithm.needs_reference and not lora and not config.trainer.offload
-    reference = COMPUTE * model.total / ranks if frozen else 0.0
-    backward = _gathered(model, lora) + _activations(config, model)
     parallel = config.rollout.tensor_parallel
     cache = model.cache_bytes * config.model.max_length / min(parallel, model.kv_heads)
     stored = MASTER if config.model.dtype == "float32" else COMPUTE
     published = 0 if lora else model.total * stored  # an adapter is small
+    learner = Learner(config, model)
     return Estimate(
-        trainer=held + reference + max(temporary, backward),
-        reference=reference,
+        trainer=max(learner.phases().values()),
+        reference=learner.reference,
         weights=COMPUTE * model.total / parallel,
         cache_of_one=cache,
         policy_cache=2 * published,
+        trainer_node=learner.node,
+        rollout_node=2 * published + PROCESS * _rollout_processes(config),
     )
+
+
+def _rollout_processes(config: Config) -> int:
+    """Count the processes of a rollout node that import torch."""
+    servers = config.rollout.servers * (1 + config.rollout.tensor_parallel)
+    return servers + sum(each.workers for each in environments(config).values())
+
+
+class Learner:
+    """The memory of one trainer rank, in bytes, with `tokens` computed in a micro-batch.
+
+    `keys` are the tokens that are attended to: with shared prefixes, those of a prefix count once
+    for every sequence. By default, half of them are such copies.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Sizes,
+        tokens: int | None = None,
+        keys: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        trainer = config.trainer
+        self.model, self.tokens = model, tokens or micro_batch_tokens(config)
+        self.keys = keys or self.tokens * (2 if trainer.share_prefixes else 1)
+        self.device = "cuda" if config.roles.trainer.gpus_per_node else "cpu"
+        self.width = MASTER if config.model.dtype == "float32" else COMPUTE
+        self.lora = config.model.lora.rank > 0
+        self.recomputes = trainer.gradient_checkpointing is not False
+        self.chunk = chunk or LOSS_CHUNK[self.device]
+        self.ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
+        self.ranks_per_node = config.roles.trainer.ranks_per_node
+        size = trainer.fsdp_config.get("fsdp_size", -1)
+        self.shards = self.ranks if size == -1 else size
+        self.fsdp = trainer.fsdp_config
+        self.zero = _zero(config) if trainer.backend == "deepspeed" else {}
+        self.stage = self.zero.get("stage", 2) if self.zero else 0
+        self.offload = trainer.offload
+        frozen = config.algorithm.needs_reference and not self.lora and not self.offload
+        self.reference = self.width * model.total / self.shards if frozen else 0.0
+
+    def phases(self) -> dict[str, float]:
+        """Return the peak of each phase."""
+        held = self._held + self._gradients + self._unsharded_weights + self._gradient_buckets
+        held += self._spanning_gradient if self.stage == 2 else 0
+        trained = 0 if self.lora else self.model.embedding
+        float32_gradients = 0.0 if self.lora else MASTER * self.model.total / self.shards
+        return {
+            "load": self._load,
+            "loss head": held
+            + self._saved
+            + self._logits
+            + (MASTER + self.width) * trained
+            + 2 * self.width * self.model.hidden * self.tokens,
+            "backward": held
+            + self._saved
+            + (self._layer if self.recomputes else 0)
+            + 3 * self.width * self.model.inner * self.tokens
+            + self.width * trained
+            + (self.width * self.model.layer if not self.stage else 0),
+            "optimizer": self._held
+            + (0.0 if self.offload else 2 * float32_gradients)
+            + (self.width * self.model.total / self.shards if self.stage == 3 else 0)
+            + self._spanning_gradient,
+        }
+
+    @property
+    def node(self) -> float:
+        """Return the host memory of the first node: while it loads the model, or a save is staged.
+
+        Every rank loads all float32 weights of a model with tied embeddings, of others only the
+        first. A save holds a policy version twice, and a checkpoint.
+        """
+        total, per_node = self.model.total, self.ranks_per_node
+        loading = MASTER * total * (per_node if self.model.tied else 1)
+        parameter = 0 if self.lora else 2 * self.width + CHECKPOINT
+        staged = parameter * total * per_node / self.ranks
+        if self.offload:
+            staged += (CHECKPOINT + MASTER) * total * per_node / self.ranks
+        return max(loading, staged) + PROCESS * per_node
+
+    @property
+    def _held(self) -> float:
+        """Return what is held all the time: weights, moments, reference."""
+        total = self.model.total
+        weights = MASTER * total / self.shards  # of FSDP2, and of ZeRO's optimizer
+        moments = 0.0 if self.lora else 2 * MASTER * total / self.shards
+        if not self.stage:
+            return self.reference + (0.0 if self.offload else weights + moments)
+        state = 0.0 if self.offload or self.lora else weights + moments
+        computing = self.width * total / (self.shards if self.stage == 3 else 1)
+        return self.reference + state + (0.0 if self.offload and self.stage == 3 else computing)
+
+    @property
+    def _gradients(self) -> float:
+        """Return the gradients that micro-batches leave."""
+        if self.lora:
+            return 0.0
+        total = self.model.total
+        if not self.stage:
+            if self.fsdp.get("use_no_sync_for_gradient_accumulation"):
+                return MASTER * total
+            return 0.0 if self.offload else MASTER * total / self.shards
+        return self.width * total / (1 if self.stage == 1 else self.shards)
+
+    @property
+    def _spanning_gradient(self) -> float:
+        """Return the largest gradient, if ZeRO keeps it whole because no partition holds it."""
+        spans = self.model.embedding > self.model.total / self.shards
+        return self.width * self.model.embedding if self.stage in (1, 2) and spans else 0.0
+
+    @property
+    def _unsharded_weights(self) -> float:
+        """Return the weights that are gathered during a pass: the root's, and two layers'."""
+        if self.stage in (1, 2):
+            return 0.0
+        if self.stage == 3:
+            live = self.zero.get("stage3_max_live_parameters", MAX_LIVE)
+            return self.width * min(self.model.total, live)
+        if not self.fsdp.get("reshard_after_forward", True):
+            return self.width * self.model.total
+        return self.width * (self.model.embedding + self.model.layer)
+
+    @property
+    def _gradient_buckets(self) -> float:
+        """Return ZeRO's buckets, which are allocated whole."""
+        if not self.stage or self.lora:
+            return 0.0
+        size = self.zero.get("reduce_bucket_size", BUCKET)
+        two = self.zero.get("overlap_comm", self.device == "cuda") and self.stage < 3
+        return self.width * size * (2 if two else 1)
+
+    @property
+    def _layer(self) -> float:
+        """Return the activations that a layer saves for its backward pass."""
+        model, width = self.model, self.width
+        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        norm = MASTER + 2 * width  # bytes per element: in float32, normed, scaled
+        normed = 2 * model.hidden + (queries + keys if model.normed else 0)
+        # On a CPU, sequences are copied into blocks and back.
+        states = 2 if self.device == "cuda" else 3
+        per_token = norm * normed + width * (states * queries + 4 * model.inner)
+        return self.tokens * per_token + self.keys * 2 * width * keys
+
+    @property
+    def _saved(self) -> float:
+        """Return what all layers save, and the last norm."""
+        model, width = self.model, self.width
+        layer = self.tokens * model.hidden * width if self.recomputes else self._layer
+        return model.layers * layer + self.tokens * model.hidden * (MASTER + 2 * width)
+
+    @property
+    def _logits(self) -> float:
+        """Return a chunk of logits, its gradient, and temporaries in float32."""
+        wanted = self.tokens * self.model.vocabulary
+        whole, reduced = (
+            min(wanted, self.chunk),
+            min(wanted, self.chunk, CACHED_LOGITS[self.device]),
+        )
+        if self.device == "cuda":  # one fused kernel
+            return 2 * self.width * whole + MASTER * reduced
+        return 3 * self.width * whole + 2 * MASTER * reduced
+
+    @property
+    def _load(self) -> float:
+        """Return the weights on the device before they are sharded."""
+        if self.stage in (1, 2):
+            return 2 * self.width * self.model.total  # as loaded, and in one buffer
+        return MASTER * self.model.total / self.shards + MASTER * self.model.embedding
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero = config.trainer.deepspeed.get("zero_optimization", {})
+    return {"stage": 2, **zero} if isinstance(zero, dict) else {"stage": 2}
 
 
 def recomputes_activations(config: Config, free_bytes: float) -> bool:
@@ -195,21 +325,3 @@ def stored_bytes(config: Config, model: Sizes) -> tuple[int, int]:
         return 0, 0
     parameter = MASTER if config.model.dtype == "float32" else COMPUTE
     return model.total * parameter, model.total * CHECKPOINT
-
-
-def _gathered(model: Sizes, lora: bool) -> float:
-    """Return the bytes of unsharded weights and of the output layer's gradient."""
-    weights = COMPUTE * (model.embedding * (1 if model.tied else 2) + 2 * model.layer)
-    gradient = 0 if lora else (2 * COMPUTE + MASTER) * model.embedding
-    return weights + gradient
-
-
-def _activations(config: Config, model: Sizes) -> float:
-    """Return the bytes that a micro-batch leaves for its backward pass, and one chunk of logits."""
-    tokens = micro_batch_tokens(config)
-    layer = tokens * (8 * model.inner + 15 * model.hidden)
-    if config.trainer.gradient_checkpointing is not False:
-        saved = model.layers * tokens * model.hidden * COMPUTE + layer
-    else:
-        saved = model.layers * layer
-    return saved + CHUNK_LOGIT * min(tokens * model.vocabulary, LOSS_CHUNK)
