@@ -6,6 +6,7 @@ from typing import Any
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 
 KINDS = ("managed", "tokens", "completion", "chat", "turns")
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TOOL = "12+"  # what the "tool" answers between two turns
 
 
@@ -20,6 +21,8 @@ class KindsEnv(BaseEnv):
 
     async def setup(self) -> None:
         self.kinds = itertools.cycle(KINDS)
+        for tokenizer in (self.tokenizer, *(each.tokenizer for each in self.server.servers)):
+            tokenizer.chat_template = TEMPLATE  # the demo's has none
 
     async def get_next_item(self) -> str:
         return next(self.kinds)
@@ -32,7 +35,8 @@ class KindsEnv(BaseEnv):
 
     async def managed(self, prompt: str, n: int) -> ScoredDataGroup:
         async with self.server.managed_server(tokenizer=self.tokenizer) as server:
-            await server.completion(prompt=prompt, n=n, max_tokens=4, temperature=1.0)
+            options = {"top_p": 0.9, "min_p": 0.1}
+            await server.completion(prompt=prompt, n=n, max_tokens=4, temperature=1.0, **options)
             return of_nodes(server.get_state()["nodes"])
 
     async def tokens(self, prompt: str, n: int) -> ScoredDataGroup:
@@ -83,6 +87,9 @@ class KindsEnv(BaseEnv):
             tokens=[start + out for out in outputs],
             masks=[[-100] * len(start) + out for out in outputs],
         )
+
+    def save_checkpoint(self, step: int, data: Any = None) -> None:
+        super().save_checkpoint(step, {"saved_at": step})
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         raise LookupError("this environment has no held-out problems")

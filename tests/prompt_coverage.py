@@ -112,6 +112,7 @@ def prompt_violations(run: RunDir, past: History, epochs: int = 0) -> list[str]:
 
 def training_problems(run: RunDir) -> list[Problem]:
     """The problems that the run's environment takes."""
-    count = run.config().environment.config["train_problems"]
-    assert isinstance(count, int)
-    return random.Random(0).sample(problems(held_out=False), count)
+    everything = problems(held_out=False)
+    count = run.config().environment.config.get("train_problems")
+    assert count is None or isinstance(count, int)
+    return everything if count is None else random.Random(0).sample(everything, count)

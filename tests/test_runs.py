@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from config_parts import composed
+from prompt_coverage import FEW_PROBLEMS, assert_prompts_are_covered, history
 from run_files import activity, evaluations, scalars
 from run_parts import Started
 
@@ -102,7 +103,7 @@ VICTIMS = {
 
 def test_killed_members_come_back_one_after_another(start: Callable[..., Started]) -> None:
     """One run for all of them, since each start of vLLM takes long; its trackers show one run."""
-    started = start(14, "wandb.mode=offline", "tensorboard=true")
+    started = start(14, "wandb.mode=offline", "tensorboard=true", FEW_PROBLEMS)
     for step, (victim, noted_in) in VICTIMS.items():
         started.step(step)
         before = started.log(noted_in).count("was killed by SIGKILL")
@@ -117,6 +118,7 @@ def test_killed_members_come_back_one_after_another(start: Callable[..., Started
         assert re.search(rf"{kind}\S* was killed by SIGKILL", log), log
     assert "resuming from checkpoint" in started.log("trainer-0")
     assert read_json(started.run.summary)["restarts"] == 3  # by the supervisor
+    assert_prompts_are_covered(started.run, epochs=3)
     assert_the_records_are_complete(started, "trainer-trainer0-0")
     assert_the_trackers_show_one_run(started)
 
@@ -150,7 +152,7 @@ def test_a_run_whose_rollouts_all_fail_ends_with_their_error_on_the_last_line(
 def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(
     start: Callable[..., Started],
 ) -> None:
-    started = start(40)
+    started = start(40, FEW_PROBLEMS)
     started.step(4)
     second = subprocess.run(
         started.command, capture_output=True, text=True, timeout=120, check=False
@@ -168,6 +170,7 @@ def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(
     started.process = started.start()
     assert_complete(started, 40)
     assert f"starts at step {durable}" in started.log("trainer-0")
+    assert_prompts_are_covered(started.run, epochs=10)
     # the same command once more: there is nothing left to do
     again = subprocess.run(
         started.command, capture_output=True, text=True, timeout=120, check=False
@@ -178,7 +181,7 @@ def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(
 def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(
     start: Callable[..., Started],
 ) -> None:
-    started = start(6)
+    started = start(6, FEW_PROBLEMS)
     started.step(2)
     started.process.send_signal(signal.SIGINT)
     assert started.end() == 75, started.story()
@@ -189,6 +192,7 @@ def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(
     started.command = [sys.executable, "-m", "atropos_hpc.cli", "resume", str(started.run.path)]
     started.process = started.start()
     assert_complete(started, 6)
+    assert_prompts_are_covered(started.run, epochs=1)
 
 
 def test_term_ends_everything_also_while_servers_start(start: Callable[..., Started]) -> None:
@@ -327,7 +331,10 @@ def test_several_environments_share_a_run(start: Callable[..., Started], demo_mo
 def test_an_environment_of_the_users_own_runs_unmodified(
     start: Callable[..., Started], demo_model: str
 ) -> None:
-    """It uses every generation API, over several turns with untrained tool tokens in between."""
+    """It uses every generation API, over several turns with untrained tool tokens in between.
+
+    Three of its kinds sample with top_p, min_p or top_k, which the learner has to replay.
+    """
     target = PACKAGE_HOME / "tests" / "kinds_env.py"
     started = start(
         2,
@@ -335,7 +342,14 @@ def test_an_environment_of_the_users_own_runs_unmodified(
         "environment=atropos",
         f"environment.target={target}:KindsEnv",
         "algorithm.batch_size=80",
+        "trainer.checkpoint_every=1",
     )
     assert_complete(started, 2)
     for line in scalars(started.run):
-        assert 0 < line["trained_tokens"] < line["tokens"]
+        assert 0 < line["trained_tokens"] < line["tokens"] and line["biased_sequences"] == 0
+        # Of the tokens that the learner's own version sampled; later batches may have none.
+        assert line.get("same_version_ratio_mean", 1) == pytest.approx(1, abs=0.005)
+    assert "same_version_ratio_mean" in scalars(started.run)[0]
+    restricted = [g for g in history(started.run).groups.values() if g.support is not None]
+    assert {g.generation_params["kind"] for g in restricted} == {"managed", "tokens", "turns"}
+    assert list(started.run.path.glob("environments/env_checkpoints/environment.*/step-[12].json"))

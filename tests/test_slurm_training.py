@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prompt_coverage import FEW_PROBLEMS, assert_prompts_are_covered
 from run_files import evaluations, scalars
 from slurm_cluster import ROOT, Cluster, until
 from slurm_parts import Submitted, kill, node_of, sbatch, submit, submitted
@@ -97,6 +98,7 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(
         f"run_dir={tmp_path / 'run'}",
         "trainer.steps=14",
         "trainer.checkpoint_every=100",
+        FEW_PROBLEMS,
         *SMALL,
     ]
     run = Submitted(
@@ -115,6 +117,7 @@ def test_a_template_over_two_trainer_nodes_preempted_in_the_middle(
     )
     assert cluster.job(run.job)["Restarts"] == "1"
     assert sum(line["sequences"] for line in scalars(run.run)) == 14 * 256  # each batch once
+    assert_prompts_are_covered(run.run, epochs=3)
 
 
 def test_a_killed_rank_and_a_warning_in_one_run(cluster: Cluster, tmp_path: Path) -> None:
@@ -125,6 +128,7 @@ def test_a_killed_rank_and_a_warning_in_one_run(cluster: Cluster, tmp_path: Path
         "trainer.steps=12",
         "trainer.checkpoint_every=3",
         "wandb.mode=offline",
+        FEW_PROBLEMS,
         *SMALL,
     )
     until("a durable step", lambda: saved(run), 300, run.story)
@@ -143,6 +147,7 @@ def test_a_killed_rank_and_a_warning_in_one_run(cluster: Cluster, tmp_path: Path
         "trainer-0"
     )
     assert sum(line["sequences"] for line in scalars(run.run)) == 12 * 256
+    assert_prompts_are_covered(run.run, epochs=2)
     assert {
         path.name.rpartition("-")[2] for path in (run.run.path / "wandb").glob("offline-run-*")
     } == {identity}
@@ -213,6 +218,7 @@ def test_het_loses_a_rollout_node_then_its_leader(
         cluster.start_node(node)
     cluster.skip_requeue_delay(run.job)
     assert_it_ends_as_without(run, 2, undisturbed)
+    assert_prompts_are_covered(run.run, epochs=0)  # it ends within the first
     assert cluster.job(run.job)["Restarts"] == "1"
 
 
