@@ -143,7 +143,10 @@ def test_a_sequence_that_never_fits_is_refused_by_name_on_every_rank() -> None:
 def test_statistics_are_of_all_ranks() -> None:
     versions = {"policy_versions": [[3, 5], None, [5, 5]]}
     first = group_of([[0, 1, 1], [0, 0], [1, 1, 1, 1]], [1.0, 0.0, 2.0], generation_params=versions)
-    biased = {"biased_sampling": "top_p: the environment tokenized the answer again"}
+    biased = {
+        "biased_sampling": "top_p: the environment tokenized the answer again",
+        "finish_reasons": ["length", None],  # a limit of its own, below the model's
+    }
     second = group_of([[0, 1]] * 2, [1.0, 1.0], generation_params=biased)
 
     def work(rank: int, world: int) -> object:
@@ -166,7 +169,7 @@ def test_statistics_are_of_all_ranks() -> None:
             "length_mean": 2.6,
             "length_max": 4,
             "response_length_mean": 7 / 4,
-            "truncated_fraction": 0.2,
+            "truncated_fraction": 0.4,
             "zero_advantage_groups": 1,
             "without_log_probs": 4,
             "off_policy/staleness_mean": 1.0,

@@ -90,7 +90,7 @@ def local_statistics(
         "first_tokens": sequences.first_tokens,
         "reward": scores.sum(),
         "reward_squared": np.square(scores).sum(),
-        "truncated": (lengths >= max_length).sum(),
+        "truncated": sum(_truncated(group, max_length) for group in groups),
         "zero_advantage_groups": sequences.zero_advantage_groups,
         "without_log_probs": np.isnan(sequences.behaviour[last]).sum(),
         "without_reference": np.isnan(sequences.reference[last]).sum(),
@@ -117,6 +117,13 @@ def local_statistics(
         {name: float(value) for name, value in sums.items()},
         {name: float(value) for name, value in maxima.items()},
     )
+
+
+def _truncated(group: Group, max_length: int) -> int:
+    """Count the sequences that were cut off: at the limit of the answer, or of the model."""
+    reasons = (group.generation_params or {}).get("finish_reasons") or [None] * len(group.lengths)
+    pairs = zip(reasons, group.lengths, strict=True)
+    return sum(reason == "length" or length >= max_length for reason, length in pairs)
 
 
 def _is_biased(group: Group) -> bool:
