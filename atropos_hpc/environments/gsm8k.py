@@ -50,6 +50,12 @@ class GSM8KConfig(SingleTurnConfig):
         ge=1,
         description="Longest answer, tokens; shorter where max_token_length leaves less.",
     )
+    unformatted_reward: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Reward of a right final number that does not follow ####.",
+    )
     eval_problems: int | None = Field(
         default=None,
         ge=1,
@@ -113,13 +119,19 @@ class GSM8KEnv(SingleTurnEnv):
             limit = f"model.max_length={self.config.max_token_length}"
             raise ValueError(f"the prompt leaves no token of {limit} for an answer")
 
-        def reward(node: Any) -> float:
+        def score(node: Any) -> float:
             answer = self.tokenizer.decode(
                 [t for t in node.masked_tokens if t != -100], skip_special_tokens=True
             )
-            return float(is_right(answer, item["answer"]))
+            return self.reward(answer, item["answer"])
 
-        return await self.sampled(prompt, left, reward), []
+        return await self.sampled(prompt, left, score), []
+
+    def reward(self, text: str, answer: str) -> float:
+        """Return 1 for a right answer in the asked-for format, less in another, else 0."""
+        if is_strictly_right(text, answer):
+            return 1.0
+        return self.config.unformatted_reward * is_right(text, answer)
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Answer each held-out problem once, or the first `eval_problems` of them."""
