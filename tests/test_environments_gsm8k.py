@@ -103,6 +103,18 @@ def test_gsm8k_strict_accuracy_wants_the_marker_and_flexible_the_last_number(
     assert is_flexibly_right(text, "#### 12") is flexible
 
 
+@pytest.mark.parametrize(
+    ("text", "reward"), [("#### 12", 1.0), ("\\boxed{12}", 0.25), ("12", 0.25), ("#### 3", 0.0)]
+)
+def test_gsm8k_a_right_number_in_another_format_may_be_worth_less(text: str, reward: float) -> None:
+    gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
+    env = gsm8k.GSM8KEnv.__new__(gsm8k.GSM8KEnv)
+    env.config = gsm8k.GSM8KConfig(unformatted_reward=0.25)
+    assert env.reward(text, "#### 12") == reward
+    env.config = gsm8k.GSM8KConfig()
+    assert env.reward(text, "#### 12") == bool(reward)
+
+
 def test_gsm8k_other_mathematics_is_compared_within_bounds() -> None:
     pytest.importorskip("math_verify")
     assert is_right("#### \\sqrt{16}", "#### 4") and is_right("#### 2^3", "#### 8")
