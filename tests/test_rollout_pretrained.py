@@ -25,8 +25,10 @@ from atropos_hpc.rollout.stamping import Sampled, record_generations  # noqa: E4
 
 ENDS, TURN = "<|im_end|>", "<|im_start|>"
 SYSTEM = "Answer with one short calculation. For example: 2 + 3 = 5"
-TEMPERATURE, MAX_TOKENS, GROUP = 0.7, 32, 8
-TOLERANCE, MEAN_TOLERANCE = 0.5, 0.05  # nats; bfloat16 has 8 bits, and logits are around 20
+TEMPERATURE, MAX_TOKENS, GROUP = 0.7, 96, 8
+# Nats. A learner in bfloat16 differs from the server by 0.03 on average and by 1.06 at most, measured
+# on 1,985 tokens; a shifted, doubled or missing token differs by nats on average.
+TOLERANCE, MEAN_TOLERANCE = 1.5, 0.06
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def generated(
     config = {"system_prompt": SYSTEM, "temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
     run = make_run(
         root / "run",
-        model={"path": str(model), "max_length": 160},
+        model={"path": str(model), "max_length": 256},
         rollout={**ROLLOUT, "kv_cache_bytes": 256 << 20},
         environment={
             "target": "atropos_hpc.environments.word_problems:WordProblemsEnv",
