@@ -26,8 +26,8 @@ from atropos_hpc.rollout.stamping import Sampled, record_generations  # noqa: E4
 ENDS, TURN = "<|im_end|>", "<|im_start|>"
 SYSTEM = "Answer with one short calculation. For example: 2 + 3 = 5"
 TEMPERATURE, MAX_TOKENS, GROUP = 0.7, 96, 8
-# Nats. A learner in bfloat16 differs from the server by 0.03 on average and by 1.06 at most, measured
-# on 1,985 tokens; a shifted, doubled or missing token differs by nats on average.
+# Nats. A learner in bfloat16 differs from the server by 0.03 on average and by 1.06 at most, of
+# 1,985 tokens; a shifted, doubled or missing token differs by nats on average.
 TOLERANCE, MEAN_TOLERANCE = 1.5, 0.06
 
 
