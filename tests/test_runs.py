@@ -348,8 +348,8 @@ def test_an_environment_of_the_users_own_runs_unmodified(
     for line in scalars(started.run):
         assert 0 < line["trained_tokens"] < line["tokens"] and line["biased_sequences"] == 0
         # Of the tokens that the learner's own version sampled; later batches may have none.
-        assert line.get("same_version_ratio_mean", 1) == pytest.approx(1, abs=0.005)
-    assert "same_version_ratio_mean" in scalars(started.run)[0]
+        assert line.get("off_policy/same_version/mean_ratio", 1) == pytest.approx(1, abs=0.005)
+    assert "off_policy/same_version/mean_ratio" in scalars(started.run)[0]
     restricted = [g for g in history(started.run).groups.values() if g.support is not None]
     assert {g.generation_params["kind"] for g in restricted} == {"managed", "tokens", "turns"}
     assert list(started.run.path.glob("environments/env_checkpoints/environment.*/step-[12].json"))
