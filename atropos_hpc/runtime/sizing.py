@@ -222,8 +222,8 @@ class Learner:
     @property
     def _unsharded_weights(self) -> float:
         """Return the weights that are gathered during a pass: the root's, and two layers'."""
-        if self.stage in (1, 2):
-            return 0.0
+        if self.stage in (1, 2) or (self.stage == 3 and self.shards == 1):
+            return 0.0  # of one rank, ZeRO-3's partition is used as it is
         if self.stage == 3:
             live = self.zero.get("stage3_max_live_parameters", MAX_LIVE)
             return self.width * min(self.model.total, live)
