@@ -26,7 +26,7 @@ from atropos_hpc.contracts.messages import WANTED, Registration  # noqa: E402
 from atropos_hpc.contracts.metrics import Evaluation  # noqa: E402
 from atropos_hpc.policy.follower import Follower  # noqa: E402
 from atropos_hpc.policy.store import PolicyStore  # noqa: E402
-from atropos_hpc.policy.weight_update import PushError, UpdateOptions, push  # noqa: E402
+from atropos_hpc.policy.weight_update import PushError, push  # noqa: E402
 from atropos_hpc.rollout.server_pool import GENERATE  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
 from atropos_hpc.runtime.process import descendants_of  # noqa: E402
@@ -86,42 +86,9 @@ def test_versions_that_arrive_as_deltas_are_served_exactly(served: Served, tmp_p
 def test_running_requests_keep_their_cache_over_an_update_unless_asked(
     served: Served, keep_kv: bool
 ) -> None:
-    served.version += 1
-    directory = publish(served.run, served.base / "model.safetensors", served.version)
-    sampling = {"max_tokens": 24, "min_tokens": 24, "ignore_eos": True, "temperature": 1.0}
-    body = {"token_ids": PROMPT, "sampling_params": sampling}
-
-    async def update_under_load() -> tuple[float, set[int]]:
-        headers = {"Authorization": f"Bearer {served.token}"}
-        async with aiohttp.ClientSession(headers=headers) as session:
-
-            async def metric(name: str) -> float:
-                async with session.get(f"{served.url}/metrics") as answer:
-                    lines = (await answer.text()).splitlines()
-                found = [line for line in lines if line.startswith(f"vllm:{name}")]
-                return sum(float(line.rpartition(" ")[2]) for line in found)
-
-            async def request() -> int:
-                async with session.post(served.url + GENERATE, json=body) as answer:
-                    return len((await answer.json())["choices"][0]["token_ids"])
-
-            before = await metric("num_preemptions_total")
-            options = UpdateOptions(keep_kv=keep_kv)
-            lengths: set[int] = set()
-            for _ in range(20):  # until an update has met running requests
-                requests = [asyncio.create_task(request()) for _ in range(64)]
-                await asyncio.sleep(0.05)
-                await push(session, served.url, served.token, directory, served.key, options)
-                under_way = any(not task.done() for task in requests)
-                lengths |= set(await asyncio.gather(*requests))
-                preempted = await metric("num_preemptions_total") - before
-                if under_way and (keep_kv or preempted):
-                    return preempted, lengths
-        raise AssertionError("no update met a running request")
-
-    preempted, lengths = asyncio.run(update_under_load())
-    assert lengths == {24}
-    assert (preempted == 0) == keep_kv
+    found = served.update_under_load(served.base, keep_kv)
+    assert found.lengths == {24}
+    assert (found.preempted == 0) == keep_kv
 
 
 def test_a_damaged_version_leaves_the_old_weights_in_place(served: Served) -> None:

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
-from vllm_servers import PROMPT, Served, serving  # noqa: E402
+from vllm_servers import PROMPT, Served, serving, tensor_parallel  # noqa: E402
 
 from atropos_hpc.contracts.policy import FileEntry, Manifest  # noqa: E402
 from atropos_hpc.policy import lora  # noqa: E402
@@ -83,6 +84,18 @@ def test_adapters_are_served_beside_the_base_and_replaced_in_place(served_adapte
         assert log_probs == pytest.approx(expected, abs=1e-4)
         seen.append(log_probs)
     assert seen[0] != pytest.approx(seen[1], abs=1e-3) != pytest.approx(seen[2], abs=1e-3)
+
+
+def test_workers_on_two_devices_serve_the_same_adapters(
+    served_adapter: Served, tmp_path: Path
+) -> None:
+    with tensor_parallel(served_adapter, tmp_path / "run") as parallel:
+        for scale in (1.0, -2.0):
+            for server in (served_adapter, parallel):
+                publish_adapter(server, scale)
+            alone, together = served_adapter.greedy(), parallel.greedy()
+            assert together[0] == alone[0] and together[2] == str(parallel.key)
+            assert together[1] == pytest.approx(alone[1], abs=1e-5)
 
 
 def test_a_damaged_adapter_leaves_the_old_one_in_use(served_adapter: Served) -> None:

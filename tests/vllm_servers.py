@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from atropos_hpc.policy.weight_update import UpdateOptions, push
 from atropos_hpc.rollout.server_pool import GENERATE
 from atropos_hpc.runtime.run_dir import RunDir
 
+REQUESTS = 64  # of `update_under_load`
 PROMPT = [7, 11, 2, 6, 12, 3]  # 37+28=
 ENVIRONMENT = {"target": f"{Path(__file__).parent}/kinds_env.py:KindsEnv", "group_size": 4}
 ROLLOUT = {
@@ -28,6 +30,15 @@ ROLLOUT = {
     "enforce_eager": True,
     "variables": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
 }
+
+
+@dataclass
+class UnderLoad:
+    """What an update during REQUESTS requests cost, and the lengths of their answers."""
+
+    preempted: float
+    prompt_tokens: float  # computed
+    lengths: set[int]
 
 
 class Served:
@@ -115,6 +126,37 @@ class Served:
         self.push_directory(directory)
         return self.version
 
+    def update_under_load(self, weights: Path, keep_kv: bool) -> "UnderLoad":
+        """Publish, and push until an update has met running requests."""
+        self.version += 1
+        directory = publish(self.run, weights / "model.safetensors", self.version)
+        options = UpdateOptions(keep_kv=keep_kv)
+        sampling = {"max_tokens": 24, "min_tokens": 24, "ignore_eos": True, "temperature": 1.0}
+        body = {"token_ids": PROMPT, "sampling_params": sampling}
+        names = ("num_preemptions_total", "prompt_tokens_total")
+
+        async def one_round() -> tuple[bool, set[int]]:
+            headers = {"Authorization": f"Bearer {self.token}"}
+            async with aiohttp.ClientSession(headers=headers) as session:
+
+                async def request() -> int:
+                    async with session.post(self.url + GENERATE, json=body) as answer:
+                        return len((await answer.json())["choices"][0]["token_ids"])
+
+                requests = [asyncio.create_task(request()) for _ in range(REQUESTS)]
+                await asyncio.sleep(0.05)
+                await push(session, self.url, self.token, directory, self.key, options)
+                under_way = any(not task.done() for task in requests)
+                return under_way, set(await asyncio.gather(*requests))
+
+        for _ in range(20):
+            before = [self.metric(name) for name in names]
+            under_way, lengths = asyncio.run(one_round())
+            preempted, prompt = (self.metric(n) - b for n, b in zip(names, before, strict=True))
+            if under_way and (keep_kv or preempted):
+                return UnderLoad(preempted, prompt, lengths)
+        raise AssertionError("no update met a running request")
+
     def push_directory(self, directory: Path) -> None:
         async def main() -> None:
             async with aiohttp.ClientSession() as session:
@@ -131,20 +173,36 @@ def serving(root: Path, rank: int = 0) -> Iterator[Served]:
     make_base(root / "other", seed=1, steps=20)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     (root / "base" / "chat_template.jinja").write_text(template)
+    with _serving(root / "run", root / "base", root / "other", rank, 1) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def tensor_parallel(like: Served, root: Path) -> Iterator[Served]:
+    """A server on two devices, otherwise like another one."""
+    rank = like.run.config().model.lora.rank
+    with _serving(root, like.base, like.other, rank, 2) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _serving(
+    root: Path, base: Path, other: Path, rank: int, tensor_parallel: int
+) -> Iterator[Served]:
     run = make_run(
-        root / "run",
+        root,
         model={
-            "path": str(root / "base"),
+            "path": str(base),
             "max_length": 32,
             "dtype": "float32",
             "lora": {"rank": rank, "alpha": 8, "targets": []},
         },
-        rollout=ROLLOUT,
+        rollout={**ROLLOUT, "tensor_parallel": tensor_parallel},
         environment=ENVIRONMENT,
         evaluation={"before": True, "after": False},
         staleness={"max": 0},
     )
-    with started(run, root / "base", root / "other", root / "server.log") as server:
+    with started(run, base, other, root.with_suffix(".log")) as server:
         server.wait_until_up()
         yield server
 
