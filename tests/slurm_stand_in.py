@@ -8,6 +8,7 @@ request, TERM and USR2, exit codes. tests/test_stand_in.py compares it with the 
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,12 @@ def learner(path: Path) -> int:
     local = f"{variables['LOCAL_RANK']} of {variables['LOCAL_WORLD_SIZE']}"
     where = f"rank {rank} of {variables['WORLD_SIZE']} ({local}) at {variables['ATROPOS_HPC_HOST']}"
     print(f"{where} starts at step {step}", flush=True)
+    if run.config().roles.trainer.gpus_per_node:
+        from atropos_hpc.runtime import devices
+
+        visible = devices.visible_devices(variables, 0)
+        own = visible[devices.local_device(int(variables["LOCAL_RANK"]), len(visible))]
+        print(f"rank {rank} on {variables['SLURMD_NODENAME']} uses GPUs {own}", flush=True)
     if rank == 0:
         write_file(
             run.metrics,
@@ -101,6 +108,7 @@ def agent(path: Path, index: str) -> int:
         f"agent {index} on {os.environ.get('SLURMD_NODENAME')} at {os.environ['ATROPOS_HPC_HOST']}",
         flush=True,
     )
+    show_server_gpus(run)
     while not terms and not watch.abandoned(member.state):
         time.sleep(0.2)
         watch.poll()
@@ -109,9 +117,21 @@ def agent(path: Path, index: str) -> int:
     return 75
 
 
+def show_server_gpus(run: Any) -> None:
+    """Start a process for each vLLM server, with its variables, which prints its GPUs."""
+    if not (config := run.config()).roles.rollout.gpus_per_node:
+        return
+    from atropos_hpc.rollout.managed_server import own_hardware
+
+    for i in range(config.rollout.servers):
+        told = f'echo "server {i} on $SLURMD_NODENAME uses GPUs $CUDA_VISIBLE_DEVICES"'
+        variables = {**os.environ, **own_hardware(config, i)}
+        subprocess.run(["sh", "-c", told], env=variables, check=True)
+
+
 def main(words: list[str]) -> int:
     if words[0] == "-c" or "--check" in words:  # the checks before a run
-        print("{}" if "AutoConfig" in words[1] else "[]")  # a model's config; problems
+        print("[]")
         return 0
     options: dict[str, Any] = dict(zip(words[2::2], words[3::2], strict=True))
     if words[1] == "atropos_hpc.learner":
