@@ -10,7 +10,6 @@ from sbatch_parts import lines
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.sbatch import Allocation
-from atropos_hpc.launch.slurm.srun import StepRequest, srun
 from atropos_hpc.launch.steps import SlurmSteps
 
 
@@ -230,12 +229,3 @@ def test_nothing_of_a_surrounding_job_leaks_into_a_new_one() -> None:
         "PATH": "p",
     }
     assert sbatch.submission_environment(env) == {"SLURM_CONF": "c", "PATH": "p"}
-
-
-def test_tasks_of_a_step_with_gpus_see_all_of_them() -> None:
-    """Slurm does not bind GPUs to tasks: runtime/devices.py gives each process its own."""
-    request = StepRequest("trainer", ["a", "b"], 4, "out", "true")
-    for gpus in (0, 4):
-        conf = composed(f"roles.trainer.gpus_per_node={gpus}").roles.trainer
-        line = srun(request, Allocation(("a", "b"), "7", None), conf)
-        assert ("--gpu-bind=none" in line) == (gpus > 0)

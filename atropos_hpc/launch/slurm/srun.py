@@ -94,8 +94,10 @@ class StepRequest:
 def srun(step: StepRequest, allocation: Allocation, conf: RoleConf) -> tuple[str, ...]:
     """Return the command line of a step, with every count given.
 
-    The step gets all GPUs and all memory that its job has on these nodes. With --overlap, a step
-    that is started again need not wait until Slurm has removed the dead one.
+    The step gets all GPUs and all memory that its job has on these nodes. Each of its tasks sees
+    all of these GPUs, and runtime/devices.py gives each process its own. This is srun's default,
+    and must not be asked for: with --gpu-bind=none, Slurm 22.05 empties CUDA_VISIBLE_DEVICES.
+    With --overlap, a step that is started again need not wait until Slurm has removed the dead one.
     """
     pyxis = conf.container and step.container == "pyxis"
     return (
@@ -108,8 +110,6 @@ def srun(step: StepRequest, allocation: Allocation, conf: RoleConf) -> tuple[str
         f"--cpus-per-task={conf.cpus_per_task}",
         "--mem=0",
         "--overlap",
-        # every task sees all GPUs of the step; runtime/devices.py gives each process its own
-        *(["--gpu-bind=none"] if conf.gpus_per_node else []),
         "--unbuffered",
         "--kill-on-bad-exit=1",
         "--wait=30",
