@@ -38,6 +38,22 @@ def changed(path, new):
     return value
 
 
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (["length", None], ["length", None]),
+        (["length"], [None, None]),
+        (["length", 3], ["length", None]),
+        ({"0": "length"}, [None, None]),
+        ("length", [None, None]),
+    ],
+)
+def test_finish_reasons_of_an_environment_s_own_shape_are_unknown(sent, read):
+    value = group(1, sequences=2)
+    value["generation_params"] = {"finish_reasons": sent}
+    assert through(value).finish_reasons == read
+
+
 def test_a_group_keeps_all_that_it_holds():
     sent = group(
         5,

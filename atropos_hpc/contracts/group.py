@@ -83,6 +83,17 @@ class Group:
             return [None] * len(self.lengths)
         return [tuple(v) if v else None for v in versions]
 
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        """Return why each sequence's generation ended, None where unknown.
+
+        The key is not checked on arrival: an environment may use it for something of its own.
+        """
+        reasons = (self.generation_params or {}).get("finish_reasons")
+        if not isinstance(reasons, list) or len(reasons) != len(self.lengths):
+            return [None] * len(self.lengths)
+        return [reason if isinstance(reason, str) else None for reason in reasons]
+
 
 # --- encoding
 

@@ -121,8 +121,7 @@ def local_statistics(
 
 def _truncated(group: Group, max_length: int) -> int:
     """Count the sequences that were cut off: at the limit of the answer, or of the model."""
-    reasons = (group.generation_params or {}).get("finish_reasons") or [None] * len(group.lengths)
-    pairs = zip(reasons, group.lengths, strict=True)
+    pairs = zip(group.finish_reasons, group.lengths, strict=True)
     return sum(reason == "length" or length >= max_length for reason, length in pairs)
 
 

@@ -54,7 +54,7 @@ def rollouts_of(groups: Sequence[Group], step: int, advantages: Advantages) -> l
     for group in groups:
         params, begin = group.generation_params or {}, 0
         versions = group.policy_versions
-        reasons = params.get("finish_reasons") or [None] * len(group.lengths)
+        reasons = group.finish_reasons
         for index, length in enumerate(group.lengths.tolist()):
             sequence = slice(begin, begin + length)
             begin += length
