@@ -75,9 +75,9 @@ def peak_flops(device: str, dtype: str) -> float | None:
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16")
     989000000000000.0
-    >>> peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16")
+    >>> peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16")
     """
-    if dtype != "bfloat16":
+    if dtype != "bfloat16" or " MIG " in device:
         return None
     return next((rate for name, rate in PEAK_FLOPS.items() if re.fullmatch(name, device)), None)
 
