@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,8 +269,9 @@ def export(run: Path, out: Path, step: int | None, as_json: bool) -> int:
 
     found = run_of(run)
     try:
-        from atropos_hpc.learner.checkpoint_files import BadCheckpoint
-        from atropos_hpc.learner.export import export as write
+        with redirect_stdout(sys.stderr):
+            from atropos_hpc.learner.checkpoint_files import BadCheckpoint
+            from atropos_hpc.learner.export import export as write
     except ImportError as error:
         print(
             f"{error}: export needs the trainer's environment (roles.trainer.python)",
@@ -277,7 +279,8 @@ def export(run: Path, out: Path, step: int | None, as_json: bool) -> int:
         )
         return 2
     try:
-        done = write(found, out, step)
+        with redirect_stdout(sys.stderr):  # libraries tell of themselves when they are imported
+            done = write(found, out, step)
     except (OSError, ValueError, BadCheckpoint) as error:
         print(error, file=sys.stderr)
         return 2

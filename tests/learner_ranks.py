@@ -68,9 +68,7 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
             children[pid] = rank
         failed = False
         for _ in range(world):
-            pid, status = (
-                os.waitpid(-1, 0) if len(children) == world and not failed else _reap(children)
-            )
+            pid, status = _reap(children)
             children.pop(pid)
             if status and not failed:
                 failed = True
@@ -98,6 +96,7 @@ def _import(names: list[str]) -> None:
 
 
 def _reap(children: dict[int, int]) -> tuple[int, int]:
+    """Wait for one of these children; a test's process may have others."""
     while True:
         for pid in children:
             done, status = os.waitpid(pid, os.WNOHANG)

@@ -31,7 +31,6 @@ NOT_WALKED = {  # what a command begins with or holds -> why it is not run here
     "make release": "the workflow of a release runs it",
     "make docs-site": "CI runs it",
     "make clean": "would remove the environments",
-    "make demo SEED=1": "the demo once more",
     "atropos-hpc submit": "tests/test_slurm_training.py and tests/test_slurm_runs.py submit",
     "atropos-hpc samples RUN": NAMES_YOURS,
     "hydra/launcher=submitit_slurm algorithm.kl_coef": "tests/test_slurm_training.py runs it",
