@@ -272,11 +272,10 @@ def test_every_way_of_generating_gives_stamped_groups_on_policy(served: Served) 
     for kind in ("managed", "tokens", "turns"):
         group = kinds[kind]
         assert (group.inference_logprobs[group.trained] <= 0).all()
-        truncated = kind != "managed"
-        assert (group.support is not None) == truncated
-        if truncated:  # each sampled token, and no other, comes with what it was sampled from
-            assert ((group.support.counts > 0) == group.trained).all()
-            assert group.support.contains(group.tokens).all()
+        # each sampled token, and no other, comes with what it was sampled from
+        assert ((group.support.counts > 0) == group.trained).all()
+        assert group.support.contains(group.tokens).all()
+    assert kinds["completion"].support is kinds["chat"].support is None  # not truncated
     starts = group.lengths.cumsum() - group.lengths
     for start, length in zip(starts, group.lengths, strict=True):  # prompt, turn, tool, turn
         trained = "".join("x" if each else "." for each in group.trained[start : start + length])
