@@ -50,6 +50,7 @@ class Worker(Words, LoggedEnvironment):
     def __init__(self, http: HttpClient, member: Member[EnvironmentState]) -> None:
         self._not_numbers: set[str] = set()
         self._metrics_sends: set[asyncio.Task[None]] = set()
+        self._sending = asyncio.Lock()
         self.http, self.member, self.label = http, member, "words"
         self.quota: Quota | None = Quota(0, 0)
         self.config: Any = SimpleNamespace(use_wandb=False)

@@ -36,6 +36,7 @@ class LoggedEnvironment(BaseEnv):
         super().__init__(*args, **kwargs)
         self._not_numbers: set[str] = set()  # metrics that were reported as dropped
         self._metrics_sends: set[asyncio.Task[None]] = set()
+        self._sending = asyncio.Lock()  # in turn: records keep the order of the calls
 
     async def wandb_log(self, wandb_metrics: dict[str, Any] | None = None) -> None:
         """Complete the metrics as BaseEnv does, and send the numbers among them."""
@@ -58,7 +59,8 @@ class LoggedEnvironment(BaseEnv):
         message = EnvironmentMetrics(self.label or ONLY_ENVIRONMENT, self.member.name, values)
         request = Request("POST", ROUTE, msgspec.json.encode(message))
         try:
-            answer = await self.http.send(request, patience_s=SEND_PATIENCE_S)
+            async with self._sending:
+                answer = await self.http.send(request, patience_s=SEND_PATIENCE_S)
         except TimeoutError as error:
             log.warning("an environment's metrics were dropped: %s", error)
             return
