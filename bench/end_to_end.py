@@ -15,7 +15,6 @@ the trainer's.
 The result also has what bounds each side: seconds of a step by part, and CPU seconds by process.
 """
 
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.launch import hydra_api
 from atropos_hpc.runtime.run_dir import RunDir, read_records
-from bench.parts.processes import TRL, run
+from bench.parts.processes import run
+from bench.parts.trl import run_trl
 from bench.result import Result
 
 STEPS, KEEP, SEED = 120, 5, 0
@@ -80,34 +80,10 @@ def run_atropos_hpc(scratch: Path) -> Side:
     return Side("atropos_hpc", ran.start, ends, kept, phases, ran.cpu)
 
 
-def run_trl(scratch: Path, base: Path) -> Side:
+def run_trainer_of_trl(scratch: Path, base: Path) -> Side:
     """Run GRPOTrainer with the settings of experiment=arithmetic_cpu."""
-    if not TRL.exists():
-        raise FileNotFoundError(
-            f"{TRL} is missing: `make bench NAME=end_to_end` makes TRL's environment"
-        )
     out = scratch / "trl"
-    out.mkdir()
-    conf = composed()
-    options = {
-        "base": base,
-        "out": out,
-        "steps": STEPS,
-        "keep": KEEP,
-        "seed": SEED,
-        "batch": conf.algorithm.batch_size,
-        "group": conf.environment.group_size,
-        "learning-rate": conf.trainer.learning_rate,
-        "kl": conf.algorithm.kl_coef,
-        "clip": conf.algorithm.clip_low,
-    }
-    command = [
-        str(TRL),
-        str(Path(__file__).parent / "trl" / "grpo.py"),
-        *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
-    ]
-    ran = run(command, scratch / "trl.log")
-    times = json.loads((out / "times.json").read_text())
+    ran, times = run_trl(composed(), base, out, steps=STEPS, keep=KEEP, seed=SEED)
     parts = {name: seconds / STEPS for name, seconds in times["seconds"].items()}
     kept = {step: [out / f"weights-{step}.safetensors"] for step in range(KEEP, STEPS + 1, KEEP)}
     ends = {int(step): end for step, end in times["steps"].items() if int(step)}
@@ -165,7 +141,7 @@ def main() -> Result:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         base = Path(ensure(composed().model, sys.executable, scratch / "make_base.log"))
-        sides = [run_trl(scratch, base), run_atropos_hpc(scratch)]
+        sides = [run_trainer_of_trl(scratch, base), run_atropos_hpc(scratch)]
         curves = {side.name: evaluate(side, base) for side in sides}
     rows = [row_of(side, curves[side.name]) for side in sides]
     details = {

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.metrics import StepMetrics
@@ -32,7 +31,8 @@ from atropos_hpc.launch import hydra_api
 from atropos_hpc.launch.steps import rollout_python
 from atropos_hpc.runtime.model_sizes import Sizes, sizes_of
 from atropos_hpc.runtime.run_dir import RunDir, read_records
-from bench.parts.processes import ROOT, TRL, Ran, run
+from bench.parts.processes import ROOT, run
+from bench.parts.trl import run_trl
 from bench.result import Result
 
 STEPS, TRL_STEPS = int(os.environ.get("STEPS", "5")), int(os.environ.get("TRL_STEPS", "3"))
@@ -59,31 +59,6 @@ def overrides(scratch: Path) -> list[str]:
         "evaluation.before=false",
         "evaluation.after=false",
     ]
-
-
-def run_trl(conf: Config, base: str, problems: Path, scratch: Path) -> tuple[Ran, dict[str, Any]]:
-    """Run GRPOTrainer. Returns its times too."""
-    out = scratch / "trl"
-    out.mkdir()
-    options = {
-        "base": base,
-        "out": out,
-        "steps": TRL_STEPS,
-        "keep": TRL_STEPS + 1,
-        "seed": SEED,
-        "batch": conf.algorithm.batch_size,
-        "group": conf.environment.group_size,
-        "learning-rate": conf.trainer.learning_rate,
-        "kl": conf.algorithm.kl_coef,
-        "clip": conf.algorithm.clip_low,
-        "problems": problems,
-        "tokens": TOKENS,
-        "micro": MICRO,
-    }
-    script = str(ROOT / "bench" / "trl" / "grpo.py")
-    flags = (str(x) for k, v in options.items() for x in (f"--{k}", v))
-    ran = run([str(TRL), script, *flags], scratch / "trl.log", memory=True)
-    return ran, json.loads((out / "times.json").read_text())
 
 
 def write_problems(base: str, path: Path) -> list[str]:
@@ -205,7 +180,18 @@ def main() -> Result:
         ours = run(command, scratch / "ours.log", memory=True)
         lines = read_records(RunDir(scratch / "ours").metrics, StepMetrics)
         alone = generation_alone(conf, str(base), prompts, scratch)
-        theirs, times = run_trl(conf, str(base), scratch / "problems.jsonl", scratch)
+        theirs, times = run_trl(
+            conf,
+            base,
+            scratch / "trl",
+            memory=True,
+            steps=TRL_STEPS,
+            keep=TRL_STEPS + 1,
+            seed=SEED,
+            problems=scratch / "problems.jsonl",
+            tokens=TOKENS,
+            micro=MICRO,
+        )
     model = sizes_of(conf)
     assert model is not None
     ends = [times["steps"][str(step)] for step in (1, TRL_STEPS)]
