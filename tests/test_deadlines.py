@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,25 +11,15 @@ from atropos_hpc.launch.slurm.sbatch_checks import problems
 from atropos_hpc.runtime import deadlines
 from atropos_hpc.runtime.hang_detection import ProgressWatch
 from atropos_hpc.runtime.restart_policy import Action, RunEnding
+from bench.parts.published import CONFIGS
 
-QWEN_32B: dict[str, Any] = {
-    "model_type": "qwen2",
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 27648,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-}
 MINUTE = 60.0
 
 
 @pytest.fixture
 def large(tmp_path: Path) -> Config:
     """A 32B model with answers of up to 32k tokens."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_32B))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen/Qwen2.5-32B-Instruct"]))
     config = Config(run_dir="/run")
     config.model.path, config.model.max_length = str(tmp_path), 32768
     return config

@@ -15,37 +15,8 @@ from atropos_hpc.config import environments
 from atropos_hpc.launch.hydra_api import CONFIGS
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 from atropos_hpc.runtime import model_sizes, sizing
+from bench.parts.published import CONFIGS as MODELS
 
-QWEN = {
-    "vocab_size": 151936,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
-SHAPES = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
-
-
-def _config(*shape: str | int, **more: int) -> dict[str, Any]:
-    return {**QWEN, **dict(zip(SHAPES, shape, strict=True)), **more}
-
-
-MODELS = {
-    "Qwen/Qwen2.5-0.5B-Instruct": _config("qwen2", 896, 24, 14, 2, 4864, 32768),
-    "Qwen/Qwen2.5-3B-Instruct": _config("qwen2", 2048, 36, 16, 2, 11008, 32768),
-    "Qwen/Qwen2.5-32B-Instruct": {
-        **_config("qwen2", 5120, 64, 40, 8, 27648, 32768, vocab_size=152064),
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen3-4B": _config("qwen3", 2560, 36, 32, 8, 9728, 40960, head_dim=128),
-}
 EXPERIMENTS = {
     path.stem: path
     for path in sorted((CONFIGS / "experiment").glob("*.yaml"))

@@ -14,18 +14,11 @@ from atropos_hpc.contracts.members import AgentState, TrainerState, Trajectories
 from atropos_hpc.launch import storage_check
 from atropos_hpc.observe.console import Console
 from atropos_hpc.runtime.run_dir import RunDir
+from bench.parts.published import CONFIGS
 
 MIB = 2**20
-QWEN = {
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-    "tie_word_embeddings": True,
-}  # 494 M parameters: 942 MiB in bfloat16, 5,654 MiB with float32 moments
+QWEN = CONFIGS["Qwen/Qwen2.5-0.5B-Instruct"]
+# 494 M parameters: 942 MiB in bfloat16, 5,654 MiB with float32 moments
 
 
 @pytest.fixture

@@ -8,21 +8,15 @@ import pytest
 
 from atropos_hpc.config import Config
 from atropos_hpc.runtime import model_sizes, sizing
+from bench.parts.published import CONFIGS
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "gpu.json"
-SHAPES: dict[str, dict[str, Any]] = {  # of bench/gpu/parts.py
-    "0.5B": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-    },
-    "1.5B": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-    },
+SHAPES = {  # of bench/gpu/parts.py
+    size: CONFIGS[f"Qwen/Qwen2.5-{size}-Instruct"] for size in ("0.5B", "1.5B")
+}
+SMALLER = {**SHAPES["0.5B"], "vocab_size": 32_768, "num_hidden_layers": 8} | {
+    "num_key_value_heads": 14,
+    "tie_word_embeddings": False,
 }
 
 
@@ -33,13 +27,11 @@ def rows() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["what"])
 def test_the_estimate_is_within_three_percent_of_the_measured_peak(row: dict[str, Any]) -> None:
     """Nothing of the formula was fitted to these peaks."""
-    shape = SHAPES[row["what"].split()[1].rstrip(",")]
-    model = {**shape, "vocab_size": 151_936, "num_key_value_heads": 2, "model_type": "qwen2"}
+    sizes = model_sizes.sizes(SHAPES[row["what"].split()[1].rstrip(",")])
     config = Config(run_dir="/run")
     config.roles.trainer.gpus_per_node = 1
     config.trainer.gradient_checkpointing = "with activation" in row["what"]
     config.algorithm.kl_coef, config.algorithm.kl_metric = 0, False  # it lay in host memory
-    sizes = model_sizes.sizes({**model, "tie_word_embeddings": True})
     # the largest of the five micro-batches; no prompts were shared
     phases = sizing.Learner(config, sizes, tokens=7548, keys=7548).phases()
     assert max(phases.values()) / sizing.GIB == pytest.approx(row["peak GiB"], rel=0.03)
@@ -51,10 +43,9 @@ def test_the_estimate_is_within_three_percent_of_the_measured_peak(row: dict[str
 def test_a_reference_that_nothing_needs_takes_no_memory(
     kl_coef: float, kl_metric: bool, held: int
 ) -> None:
-    model = {**SHAPES["0.5B"], "vocab_size": 151_936, "num_key_value_heads": 2}
     config = Config(run_dir="/run")
     config.algorithm.kl_coef, config.algorithm.kl_metric = kl_coef, kl_metric
-    sizes = model_sizes.sizes({**model, "model_type": "qwen2", "tie_word_embeddings": True})
+    sizes = model_sizes.sizes(SHAPES["0.5B"])
     assert sizing.estimate(config, sizes).reference == held * sizes.total
 
 
@@ -72,8 +63,7 @@ def test_the_chunk_of_logits_is_the_loss_head_s() -> None:
 def test_activations_are_recomputed_where_memory_is_short(
     tmp_path: Path, free_gib: int, gpus: int, asked: bool | None, recomputed: bool
 ) -> None:
-    model = {**SHAPES["0.5B"], "vocab_size": 32_768, "num_hidden_layers": 8}
-    (tmp_path / "config.json").write_text(json.dumps(model))
+    (tmp_path / "config.json").write_text(json.dumps(SMALLER))
     config = Config(run_dir="/run")
     config.model.path, config.trainer.gradient_checkpointing = str(tmp_path), asked
     config.roles.trainer.gpus_per_node = gpus
@@ -93,8 +83,7 @@ def test_all_ranks_recompute_activations_where_one_is_short_of_memory(
 ) -> None:
     from learner_ranks import on_ranks
 
-    model = {**SHAPES["0.5B"], "vocab_size": 32_768, "num_hidden_layers": 8}
-    (tmp_path / "config.json").write_text(json.dumps(model))
+    (tmp_path / "config.json").write_text(json.dumps(SMALLER))
     config = Config(run_dir="/run")
     config.model.path = str(tmp_path)
     assert on_ranks(2, decides, free_gib, config) == [recomputed] * 2
@@ -102,7 +91,7 @@ def test_all_ranks_recompute_activations_where_one_is_short_of_memory(
 
 def small_model(directory: Path) -> Path:
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps({**SHAPES["0.5B"], "vocab_size": 151_936}))
+    (directory / "config.json").write_text(json.dumps(SHAPES["0.5B"]))
     return directory
 
 

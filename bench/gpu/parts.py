@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.runtime.devices import machine_devices, visible_devices
+from atropos_hpc.runtime.model_sizes import sizes
+from bench.parts.published import CONFIGS
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Shape:
     vocabulary: int
 
 
+def published(size: str) -> Shape:
+    """Return the shape of a Qwen2.5 of that size."""
+    of = sizes(CONFIGS[f"Qwen/Qwen2.5-{size}-Instruct"])
+    return Shape(size, of.hidden, of.inner, of.layers, of.heads, of.kv_heads, of.vocabulary)
+
+
 SHAPES = {
-    "cuda": (
-        Shape("0.5B", 896, 4864, 24, 14, 2, 151936),
-        Shape("1.5B", 1536, 8960, 28, 12, 2, 151936),
-    ),
+    "cuda": (published("0.5B"), published("1.5B")),
     "cpu": (Shape("tiny", 256, 256, 2, 4, 2, 512),),
 }
 
