@@ -297,12 +297,13 @@ def export(run: Path, out: Path, step: int | None, as_json: bool) -> int:
 def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool) -> int:
     """Report everything that `train` and `submit` would refuse; start nothing."""
     from atropos_hpc.contracts.answers import RefusedKey, Validated
-    from atropos_hpc.launch import hydra_api, preflight
+    from atropos_hpc.launch import hydra_api, memory_check, preflight
     from atropos_hpc.runtime import cores, sizing
     from atropos_hpc.runtime.masking import mask_assignments
     from atropos_hpc.validate import refuse
 
     memory = threads = None
+    warnings: list[RefusedKey] = []
     try:
         config = hydra_api.compose(overrides, config_dir)
     except hydra_api.ERRORS as error:
@@ -312,14 +313,17 @@ def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool)
         on_slurm = config.launch.allocation != "local"
         found = preflight.check(config, run_dir, RunDir(run_dir).info(), on_slurm, imports=True)
         memory, threads = sizing.describe(config), cores.describe(config)
+        warnings = [RefusedKey(each.key, each.message) for each in memory_check.warnings(config)]
     if as_json:
         refused = [RefusedKey(each.key, mask_assignments(each.message)) for each in found]
-        print_json(Validated(refused, memory))
+        print_json(Validated(refused, memory, warnings))
         return 2 if found else 0
     if memory is not None:
         print(f"memory, estimated: {memory}")
     if threads is not None:
         print(f"cores: {threads}")
+    for each in warnings:
+        print(f"warning: {each.key}: {each.message}")
     if found:
         return refuse(found, "This config would be refused.")
     print("nothing wrong was found")

@@ -87,22 +87,3 @@ def test_all_ranks_recompute_activations_where_one_is_short_of_memory(
     config = Config(run_dir="/run")
     config.model.path = str(tmp_path)
     assert on_ranks(2, decides, free_gib, config) == [recomputed] * 2
-
-
-def small_model(directory: Path) -> Path:
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(SHAPES["0.5B"]))
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("mem", "refused"), [(None, False), ("0", False), ("2048", True), ("8G", True), ("1T", False)]
-)
-def test_a_role_with_too_little_host_memory_is_refused(
-    tmp_path: Path, mem: str | None, refused: bool
-) -> None:
-    config = Config(run_dir="/run")
-    config.model.path = str(small_model(tmp_path / "model"))
-    config.roles.trainer.gpus_per_node, config.roles.trainer.mem = 1, mem
-    keys = [key for key, _ in sizing.too_little_host_memory(config)]
-    assert keys == (["roles.trainer.mem"] if refused else [])

@@ -15,6 +15,7 @@ class Validated(Struct, frozen=True):
 
     problems: list[RefusedKey]
     memory: str | None  # estimated; None if the model's config is not at hand
+    warnings: list[RefusedKey] = []  # nothing is refused for these
 
 
 class Finding(Struct, frozen=True):

@@ -131,7 +131,7 @@ def _component(config: Config, request: Request, cluster: Cluster) -> Iterator[P
     own = getattr(config.roles, request.prefix.removeprefix("roles.")).partition
     in_role = own or not config.cluster.partition
     key = f"{request.prefix}.partition" if in_role else "cluster.partition"
-    requested, known = _partitions(request, cluster), cluster.partitions
+    requested, known = partitions_of(request, cluster), cluster.partitions
     if not requested:
         reason = f"must be given: this cluster has no default partition; it has {', '.join(known)}"
         yield Problem(key, reason)
@@ -146,14 +146,14 @@ def _component(config: Config, request: Request, cluster: Cluster) -> Iterator[P
         problems = [*_limits(config.launch.minutes, request, partition)]
         if not partition.up:
             problems.append(Problem(key, f"partition {partition.name} is not up"))
-        problems += _fitting(request, partition)[1]
+        problems += sufficient_nodes(request, partition)[1]
         if not problems:
             return
         rejected += problems
     yield from rejected
 
 
-def _partitions(request: Request, cluster: Cluster) -> list[str]:
+def partitions_of(request: Request, cluster: Cluster) -> list[str]:
     default = next((each.name for each in cluster.partitions.values() if each.default), None)
     requested = request.options.get("partition") or default
     return str(requested).split(",") if requested else []
@@ -162,11 +162,11 @@ def _partitions(request: Request, cluster: Cluster) -> list[str]:
 def _together(asked: list[Request], cluster: Cluster) -> Iterator[Problem]:
     """Yield a problem if components that may only use the same nodes need more than there are:
     Slurm gives the components of a heterogeneous job different nodes."""
-    names = [_partitions(request, cluster) for request in asked]
+    names = [partitions_of(request, cluster) for request in asked]
     if any(len(each) != 1 for each in names) or len({each[0] for each in names}) != 1:
         return
     partition = cluster.partitions[names[0][0]]
-    kinds = {each for request in asked for each in _fitting(request, partition)[0]}
+    kinds = {each for request in asked for each in sufficient_nodes(request, partition)[0]}
     available, needed = sum(each.count for each in kinds), sum(each.nodes for each in asked)
     if needed > available:
         parts = " and ".join(f"{each.prefix}.nodes={each.nodes}" for each in asked)
@@ -208,7 +208,9 @@ def _limits(minutes: int, request: Request, partition: Partition) -> Iterator[Pr
             yield Problem(f"{request.prefix}.{option}", f"{here} is not for {value}")
 
 
-def _fitting(request: Request, partition: Partition) -> tuple[tuple[Nodes, ...], list[Problem]]:
+def sufficient_nodes(
+    request: Request, partition: Partition
+) -> tuple[tuple[Nodes, ...], list[Problem]]:
     """Narrow the partition's nodes by one requirement after the other, and return what is left.
 
     The first requirement that leaves no node is the problem.
@@ -246,6 +248,11 @@ def _has(nodes: Nodes, constraint: str) -> bool:
     (True, False, True)
     """
     return any(set(re.split("[&,]", each)) <= nodes.features for each in constraint.split("|"))
+
+
+def cpus_and_gpus(request: Request) -> tuple[int, int]:
+    """Return how many of each a request has per node."""
+    return _cpus(request), sum(number for _, number in request.gpus()[1])
 
 
 def _cpus(request: Request) -> int:

@@ -13,9 +13,15 @@ from pathlib import Path
 from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, environments
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import cluster_check, role_environment, service_check, storage_check
+from atropos_hpc.launch import (
+    cluster_check,
+    memory_check,
+    role_environment,
+    service_check,
+    storage_check,
+)
 from atropos_hpc.launch.slurm import sbatch_checks
-from atropos_hpc.runtime import masking, position_limit, sizing
+from atropos_hpc.runtime import masking, position_limit
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.schema import Problem
 from atropos_hpc.validate import problems
@@ -63,7 +69,7 @@ def check(
         *_log_names(config, run_dir),
         *_changes(config, previous),
         *_model_files(config),
-        *(Problem(*each) for each in sizing.too_little_host_memory(config)),
+        *memory_check.check(config, on_slurm),
         *service_check.check(config),
     ]
     wrong = frozenset(problem.key for problem in found)

@@ -15,7 +15,7 @@ from typing import Any
 
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.status import ENDED
-from atropos_hpc.launch import preflight, resubmission
+from atropos_hpc.launch import memory_check, preflight, resubmission
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import cluster_answers
 from atropos_hpc.launch.sweep_point import Point
@@ -59,6 +59,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = F
                 what = "the cluster, both roles' Python and the environments"
                 print(f"checking {what}, for {len(new)} points", file=sys.stderr, flush=True)
             _refuse(new, True)
+            _warn(new)
             _submit(new, names, folder)
         if not launch.wait:
             return [(point, None) for point in points]
@@ -273,6 +274,12 @@ def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None
             found.setdefault(problem, []).append(point.num)
     if found:
         raise Refused(*itertools.starmap(_at_points, found.items()))
+
+
+def _warn(points: Iterable[Point]) -> None:
+    """Print what may end the points' jobs, but is no reason to refuse them."""
+    for warning in dict.fromkeys(w for each in points for w in memory_check.warnings(each.config)):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _at_points(problem: Problem, nums: list[int]) -> Problem:

@@ -13,7 +13,6 @@ the peaks with torch's dispatcher (tests/test_sizing_tracked.py) and with a GPU'
 Not included: the allocator's fragmentation, CUDA's context and libraries. Leave a tenth free.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,43 +64,19 @@ def describe(config: Config) -> str | None:
     )
 
 
-def too_little_host_memory(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) of each role whose `mem` is less than its node needs.
-
-    Of a job without GPUs nothing is said: there, the estimate of a rank is of host memory.
-    """
-    if (model := sizes_of(config)) is None:
-        return
-    found = estimate(config, model)
-    for role, needed in (("trainer", found.trainer_node), ("rollout", found.rollout_node)):
-        conf = getattr(config.roles, role)
-        if conf.gpus_per_node and conf.mem and 0 < _mem_bytes(conf.mem) < needed:
-            yield (
-                f"roles.{role}.mem",
-                f"{conf.mem} is less than the {needed / GIB:.0f} GiB that a node of this role is "
-                "estimated to need",
-            )
-
-
-def _mem_bytes(mem: str) -> float:
-    """Return Slurm's --mem in bytes; 0 asks for all memory of a node."""
-    digits = mem.upper().rstrip("B")
-    unit = digits[-1] if digits[-1] in "KMGT" else "M"
-    return float(digits.rstrip("KMGT")) * 2 ** (10 * (1 + "KMGT".index(unit)))
-
-
 def estimate(config: Config, model: Sizes) -> Estimate:
     """Estimate what each GPU of either role holds at its peak."""
     lora = config.model.lora.rank > 0
     parallel = config.rollout.tensor_parallel
-    cache = model.cache_bytes * config.model.max_length / min(parallel, model.kv_heads)
     stored = MASTER if config.model.dtype == "float32" else COMPUTE
+    per_token = model.cache_bytes * stored / COMPUTE
+    cache = per_token * config.model.max_length / min(parallel, model.kv_heads)
     published = 0 if lora else model.total * stored  # an adapter is small
     learner = Learner(config, model)
     return Estimate(
         trainer=max(learner.phases().values()),
         reference=learner.reference,
-        weights=COMPUTE * model.total / parallel,
+        weights=stored * model.total / parallel,
         cache_of_one=cache,
         policy_cache=2 * published,
         trainer_node=learner.node,

@@ -51,6 +51,18 @@ class Partition:
     min_nodes: float = 0
     max_cpus: float = float("inf")
     max_megabytes: float = float("inf")
+    default_of: str = "DefMemPerNode=UNLIMITED"  # memory of a job that asks for none
+
+    def default_memory(self, cpus: int, gpus: int) -> float:
+        """Return the megabytes per node of a job with so many CPUs and GPUs that asks for none.
+
+        >>> main = Partition("main", True, True, 60, 1, (), {}, {}, default_of="DefMemPerCPU=2000")
+        >>> main.default_memory(4, 0)
+        8000.0
+        """
+        name, _, megabytes = self.default_of.partition("=")
+        units = {"DefMemPerCPU": cpus, "DefMemPerGPU": gpus or float("inf")}.get(name, 1)
+        return _number(megabytes) * units
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,21 @@ def parse_cluster(nodes_shown: str, partitions_shown: str, config_shown: str) ->
             max_megabytes=_number(
                 conf.get("MaxMemPerNode", "UNLIMITED") if memory == "UNLIMITED" else memory
             ),
+            default_of=_default_memory(record) or _default_memory(conf) or Partition.default_of,
         )
     return Cluster(partitions, conf.get("SchedulerType", ""), int(conf.get("MaxArraySize", "1001")))
+
+
+def _default_memory(shown: dict[str, str]) -> str | None:
+    """Return a setting such as DefMemPerCPU=2000 of a partition or of the cluster.
+
+    JobDefaults, a list, has the one for GPUs, which precedes the others if a job has any.
+    """
+    settings = [f"{name}={value}" for name, value in shown.items()]
+    for each in [*shown.get("JobDefaults", "").split(","), *settings]:
+        if re.fullmatch(r"DefMemPer(CPU|GPU|Node)=[1-9]\d*", each):
+            return each
+    return None
 
 
 def minutes(limit: str) -> float:
