@@ -46,8 +46,10 @@ setup: $(TRAINER) $(ROLLOUT)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet uv
 
-$(TRAINER): requirements/trainer-$(DEVICE).txt requirements/dev.txt pyproject.toml | .venv/bin/uv
-	$(INSTALL) --python .venv/bin/python -r requirements/trainer-$(DEVICE).txt -r requirements/dev.txt
+$(TRAINER): requirements/trainer-$(DEVICE).txt requirements/trackers.txt requirements/dev.txt \
+		pyproject.toml | .venv/bin/uv
+	$(INSTALL) --python .venv/bin/python -r requirements/trainer-$(DEVICE).txt \
+		-r requirements/trackers.txt -r requirements/dev.txt
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
 	touch $@
 

@@ -316,6 +316,25 @@ class WandbConf:
 
 
 @dataclass
+class MlflowConf:
+    """MLflow."""
+
+    enabled: bool = key(False, "whether to log; needs `atropos-hpc[trackers]`")
+    tracking_uri: Optional[str] = key(
+        None, "address of an MLflow server or database; null: an SQLite file in RUN/mlflow"
+    )
+    experiment: str = key("atropos_hpc", "experiment")
+
+
+@dataclass
+class TrackioConf:
+    """Trackio. Its SQLite file is in RUN/trackio, or in the directory $TRACKIO_DIR."""
+
+    enabled: bool = key(False, "whether to log; needs `atropos-hpc[trackers]`")
+    project: str = key("atropos_hpc", "project")
+
+
+@dataclass
 class Config:
     """The config of a run."""
 
@@ -341,6 +360,8 @@ class Config:
     evaluation: EvaluationConf = section(EvaluationConf)
     wandb: WandbConf = section(WandbConf)
     tensorboard: bool = key(False, "also write the metrics as TensorBoard files to RUN/tensorboard")
+    mlflow: MlflowConf = section(MlflowConf)
+    trackio: TrackioConf = section(TrackioConf)
     cluster: ClusterConf = section(ClusterConf)
     launch: LaunchConf = section(LaunchConf)
     roles: RolesConf = section(RolesConf)

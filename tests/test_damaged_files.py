@@ -90,7 +90,7 @@ def test_a_start_that_makes_no_step_removes_no_metrics(run: RunDir) -> None:
     for step in (1, 2, 3):
         append_step(run, step)
     run.new_attempt()
-    writer = MetricsWriter(run, [], resume_at=0)
+    writer = MetricsWriter(run, {}, resume_at=0)
     assert [line.step for line in read_records(run.metrics, StepMetrics)] == [1, 2, 3]
     writer.write(1, {}, StepTimes(1.0, {}))
     assert [line.step for line in read_records(run.metrics, StepMetrics)] == [1]

@@ -71,6 +71,18 @@ def test_optional_packages_are_required_if_the_config_uses_them(
     assert "asked" in found("trainer=deepspeed", imports=False)["roles.trainer.python"]
 
 
+def test_a_tracker_whose_library_is_missing_is_refused_by_its_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(role_environment.TRACKERS, "mlflow.enabled", ("no_such_module",))
+    monkeypatch.setitem(role_environment.TRACKERS, "trackio.enabled", ("another_module",))
+    assert not found(imports=False).keys() & role_environment.TRACKERS.keys()
+    problems = found("mlflow.enabled=true", "tensorboard=true", imports=False)
+    assert "lacks no_such_module; install" in problems["mlflow.enabled"]
+    assert "trackers.txt" in problems["mlflow.enabled"]
+    assert not problems.keys() & {"trackio.enabled", "tensorboard"}
+
+
 def test_a_program_that_is_no_python_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho this is no Python >&2\nexit 3\n")

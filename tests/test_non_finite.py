@@ -69,7 +69,7 @@ def test_the_largest_reward_that_is_allowed_leaves_sums_of_squares_in_float32() 
 def test_metrics_that_are_not_finite_are_null_in_every_json(run: RunDir) -> None:
     run.new_attempt()
     write_struct(run.run_json, RunInfo(Config(run_dir=str(run.path)), id="x"))
-    writer = MetricsWriter(run, [], resume_at=0)
+    writer = MetricsWriter(run, {}, resume_at=0)
     writer.write(1, {"reward/mean": math.nan, "loss": math.inf, "tokens": 1.0}, StepTimes(1.0, {}))
     command = [sys.executable, "-m", "atropos_hpc.cli", "status", str(run.path), "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from atropos_hpc.contracts.group import Group
-from atropos_hpc.contracts.metrics import EnvironmentMetrics, Evaluation, Rollout, StepMetrics
+from atropos_hpc.contracts.metrics import (
+    EnvironmentMetrics,
+    Evaluation,
+    Rollout,
+    StepMetrics,
+    Tracked,
+)
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
 from atropos_hpc.observe.rollouts import Advantages, Part, RolloutWriter, files, read_file
@@ -227,16 +233,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.shown: list[Rollout] = []
-        self.lines: list[StepMetrics] = []
-        self.evaluations: list[tuple[int, bool]] = []
+        self.lines: list[Tracked] = []
 
-    def step(self, line: StepMetrics, again: bool = False) -> None:
+    def holds(self, line: Tracked) -> bool:
+        return False
+
+    def log(self, line: Tracked, samples: Sequence[Rollout]) -> None:
         self.lines.append(line)
-
-    def evaluation(self, evaluation: Evaluation, again: bool = False) -> None:
-        self.evaluations.append((evaluation.version, again))
-
-    def samples(self, samples: Sequence[Rollout], again: bool = False) -> None:
         self.shown += samples
 
     def close(self) -> None: ...
@@ -244,12 +247,14 @@ class Recorder:
 
 def test_trackers_get_the_best_and_the_worst_of_a_group_at_due_steps(run: RunDir) -> None:
     tracker = Recorder()
-    metrics = MetricsWriter(run, [tracker], resume_at=0)
+    metrics = MetricsWriter(run, {"recorder": lambda: tracker}, resume_at=0)
     found = [
         Rollout(0, "environment", 0, i, score, [5], [(0, 1)]) for i, score in enumerate((0.5, 1, 0))
     ]
     for step in range(1, 12):
         metrics.sample(step, 500, lambda: found)
+        metrics.write(step, {}, StepTimes(1.0, {}))
+    metrics.close()
     assert [each.score for each in tracker.shown] == [1, 0] * 3  # steps 1, 6 and 11
 
 
@@ -259,7 +264,8 @@ def test_what_environments_log_is_averaged_over_workers_into_the_step_s_metrics(
     old = EnvironmentMetrics("sums", "a", {"train/right": 9.0})
     append_record(run.environments, old)  # before this start of the learner
     tracker = Recorder()
-    metrics, times = MetricsWriter(run, [tracker], resume_at=0), StepTimes(1.0, {})
+    metrics = MetricsWriter(run, {"recorder": lambda: tracker}, resume_at=0)
+    times = StepTimes(1.0, {})
     for member, right in (("a", 0.25), ("b", 0.75)):
         values = {"train/right": right}
         append_record(run.environments, EnvironmentMetrics("sums", member, values))
@@ -273,16 +279,19 @@ def test_what_environments_log_is_averaged_over_workers_into_the_step_s_metrics(
         "env/letters/turns": 3.0,
     }
     assert second.scalars == {"reward/mean": 0.5}
-    assert [line.scalars for line in tracker.lines] == [first.scalars, second.scalars]
+    metrics.close()
+    shown = [{**line.scalars, "time/step": 1.0} for line in (first, second)]
+    assert [line.scalars for line in tracker.lines] == shown
 
 
-def test_an_evaluation_that_came_after_the_last_step_is_not_new_after_a_resume(run: RunDir) -> None:
+def test_an_evaluation_that_came_after_the_last_step_is_given_to_trackers_once(
+    run: RunDir,
+) -> None:
     for version in (0, 4, 8):
         append_record(run.evaluations, Evaluation(version, accuracy=0.5))
-        tracker = Recorder()
-        metrics = MetricsWriter(run, [tracker], resume_at=version)
+        metrics = MetricsWriter(run, {"recorder": Recorder}, resume_at=version)
         metrics.close()
-    assert tracker.evaluations == [(0, True), (4, True), (8, False)]
+    assert [line.step for line in read_records(run.tracked, Tracked)] == [0, 4, 8]
 
 
 def test_commands_refuse_a_directory_that_is_no_run(tmp_path: Path) -> None:

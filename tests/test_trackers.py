@@ -1,88 +1,173 @@
-"""Experiment trackers show every step and evaluation once, over a kill and a resume.
+"""All experiment trackers show every step and evaluation once, over kills and resumes.
 
-What arrived is read from each tracker's own files on disk.
+What arrived is read from each tracker's own store on disk, by its own library.
 """
 
 import json
-import struct
+import os
+import subprocess
+import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atropos_hpc.config import Config, WandbConf
-from atropos_hpc.contracts.metrics import Evaluation
+from atropos_hpc.config import Config, MlflowConf, TrackioConf, WandbConf
+from atropos_hpc.contracts.metrics import Rollout, Tracked
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
-from atropos_hpc.observe.trackers import TensorBoardTracker, WandbTracker
-from atropos_hpc.runtime.run_dir import RunDir, append_record
+from atropos_hpc.observe.tracker_feed import TrackerFeed
+from atropos_hpc.observe.trackers import _wandb_records, mlflow_name, newest_in_events
+from atropos_hpc.runtime.run_dir import RunDir, read_records
 
-pytestmark = pytest.mark.verl  # W&B and TensorBoard are packages of the trainer
-pytest.importorskip("wandb")
-
-BLOCK, HEADER = 32768, 7  # of W&B's files, which have the layout of LevelDB's log
-
-
-def records(path: Path) -> Iterator[Any]:
-    """Yield the records of a .wandb file."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, whole = path.read_bytes(), HEADER, b""
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + HEADER])
-        whole += data[at + HEADER : at + HEADER + length]
-        at += HEADER + length
-        if kind in (1, 4):  # whole, or the last of several parts
-            yield Record.FromString(whole)
-            whole = b""
+pytestmark = pytest.mark.verl  # the trackers' libraries are packages of the trainer
+PARTS = Path(__file__).with_name("tracker_parts.py")
+Shown = set[tuple[str, int, float]]  # (name, step, value)
 
 
-def logged(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Yield what was logged to W&B, over all attempts."""
-    for path in sorted((run.path / "wandb").glob("offline-run-*/*.wandb")):
-        for record in records(path):
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
-
-
-def attempt(run: RunDir, steps: range, evaluations: list[int]) -> None:
-    """Train from steps.start - 1 on, and end without closing anything but W&B's own process."""
-    wandb = WandbTracker(run, WandbConf(mode="offline", project="p"))
-    board = TensorBoardTracker(run, steps.start - 1)
-    writer = MetricsWriter(run, [wandb, board], resume_at=steps.start - 1)
-    for version in evaluations:
-        append_record(run.evaluations, Evaluation(version, accuracy=version / 10))
-    for step in steps:
-        writer.write(step, {"reward/mean": step / 10 + 1}, StepTimes(1.0, {}))
-    wandb.close()
-    board._writer.flush()
+def attempt(run: RunDir, *arguments: str) -> int:
+    """Run one attempt of tracker_parts.py and return its exit code."""
+    quiet = {"WANDB_SILENT": "true", "TRACKIO_DIR": str(run.path / "trackio")}
+    code = subprocess.run(
+        [sys.executable, str(PARTS), str(run.path), *arguments],
+        env={**os.environ, **quiet, "PYTHONPATH": str(PARTS.parent.parent)},
+        check=False,
+    ).returncode
     ended = int(time.time())
     while int(time.time()) == ended:  # W&B names its directories by the second
         time.sleep(0.05)
+    return code
 
 
-def test_a_step_that_is_made_again_is_shown_once(run: RunDir, monkeypatch: Any) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run.write_info(RunInfo(Config(), "run-id"))
-    attempt(run, range(1, 6), [0, 4])
-    attempt(run, range(3, 8), [6])  # the learner was killed after step 5, and resumes at step 2
+def in_wandb(run: RunDir) -> Iterator[tuple[str, int, float]]:
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    lines = list(logged(run))
-    steps = Counter(line["step"] for line in lines if "reward/mean" in line)
-    assert steps == dict.fromkeys(range(1, 8), 1)
-    evaluated = Counter(line["step"] for line in lines if "eval/accuracy" in line)
-    assert evaluated == dict.fromkeys((0, 4, 6), 1)
+    for path in sorted(run.path.glob("wandb/offline-run-*/*.wandb")):
+        records = [Record.FromString(each) for each in _wandb_records(path.read_bytes())]
+        numbers = [record.num for record in records if record.num]
+        assert numbers == list(range(1, len(numbers) + 1)), "the reader has left out a record"
+        for record in records:
+            items = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            step = items.pop("step", None)
+            for name, value in items.items():
+                if isinstance(value, float | int) and not name.startswith(("_", "samples.")):
+                    yield name, step, value
 
+
+def in_tensorboard(run: RunDir) -> Iterator[tuple[str, int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(run.path / "tensorboard"))
     shown.Reload()
-    assert [event.step for event in shown.Scalars("reward/mean")] == list(range(1, 8))
-    assert sorted(e.step for e in shown.Scalars("eval/accuracy")) == [0, 4, 6]
+    for name in shown.Tags()["scalars"]:
+        for event in shown.Scalars(name):
+            yield name, event.step, event.value
+
+
+def in_mlflow(run: RunDir) -> Iterator[tuple[str, int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.path}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("atropos_hpc")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED" and found.data.params["trainer.steps"] == "100"
+    for name in found.data.metrics:
+        for metric in client.get_metric_history(found.info.run_id, name):
+            yield name, metric.step, metric.value
+
+
+def in_trackio(run: RunDir) -> Iterator[tuple[str, int, float]]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("atropos_hpc")
+    for line in SQLiteStorage.get_logs("atropos_hpc", name):
+        for key, value in line.items():
+            if isinstance(value, float | int) and key != "step":
+                yield key, line["step"], value
+
+
+def test_all_trackers_show_the_same_values_and_each_step_once_over_kills_and_resumes(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(
+        wandb=WandbConf(mode="offline"),
+        tensorboard=True,
+        mlflow=MlflowConf(enabled=True),
+        trackio=TrackioConf(enabled=True),
+    )
+    run.write_info(RunInfo(config, "run-id"))
+    assert attempt(run, "1", "5", "0", "4", "--kill") == -9
+    assert attempt(run, "3", "8", "6") == 0  # resumed at step 2: repeats 3, 4 and 5
+
+    lines = read_records(run.tracked, Tracked)
+    assert [line.step for line in lines if line.kind == "step"] == list(range(1, 9))
+    assert [line.step for line in lines if line.kind == "evaluation"] == [0, 4, 6]
+    given = [(name, line.step, value) for line in lines for name, value in line.scalars.items()]
+    assert ("reward/mean", 5, 5.0) in given, "the first value of a repeated step"
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", run.path / "trackio")
+    readers: list[Callable[[RunDir], Iterator[Any]]] = [in_wandb, in_tensorboard, in_trackio]
+    for reader in readers:
+        assert sorted(reader(run)) == sorted(given), reader.__name__
+    assert sorted(in_mlflow(run)) == sorted((mlflow_name(n), *rest) for n, *rest in given)
+    assert list((run.path / "mlflow/artifacts").rglob("step-8.md")), "samples"
+
+
+class Recorder:
+    """A tracker that keeps what it is given, and fails as often as it is told to."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.steps: list[int] = []
+        self.failures = failures
+
+    def holds(self, line: Tracked) -> bool:
+        return False
+
+    def log(self, line: Tracked, samples: Sequence[Rollout]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("no route to host")
+        self.steps.append(line.step)
+
+    def close(self) -> None: ...
+
+
+def test_a_tracker_that_fails_gets_what_it_missed_and_disturbs_no_other(run: RunDir) -> None:
+    failing, other = Recorder(failures=2), Recorder()
+    feed = TrackerFeed(run, {"failing": lambda: failing, "other": lambda: other})
+    for step in (1, 2, 3, 4):
+        feed.add("step", step, 0.0, {"time/step": 1.0})
+    for _ in range(3):  # a failure is retried when something new is there
+        feed._followers[0].wake.set()
+        time.sleep(0.05)
+    feed.close()
+    assert failing.steps == other.steps == [1, 2, 3, 4]
+
+
+def test_a_line_that_a_crash_cut_off_is_given_again(run: RunDir) -> None:
+    feed = TrackerFeed(run, {"recorder": Recorder})
+    for step in (1, 2):
+        feed.add("step", step, 0.0, {"time/step": 1.0})
+    feed.close()
+    run.tracked.write_bytes(run.tracked.read_bytes()[:-9])
+    recorder = Recorder()
+    feed = TrackerFeed(run, {"recorder": lambda: recorder})
+    assert feed.knows("step", 1) and not feed.knows("step", 2)
+    feed.add("step", 2, 0.0, {"time/step": 1.0})
+    feed.close()
+    assert recorder.steps == [1, 2]
+    assert [line.number for line in read_records(run.tracked, Tracked)] == [0, 1]
+
+
+def test_the_newest_step_in_tensorboard_is_that_of_the_last_whole_line(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    assert newest_in_events(tmp_path) == {"step": -1, "evaluation": -1}
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar("time/step", 1.0, 3)
+    writer.add_scalar("reward/mean", 1.0, 4)  # and killed
+    writer.close()
+    assert newest_in_events(tmp_path) == {"step": 3, "evaluation": -1}

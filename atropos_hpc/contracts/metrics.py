@@ -3,6 +3,7 @@
     metrics.jsonl        StepMetrics      learner rank 0, one line per optimizer step
     evaluations.jsonl    Evaluation       evaluator, one line per held-out evaluation
     environments.jsonl   EnvironmentMetrics  trajectory server, one line per log of a worker
+    tracked.jsonl        Tracked          learner rank 0, what the experiment trackers are given
     rollouts/*.zst       Rollout          learner, one line per trained sequence
     activity.jsonl       ActivityLine     supervisor, every few seconds
     summary.json         Summary          supervisor, at the end of an attempt
@@ -71,11 +72,14 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float | None]:
     return {name.rpartition("/")[2]: value for name, value in metrics if name.startswith("eval/")}
 
 
-class Reported(Struct, frozen=True):
-    """What the experiment trackers were given: up to which step, and how many evaluations."""
+class Tracked(Struct, frozen=True):
+    """What experiment trackers are given of one step, or of one evaluation."""
 
-    step: int = 0
-    evaluations: int = 0
+    number: int  # of this line, from 0
+    kind: str  # a key of observe.trackers.MARKERS
+    step: int  # of an evaluation: the policy version
+    time: float
+    scalars: dict[str, float]
 
 
 class EnvironmentMetrics(Struct, frozen=True):

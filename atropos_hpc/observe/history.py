@@ -25,7 +25,9 @@ from atropos_hpc.runtime.run_dir import RunDir, read_records
 # The phases of a step, in order. "other" is the time outside of them, before the first.
 PHASES = ("wait", "batch", "log_probs", "update", "publish", "checkpoint")
 # Keys that differ between the points of a sweep without being what it compares.
-NOT_COMPARED = re.compile(r"^(run_dir|seed|model\.path|model\.make_options\.seed|wandb\..*)$")
+NOT_COMPARED = re.compile(
+    r"^(run_dir|seed|model\.path|model\.make_options\.seed|(wandb|mlflow|trackio)\..*)$"
+)
 
 Values = NDArray[np.float64]
 ConfigValue = int | float | str | bool | None

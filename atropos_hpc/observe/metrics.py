@@ -14,27 +14,25 @@ from dataclasses import dataclass
 
 import msgspec
 
-from atropos_hpc.config import Config, WandbConf
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import EnvironmentState
 from atropos_hpc.contracts.metrics import (
     EnvironmentMetrics,
     Evaluation,
-    Reported,
     Rollout,
     StepMetrics,
 )
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.rollouts import with_text
-from atropos_hpc.observe.trackers import TensorBoardTracker, Tracker, WandbTracker
+from atropos_hpc.observe.tracker_feed import TrackerFeed
+from atropos_hpc.observe.trackers import Tracker, evaluation_scalars, step_scalars
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import (
     RecordReader,
     RunDir,
     append_record,
     read_records,
-    read_struct,
     write_file,
-    write_struct,
 )
 
 
@@ -73,21 +71,21 @@ class Phases:
 class MetricsWriter:
     """Write metrics, on the learner's rank 0."""
 
-    def __init__(self, run: RunDir, trackers: Sequence[Tracker], resume_at: int) -> None:
-        """`resume_at`: the step that training resumes at.
+    def __init__(
+        self, run: RunDir, trackers: Mapping[str, Callable[[], Tracker]], resume_at: int
+    ) -> None:
+        """`trackers`: see TrackerFeed. `resume_at`: the step that training resumes at.
 
         Lines of later steps are removed with the first line that is written: a start that ends
         before it has made a step leaves the files as they are.
         """
-        self.run, self._trackers = run, trackers
+        self.run, self._feed = run, TrackerFeed(run, trackers)
         self._roster = RosterReader(run.roster)
         self._attempt = run.attempt()
         self._resume_at: int | None = resume_at
         # Earlier lines of environments belong to steps that were written.
         self._environments = RecordReader(run.environments, EnvironmentMetrics, at_end=True)
-        self._evaluations, self._evaluated = RecordReader(run.evaluations, Evaluation), 0
-        self._before = read_struct(run.reported, Reported) or Reported()
-        self._last_step = 0
+        self._evaluations = RecordReader(run.evaluations, Evaluation)
 
     def _remove_later_lines(self) -> None:
         if self._resume_at is not None:
@@ -116,39 +114,26 @@ class MetricsWriter:
             scalars=dict(scalars),
         )
         append_record(self.run.metrics, line)
-        for tracker in self._trackers:
-            tracker.step(line, step <= self._before.step)
-        self._last_step = step
-        self._write_reported()
+        self._feed.add("step", step, line.time, step_scalars(line))
 
     def sample(self, step: int, steps: int, group: Callable[[], Sequence[Rollout]]) -> None:
         """Show the trackers the best and the worst sequence of a group, if that step is due."""
-        if not self._trackers or not samples.is_due(step, steps):
+        if not self._feed or self._feed.knows("step", step) or not samples.is_due(step, steps):
             return
         chosen = samples.best_and_worst(group())
-        decoded = with_text(chosen, samples.decoder(self.run.config().model.path or ""))
-        for tracker in self._trackers:
-            tracker.samples(decoded, step <= self._before.step)
+        decoder = samples.decoder(self.run.config().model.path or "")
+        self._feed.samples(step, with_text(chosen, decoder))
 
     def _pass_on_evaluations(self) -> None:
         """Show the trackers the evaluations since the last call that have an accuracy."""
         for line in self._evaluations.take():
             if line.accuracy is not None:
-                for tracker in self._trackers:
-                    tracker.evaluation(line, self._evaluated < self._before.evaluations)
-            self._evaluated += 1
+                self._feed.add("evaluation", line.version, line.time, evaluation_scalars(line))
 
     def close(self) -> None:
         """Pass on the remaining evaluations and close the trackers."""
         self._pass_on_evaluations()
-        self._write_reported()
-        for tracker in self._trackers:
-            tracker.close()
-
-    def _write_reported(self) -> None:
-        if self._trackers:
-            step = max(self._last_step, self._before.step)
-            write_struct(self.run.reported, Reported(step, self._evaluated), durable=False)
+        self._feed.close()
 
 
 def environment_means(lines: Iterable[EnvironmentMetrics]) -> dict[str, float]:
@@ -189,15 +174,3 @@ def rollout_throughput(workers: Iterable[EnvironmentState], config: Config) -> d
     rollout = config.rollout
     gpus = config.roles.rollout.nodes * rollout.servers * rollout.tensor_parallel
     return {"perf/rollout/throughput": rate, "perf/rollout/throughput_per_gpu": rate / gpus}
-
-
-def open_trackers(
-    run: RunDir, wandb: WandbConf, tensorboard: bool, resume_at: int
-) -> list[Tracker]:
-    """Open the trackers that the config asks for."""
-    trackers: list[Tracker] = []
-    if wandb.mode != "disabled":
-        trackers.append(WandbTracker(run, wandb))
-    if tensorboard:
-        trackers.append(TensorBoardTracker(run, resume_at))
-    return trackers

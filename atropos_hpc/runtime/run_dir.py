@@ -49,7 +49,7 @@ class RunDir:
         self.trajectories = path / "trajectories"
         self.logs = path / "logs" / "latest"  # of the newest attempt, one file per process
         self.metrics = path / "metrics.jsonl"  # one line per optimizer step
-        self.reported = path / "reported.json"  # contracts.metrics.Reported
+        self.tracked = path / "tracked.jsonl"  # what trackers are given: observe/tracker_feed.py
         self.evaluations = path / "evaluations.jsonl"  # one line per held-out evaluation
         self.activity = path / "activity.jsonl"  # what members did over time: observe/timeline.py
         self.environments = path / "environments.jsonl"  # what environments log for training
