@@ -9,9 +9,10 @@ from config_parts import composed
 
 from atropos_hpc import cli
 from atropos_hpc.config import Config
-from atropos_hpc.launch import memory_check, preflight
+from atropos_hpc.launch import memory_check, preflight, sweep
 from atropos_hpc.launch.memory_check import Devices
 from atropos_hpc.launch.slurm.cluster import Cluster, parse_cluster
+from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.runtime.model_sizes import sizes
 from bench.parts.published import CONFIGS
 
@@ -187,15 +188,33 @@ def test_nothing_is_queued_for_a_type_of_gpu_that_is_too_small(model: str, tmp_p
     assert "roles.trainer.gpus_per_node" in [each.key for each in problems]
 
 
-def test_validate_shows_the_warning(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def default_of_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_check.slurm, "is_installed", lambda: True)
     monkeypatch.setattr(memory_check, "read_cluster", lambda: cluster("DefMemPerNode=8000"))
     monkeypatch.setattr(preflight, "check", lambda *_, **__: [])
+
+
+WARNING = "warning: roles.rollout.mem: is null, and a job in partition main"
+
+
+@pytest.mark.usefixtures("default_of_8_gb")
+def test_validate_shows_the_warning(model: str) -> None:
     asked = ["experiment=math_qwen2_5_32b", "environment.target=math_server.py:MathEnv", model]
     asked += ["run_dir=/nowhere", "launch=het", "roles.rollout.mem=null"]
     shown = CliRunner().invoke(cli.app, ["validate", *asked])
-    assert "warning: roles.rollout.mem: is null, and a job in partition main" in shown.output
-    assert shown.exit_code == 0
+    assert WARNING in shown.output and shown.exit_code == 0
     shown = CliRunner().invoke(cli.app, ["validate", "--json", *asked])
     (warning,) = json.loads(shown.output)["warnings"]
     assert warning["key"] == "roles.rollout.mem" and shown.exit_code == 0
+
+
+@pytest.mark.usefixtures("default_of_8_gb")
+def test_a_submission_shows_the_warning_once_for_all_points(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "cluster_answers", lambda: True)
+    dry = large("launch=het", model, "roles.rollout.mem=null", "launch.dry_run=true")
+    points = [Point(num, [], dry, tmp_path / str(num)) for num in range(2)]
+    sweep.on_slurm(points, tmp_path, 0)
+    assert capsys.readouterr().err.count(WARNING) == 1

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = F
                 what = "the cluster, both roles' Python and the environments"
                 print(f"checking {what}, for {len(new)} points", file=sys.stderr, flush=True)
             _refuse(new, True)
-            _warn(new)
             _submit(new, names, folder)
         if not launch.wait:
             return [(point, None) for point in points]
@@ -263,8 +262,11 @@ def _shown(point: Point) -> list[str]:
     return [masking.mask_assignments(override) for override in point.overrides]
 
 
-def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None:
-    """Raise Refused with the problems of all points, each listed once, if there are any."""
+def _refuse(points: Sequence[Point], on_slurm: bool, roles: bool = True) -> None:
+    """Raise Refused with the problems of all points, each listed once, if there are any.
+
+    Otherwise print what may end their jobs, but is no reason to refuse them.
+    """
     found: dict[Problem, list[int]] = {}
     for point in points:
         previous = RunDir(point.run_dir).info()
@@ -274,11 +276,8 @@ def _refuse(points: Iterable[Point], on_slurm: bool, roles: bool = True) -> None
             found.setdefault(problem, []).append(point.num)
     if found:
         raise Refused(*itertools.starmap(_at_points, found.items()))
-
-
-def _warn(points: Iterable[Point]) -> None:
-    """Print what may end the points' jobs, but is no reason to refuse them."""
-    for warning in dict.fromkeys(w for each in points for w in memory_check.warnings(each.config)):
+    warned = (w for point in points if on_slurm for w in memory_check.warnings(point.config))
+    for warning in dict.fromkeys(warned):
         print(f"warning: {warning}", file=sys.stderr)
 
 
