@@ -151,9 +151,16 @@ def test_statistics_are_of_all_ranks() -> None:
 
     def work(rank: int, world: int) -> object:
         batch = make_batch([[first, second], []][rank], settings_of(None, 100, 4), 5)
-        return len(batch.tensors), batch.trained_sequences, batch.statistics.metrics()
+        found = batch.statistics
+        return (
+            len(batch.tensors),
+            batch.trained_sequences,
+            found.metrics(),
+            found.staleness_counts(),
+        )
 
-    (size, trained, metrics), (other_size, _, other_metrics) = on_ranks(2, work)
+    (size, trained, metrics, counts), (other_size, _, other_metrics, _) = on_ranks(2, work)
+    assert counts == [1, 0, 1] + [0] * (len(counts) - 3)
     assert size == other_size == trained == 4, "a rank without groups gets as many fillers"
     assert metrics == other_metrics
     assert metrics == pytest.approx(

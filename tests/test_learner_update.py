@@ -23,6 +23,7 @@ from learner_ranks import (  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402
+from atropos_hpc.contracts.metrics import HISTOGRAM_EDGES  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 
@@ -172,7 +173,7 @@ def test_a_batch_with_nothing_to_train_is_refused(model_path: Any) -> None:
     assert vocabulary == VOCABULARY and "no sequence" in refusal and "-100" in refusal
 
 
-def same_version_metrics(rank: int, world: int, path: Any) -> list[dict[str, float]]:
+def same_version_metrics(rank: int, world: int, path: Any) -> list[dict[str, Any]]:
     """Of an update at version 1, with behaviour log-probs that equal the learner's own.
 
     Then of one that trains the same tokens as if all had been sampled from the whole vocabulary.
@@ -197,7 +198,8 @@ def same_version_metrics(rank: int, world: int, path: Any) -> list[dict[str, flo
         batch.tensors["behaviour_log_probs"] = behaviour
         batch.tensors["old_log_probs"] = behaviour
         batch.needs_log_probs = False
-        metrics.append(backend.update(batch, 1))
+        metrics.append({**backend.update(batch, 1), "counts": backend.ratio_counts})
+        metrics[-1]["trained_tokens"] = batch.statistics.sums["trained_tokens"]
         groups = [replace(group, support=None) for group in groups]
     return metrics
 
@@ -208,6 +210,10 @@ def test_the_ratio_at_equal_versions_shows_whether_the_sampled_policy_is_replaye
     replayed, biased = on_ranks(1, same_version_metrics, model_path)[0]
     assert replayed["off_policy/same_version/mean_ratio"] == pytest.approx(1, abs=1e-5)
     assert replayed["off_policy/same_version/abs_log_ratio_p999"] < 1e-5
+    counts = dict(zip((*HISTOGRAM_EDGES["ratio"], "above"), replayed["counts"], strict=True))
+    # The ratio of the same version is 1, and that of the older one e.
+    assert {edge for edge, count in counts.items() if count} == {1.01, "above"}
+    assert sum(counts.values()) == replayed["trained_tokens"]
     of_older_version = replayed["off_policy/abs_log_ratio_max"]
     assert of_older_version == pytest.approx(1, abs=1e-5)
     assert biased["off_policy/same_version/mean_ratio"] < 0.9

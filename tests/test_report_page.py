@@ -28,7 +28,7 @@ from atropos_hpc.runtime.run_dir import RunDir, append_record, write_struct
 
 STEP_S = 10.0
 
-PERFORMANCE = ("<b>12.5</b>", "<b>33.5</b>", "<b>41%</b>", "<b>63.5</b>")
+PERFORMANCE = ("<dd>12.5</dd>", "<dd>33.5</dd>", "<dd>41%</dd>", "<dd>63.5</dd>")
 
 
 def made(

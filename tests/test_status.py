@@ -124,6 +124,24 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
     trainer.leave()
 
 
+def test_the_last_steps_are_drawn_as_sparklines_but_not_in_json(tmp_path: Path) -> None:
+    run = made(tmp_path, trained=3, pid=os.getpid())
+    append_step(run, 4, 9.0, {}, **{"reward/mean": 0.1})
+    drawn = in_process.command("status", run.path, "--once").stdout
+    assert " 0.1    ▁▄█▁ " in drawn and " 9    ▁▁▁█ " in drawn
+    as_json = in_process.command("status", run.path, "--json").stdout
+    assert not set(status_view.BARS) & set(as_json)
+    assert json.loads(as_json)["recent"]["step_s"] == [2.0, 2.0, 2.0, 9.0]
+
+
+def test_a_terminal_without_unicode_gets_question_marks(tmp_path: Path) -> None:
+    run = made(tmp_path, trained=3)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [*COMMAND, "status", str(run.path), "--once"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "???" in done.stdout, done.stderr
+
+
 def test_a_run_without_processes_is_lost_and_says_how_to_resume(tmp_path: Path) -> None:
     died = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"],

@@ -21,6 +21,12 @@ from msgspec import Meta, Struct
 
 ONLY_ENVIRONMENT = "environment"  # the name in metrics of an environment without a label
 
+# Between the bins of StepMetrics.histograms; the last bin of each has everything above.
+HISTOGRAM_EDGES: dict[str, tuple[float, ...]] = {
+    "ratio": (0.5, 0.67, 0.8, 0.9, 0.95, 0.98, 0.99, 1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0),
+    "staleness": (0, 1, 2, 3, 4, 6, 8, 12, 16),
+}
+
 
 def finite_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """Return the finite numbers among an environment's metrics, numpy's and torch's included."""
@@ -43,6 +49,9 @@ class StepMetrics(Struct, frozen=True):
     step_s: float  # seconds since the end of the previous step
     phases: dict[str, float]  # seconds of it per phase; the rest is unaccounted for
     scalars: dict[str, float | None]
+    # Counts per bin, upper edges included: of trained tokens by the ratio learner / behaviour, of
+    # sequences by staleness.
+    histograms: dict[str, list[float]] = {}
 
     def get(self, name: str) -> float | None:
         """Return a scalar, or None where the step has none or it is not finite."""

@@ -101,6 +101,7 @@ class RunStatus(Struct, frozen=True):
     eta_s: float | None
     seconds_per_step: float | None
     metrics: dict[str, float | None]  # every scalar of the last step
+    recent: dict[str, list[float | None]]  # reward and step seconds of the last steps, in order
     evaluation: EvaluationSummary | None  # the last
     queued_sequences: int | None  # for the learner
     groups_in_flight: int

@@ -153,7 +153,8 @@ def _step(context: TrainContext, timeout_s: float) -> None:
         times = phases.take()
         scalars |= _performance(context, batch, times)
         scalars["off_policy/staleness_limit"] = config.staleness.max
-        context.metrics.write(state.version, _scalars(batch, scalars, leased.server), times)
+        found = _scalars(batch, scalars, leased.server)
+        context.metrics.write(state.version, found, times, _histograms(context, batch))
     context.skipped.check(state.version)
 
 
@@ -235,6 +236,11 @@ def _performance(context: TrainContext, batch: Batch, times: StepTimes) -> Mappi
     backend, tokens = context.backend, batch.statistics.sums["tokens"]
     devices = Devices(backend.world, device_name(), context.config.model.dtype)
     return devices.metrics(tokens, backend.computed, backend.flop_rates, times)
+
+
+def _histograms(context: TrainContext, batch: Batch) -> dict[str, list[float]]:
+    staleness = batch.statistics.staleness_counts()
+    return {"ratio": context.backend.ratio_counts, "staleness": staleness}
 
 
 def _scalars(

@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.contracts.metrics import HISTOGRAM_EDGES
 from atropos_hpc.learner.sequences import Sequences
+
+_STALENESS_EDGES = HISTOGRAM_EDGES["staleness"]
+_STALENESS_BINS = len(_STALENESS_EDGES) + 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Statistics:
                 metrics[f"{key}/mean"] = sums[key] / (count or math.nan)
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
+    def staleness_counts(self) -> list[float]:
+        """Return the sequences per bin, as in StepMetrics.histograms."""
+        return [self.sums[f"staleness/{index}"] for index in range(_STALENESS_BINS)]
+
 
 def local_statistics(
     groups: Sequence[Group],
@@ -99,6 +107,8 @@ def local_statistics(
         "stale_sequences": (staleness > 0).sum(),
         "biased_sequences": sum(len(group.lengths) for group in groups if _is_biased(group)),
     }
+    counts = np.bincount(np.searchsorted(_STALENESS_EDGES, staleness), minlength=_STALENESS_BINS)
+    sums |= {f"staleness/{index}": count for index, count in enumerate(counts)}
     for name in environments:
         own = [
             group.scores

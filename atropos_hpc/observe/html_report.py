@@ -1,7 +1,10 @@
 """The report: one HTML page that needs no network, and its plots as PNG files beside it.
 
-Of a run: its results, every metric over steps, and the timeline of its members. Of a sweep: what it
-compares, the curves and final values of its points, and the command that trains the best point.
+Of a run: its results, every metric over steps, the timeline of its members, and an excerpt of its
+rollouts. Of a sweep: what it compares, the curves and final values of its points, their differences
+from the best point, and the command that trains that one.
+
+The size of a page is bounded: by `excerpt`, and by the limits on texts and lists below.
 """
 
 import base64
@@ -9,13 +12,16 @@ import io
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from matplotlib.figure import Figure
 
+from atropos_hpc.contracts.metrics import Rollout
 from atropos_hpc.contracts.status import PointStatus
-from atropos_hpc.observe import history, plots, report, status
+from atropos_hpc.observe import comparison, excerpt, history, plots, report, status
 from atropos_hpc.observe.history import Config, History
 from atropos_hpc.observe.status_view import duration, number
 from atropos_hpc.observe.summary import summarize
@@ -23,6 +29,8 @@ from atropos_hpc.runtime import shell
 from atropos_hpc.runtime.run_dir import RunDir, write_file
 
 DPI = 144
+PROMPT_CHARS, COMPLETION_CHARS = 1000, 2000  # of a sequence that are shown
+RESTARTS = 200  # the last of which are listed
 
 
 def write(directory: Path, rows: Sequence[PointStatus], out: Path) -> Path:
@@ -49,9 +57,10 @@ def _template() -> jinja2.Template:
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **options)  # type: ignore[arg-type]
     environment.filters |= {"number": number, "duration": duration, "local": _local}
-    environment.filters["short"] = history.short_key
+    environment.filters |= {"short": history.short_key, "versions": _versions, "cut": _cut}
     environment.filters["value_in"] = lambda name, values: values.get(name)
-    environment.globals["now"] = time.time
+    environment.filters["signed"] = lambda value: f"{value:+.3g}" if isfinite(value) else "-"
+    environment.globals |= {"now": time.time, "results": comparison.RESULTS}
     return environment.get_template("report.html.j2")
 
 
@@ -59,27 +68,53 @@ def _local(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _write_images(figures: Mapping[str, Figure | None], out: Path) -> dict[str, str]:
-    """Write each figure as a PNG file, and return {name: data URL}."""
+def _versions(each: Rollout) -> str:
+    return "-".join(map(str, dict.fromkeys(each.policy_versions or ())))
+
+
+def _cut(text: str, limit: int) -> str:
+    left_out = len(text) - limit
+    return text if left_out <= 0 else f"{text[:limit]} [... {left_out:,} more characters]"
+
+
+def _write_images(figures: Mapping[str, Figure | None], out: Path) -> dict[str, tuple[str, str]]:
+    """Write each figure as a PNG file, and return {name: (data URL, description)}."""
     images = {}
     for name, figure in figures.items():
         if figure is not None:
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=DPI, format="png")
             write_file(out / f"{name}.png", buffer.getvalue(), durable=False)
-            images[name] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            images[name] = (url, _describe_figure(figure))
     return images
+
+
+def _describe_figure(figure: Figure) -> str:
+    """Describe a figure in words: its title, and where each of its curves begins and ends."""
+    first, parts = figure.axes[0], []
+    for line in first.lines:
+        label, values = str(line.get_label()), np.asarray(line.get_ydata(), float)
+        if not label.startswith("_") and len(values):
+            parts.append(f"{label} from {values[0]:.3g} to {values[-1]:.3g}")
+    rows = ", ".join(axes.get_ylabel() for axes in figure.axes)
+    title = first.get_title(loc="left") or f"Timeline of {rows}"
+    return title + (": " + "; ".join(parts) if parts else "")
 
 
 def _run_values(run: History, row: PointStatus) -> dict[str, object]:
     """Return the template's values for a run."""
     info = RunDir(run.path).info()
+    rollouts = excerpt.read(RunDir(run.path), run.lines[-1].step if run.lines else 0)
     return {
         "run": run,
         "point": row,
         "summary": (summary := summarize(RunDir(run.path), run.lines)),
         "rules": list(dict.fromkeys(name for e in summary.evaluations for name in e.metrics)),
         "shares": status.time_shares(run.lines),
+        "excerpt": rollouts,
+        "environments": sorted({each.environment for each in rollouts.rollouts}),
+        "limits": {"prompt": PROMPT_CHARS, "completion": COMPLETION_CHARS, "restarts": RESTARTS},
         "about": _describe(run.config),
         "created": info.created if info is not None else 0.0,
         "command": command(row),
@@ -91,12 +126,15 @@ def _sweep_values(
 ) -> dict[str, object]:
     """Return the template's values for a sweep."""
     best = report.best(rows)
+    best_run = next((run for row, run in zip(rows, runs, strict=True) if row is best), None)
     states = Counter(row.state for row in rows)
     return {
         "points": list(zip(rows, runs, strict=True)),
         "states": ", ".join(f"{count} {state}" for state, count in states.items()),
         "keys": keys,
         "best": best,
+        "axes": comparison.axes(runs, keys),
+        "differences": best_run and [comparison.difference(run, best_run) for run in runs],
         "command": command(best) if best is not None else None,
     }
 

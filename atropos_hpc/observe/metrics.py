@@ -94,7 +94,13 @@ class MetricsWriter:
             write_file(self.run.metrics, b"".join(line + b"\n" for line in kept))
         self._resume_at = None
 
-    def write(self, step: int, scalars: Mapping[str, float], times: StepTimes) -> None:
+    def write(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        times: StepTimes,
+        histograms: Mapping[str, list[float]] = {},
+    ) -> None:
         """Write one step."""
         self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
@@ -112,6 +118,7 @@ class MetricsWriter:
             step_s=times.step_s,
             phases=times.phases,
             scalars=dict(scalars),
+            histograms=dict(histograms),
         )
         append_record(self.run.metrics, line)
         self._feed.add("step", step, line.time, step_scalars(line))

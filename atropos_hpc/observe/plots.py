@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from atropos_hpc.contracts.metrics import evaluation_metrics
+from atropos_hpc.contracts.metrics import HISTOGRAM_EDGES, evaluation_metrics
 from atropos_hpc.observe import history
 from atropos_hpc.observe.history import ConfigValue, History, RunGroups, Values
 from atropos_hpc.observe.timeline import MAX_INTERVAL_S
@@ -142,6 +142,29 @@ def throughput(run: History) -> Figure | None:
     return figure
 
 
+def histogram(run: History, name: str, title: str, x: str) -> Figure | None:
+    """Draw one of the steps' histograms: of the first, the middle and the last third of them."""
+    counts = np.array([found for line in run.lines if (found := line.histograms.get(name))])
+    if not counts.sum():
+        return None
+    edges = [f"{edge:g}" for edge in HISTOGRAM_EDGES[name]]
+    labels = [f"≤ {edges[0]}", *(f"≤ {edge}" for edge in edges[1:]), f"> {edges[-1]}"]
+    used = np.flatnonzero(counts.sum(0))
+    bins = slice(used[0], used[-1] + 1)
+    names = ("first third of the steps", "middle third", "last third")
+    parts = np.array_split(counts, 3) if len(counts) >= len(names) else [counts]
+    figure, axes = _axes()
+    for index, (part, label) in enumerate(zip(parts, names, strict=False)):
+        shares = part.sum(0)[bins] / part.sum()
+        at = np.arange(len(shares)) + 0.27 * (index - (len(parts) - 1) / 2)
+        color = (PALE, LIGHT_BLUE, BLUE)[index - len(parts)]
+        axes.bar(at, shares, 0.25, color=color, label=label if len(parts) > 1 else None)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(labels[bins])), labels[bins], rotation=45)
+    _finish(axes, title, "share", x)
+    return figure
+
+
 def environments(run: History) -> Figure | None:
     """Draw the reward of each environment, where there are several."""
     found = {name for line in run.lines for name in line.scalars}
@@ -197,6 +220,12 @@ CURVES: dict[str, tuple[str, str, list[Line]]] = {
 }
 
 
+HISTOGRAMS = {
+    "ratio": ("Ratio learner / behaviour of trained tokens", "ratio"),
+    "staleness": ("Staleness of sequences, histogram", "policy versions"),
+}
+
+
 def run_plots(run: History) -> dict[str, Figure | None]:
     """Draw every plot of a run, by name."""
     drawn = {
@@ -205,6 +234,7 @@ def run_plots(run: History) -> dict[str, Figure | None]:
         "environments": environments(run),
     }
     drawn |= {name: curves(run, *arguments) for name, arguments in CURVES.items()}
+    drawn |= {f"{name}_histogram": histogram(run, name, *of) for name, of in HISTOGRAMS.items()}
     return {**drawn, "throughput": throughput(run)}
 
 

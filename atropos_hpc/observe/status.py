@@ -90,6 +90,10 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
         eta_s=report.eta(lines, steps) if state == "running" else None,
         seconds_per_step=sum(line.step_s for line in pace) / len(pace) if pace else None,
         metrics=last.scalars if last else {},
+        recent={
+            "reward": [line.get("reward/mean") for line in lines],
+            "step_s": [line.step_s for line in lines],
+        },
         evaluation=evaluation,
         queued_sequences=queues[0] if queues else None,
         groups_in_flight=sum(worker.in_flight or 0 for worker in workers),

@@ -20,6 +20,7 @@ from atropos_hpc.runtime import shell
 
 MANY = 8  # members of one kind that are still shown one by one
 SHORT_ERROR = 60  # characters of an error in the table of members
+BARS = "▁▂▃▄▅▆▇█"  # of a sparkline
 SHORT_WAIT_S = 1.0  # waits below are not shown
 STYLES = {
     **{"running": "green", "complete": "bold green", "starting": "cyan", "ended": "dim"},
@@ -150,9 +151,10 @@ def _metrics(status: RunStatus) -> Table:
     def metric(name: str) -> str:
         return number(status.metrics.get(name))
 
-    versions, shares = status.versions, status.time_shares.items()
+    versions, shares, steps = status.versions, status.time_shares.items(), status.recent["step_s"]
     rows = {
-        "reward": metric("reward/mean"),
+        "reward": f"{metric('reward/mean')}    {sparkline(status.recent['reward'])}",
+        "seconds per step": f"{number(steps[-1])}    {sparkline(steps)}",
         "held-out accuracy": _evaluation(status.evaluation),
         "KL to the reference": f"{metric('kl_reference')}    entropy {metric('entropy')}    "
         f"response length {metric('response_length_mean')} tokens",
@@ -288,6 +290,23 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """Draw values as bars between the smallest and the largest; a space where there is none.
+
+    >>> sparkline([1.0, 2.0, None, 8.0]), sparkline([3.0, 3.0]), sparkline([None])
+    ('▁▂ █', '▁▁', ' ')
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    low, top = min(known, default=0.0), len(BARS) - 1
+    span = max(known, default=0.0) - low or 1.0
+    return "".join(
+        " "
+        if value is None or not math.isfinite(value)
+        else BARS[round((value - low) / span * top)]
+        for value in values
+    )
 
 
 def duration(seconds: float) -> str:

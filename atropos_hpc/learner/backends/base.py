@@ -28,6 +28,7 @@ class Backend(Protocol):
     vocab_size: int
     flop_rates: FlopRates | None  # of `update`; None: not known
     computed: Computed  # by the last `update`, over all ranks
+    ratio_counts: list[float]  # of the last `update`, as in StepMetrics.histograms
 
     @property
     def module(self) -> torch.nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from atropos_hpc.contracts.metrics import HISTOGRAM_EDGES
 from atropos_hpc.learner.backends.verl_api import TensorDict, kl_penalty, response_from_nested
 from atropos_hpc.learner.batch import PREFIXES
 from atropos_hpc.learner.performance import Computed
@@ -32,6 +33,9 @@ class LossMetrics:
         # Maxima of |d| and -d.
         self._maxima = torch.tensor([0.0, -math.inf], dtype=torch.float64)
         self._same_version = _Ratios()
+        self._ratio_edges = torch.tensor(HISTOGRAM_EDGES["ratio"], dtype=torch.float64)
+        self._ratio_counts = torch.zeros(len(self._ratio_edges) + 1, dtype=torch.float64)
+        self.ratio_counts: list[float] = []  # over all ranks, set by `over_ranks`
         self._computed = torch.zeros(2, dtype=torch.float64)  # tokens, pairs of query and key
         self.computed = Computed()  # over all ranks, set by `over_ranks`
 
@@ -68,10 +72,12 @@ class LossMetrics:
             [self._tokens, *self._token_sums.values(), *self._loss_terms.values()],
             dtype=torch.float64,
         )
-        parts = (sums, self._mismatch, self._same_version.sums, self._computed)
+        same_version = self._same_version.sums
+        parts = (sums, self._mismatch, same_version, self._computed, self._ratio_counts)
         whole = torch.cat(parts)
         dist.all_reduce(whole)
-        sums, mismatch, same_version, computed = whole.split([len(part) for part in parts])
+        sums, mismatch, same_version, computed, counts = whole.split(list(map(len, parts)))
+        self.ratio_counts = (counts / replicas).tolist()
         self.computed = Computed(*(torch.cat([computed, sums[:1]]) / replicas).tolist())
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
         tokens, *rest = sums.tolist()
@@ -120,6 +126,8 @@ class LossMetrics:
             return
         ratios = (-known).clamp(max=MAX_LOG_RATIO).exp()
         sums = [values.sum() for values in (known.abs(), known, ratios, ratios.square())]
+        bins = torch.bucketize(ratios, self._ratio_edges)
+        self._ratio_counts += torch.bincount(bins, minlength=len(self._ratio_counts))
         self._mismatch += torch.stack([torch.tensor(float(len(known)), dtype=torch.float64), *sums])
         maxima = torch.stack([known.abs().max(), -known.min()])
         self._maxima = torch.maximum(self._maxima, maxima)

@@ -64,6 +64,7 @@ class VerlBackend:
         hf_config = self._policy.model_config.hf_config.get_text_config()
         self.vocab_size: int = hf_config.vocab_size
         self.flop_rates, self.computed = flop_rates(self.module, hf_config), Computed()
+        self.ratio_counts: list[float] = []
         self._saved = StateDictOptions(ignore_frozen_params=self._lora, strict=not self._lora)
 
     @property
@@ -114,7 +115,7 @@ class VerlBackend:
                 "step %d: the gradient norm is %s; the weights are unchanged", version, grad_norm
             )
         found = metrics.over_ranks(self.world // self.data_world)
-        self.computed = metrics.computed
+        self.computed, self.ratio_counts = metrics.computed, metrics.ratio_counts
         return {**found, "grad_norm": grad_norm, "lr": lr}
 
     def state_dict(self) -> StateDict:
