@@ -82,12 +82,14 @@ def leader(run: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def module(name: str, *arguments: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def module(
+    name: str, *arguments: str, log: Path, python: str | Path = sys.executable
+) -> Iterator["subprocess.Popen[bytes]"]:
     """`python -m name ...`, bound to this process; ended, and waited for."""
     env = {**os.environ, PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", name, *arguments], env=env, stdout=output, stderr=output
+            [python, "-m", name, *arguments], env=env, stdout=output, stderr=output
         )
     try:
         yield child
