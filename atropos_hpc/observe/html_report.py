@@ -4,7 +4,7 @@ Of a run: its results, every metric over steps, the timeline of its members, and
 rollouts. Of a sweep: what it compares, the curves and final values of its points, their differences
 from the best point, and the command that trains that one.
 
-The size of a page is bounded: by `excerpt`, and by the limits on texts and lists below.
+Rollouts, texts, restarts and the points of curves are limited, so a long run has no large page.
 """
 
 import base64
