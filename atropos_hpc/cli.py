@@ -262,14 +262,19 @@ def resume(directory: Path, overrides: tuple[str, ...]) -> int:
 @run_argument
 @click.argument("out", type=PATH)
 @click.option("--step", type=int, metavar="N", help="Step of the checkpoint; default: the newest.")
+@click.option("--push", metavar="NAME", help="Also upload it to the Hugging Face Hub: USER/MODEL.")
+@click.option("--public", is_flag=True, help="With --push: a new repository is not private.")
 @json_option
-def export(run: Path, out: Path, step: int | None, as_json: bool) -> int:
+def export(
+    run: Path, out: Path, step: int | None, push: str | None, public: bool, as_json: bool
+) -> int:
     """Write a checkpoint as a Hugging Face directory with a model card."""
     from atropos_hpc.contracts.answers import Exported
 
     found = run_of(run)
     try:
         with redirect_stdout(sys.stderr):
+            from atropos_hpc.learner import hub
             from atropos_hpc.learner.checkpoint_files import BadCheckpoint
             from atropos_hpc.learner.export import export as write
     except ImportError as error:
@@ -280,14 +285,17 @@ def export(run: Path, out: Path, step: int | None, as_json: bool) -> int:
         return 2
     try:
         with redirect_stdout(sys.stderr):  # libraries tell of themselves when they are imported
+            if push:
+                hub.prepare(push, public)
             done = write(found, out, step)
-    except (OSError, ValueError, BadCheckpoint) as error:
+            url = hub.push(out, push, done) if push else None
+    except (OSError, ValueError, BadCheckpoint, hub.PushFailed) as error:
         print(error, file=sys.stderr)
         return 2
     if as_json:
-        print_json(Exported(str(out), done))
+        print_json(Exported(str(out), done, url))
     else:
-        print(f"{out}: the weights after step {done}")
+        print(f"{out}: the weights after step {done}", *[url] * bool(url), sep="\n")
     return 0
 
 

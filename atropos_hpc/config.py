@@ -13,13 +13,16 @@ from atropos_hpc.config_launch import ClusterConf as ClusterConf
 from atropos_hpc.config_launch import LaunchConf as LaunchConf
 from atropos_hpc.config_launch import RoleConf as RoleConf
 from atropos_hpc.config_launch import RolesConf as RolesConf
+from atropos_hpc.config_output import MOST_STEPS
+from atropos_hpc.config_output import ExportConf as ExportConf
+from atropos_hpc.config_output import MlflowConf as MlflowConf
+from atropos_hpc.config_output import TrackioConf as TrackioConf
+from atropos_hpc.config_output import WandbConf as WandbConf
 from atropos_hpc.config_rollout import EnvironmentConf as EnvironmentConf
 from atropos_hpc.config_rollout import EvaluationConf as EvaluationConf
 from atropos_hpc.config_rollout import RolloutConf as RolloutConf
 from atropos_hpc.config_rollout import TrajectoriesConf as TrajectoriesConf
 from atropos_hpc.schema import MISSING, key, section
-
-MOST_STEPS = 10_000_000
 
 
 @dataclass
@@ -303,38 +306,6 @@ class PolicyConf:
 
 
 @dataclass
-class WandbConf:
-    """Weights & Biases."""
-
-    mode: str = key("disabled", "whether to log", choices=("disabled", "offline", "online"))
-    project: str = key("atropos_hpc", "project")
-    entity: Optional[str] = key(None, "entity; null: the account's default")
-    group: Optional[str] = key(
-        None, "group; null: the name of the sweep, if the run is part of one"
-    )
-    tags: List[str] = key([], "tags")
-
-
-@dataclass
-class MlflowConf:
-    """MLflow."""
-
-    enabled: bool = key(False, "whether to log; needs `atropos-hpc[trackers]`")
-    tracking_uri: Optional[str] = key(
-        None, "address of an MLflow server or database; null: an SQLite file in RUN/mlflow"
-    )
-    experiment: str = key("atropos_hpc", "experiment")
-
-
-@dataclass
-class TrackioConf:
-    """Trackio. Its SQLite file is in RUN/trackio, or in the directory $TRACKIO_DIR."""
-
-    enabled: bool = key(False, "whether to log; needs `atropos-hpc[trackers]`")
-    project: str = key("atropos_hpc", "project")
-
-
-@dataclass
 class Config:
     """The config of a run."""
 
@@ -362,6 +333,7 @@ class Config:
     tensorboard: bool = key(False, "also write the metrics as TensorBoard files to RUN/tensorboard")
     mlflow: MlflowConf = section(MlflowConf)
     trackio: TrackioConf = section(TrackioConf)
+    export: ExportConf = section(ExportConf)
     cluster: ClusterConf = section(ClusterConf)
     launch: LaunchConf = section(LaunchConf)
     roles: RolesConf = section(RolesConf)

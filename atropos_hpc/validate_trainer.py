@@ -86,6 +86,12 @@ def errors(config: Config) -> Iterator[Error]:
             "trainer.tokens_per_micro_batch",
             f"{tokens} is less than one sequence of model.max_length={config.model.max_length}",
         )
+    if config.export.every % config.trainer.checkpoint_every:
+        yield (
+            "export.every",
+            f"{config.export.every} is not a multiple of trainer.checkpoint_every="
+            f"{config.trainer.checkpoint_every}, whose checkpoints are exported",
+        )
     yield from _names(config)
     yield from _verl(config)
     if config.trainer.backend == "deepspeed":

@@ -27,8 +27,9 @@ class Finding(Struct, frozen=True):
     area: str = ""
 
 
-class Exported(Struct, frozen=True):
-    """The directory that `export` has written, and the step of its weights."""
+class Exported(Struct, frozen=True, omit_defaults=True):
+    """The directory that `export` has written, the step of its weights, and where it was pushed."""
 
     directory: str
     step: int
+    url: str | None = None

@@ -37,6 +37,7 @@ OPERATIONAL = (
     "tensorboard",
     "mlflow.",
     "trackio.",
+    "export.",
     "trainer.steps",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",

@@ -1,5 +1,7 @@
 """Export a run's weights as a Hugging Face directory: `atropos-hpc export RUN OUT`.
 
+`push` uploads such a directory to the Hugging Face Hub.
+
 1. Verify the newest durable checkpoint, or that of a given step, and read it into this process.
 2. Load the base model and replace its weights. A LoRA adapter is merged into them.
 3. Save model, tokenizer and model card under a temporary name beside OUT, then rename it.
@@ -8,6 +10,7 @@ Needs the trainer's environment, and host memory for two copies of the model in 
 of the run is needed.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -27,11 +30,11 @@ from atropos_hpc.runtime.run_dir import RunDir
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def export(run: RunDir, out: Path, step: int | None = None) -> int:
+def export(run: RunDir, out: Path, step: int | None = None, spare_bytes: int = 0) -> int:
     """Write the weights of a checkpoint to `out`, in model.dtype. Return its step.
 
-    Raises FileExistsError if `out` exists, FileNotFoundError if the run has no such checkpoint, and
-    BadCheckpoint if it is damaged.
+    `spare_bytes`: space that stays free. Raises FileExistsError if `out` exists, FileNotFoundError
+    if the run has no such checkpoint, BadCheckpoint if it is damaged, and OSError without space.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: name a directory that does not")
@@ -43,9 +46,15 @@ def export(run: RunDir, out: Path, step: int | None = None) -> int:
     )
     # A tied output layer is the input embedding, which is in the checkpoint.
     model.load_state_dict(_exported_weights(path, model, conf), strict=False)
+    model.to(DTYPES[conf.dtype])
+    size = sum(each.numel() * each.element_size() for each in model.state_dict().values())
+    free = shutil.disk_usage(out.parent).free
+    if free < size + spare_bytes:
+        reason = f"{free:,} bytes are free, and {size + spare_bytes:,} are needed"
+        raise OSError(errno.ENOSPC, reason, str(out.parent))
     temporary = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        model.to(DTYPES[conf.dtype]).save_pretrained(temporary)
+        model.save_pretrained(temporary)
         tokenizer = AutoTokenizer.from_pretrained(
             conf.path, trust_remote_code=conf.trust_remote_code
         )

@@ -34,6 +34,7 @@ from atropos_hpc.learner.collective import Collective, StopRequested
 from atropos_hpc.learner.importance import correct
 from atropos_hpc.learner.kl import next_coefficient, penalize
 from atropos_hpc.learner.performance import Devices, device_name, peak_memory
+from atropos_hpc.learner.periodic_export import TIMEOUT_S, PeriodicExport
 from atropos_hpc.learner.publisher import Publisher
 from atropos_hpc.learner.skipped_steps import SkippedSteps
 from atropos_hpc.learner.state import TrainState
@@ -63,6 +64,7 @@ class TrainContext:
     collective: Collective
     metrics: MetricsWriter | None
     rollouts: RolloutWriter | None = None  # of one rank of those that hold the same groups
+    exports: PeriodicExport | None = None  # rank 0's
     phases: Phases = field(default_factory=Phases)
     skipped: SkippedSteps = field(init=False)
 
@@ -107,6 +109,7 @@ def train(context: TrainContext) -> bool:
         _save_now(context)
         if evaluation.after:
             _await_evaluation(context, state.version)
+        _await_export(context, state.version)
     except StopRequested:
         log.info("asked to stop at step %d: saving a checkpoint", state.version)
         _save_now(context)
@@ -191,10 +194,15 @@ def _optimize(context: TrainContext, batch: Batch, leased: LeasedBatch) -> dict[
 
 
 def _acknowledge(context: TrainContext, durable: int | None) -> None:
-    """When a step has become durable, acknowledge the batches that no resume needs any more."""
+    """When a step has become durable, acknowledge the batches that no resume needs any more.
+
+    Its export is started if it is due.
+    """
     safe_step = context.checkpoints.safe_step
     if durable is not None and safe_step > 0 and context.backend.rank == 0:
         context.client.ack(safe_step - 1)
+    if context.exports is not None:
+        context.exports.durable(durable)
 
 
 def _save_now(context: TrainContext) -> None:
@@ -220,6 +228,18 @@ def _await_evaluation(context: TrainContext, version: int) -> None:
 
     what, timeout_s = f"the evaluation of version {version}", context.config.evaluation.timeout_s
     context.collective.wait(what, "the evaluator", done, timeout_s)
+
+
+def _await_export(context: TrainContext, version: int) -> None:
+    """Wait for the export of the last version, which has its evaluation. It may fail."""
+    if not context.config.export.every:
+        return
+    exports, twice_s = context.exports, 2 * TIMEOUT_S + 60  # one may be under way
+
+    def ended() -> bool:
+        return exports is None or exports.last_done(version)
+
+    context.collective.wait(f"the export of version {version}", "its process", ended, twice_s)
 
 
 def _prompt_scalars(server: ServerStatus) -> dict[str, float]:

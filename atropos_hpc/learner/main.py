@@ -194,6 +194,7 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     import torch
 
     from atropos_hpc.learner.loop import train
+    from atropos_hpc.learner.periodic_export import PeriodicExport
 
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
@@ -203,9 +204,13 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     join(run, member, host, config.launch.start_timeout_s)
     member.update(state="loading")
     context = _build_context(run, config, member)
+    if member.state.rank == 0:
+        context.exports = PeriodicExport(run, config.export)
     try:
         return train(context)
     finally:
+        if context.exports is not None:
+            context.exports.close()
         if context.rollouts is not None:
             context.rollouts.close()
         if context.metrics is not None:

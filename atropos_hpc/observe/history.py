@@ -26,7 +26,7 @@ from atropos_hpc.runtime.run_dir import RunDir, read_records
 PHASES = ("wait", "batch", "log_probs", "update", "publish", "checkpoint")
 # Keys that differ between the points of a sweep without being what it compares.
 NOT_COMPARED = re.compile(
-    r"^(run_dir|seed|model\.path|model\.make_options\.seed|(wandb|mlflow|trackio)\..*)$"
+    r"^(run_dir|seed|model\.path|model\.make_options\.seed|(wandb|mlflow|trackio|export)\..*)$"
 )
 
 Values = NDArray[np.float64]

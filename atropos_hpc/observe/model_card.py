@@ -5,9 +5,15 @@ import json
 import msgspec
 
 import atropos_hpc
-from atropos_hpc.config import ModelConf
+from atropos_hpc.config import Config, ModelConf
 from atropos_hpc.observe.summary import evaluation_summaries, summarize
 from atropos_hpc.runtime.run_dir import RunDir
+
+# The sections that say how the model was made.
+CONFIG_PARTS = (
+    *("seed", "model", "environment", "more_environments", "algorithm", "trainer", "staleness"),
+    *("evaluation", "policy"),
+)
 
 
 def model_card(run: RunDir, step: int) -> str:
@@ -40,14 +46,20 @@ of {config.environment.group_size}.
 | sequences, tokens trained | {summary.sequences:,}, {summary.trained_tokens:,} |
 | run | {info.id}, atropos_hpc {atropos_hpc.__version__} |
 
-<details><summary>Config</summary>
+<details><summary>Config, without what is of one site</summary>
 
 ```json
-{msgspec.json.format(msgspec.json.encode(config), indent=1).decode()}
+{_config(config)}
 ```
 
 </details>
 """
+
+
+def _config(config: Config) -> str:
+    """Return the config as JSON, without paths of this machine and accounts."""
+    parts = {name: getattr(config, name) for name in CONFIG_PARTS}
+    return msgspec.json.format(msgspec.json.encode(parts), indent=1).decode()
 
 
 def _front_matter(model: ModelConf) -> str:

@@ -55,6 +55,7 @@ class RunDir:
         self.environments = path / "environments.jsonl"  # what environments log for training
         self.partial = path / "partial"  # answers under way at a stop: rollout/saved_answers.py
         self.rollouts = path / "rollouts"  # all trained sequences: observe/rollouts.py
+        self.exports = path / "exports"  # of export.every: learner/periodic_export.py
         self.done = path / "done.json"  # contracts.members.Done: the last step is durable
         self.summary = path / "summary.json"
 
