@@ -19,12 +19,13 @@ from prompt_coverage import FEW_PROBLEMS, assert_prompts_are_covered, history
 from run_files import activity, evaluations, scalars
 from run_parts import Started
 
-from atropos_hpc.contracts.metrics import RestartMark, StepMetrics
+from atropos_hpc.contracts.metrics import RestartMark, StepMetrics, Tracked
 from atropos_hpc.contracts.status import RunStatus
 from atropos_hpc.launch import base_model
 from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
 from atropos_hpc.observe.samples import Selection
+from atropos_hpc.observe.trackers import newest_in_events, wandb_steps
 from atropos_hpc.policy.manifest import read_manifest
 from atropos_hpc.runtime.run_dir import read_json, read_records
 
@@ -103,7 +104,8 @@ VICTIMS = {
 
 def test_killed_members_come_back_one_after_another(start: Callable[..., Started]) -> None:
     """One run for all of them, since each start of vLLM takes long; its trackers show one run."""
-    started = start(14, "wandb.mode=offline", "tensorboard=true", FEW_PROBLEMS)
+    trackers = ("wandb.mode=offline", "tensorboard=true", "mlflow.enabled=true")
+    started = start(14, *trackers, "trackio.enabled=true", "export.every=6", FEW_PROBLEMS)
     for step, (victim, noted_in) in VICTIMS.items():
         started.step(step)
         before = started.log(noted_in).count("was killed by SIGKILL")
@@ -124,12 +126,23 @@ def test_killed_members_come_back_one_after_another(start: Callable[..., Started
 
 
 def assert_the_trackers_show_one_run(started: Started) -> None:
-    """W&B has a directory per start of the learner, all of them with the id of the run."""
+    """W&B has a directory per start of the learner, all of them with the id of the run.
+
+    All trackers were given each step once, and have it.
+    """
     runs = list((started.run.path / "wandb").glob("offline-run-*"))
     ids = {path.name.rpartition("-")[2] for path in runs}
     assert len(runs) == 2 and ids == {read_json(started.run.run_json)["id"]}
     assert f"wandb sync {started.run.path}/wandb/offline-run-*" in started.output.read_text()
-    assert list((started.run.path / "tensorboard").glob("events.*"))
+    lines = read_records(started.run.tracked, Tracked)
+    assert [line.step for line in lines if line.kind == "step"] == list(range(1, 15))
+    numbers = [number for path in runs for number in wandb_steps(next(path.glob("*.wandb")))]
+    assert sorted(numbers) == list(range(len(lines)))
+    assert newest_in_events(started.run.path / "tensorboard")["step"] == 14
+    for database in ("mlflow/mlflow.db", "trackio/atropos_hpc.db"):
+        assert (started.run.path / database).exists()
+    assert " lines; the next start delivers them" not in started.log("trainer-0")
+    assert (started.run.exports / "step-14" / "README.md").exists()
 
 
 def test_a_run_whose_rollouts_all_fail_ends_with_their_error_on_the_last_line(
