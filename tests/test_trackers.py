@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.observe.tracker_feed import TrackerFeed
 from atropos_hpc.observe.trackers import _wandb_records, mlflow_name, newest_in_events
 from atropos_hpc.runtime.run_dir import RunDir, read_records
+from atropos_hpc.runtime.waiting import wait_for
 
 pytestmark = pytest.mark.verl  # the trackers' libraries are packages of the trainer
 PARTS = Path(__file__).with_name("tracker_parts.py")
@@ -136,15 +138,31 @@ class Recorder:
 
 
 def test_a_tracker_that_fails_gets_what_it_missed_and_disturbs_no_other(run: RunDir) -> None:
-    failing, other = Recorder(failures=2), Recorder()
+    failing, other = Recorder(failures=1), Recorder()
     feed = TrackerFeed(run, {"failing": lambda: failing, "other": lambda: other})
     for step in (1, 2, 3, 4):
         feed.add("step", step, 0.0, {"time/step": 1.0})
-    for _ in range(3):  # a failure is retried when something new is there
-        feed._followers[0].wake.set()
-        time.sleep(0.05)
+    wait_for("the failure", "the tracker", lambda: not failing.failures, 30.0)
     feed.close()
     assert failing.steps == other.steps == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_hangs_holds_up_neither_steps_nor_the_end(
+    run: RunDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    released, other = threading.Event(), Recorder()
+
+    def hang() -> Recorder:
+        released.wait()
+        return Recorder()
+
+    feed = TrackerFeed(run, {"hanging": hang, "other": lambda: other})
+    for step in (1, 2):
+        feed.add("step", step, 0.0, {"time/step": 1.0})
+    feed.close(timeout_s=1.0)
+    released.set()
+    assert other.steps == [1, 2]
+    assert "hanging lacks 2 of 2 lines" in caplog.text and "other lacks" not in caplog.text
 
 
 def test_a_line_that_a_crash_cut_off_is_given_again(run: RunDir) -> None:
