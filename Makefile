@@ -67,13 +67,18 @@ lint: $(TRAINER)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy atropos_hpc
 
-# Debian's Slurm, for the tests that bring up a private cluster; installed where this user may.
+# Debian's Slurm, for the tests that bring up a private cluster; installed where this user may. Tests
+# of accounting are skipped where slurmdbd and MariaDB cannot be had.
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq install -y
 apt:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		! { command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; } \
 			>/dev/null; then \
-		apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-			apt-get -qq install -y slurmctld slurmd slurm-client munge >/dev/null; fi
+		apt-get -qq update && $(APT) slurmctld slurmd slurm-client munge >/dev/null; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		! { command -v slurmdbd && command -v mariadbd; } >/dev/null; then \
+		{ apt-get -qq update && $(APT) --no-install-recommends slurmdbd mariadb-server-core; } \
+			>/dev/null 2>&1 || echo "slurmdbd and MariaDB cannot be installed here"; fi
 
 # Each test file belongs to one role's environment; tests/conftest.py knows which. Every tier records
 # its durations, from which `make docs-testing` writes docs/testing.md.

@@ -50,7 +50,6 @@ SlurmdLogFile={home}/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 MpiDefault=none
 SwitchType=switch/none
@@ -150,11 +149,15 @@ class Cluster:
             f"--log-file={self.home}/log/munged.log",
             f"--seed-file={self.home}/munge/seed",
         )
+        self.before_controller()
         self.command("slurmctld", "-c", "-f", str(self.conf))
         for node in self.nodes:
             self.start_node(node)
         until("idle nodes", self.is_idle, 60, self.story)
         return self
+
+    def before_controller(self) -> None:
+        """Start what the controller needs beside munge: nothing, here."""
 
     def down(self) -> None:
         """End every job, every daemon, and what is left of them; then remove the directory."""

@@ -28,13 +28,21 @@ LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 UNAVAILABLE = ("Requested node configuration is not available", "Required node not available")
 # a word in an error of sbatch -> the key to change
 KEYS_BY_WORD = {
+    "maxwallduration": "launch.minutes",
     "qos": "cluster.qos",
     "account": "cluster.account",
     "partition": "cluster.partition",
     "time limit": "launch.minutes",
 }
 # a word in an error of sbatch -> the key of the role that has a value for it
-FIELDS_BY_WORD = {"feature": "constraint", "gres": "gres", "memory": "mem", "node count": "nodes"}
+FIELDS_BY_WORD = {
+    "feature": "constraint",
+    "gres": "gres",
+    "memory": "mem",
+    "node count": "nodes",
+    "invalid account": "account",
+    "invalid qos": "qos",
+}
 
 
 def check(config: Config, run_dir: Path) -> list[Problem]:
@@ -147,6 +155,7 @@ def _component(config: Config, request: Request, cluster: Cluster) -> Iterator[P
         if not partition.up:
             problems.append(Problem(key, f"partition {partition.name} is not up"))
         problems += sufficient_nodes(request, partition)[1]
+        problems += _over_qos(config.launch.minutes, request, partition, cluster)
         if not problems:
             return
         rejected += problems
@@ -206,6 +215,31 @@ def _limits(minutes: int, request: Request, partition: Partition) -> Iterator[Pr
             )
         if value in partition.never.get(option, ()):
             yield Problem(f"{request.prefix}.{option}", f"{here} is not for {value}")
+
+
+def _over_qos(
+    minutes: int, request: Request, partition: Partition, cluster: Cluster
+) -> Iterator[Problem]:
+    """Yield what exceeds the limits per job of the partition's QOS and of the requested one.
+
+    Without its flag DenyOnLimit, Slurm accepts such a job, and never starts it. Which QOS has
+    precedence depends on a flag that the controller does not show: the larger limit counts.
+    """
+    names = (partition.qos, request.options.get("qos"))
+    known = [(name, cluster.qos[name]) for name in names if name in cluster.qos]
+    key, gpus = request.gpus()
+    amounts: dict[str, tuple[str, int, str]] = {
+        "minutes": ("launch.minutes", minutes, ""),
+        "node": (f"{request.prefix}.nodes", request.nodes, request.note),
+        "cpu": (f"{request.prefix}.cpus_per_task", request.nodes * _cpus(request), " CPUs"),
+        "gres/gpu": (f"{request.prefix}.{key}", request.nodes * sum(n for _, n in gpus), " GPUs"),
+    }
+    for what, (of, amount, unit) in amounts.items():
+        most, name = max(((each[what], qos) for qos, each in known if what in each), default=(0, 0))
+        if name and amount > most:
+            yield Problem(
+                of, f"{amount}{unit} exceed the {most:.0f} that QOS {name} allows per job"
+            )
 
 
 def sufficient_nodes(
@@ -334,7 +368,9 @@ def _test(key: str, text: str) -> list[Problem]:
             said = str(refusal).removeprefix(f"{shlex.join(command)}: ")
     if any(words in said for words in UNAVAILABLE) and _some_are_away():
         return []
-    error = "; ".join(line.partition("error: ")[2] or line for line in said.split("; "))
+    error = "; ".join(
+        re.sub(r".*?(error|allocation failure): ", "", line) for line in said.split("; ")
+    )
     unused = sorted(name for name in os.environ if name.startswith("SBATCH_"))
     hint = f" ({', '.join(unused)} of your shell is not used)" if unused else ""
     return [Problem(key_of(error) or key, f"sbatch refuses it: {error}{hint}")]

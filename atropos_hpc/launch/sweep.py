@@ -15,7 +15,7 @@ from typing import Any
 
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.status import ENDED
-from atropos_hpc.launch import memory_check, preflight, resubmission
+from atropos_hpc.launch import cluster_check, memory_check, preflight, resubmission
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import cluster_answers
 from atropos_hpc.launch.sweep_point import Point
@@ -108,7 +108,9 @@ def _submit(points: list[Point], names: list[str | None], folder: Path) -> None:
                 log = str(job.paths.stdout)
                 rows.append(_row(point, job=job.job_id, slot=name, log=log))
     except slurm.SlurmError as error:
-        failure = f"sbatch refused point {points[len(rows)].num}: {error}"
+        key = cluster_check.key_of(str(error))
+        refused = f"sbatch refused point {points[len(rows)].num}" + (f" ({key})" if key else "")
+        failure = f"{refused}: {error}"
     finally:
         _write_table(folder.parent, rows)
         if rows:

@@ -1,10 +1,16 @@
-"""Read a Slurm cluster's partitions, nodes and limits: one call each of sinfo and scontrol."""
+"""Read a Slurm cluster's partitions, nodes and limits, by one call of sinfo and a few of scontrol.
 
+Only the controller is asked. It also knows the limits of each QOS, where it enforces them.
+"""
+
+import contextlib
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atropos_hpc.runtime import slurm
+
+LIMITS_ENFORCED = re.compile(r"^AccountingStorageEnforce\s*=.*\b(limits|safe)\b", re.M)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Partition:
     min_nodes: float = 0
     max_cpus: float = float("inf")
     max_megabytes: float = float("inf")
+    qos: str = ""  # whose limits hold for all jobs there
     default_of: str = "DefMemPerNode=UNLIMITED"  # memory of a job that asks for none
 
     def default_memory(self, cpus: int, gpus: int) -> float:
@@ -67,18 +74,26 @@ class Partition:
 
 @dataclass(frozen=True)
 class Cluster:
+    """`qos`: name -> limits per job that are enforced, of "minutes", "node", "cpu", "gres/gpu"."""
+
     partitions: dict[str, Partition]
     scheduler: str
     max_array: int
+    qos: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @functools.cache
 def read_cluster() -> Cluster:
     """Return the cluster as it is now. Raises SlurmError."""
+    config, qos = slurm.run_command("scontrol", "show", "config"), ""
+    if LIMITS_ENFORCED.search(config):
+        with contextlib.suppress(slurm.SlurmError):  # a site may keep it from users
+            qos = slurm.run_command("scontrol", "-o", "show", "assoc_mgr", "flags=qos")
     return parse_cluster(
         slurm.run_command("sinfo", "-h", "-e", "-a", "-o", "%R|%D|%c|%m|%G|%f"),
         slurm.run_command("scontrol", "-o", "show", "partition"),
-        slurm.run_command("scontrol", "show", "config"),
+        config,
+        qos,
     )
 
 
@@ -90,7 +105,9 @@ def cluster_answers() -> bool:
         return False
 
 
-def parse_cluster(nodes_shown: str, partitions_shown: str, config_shown: str) -> Cluster:
+def parse_cluster(
+    nodes_shown: str, partitions_shown: str, config_shown: str, qos_shown: str = ""
+) -> Cluster:
     """Read a cluster from what the commands of `read_cluster` print."""
     nodes: dict[str, list[Nodes]] = {}
     for line in nodes_shown.splitlines():
@@ -118,8 +135,25 @@ def parse_cluster(nodes_shown: str, partitions_shown: str, config_shown: str) ->
                 conf.get("MaxMemPerNode", "UNLIMITED") if memory == "UNLIMITED" else memory
             ),
             default_of=_default_memory(record) or _default_memory(conf) or Partition.default_of,
+            qos=record.get("QoS", ""),
         )
-    return Cluster(partitions, conf.get("SchedulerType", ""), int(conf.get("MaxArraySize", "1001")))
+    max_array = int(conf.get("MaxArraySize", "1001"))
+    return Cluster(partitions, conf.get("SchedulerType", ""), max_array, qos_limits(qos_shown))
+
+
+def qos_limits(shown: str) -> dict[str, dict[str, float]]:
+    """Return the limits per job of each QOS that has any.
+
+    >>> qos_limits("QOS=short(2) MaxWallPJ=30 MaxTRESPJ=node=2,gres/gpu=4 MaxTRESPN=")
+    {'short': {'minutes': 30.0, 'node': 2.0, 'gres/gpu': 4.0}}
+    """
+    found = {}
+    for record in slurm.parse_records(shown):
+        pairs = f"minutes={record.get('MaxWallPJ', '')},{record.get('MaxTRESPJ', '')}"
+        limits = {name: float(n) for name, n in re.findall(r"([\w/:]+)=(\d+)(?![^,])", pairs)}
+        if "QOS" in record and limits:
+            found[record["QOS"].partition("(")[0]] = limits
+    return found
 
 
 def _default_memory(shown: dict[str, str]) -> str | None:
