@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
 import aiohttp  # noqa: E402
+import torch  # noqa: E402
 from chat_models import FAMILIES, save_tokenizer  # noqa: E402
-from transformers import Qwen3ForCausalLM  # noqa: E402
+from transformers import AutoConfig, Qwen3ForCausalLM  # noqa: E402
 from vllm_servers import ROLLOUT, Served, started  # noqa: E402
 
 from atropos_hpc.contracts.messages import (  # noqa: E402
@@ -30,7 +32,7 @@ from atropos_hpc.contracts.messages import (  # noqa: E402
 from atropos_hpc.contracts.policy import PolicyVersion  # noqa: E402
 from atropos_hpc.environments.make_base import make_model  # noqa: E402
 from atropos_hpc.policy.weight_update import UpdateOptions, push  # noqa: E402
-from atropos_hpc.rollout.server_pool import Pool, pool_of  # noqa: E402
+from atropos_hpc.rollout.server_pool import GENERATE, Pool, pool_of  # noqa: E402
 from atropos_hpc.rollout.vllm_client import VllmServer, VllmServerConfig  # noqa: E402
 from atropos_hpc.runtime.process import descendants_of  # noqa: E402
 
@@ -202,27 +204,53 @@ def test_vllm_s_own_parser_finds_the_tool_calls_of_an_answer(pair: Pair) -> None
     assert json.loads(found.function.arguments) == {"a": [1, 2]}
 
 
+async def update(pair: Pair, weights: Path, mode: str = "keep") -> None:
+    """Publish these weights as the next version, and push it to both servers."""
+    pair.version += 1
+    run, version = pair.one.run, PolicyVersion(version=pair.version, attempt=1)
+    directory = publish(run, weights / "model.safetensors", pair.version)
+    async with aiohttp.ClientSession() as session:
+        for server in pair.servers:
+            options = UpdateOptions(mode=mode)
+            await push(session, server.url, run.token(), directory, version, options)
+
+
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 def test_an_update_costs_no_token_and_favours_no_length(pair: Pair, mode: str) -> None:
     """The new version has the same weights, so that the lengths can be compared."""
-    pair.version += 1
-    run, version = pair.one.run, PolicyVersion(version=pair.version, attempt=1)
-    directory = publish(run, pair.one.base / "model.safetensors", pair.version)
-
-    async def update(pool: Pool) -> None:
-        async with aiohttp.ClientSession() as session:
-            for server in pair.servers:
-                options = UpdateOptions(mode=mode)
-                await push(session, server.url, run.token(), directory, version, options)
-
     before = pair.metric("generation_tokens_total")
-    pool, answers = generate(pair, update)
+    pool, answers = generate(pair, lambda pool: update(pair, pair.one.base, mode))
     after = pair.metric("generation_tokens_total")
     check(pair, answers)
     over_both = [choice.versions == (pair.version - 1, pair.version) for choice in choices(answers)]
     assert (pool.kept > 0) == (mode == "abort")
     assert any(over_both) == (mode != "wait")
     assert pool.dropped == 0 and after - before == sum(lengths(answers))
+
+
+def test_a_new_version_uses_no_keys_and_values_of_an_older_one(pair: Pair, tmp_path: Path) -> None:
+    """Running requests keep theirs, so the cache is not cleared."""
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(AutoConfig.from_pretrained(pair.one.base)).save_pretrained(tmp_path)
+    server, prompt = pair.one, list(range(2, 60)) * 6
+
+    def ask() -> tuple[float, float]:
+        """Return the log-prob of the greedy answer, and the tokens that were in the cache."""
+        before = server.metric("prefix_cache_hits_total")
+        sampling = {"temperature": 0.0, "max_tokens": 1, "logprobs": 0}
+        body = {"token_ids": prompt, "sampling_params": sampling}
+        status, answer = server.ask("POST", GENERATE, body)
+        assert status == 200, answer
+        (position,) = answer["choices"][0]["logprobs"]["content"]
+        return position["logprob"], server.metric("prefix_cache_hits_total") - before
+
+    old, _ = ask()
+    assert ask() == (pytest.approx(old, abs=1e-4), len(prompt) // BLOCK * BLOCK)
+    asyncio.run(update(pair, tmp_path))
+    new, hits = ask()
+    server.ask("POST", "/reset_prefix_cache")
+    assert hits == 0 and ask()[0] == pytest.approx(new, abs=1e-4) != pytest.approx(old, abs=1e-2)
+    asyncio.run(update(pair, pair.one.base))
 
 
 def test_the_death_of_a_server_costs_a_few_tokens_and_favours_no_length(pair: Pair) -> None:

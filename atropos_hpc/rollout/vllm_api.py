@@ -10,7 +10,7 @@ lost. 0.32 names the versions in the last chunk only (`_stamp_every_chunk`); the
 no field for them, so it answers as a whole (`_answer_as_a_whole`), which clients accept too.
 
 In all versions, answers carry the support of each token where the request asks for it
-(`_report_support`).
+(`_report_support`), and the prefix cache keeps versions apart (`_separate_caches`).
 
 `policy/vllm_engine.py` is the other file that touches vLLM: it runs in vLLM's worker processes.
 """
@@ -47,6 +47,8 @@ def serve(arguments: list[str]) -> None:
     limit_half_sent_requests()
     sys.argv = ["vllm", *arguments]
     _report_support()
+    label = _Label()
+    _separate_caches(label)
     if _has_entry():
         entry: Any = importlib.import_module(ENTRY)
         _stamp_every_chunk()
@@ -60,7 +62,7 @@ def serve(arguments: list[str]) -> None:
     cli_env_setup()
     parsed = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args()
     cli_args.validate_parsed_serve_args(parsed)
-    _record_weight_versions()
+    _record_weight_versions(label)
     uvloop.run(api_server.run_server(parsed))
 
 
@@ -69,6 +71,36 @@ def _has_entry() -> bool:
         return importlib.util.find_spec(ENTRY) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _separate_caches(label: _Label) -> None:
+    """Have requests find no keys and values of older weights in the prefix cache.
+
+    Reason (0.25 to 0.32): an update that lets running requests keep theirs leaves the cache as it
+    is. A prefix that all prompts share, such as a system message, would stay that of the version
+    which computed it first. So the version salts the hashes of a request's blocks. Requests that
+    arrive during the pause of an update still have the older salt.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    engine: Any = AsyncLLM
+    processor: Any = InputProcessor
+    process = processor.process_inputs
+    update: Any = getattr(engine, "update_weight_version", None)
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
+        request.cache_salt = f"{label.version} {request.cache_salt or ''}"
+        return request
+
+    async def update_weight_version(self: Any, new_version: str) -> None:
+        await update(self, new_version)
+        label.version = new_version
+
+    processor.process_inputs = process_inputs
+    if update is not None:  # else `_name_versions_in_routes` sets the label
+        engine.update_weight_version = update_weight_version
 
 
 def _stamp_every_chunk() -> None:
@@ -89,12 +121,11 @@ def _stamp_every_chunk() -> None:
     state._new_completion_output = new_completion_output
 
 
-def _record_weight_versions() -> None:
+def _record_weight_versions(label: _Label) -> None:
     """Have vLLM 0.25 report the version behind each token, as 0.32 does.
 
     Choices get `weight_versions`, spans {version, start, end} of tokens.
     """
-    label = _Label()
     _stamp_outputs(label)
     _add_spans_to_answers()
     _answer_as_a_whole()
