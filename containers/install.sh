@@ -8,4 +8,7 @@ role=$1
 shift
 cd "$(dirname "$0")/.."
 DS_BUILD_OPS=0 uv pip install --no-cache --compile-bytecode "$@" -r "requirements/$role-cuda.txt"
+if [ "$role" = trainer ]; then
+	uv pip install --no-cache --compile-bytecode "$@" -r requirements/trackers.txt
+fi
 uv pip install --no-cache --no-deps "$@" .

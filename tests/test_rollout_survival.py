@@ -259,10 +259,13 @@ def test_the_death_of_a_server_costs_a_few_tokens_and_favours_no_length(pair: Pa
     killed: list[float] = []
 
     async def kill(pool: Pool) -> None:
-        for engine in descendants_of(pair.one.pid):  # so that what it generated can be counted
+        engines = descendants_of(pair.one.pid)
+        for engine in engines:  # so that what it generated can be counted
             os.kill(engine, signal.SIGSTOP)
         killed.append(await asyncio.to_thread(pair.one.metric, "generation_tokens_total"))
-        os.kill(pair.one.pid, signal.SIGKILL)
+        for pid in (pair.one.pid, *engines):
+            with contextlib.suppress(ProcessLookupError):  # it ends with its parent
+                os.kill(pid, signal.SIGKILL)
 
     pool, answers = generate(pair, kill)
     after = killed[0] + pair.other.metric("generation_tokens_total")
