@@ -218,3 +218,20 @@ def test_a_submission_shows_the_warning_once_for_all_points(
     points = [Point(num, [], dry, tmp_path / str(num)) for num in range(2)]
     sweep.on_slurm(points, tmp_path, 0)
     assert capsys.readouterr().err.count(WARNING) == 1
+
+
+@pytest.mark.usefixtures("default_of_8_gb")
+def test_validate_shows_what_each_phase_needs_beside_what_there_is(model: str) -> None:
+    asked = ["experiment=math_qwen2_5_32b", "environment.target=math_server.py:MathEnv", model]
+    asked += ["run_dir=/nowhere", "launch=het", "roles.trainer.gres='gpu:a100:8'"]
+    asked += ["roles.rollout.gres='gpu:unknown:8'", "roles.trainer.mem=600G"]
+    shown = CliRunner().invoke(cli.app, ["validate", "--json", *asked])
+    needs = {each["part"]: each for each in json.loads(shown.output)["memory"]}
+    assert needs["trainer rank: loss head"]["available_bytes"] == 80 * GIB
+    assert needs["trainer node: host memory"]["available_bytes"] == 600 * GIB
+    assert needs["server: weights"]["available_bytes"] is None
+    assert needs["server: weights"]["needed_bytes"] == pytest.approx(32.8e9 * 2 / 8, rel=0.01)
+    peak = max(each["needed_bytes"] for part, each in needs.items() if "trainer rank" in part)
+    assert peak == pytest.approx(40.1 * GIB, rel=0.01)  # the figure of the refusal above
+    text = CliRunner().invoke(cli.app, ["validate", *asked]).output
+    assert "memory, estimated" in text and "600 GiB" in text

@@ -10,11 +10,22 @@ class RefusedKey(Struct, frozen=True):
     message: str
 
 
+class MemoryNeed(Struct, frozen=True):
+    """What a part of a run is estimated to need at its peak, and what it may use, if that is known.
+
+    The device and its processes need some more: leave a tenth free.
+    """
+
+    part: str
+    needed_bytes: int
+    available_bytes: int | None = None
+
+
 class Validated(Struct, frozen=True):
     """The outcome of `validate`. No problems: the config can be started."""
 
     problems: list[RefusedKey]
-    memory: str | None  # estimated; None if the model's config is not at hand
+    memory: list[MemoryNeed]  # empty if the model's config is not at hand
     warnings: list[RefusedKey] = []  # nothing is refused for these
 
 

@@ -9,11 +9,12 @@ import copy
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import MemoryNeed
 from atropos_hpc.launch import cluster_check
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
@@ -50,19 +51,75 @@ def check(config: Config, on_slurm: bool) -> Iterator[Problem]:
     roles, model = config.roles, sizes_of(config)
     if model is None or not (roles.trainer.gpus_per_node or roles.rollout.gpus_per_node):
         return
-    if config.launch.allocation == "local":
-        found = of_machine(config, driver_memory(), os.environ)
-    else:
-        found = of_job(config, _cluster() if on_slurm else None)
-    yield from too_large(config, model, found)
+    yield from too_large(config, model, _devices(config, on_slurm))
     for role, needed in _host_memory(config, model):
-        mem = getattr(roles, role).mem
-        if mem and sbatch_checks.MEMORY.fullmatch(mem) and 0 < sbatch.megabytes(mem) < needed:
+        given = _mem(config, role)
+        if given is not None and given < needed * (1 << 20):
             yield Problem(
                 f"roles.{role}.mem",
-                f"{mem} is less than the {needed / 1024:.0f} GiB that a node of this role is "
-                "estimated to need",
+                f"{getattr(roles, role).mem} is less than the {needed / 1024:.0f} GiB that a node "
+                "of this role is estimated to need",
             )
+
+
+def needs(config: Config, on_slurm: bool) -> list[MemoryNeed]:
+    """Return what each part needs, by phase, beside what its GPU or its job gives it.
+
+    With tensor_parallel, a server's figures are those of one of its GPUs.
+    """
+    if (model := sizes_of(config)) is None:
+        return []
+    found, roles, given = sizing.estimate(config, model), config.roles, Devices()
+    if roles.trainer.gpus_per_node or roles.rollout.gpus_per_node:
+        given = _devices(config, on_slurm)
+    share = None
+    if given.rollout is not None:
+        known = config.rollout.kv_cache_bytes is not None
+        share = given.rollout * (1.0 if known else config.rollout.memory_utilization)
+    cache = f"server: KV cache of one sequence of {config.model.max_length} tokens"
+    rows = [
+        (f"trainer rank: {phase}", needed, given.trainer)
+        for phase, needed in sizing.Learner(config, model).phases().items()
+    ]
+    rows += [("server: weights", found.weights, share), (cache, found.cache_of_one, share)]
+    if config.launch.allocation != "local":
+        nodes = {"trainer": found.trainer_node, "rollout": found.rollout_node}
+        rows += [(f"{k} node: host memory", need, _mem(config, k)) for k, need in nodes.items()]
+    rows.append((f"rollout node: {config.policy.cache}", found.policy_cache, None))
+    return [
+        MemoryNeed(part, int(needed), None if of is None else int(of)) for part, needed, of in rows
+    ]
+
+
+def lines(found: Sequence[MemoryNeed]) -> list[str]:
+    """Render a table.
+
+    >>> print(*lines([MemoryNeed("server: weights", 3 << 30, 72 << 30)]), sep="\\n")
+    memory, estimated      needs   may use
+    server: weights        3 GiB    72 GiB
+    """
+    if not found:
+        return []
+    width = max(len("memory, estimated"), *(len(each.part) for each in found))
+    rows = [("memory, estimated", "needs", "may use")]
+    for each in found:
+        available = "" if each.available_bytes is None else _gib(each.available_bytes)
+        rows.append((each.part, _gib(each.needed_bytes), available))
+    return [f"{part:{width}} {need:>10} {of:>9}".rstrip() for part, need, of in rows]
+
+
+def _mem(config: Config, role: str) -> float | None:
+    """Return the bytes of roles.*.mem; None if it is null, 0 or not understood."""
+    mem = getattr(config.roles, role).mem
+    if not mem or not sbatch_checks.MEMORY.fullmatch(mem):
+        return None
+    return sbatch.megabytes(mem) * (1 << 20) or None
+
+
+def _devices(config: Config, on_slurm: bool) -> Devices:
+    if config.launch.allocation == "local":
+        return of_machine(config, driver_memory(), os.environ)
+    return of_job(config, _cluster() if on_slurm else None)
 
 
 def warnings(config: Config) -> list[Problem]:

@@ -49,21 +49,6 @@ class Estimate:
         return max(0, int((gpu_bytes * utilization - self.weights) / self.cache_of_one))
 
 
-def describe(config: Config) -> str | None:
-    """Render the estimate in one line; None without a config.json of that kind."""
-    if (model := sizes_of(config)) is None:
-        return None
-    found = estimate(config, model)
-    return (
-        f"trainer {found.trainer / GIB:.2g} GiB per rank; "
-        f"a server {found.weights / GIB:.2g} GiB of weights, "
-        f"{found.cache_of_one / GIB:.2g} GiB of KV cache per sequence of full length; "
-        f"host memory of a trainer node {found.trainer_node / GIB:.0f} GiB, "
-        f"of a rollout node {found.rollout_node / GIB:.0f} GiB, "
-        f"of which {found.policy_cache / GIB:.2g} GiB in {config.policy.cache}"
-    )
-
-
 def estimate(config: Config, model: Sizes) -> Estimate:
     """Estimate what each GPU of either role holds at its peak."""
     lora = config.model.lora.rank > 0
