@@ -152,7 +152,12 @@ def worker(cluster: RunDir, model: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
                     return None
             raise AssertionError(f"the worker neither ended nor got on: {member.state}")
 
-        return Ended(env_worker.run_member(member, work), member.state)
+        ended = Ended(env_worker.run_member(member, work), member.state)
+        watches = [each for each in threading.enumerate() if each.name == "stall watch"]
+        for each in watches:  # whatever has ended the work, nothing ends this process later
+            each.join(2)
+        assert not any(each.is_alive() for each in watches)
+        return ended
 
     return run_worker
 

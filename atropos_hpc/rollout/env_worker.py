@@ -96,45 +96,45 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
         seed = config.seed  # a draw's number names the same prompt in every worker
     name = f"{key} ({environments(config)[key].target})"
     member.update(environment=name)
-    stall = StallWatch(
+    with StallWatch(
         lambda why: end_stalled(member, f"{name}: {why}"),
         excused=lambda: waits_for_server(member.state.waiting),
-    )
-    seed_everything(seed)
-    env_loader.patch_atropos()
-    quiet_atropos()
-    stall.expect("the import", config.launch.start_timeout_s)
-    environment, env_config, servers = env_loader.of_run(run, key, seed)
-    stall.files = files_of(environment)
-    limits = config.rollout
-    patience, short = None, environment_name(key)
-    if limits.give_up_after_groups is not None:
-        patience = Patience(limits.give_up_after_groups, limits.give_up_after_s)
-    env = as_member(environment)(
-        env_config,
-        servers,
-        member=member,
-        token=run.token(),
-        losses=Losses(name, patience, stall.files),
-        drawer=Drawer(
-            short, member.name, run.attempt(), short if config.more_environments else None
-        ),
-    )
-    seed_everything(own_seed)  # of what the rollouts draw
-    turn_s = STALL_PART * min(config.launch.start_timeout_s, config.launch.step_timeout_s)
-    env.on_turn = lambda: stall.expect(MAIN_LOOP, turn_s)
-    try:
-        member.update(state="registering")
-        stall.expect("the environment's setup()", config.launch.start_timeout_s)
-        await env.env_manager()
-    except GaveUp:
-        raise
-    except Exception as error:
-        raise EnvironmentFailed(f"{name}: {describe_error(error, stall.files)}") from error
-    finally:
-        stall.stop()
-        await env.leave()
-        member.update_if_changed(**env.losses.state())
+    ) as stall:
+        seed_everything(seed)
+        env_loader.patch_atropos()
+        quiet_atropos()
+        stall.expect("the import", config.launch.start_timeout_s)
+        environment, env_config, servers = env_loader.of_run(run, key, seed)
+        stall.files = files_of(environment)
+        limits = config.rollout
+        patience, short = None, environment_name(key)
+        if limits.give_up_after_groups is not None:
+            patience = Patience(limits.give_up_after_groups, limits.give_up_after_s)
+        env = as_member(environment)(
+            env_config,
+            servers,
+            member=member,
+            token=run.token(),
+            losses=Losses(name, patience, stall.files),
+            drawer=Drawer(
+                short, member.name, run.attempt(), short if config.more_environments else None
+            ),
+        )
+        seed_everything(own_seed)  # of what the rollouts draw
+        turn_s = STALL_PART * min(config.launch.start_timeout_s, config.launch.step_timeout_s)
+        env.on_turn = lambda: stall.expect(MAIN_LOOP, turn_s)
+        try:
+            member.update(state="registering")
+            stall.expect("the environment's setup()", config.launch.start_timeout_s)
+            await env.env_manager()
+        except GaveUp:
+            raise
+        except Exception as error:
+            raise EnvironmentFailed(f"{name}: {describe_error(error, stall.files)}") from error
+        finally:
+            stall.stop()
+            await env.leave()
+            member.update_if_changed(**env.losses.state())
 
 
 def waits_for_server(wait: Wait | None) -> bool:

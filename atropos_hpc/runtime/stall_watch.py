@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from atropos_hpc.runtime.error_text import locate
 
@@ -21,7 +21,10 @@ Place = tuple[str, int, str]  # file, line, function
 
 
 class StallWatch:
-    """Watches the thread that makes it. `excused` says that the present wait is not its fault."""
+    """Watches the thread that makes it. `excused` says that the present wait is not its fault.
+
+    As a context manager it ends with its block, however that ends.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,12 @@ class StallWatch:
         with self._lock:
             self._what, self._seconds, self._loop = what, seconds, loop
             self._deadline = time.monotonic() + seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """End the watch."""
