@@ -48,7 +48,8 @@ def run(command: list[str], log: Path, memory: bool = False) -> Ran:
             if time.time() - ran.start > TIMEOUT_S:
                 process.kill()
             found = descendants(process.pid)
-            seen.update(found)
+            for pid, (name, seconds) in found.items():  # one that has just ended has no name
+                seen[pid] = (name or seen.get(pid, ("", 0.0))[0], seconds)
             ran.timeline.append((time.time(), sum(seconds for _, seconds in seen.values())))
             if memory and time.time() - sampled >= SAMPLE_S:
                 _sample(ran, found)
