@@ -10,8 +10,6 @@ member has finished starting: then vLLM serves the first policy version. A job i
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import datetime
@@ -20,6 +18,7 @@ from typing import Any
 
 from atropos_hpc.contracts.members import AnyMember, Roster
 from atropos_hpc.runtime.run_dir import RunDir, read_json, read_struct
+from bench.parts import sweeps
 from bench.result import Result
 
 KL_COEFS = "0,0.001,0.01"
@@ -29,13 +28,7 @@ PATIENCE_S = 120.0
 
 def submit(env: dict[str, str], sweep: Path) -> dict[str, float]:
     """Submit the points; return CPU and wall seconds."""
-    command = [
-        sys.executable,
-        "-m",
-        "atropos_hpc.train",
-        "-m",
-        "hydra/launcher=submitit_slurm",
-        f"run_dir={sweep}",
+    overrides = [
         f"algorithm.kl_coef={KL_COEFS}",
         "hydra.launcher.slots=1",
         "evaluation.every=0",
@@ -45,7 +38,7 @@ def submit(env: dict[str, str], sweep: Path) -> dict[str, float]:
         "roles.rollout.cpus_per_task=4",
     ]
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, env=env, check=True, timeout=300, cwd=sweep.parent)
+    sweeps.submit(sweep, env, *overrides)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"submission, CPU s": cpu_s, "submission, s": time.monotonic() - start}

@@ -15,14 +15,13 @@ only the penalty has a gradient. Without them, which is Atropos' default, advant
 penalty of some hundredths in every group of a batch."""
 
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from atropos_hpc.observe import history, html_report, report
 from atropos_hpc.runtime.run_dir import read_json
+from bench.parts import sweeps
 from bench.result import Result
 
 COEFFICIENTS = (0.0, 0.001, 0.01, 0.1)
@@ -56,17 +55,7 @@ def main() -> Result:
         Cluster(Path(scratch) / "cluster", nodes=2) as cluster,
     ):
         sweep = Path(kept) / "sweep"
-        command = [
-            sys.executable,
-            "-m",
-            "atropos_hpc.train",
-            "-m",
-            "hydra/launcher=submitit_slurm",
-            f"run_dir={sweep}",
-            *points,
-            *quick,
-        ]
-        subprocess.run(command, env=cluster.env, check=True, timeout=300, cwd=kept)
+        sweeps.submit(sweep, cluster.env, *points, *quick)
         deadline = time.monotonic() + PATIENCE_S
         jobs = {row["job"] for row in read_json(sweep / "jobs.json")}
         while any(

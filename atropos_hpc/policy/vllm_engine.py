@@ -91,6 +91,7 @@ class Update(WeightTransferUpdateInfo):
 class DiskEngine(WeightTransferEngine[Init, Update]):
     init_info_cls = Init
     update_info_cls = Update
+    trainer_send_weights: Any = None  # abstract in vLLM 0.25; no trainer sends tensors here
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -142,11 +143,6 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
             os._exit(EXIT_HALF_APPLIED)
         finally:
             self._shards = []
-
-    @staticmethod
-    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Refuse: vLLM 0.25 demands this method of an engine to which a trainer sends tensors."""
-        raise NotImplementedError("policy versions reach this engine through files")
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in self._shards:
