@@ -18,9 +18,9 @@ STEP_S = 0.2
 
 def learner(path: Path) -> int:
     from atropos_hpc.contracts.members import StopRequest, TrainerState
-    from atropos_hpc.contracts.messages import Registration
     from atropos_hpc.contracts.metrics import StepMetrics
     from atropos_hpc.environments.addition import VOCABULARY
+    from atropos_hpc.learner.main import register
     from atropos_hpc.runtime import process
     from atropos_hpc.runtime.membership import Member, RosterReader, pending_request
     from atropos_hpc.runtime.run_dir import RunDir, append_record, read_json, write_json
@@ -49,16 +49,7 @@ def learner(path: Path) -> int:
         member.leave()
         return process.STOPPED if stopped() else process.DONE
     client = TrajectoryClient(RosterReader(run.roster).trajectory_server, run.token(), 60.0)
-    client.register(
-        Registration(
-            batch_size=config.algorithm.batch_size,
-            max_token_len=config.model.max_length,
-            starting_step=step,
-            num_steps=config.trainer.steps,
-            vocab_size=len(VOCABULARY),
-            checkpoint_dir=str(run.path / "environments"),
-        )
-    )
+    register(run, config, client, len(VOCABULARY), step)
     while step < config.trainer.steps and not stopped():
         if client.lease(step, 0, 1, 0, step, wait_s=1.0) is None:
             continue

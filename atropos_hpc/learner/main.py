@@ -275,7 +275,7 @@ def _build_context(run: RunDir, config: Config, member: Member[TrainerState]) ->
     leasing, client = (Client(address, run.token(), SERVER_TIMEOUT_S) for _ in range(2))
     metrics = None
     if rank == 0:
-        _register(run, config, leasing, backend.vocab_size, state.version)
+        register(run, config, leasing, backend.vocab_size, state.version)
         metrics = MetricsWriter(run, open_later(run, config), state.version)
     link = ReaderLink(partial(take_request, run), lambda alarm: member.update(alarm=alarm))
     return TrainContext(
@@ -310,7 +310,7 @@ def _rollout_writer(
     return RolloutWriter(run.rollouts, part, max_bytes, resume_at, texts)
 
 
-def _register(
+def register(
     run: RunDir, config: Config, client: "TrajectoryClient", vocabulary: int, version: int
 ) -> None:
     """Register with the trajectory server, and warn if it lacks batches that were trained on."""

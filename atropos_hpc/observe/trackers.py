@@ -79,10 +79,8 @@ def open_later(run: RunDir, config: Config) -> dict[str, Callable[[], Tracker]]:
     if config.trackio.enabled:
         os.environ.setdefault("TRACKIO_DIR", str(run.path / "trackio"))
         chosen["Trackio"] = "trackio", partial(TrackioTracker, run, config.trackio)
-    for module, _ in chosen.values():
-        importlib.import_module(
-            module
-        )  # in this thread: imports of several may wait for each other
+    for module, _ in chosen.values():  # not in several threads, which may wait for each other
+        importlib.import_module(module)
     return {name: tracker for name, (_, tracker) in chosen.items()}
 
 
