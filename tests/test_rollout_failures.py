@@ -20,7 +20,7 @@ pytest.importorskip("atroposlib")
 
 from atropos_hpc.contracts.members import AgentState, EnvironmentState, ServerState  # noqa: E402
 from atropos_hpc.contracts.policy import PolicyVersion  # noqa: E402
-from atropos_hpc.rollout import env_worker, server_pool  # noqa: E402
+from atropos_hpc.rollout import env_worker, environment_process, server_pool  # noqa: E402
 from atropos_hpc.rollout.rollout_failures import Loss, Losses, Patience  # noqa: E402
 from atropos_hpc.rollout.trial import StubServer  # noqa: E402
 from atropos_hpc.runtime.membership import Member, RosterReader  # noqa: E402
@@ -152,7 +152,7 @@ def worker(cluster: RunDir, model: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
                     return None
             raise AssertionError(f"the worker neither ended nor got on: {member.state}")
 
-        ended = Ended(env_worker.run_member(member, work), member.state)
+        ended = Ended(environment_process.run_member(member, work), member.state)
         watches = [each for each in threading.enumerate() if each.name == "stall watch"]
         for each in watches:  # whatever has ended the work, nothing ends this process later
             each.join(2)
@@ -298,7 +298,9 @@ def test_an_error_outside_of_rollouts_ends_the_worker_with_that_error_and_line(
     worker: Callable[..., Ended], tmp_path: Path, name: str, says: str
 ) -> None:
     ended = worker(name)
-    assert ended.code == env_worker.CRASHED  # the restart policy restarts it, up to its limit
+    assert (
+        ended.code == environment_process.CRASHED
+    )  # the restart policy restarts it, up to its limit
     assert f"broken_envs.py:{name})" in ended.error and says in ended.error
     assert f"({BROKEN}:" in ended.error
     assert "the run failed: " in (line := last_line(tmp_path, ended)) and line.endswith(ended.error)

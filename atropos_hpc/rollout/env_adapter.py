@@ -29,8 +29,9 @@ from atropos_hpc.contracts.prompts import DrawAnswer
 from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
 from atropos_hpc.rollout.env_metrics import LoggedEnvironment
+from atropos_hpc.rollout.environment_process import GaveUp
 from atropos_hpc.rollout.prompt_draws import Drawer, DrawingEnv, Drawn, PromptDraws
-from atropos_hpc.rollout.rollout_failures import AccountedRollouts, GaveUp, Loss, Losses, note_sent
+from atropos_hpc.rollout.rollout_failures import AccountedRollouts, Loss, Losses, note_sent
 from atropos_hpc.rollout.sampling_support import complete_group
 from atropos_hpc.rollout.server_pool import Pool
 from atropos_hpc.rollout.vllm_client import VllmServer

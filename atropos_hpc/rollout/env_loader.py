@@ -18,22 +18,12 @@ from atropos_hpc.config_rollout import SET_BY_RUN
 from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout import managed_chat
+from atropos_hpc.rollout.environment_process import TargetError
 from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.deadlines import request_timeout_s
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.schema import Problem, did_you_mean
-
-
-class TargetError(Exception):
-    """The environment cannot be used as configured.
-
-    `problems` have keys within the environment's section.
-    """
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = problems
 
 
 def load(target: str) -> type[BaseEnv]:

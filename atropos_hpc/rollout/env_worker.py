@@ -10,30 +10,32 @@ imported. The config comes by stdin, because everybody on the machine can read a
 """
 
 import argparse
-import asyncio
 import faulthandler
 import json
 import logging
 import os
-import random
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-import numpy as np
 
 from atropos_hpc.config import environment_name, environments
 from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.contracts.run_info import RunInfo
+from atropos_hpc.rollout.environment_process import (
+    EnvironmentFailed,
+    GaveUp,
+    quiet_atropos,
+    run_member,
+    seed_everything,
+)
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member
-from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STOPPED, STUCK
+from atropos_hpc.runtime.process import DONE, STUCK
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.stall_watch import StallWatch
 from atropos_hpc.schema import Problem
@@ -42,45 +44,6 @@ log = logging.getLogger(__name__)
 
 MAIN_LOOP = "a turn of the worker's main loop, or get_next_item(),"
 STALL_PART = 0.5  # of the learner's timeout: what blocks the main loop for longer is killed
-CRASHED = 1  # exit code of a member that an exception ended: it is restarted
-
-
-class EnvironmentFailed(Exception):
-    """An environment's setup or get_next_item raised; the message says which, what and where."""
-
-
-class RateLimit(logging.Filter):
-    """Pass a message the first 3 times, and then whenever its count has doubled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[Any] = Counter()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Count by the line that logs."""
-        self.seen[record.lineno] += 1
-        times = self.seen[record.lineno]
-        if times > 3 and times & (times - 1):
-            return False
-        if times > 3:
-            record.msg = f"{record.getMessage()} ({times} times so far)"
-            record.args = ()
-        return True
-
-
-def quiet_atropos() -> None:
-    """Limit BaseEnv's log: it has its status ten times a second, and every dropped group. What it
-    logs on the root logger is logged by rollout_failures, too, with the cause."""
-    logger = logging.getLogger("atroposlib.envs.base")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(RateLimit())
-    logging.getLogger().addFilter(lambda record: "atroposlib/envs/base.py" not in record.pathname)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: str) -> None:
@@ -88,7 +51,7 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
     from atropos_hpc.rollout import env_loader
     from atropos_hpc.rollout.env_adapter import as_member
     from atropos_hpc.rollout.prompt_draws import Drawer
-    from atropos_hpc.rollout.rollout_failures import GaveUp, Losses, Patience, files_of
+    from atropos_hpc.rollout.rollout_failures import Losses, Patience, files_of
 
     config = run.config()
     own_seed = seed = config.seed * 1000 + index
@@ -148,36 +111,6 @@ def end_stalled(member: Member[Any], error: str) -> None:
     faulthandler.dump_traceback(sys.stderr)
     member.leave(error=error)
     os._exit(STUCK)
-
-
-def run_member(member: Member[Any], work: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """Run a member's work until it is done or SIGTERM, and return the exit code.
-
-    Whatever else ends it is in the member file, as `error`.
-    """
-    # A slow import: here, so that the member is visible during it.
-    from atropos_hpc.rollout.env_loader import TargetError
-    from atropos_hpc.rollout.rollout_failures import GaveUp
-
-    try:
-        complete = asyncio.run(process.run_until_signal(work()))
-    except TargetError as error:
-        for problem in error.problems:
-            log.error("%s", problem)
-        member.leave(error=str(error))
-        return REFUSED
-    except GaveUp as error:
-        log.error("%s", error)
-        member.leave(error=str(error))
-        return GAVE_UP
-    except (Exception, SystemExit) as error:
-        log.exception("ending")
-        name = getattr(member.state, "environment", "") or member.name
-        own = isinstance(error, EnvironmentFailed)
-        member.leave(error=str(error) if own else f"{name}: {describe_error(error)}")
-        return CRASHED
-    member.leave(complete=complete)
-    return DONE if complete else STOPPED
 
 
 def check(options: argparse.Namespace) -> NoReturn:

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from atropos_hpc.config import EvaluationConf, environment_name, environments
 from atropos_hpc.contracts.members import EvaluatorState, Wait
 from atropos_hpc.contracts.metrics import Evaluation, finite_numbers
-from atropos_hpc.rollout.env_worker import quiet_atropos, run_member, seed_everything
+from atropos_hpc.rollout.environment_process import quiet_atropos, run_member, seed_everything
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records

@@ -58,10 +58,6 @@ class Loss(StrEnum):
     REFUSED = "refused"
 
 
-class GaveUp(Exception):
-    """Every rollout of this worker fails; the message says why."""
-
-
 class EnvironmentExit(Exception):
     """The environment called sys.exit."""
 
