@@ -29,8 +29,8 @@ TOOLS := .venv-tools/ready
 OVERRIDES := requirements/rollout-overrides.txt
 DURATIONS := build/test-durations
 
-.PHONY: gpu-check demo real-model setup apt test test-fast test-wheel test-slurm docs-testing docs-site
-.PHONY: lint lint-files release bench faults soak clean
+.PHONY: gpu-check demo real-model setup apt test test-trainer test-rollout test-fast test-wheel
+.PHONY: test-slurm docs-testing docs-site lint lint-files release bench faults soak clean
 
 demo: setup
 	.venv/bin/python -m atropos_hpc.train run_dir=$(RUN) seed=$(SEED)
@@ -86,9 +86,18 @@ test-fast: $(TRAINER)
 	TEST_ROLE=fast TEST_DURATIONS=$(DURATIONS)/0-fast.json GENERATED_REQUESTS=1000 GENERATED_CONFIGS=60 \
 		.venv/bin/python -m pytest --numprocesses 4 --dist loadscope
 
+# The rollout's tests run beside the trainer's, half of which wait for Slurm; their output comes last.
 test: setup apt $(VERIFIERS)
+	@mkdir -p build
+	@$(MAKE) test-rollout >build/test-rollout.log 2>&1 & rollout=$$!; \
+	$(MAKE) test-trainer; trainer=$$?; \
+	wait $$rollout; rollout=$$?; cat build/test-rollout.log; exit $$((trainer | rollout))
+
+test-trainer:
 	TEST_ROLE=trainer TEST_DURATIONS=$(DURATIONS)/1-trainer.json .venv/bin/python -m pytest \
 		--numprocesses 3 --dist loadscope --no-loadscope-reorder
+
+test-rollout:
 	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
 	TEST_ROLE=verifiers TEST_DURATIONS=$(DURATIONS)/3-verifiers.json \
 		.venv-verifiers/bin/python -m pytest

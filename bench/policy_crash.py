@@ -5,14 +5,14 @@ No reader may serve wrong weights, and the run must continue after each.
 
 from policy_crashes import KINDS, try_points
 
-from atropos_hpc.policy import follower, node_cache
+from atropos_hpc.policy import follower
 from bench.result import Result
 
 POINTS = 500
 
 
 def main() -> Result:
-    follower.log.disabled = node_cache.log.disabled = True
+    follower.log.disabled = True
     result = Result([])
     for kind in KINDS:
         row = try_points(kind, range(POINTS))

@@ -24,6 +24,8 @@ from atropos_hpc.contracts.group import Group
 from atropos_hpc.contracts.support import Support
 from atropos_hpc.learner.batch import Batch, BatchSettings, make_batch
 from atropos_hpc.learner.state import TrainState
+from atropos_hpc.policy.shard_writer import ShardWriter
+from atropos_hpc.policy.snapshot import Snapshot
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 VOCABULARY = 131
@@ -239,3 +241,9 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Bit-equal, tensor by tensor."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def write_shards(shot: Snapshot, directory: Path, group: Any) -> Any:
+    """Write one snapshot in full. Return the files of all ranks."""
+    writer = ShardWriter(group)
+    return writer.write_full(directory, writer.fill(shot))

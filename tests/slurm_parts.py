@@ -13,8 +13,9 @@ import pytest
 from run_files import step_metrics
 from slurm_cluster import PROGRAMS, ROOT, Cluster, until
 
-from atropos_hpc.policy.node_cache import LOCK, PREFIX
+from atropos_hpc.policy.node_cache import PREFIX
 from atropos_hpc.runtime import process, shell
+from atropos_hpc.runtime.private_tmp import LOCK
 from atropos_hpc.runtime.run_dir import RunDir, read_json
 from atropos_hpc.runtime.slurm import merge_states
 

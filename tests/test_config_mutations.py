@@ -16,7 +16,7 @@ from atropos_hpc.launch import hydra_api, preflight
 from atropos_hpc.runtime import process
 from atropos_hpc.schema import Problem
 
-MUTATIONS = int(os.environ.get("GENERATED_CONFIGS", "300"))
+MUTATIONS = int(os.environ.get("GENERATED_CONFIGS", "150"))
 LEAVES = {name: field for name, field in schema.fields(Config) if schema.METADATA in field.metadata}
 OPEN = tuple(f"{name}." for name in schema.open_maps(Config))
 WRONG_TYPES = {

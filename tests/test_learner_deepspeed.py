@@ -21,6 +21,7 @@ from learner_ranks import (  # noqa: E402
     tiny_model,
     train,
     whole,
+    write_shards,
 )
 from peak_memory import PeakMemory, existing  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -33,7 +34,6 @@ from atropos_hpc.learner.backends.deepspeed import (  # noqa: E402
 )
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.checkpoint import Checkpoints  # noqa: E402
-from atropos_hpc.policy.shard_writer import write_shards  # noqa: E402
 from atropos_hpc.policy.snapshot import snapshot  # noqa: E402
 from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 

@@ -13,7 +13,14 @@ pytest.importorskip("verl")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from learner_ranks import VOCABULARY, make_groups, on_ranks, settings_of, tiny_model  # noqa: E402
+from learner_ranks import (  # noqa: E402
+    VOCABULARY,
+    make_groups,
+    on_ranks,
+    settings_of,
+    tiny_model,
+    write_shards,
+)
 from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -26,7 +33,7 @@ from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.policy import shard_buffer as buffer_module  # noqa: E402
 from atropos_hpc.policy import shard_writer as writer_module  # noqa: E402
 from atropos_hpc.policy.manifest import file_digest  # noqa: E402
-from atropos_hpc.policy.shard_writer import PublishFailed, write_shards  # noqa: E402
+from atropos_hpc.policy.shard_writer import PublishFailed  # noqa: E402
 from atropos_hpc.policy.snapshot import snapshot  # noqa: E402
 
 

@@ -82,7 +82,7 @@ def test_private_directory_is_elsewhere_when_the_temporary_directory_has_a_long_
 def test_private_directory_of_a_killed_owner_is_removed_at_the_next_start(parent: Path) -> None:
     with owner() as (running, directory):
         (directory / "vllm_dist_0").touch()
-        private_tmp.sweep()
+        private_tmp.sweep_private()
         assert (directory / "vllm_dist_0").exists()  # its owner lives
         running.send_signal(signal.SIGKILL)
         running.wait()
@@ -101,7 +101,7 @@ def test_private_directories_of_others_and_links_are_left_alone(parent: Path) ->
     old.mkdir()
     hour_ago = time.time() - 3600
     os.utime(old, (hour_ago, hour_ago))
-    private_tmp.sweep()
+    private_tmp.sweep_private()
     assert target.exists() and fresh.exists() and not old.exists()
 
 

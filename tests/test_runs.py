@@ -162,50 +162,45 @@ def test_a_run_whose_rollouts_all_fail_ends_with_their_error_on_the_last_line(
     started.assert_nothing_is_left()
 
 
-def test_a_killed_supervisor_leaves_nothing_and_the_same_command_resumes(
+def test_a_run_resumes_after_its_supervisor_was_killed_and_after_ctrl_c(
     start: Callable[..., Started],
 ) -> None:
-    started = start(40, FEW_PROBLEMS)
+    """By the same command and by `resume`. One run for both, since each start takes long."""
+    started = start(16, FEW_PROBLEMS)
+    same_command = started.command
+    started.until("a server's start", lambda: started.log("server-0-0"))
+    code, error = tried(same_command)
+    assert code == 2 and f"pid {started.process.pid}" in error and "is in use by" in error
     started.step(4)
-    second = subprocess.run(
-        started.command, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (
-        second.returncode == 2
-        and f"pid {started.process.pid}" in second.stderr
-        and "is in use by" in second.stderr
-    )
     started.process.kill()
     started.process.wait()
     started.assert_nothing_is_left()
     durable = read_json(started.run.checkpoints / "latest.json")["step"]
-    assert 3 <= durable <= len(started.steps()) < 40 and durable % 3 == 0
+    assert 3 <= durable <= len(started.steps()) < 16 and durable % 3 == 0
+
     started.process = started.start()
-    assert_complete(started, 40)
-    assert f"starts at step {durable}" in started.log("trainer-0")
-    assert_prompts_are_covered(started.run, epochs=10)
-    # the same command once more: there is nothing left to do
-    again = subprocess.run(
-        started.command, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert again.returncode == 0 and "complete already" in again.stderr
-
-
-def test_ctrl_c_saves_and_ends_everything_and_the_run_resumes(
-    start: Callable[..., Started],
-) -> None:
-    started = start(6, FEW_PROBLEMS)
-    started.step(2)
+    resumed = f"starts at step {durable}"
+    started.until("the resume", lambda: resumed in started.log("trainer-0"))
+    started.step(durable + 2)
     started.process.send_signal(signal.SIGINT)
     assert started.end() == 75, started.story()
     started.assert_nothing_is_left()
     stopped_at = len(started.steps())
     assert read_json(started.run.checkpoints / "latest.json")["step"] == stopped_at
     assert status.read_status(started.run.path).state == "stopped"
+
     started.command = [sys.executable, "-m", "atropos_hpc.cli", "resume", str(started.run.path)]
     started.process = started.start()
-    assert_complete(started, 6)
-    assert_prompts_are_covered(started.run, epochs=1)
+    assert_complete(started, 16)
+    assert_prompts_are_covered(started.run, epochs=4)
+    code, error = tried(same_command)  # there is nothing left to do
+    assert code == 0 and "complete already" in error
+
+
+def tried(command: list[str]) -> tuple[int, str]:
+    """Run a command that starts no run; return its exit code and error output."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
 
 
 def test_term_ends_everything_also_while_servers_start(start: Callable[..., Started]) -> None:
@@ -268,8 +263,8 @@ def test_versions_travel_as_deltas_and_a_killed_server_gets_the_newest(
 
 
 def test_upstreams_own_server_does_too(start: Callable[..., Started]) -> None:
-    started = start(4, "trajectories.server=atropos")
-    assert_complete(started, 4)
+    started = start(2, "trajectories.server=atropos")
+    assert_complete(started, 2)
 
 
 def test_gsm8k_s_sample_through_the_code_that_reads_the_real_data_set(

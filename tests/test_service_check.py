@@ -37,12 +37,12 @@ def test_wandb_online_without_a_key_is_refused(
 @pytest.mark.parametrize("indexed", [True, False])
 def test_lora_targets_that_match_no_layer_are_refused(tmp_path: Path, indexed: bool) -> None:
     weights = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"]
-    names: dict[str, str] = dict.fromkeys(weights, "")
     if indexed:
-        index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
+        index = {"weight_map": dict.fromkeys(weights, "a.safetensors")}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
-        header = json.dumps({"__metadata__": {}, **names}).encode()
+        empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        header = json.dumps({"__metadata__": {}, **dict.fromkeys(weights, empty)}).encode()
         (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     config = Config()
     config.model.path, config.model.lora.rank = str(tmp_path), 8

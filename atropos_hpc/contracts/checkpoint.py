@@ -4,8 +4,6 @@ import msgspec
 
 
 class CheckpointFile(msgspec.Struct, frozen=True):
-    """A file of a checkpoint, with its size."""
-
     file: str
     bytes: int
 

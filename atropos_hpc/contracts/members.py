@@ -155,8 +155,6 @@ class EnvironmentState(MemberState, tag="environment"):
 
 
 class EvaluatorState(MemberState, tag="evaluator"):
-    """The evaluator."""
-
     complete: bool | None = None
 
 

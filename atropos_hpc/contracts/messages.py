@@ -193,8 +193,6 @@ class Stored(Struct, omit_defaults=True):
 
 
 class ErrorBody(Struct):
-    """Every answer from 400 on."""
-
     detail: str
 
 
@@ -383,13 +381,9 @@ class ParsedMessage(Struct):
 
 
 class ParsedChoice(Struct):
-    """A choice of the parsed answer."""
-
     index: int
     message: ParsedMessage
 
 
 class ParsedAnswer(Struct):
-    """The parsed answer."""
-
     choices: list[ParsedChoice]

@@ -40,8 +40,6 @@ def finite_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
 
 
 class StepMetrics(Struct, frozen=True):
-    """One optimizer step."""
-
     step: int
     version: int  # the policy version that the step produced
     attempt: int  # logs/attempt-<n> of the process that did it

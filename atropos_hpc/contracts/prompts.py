@@ -26,8 +26,6 @@ class Draw(Struct, frozen=True):
 
 
 class Reported(Struct, frozen=True):
-    """What became of a draw."""
-
     number: Number
     outcome: Report
 

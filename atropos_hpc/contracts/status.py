@@ -43,8 +43,6 @@ class PointStatus(Struct, frozen=True):
 
 
 class SweepStatus(Struct, frozen=True):
-    """Every point of a sweep."""
-
     sweep: str
     points: list[PointStatus]
 
@@ -59,8 +57,6 @@ class MemberStatus(Struct, frozen=True):
 
 
 class WaitStatus(Struct, frozen=True):
-    """What a member waits for."""
-
     member: str
     what: str
     from_whom: str
@@ -86,8 +82,6 @@ class LogWarning(Struct, frozen=True):
 
 
 class RunStatus(Struct, frozen=True):
-    """One run."""
-
     run_dir: str
     state: RunState
     error: str | None  # why it failed

@@ -46,7 +46,6 @@ class Support:
         return cls(_joined([part.counts for part in parts]), _joined([part.ids for part in parts]))
 
     def select(self, tokens: NDArray[np.bool_]) -> "Support":
-        """Return that of some of the tokens."""
         return Support(self.counts[tokens], self.ids[np.repeat(tokens, self.counts)])
 
     def contains(self, tokens: NDArray[np.integer]) -> NDArray[np.bool_]:

@@ -32,8 +32,6 @@ HEADER_BYTES = _HEAD.size + _BODY.size
 
 
 class Header(NamedTuple):
-    """The fields of a record's header."""
-
     kind: int  # GROUP, EVENT or SNAPSHOT
     flags: int  # bit i: the payload holds the optional array OPTIONAL_ARRAYS[i]; SUPPORT
     hash: int  # xxh3 of the payload
@@ -82,7 +80,6 @@ class Record:
         return HEADER_BYTES + len(self.payload)
 
     def header(self, durable: int = 0) -> bytes:
-        """Encode the header."""
         body = _BODY.pack(
             self.hash,
             self.gid,

@@ -28,12 +28,10 @@ class Problem(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """Return the prompt."""
         return f"{self.a:02d}+{self.b:02d}="
 
     @property
     def answer(self) -> str:
-        """Return the right answer."""
         return format_answer(self.a + self.b)
 
     @property

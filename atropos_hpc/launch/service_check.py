@@ -3,18 +3,18 @@
 import json
 import netrc
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from atropos_hpc.config import Config
+from atropos_hpc.policy.shard_buffer import tensors_of
 from atropos_hpc.schema import Problem
 
 WANDB = "https://api.wandb.ai"
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-HEADER_BYTES = 8  # of the length of a safetensors file's header
-LONGEST_HEADER = 100 << 20
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -59,8 +59,6 @@ def _weights(path: Path) -> set[str]:
     try:
         if (path / INDEX).exists():
             return set(json.loads((path / INDEX).read_text())["weight_map"])
-        with (path / WEIGHTS).open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(HEADER_BYTES))
-            return set(json.loads(file.read(min(size, LONGEST_HEADER)))) - {"__metadata__"}
-    except (OSError, ValueError, KeyError, struct.error):
+        return set(tensors_of(np.memmap(path / WEIGHTS, np.uint8, "r")))
+    except (OSError, ValueError, KeyError):
         return set()

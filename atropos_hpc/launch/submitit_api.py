@@ -1,7 +1,6 @@
 """Every use of submitit's internals (submitit 1.5): an executor for heterogeneous jobs.
 
-submitit itself cannot make heterogeneous jobs. This executor takes the text of the sbatch script,
-and reads job states from squeue, because many sites have no accounting.
+submitit itself cannot make heterogeneous jobs: this executor takes the text of the sbatch script.
 """
 
 import os
@@ -17,48 +16,12 @@ from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.runtime import slurm
 
 
-class SlurmhetInfoWatcher(submitit_slurm.SlurmInfoWatcher):
-    """Job states from squeue. A heterogeneous job has one state, merged from its components."""
-
-    def _make_command(self) -> list[str] | None:
-        if not self._registered - self._finished:
-            return None
-        return ["squeue", "--me", "-h", "--states=all", "-o", "%i|%T|%N"]
-
-    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        text = string.decode() if isinstance(string, bytes) else string
-        jobs: dict[str, list[list[str]]] = {}
-        for line in text.splitlines():
-            name, *rest = line.split("|")
-            jobs.setdefault(name.partition("+")[0], []).append(rest)
-        return {
-            job: {
-                "JobID": job,
-                "State": slurm.merge_states([state for state, _ in of]),
-                "NodeList": ",".join(nodes for _, nodes in of),
-            }
-            for job, of in jobs.items()
-        }
-
-
-class SlurmhetJob(submitit_slurm.SlurmJob[core.R]):
-    """A job whose function runs in the batch step of its first component."""
-
-    watcher = SlurmhetInfoWatcher(delay_s=30)
-
-    def _interrupt(self, timeout: bool = False) -> None:
-        """Send the signal that Slurm sends before the time limit."""
-        slurm.run_command("scancel", "--batch", "--signal=USR2", self.job_id)
-
-
 class SlurmhetExecutor(submitit_slurm.SlurmExecutor):
     """Submit jobs whose sbatch script is given.
 
     The function runs once, in the batch step of the first component, within submitit's own
     SlurmJobEnvironment.
     """
-
-    job_class = SlurmhetJob
 
     def __init__(self, folder: str | Path) -> None:
         # launch.requeues limits restarts, submitit must not

@@ -73,7 +73,6 @@ class TrainContext:
 
     @property
     def batch_settings(self) -> BatchSettings:
-        """The settings of every batch."""
         config = self.config
         names: tuple[str, ...] = ()
         if config.more_environments:

@@ -40,7 +40,6 @@ class FlopRates:
     output: float  # per trained token: the output layer
 
     def of(self, computed: "Computed") -> float:
-        """Return the FLOPs of an update."""
         tokens, pairs, trained = computed.tokens, computed.pairs, computed.trained
         return self.token * tokens + self.pair * pairs + self.output * trained
 

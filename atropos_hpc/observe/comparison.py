@@ -55,8 +55,6 @@ def _results(name: str, values: Sequence[float]) -> Axis:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run compared with another."""
-
     changed: list[tuple[str, ConfigValue, ConfigValue]]  # key, the other's value, this run's
     results: dict[str, float]  # this run's minus the other's
 

@@ -61,7 +61,6 @@ class History:
         self.step_s = np.array([line.step_s for line in self.lines], float)
 
     def scalar(self, name: str) -> Values:
-        """Return a metric's values."""
         return np.array([line.get(name) for line in self.lines], float)  # None becomes NaN
 
     def phase(self, name: str) -> Values:
@@ -82,7 +81,6 @@ class History:
         return float(last.mean()) if len(last) else math.nan
 
     def values(self, keys: Iterable[str]) -> list[ConfigValue]:
-        """Return the config's values of some keys."""
         return [self.config.get(key) for key in keys]
 
     @property
@@ -96,7 +94,6 @@ class History:
 
 
 def read(path: Path) -> History:
-    """Read the history of the run in a directory."""
     run = RunDir(path)
     info = run.info()
     kind: Any = ActivityLine

@@ -103,7 +103,6 @@ def _describe_figure(figure: Figure) -> str:
 
 
 def _run_values(run: History, row: PointStatus) -> dict[str, object]:
-    """Return the template's values for a run."""
     info = RunDir(run.path).info()
     rollouts = excerpt.read(RunDir(run.path), run.lines[-1].step if run.lines else 0)
     return {
@@ -124,7 +123,6 @@ def _run_values(run: History, row: PointStatus) -> dict[str, object]:
 def _sweep_values(
     rows: Sequence[PointStatus], runs: Sequence[History], keys: Sequence[str]
 ) -> dict[str, object]:
-    """Return the template's values for a sweep."""
     best = report.best(rows)
     best_run = next((run for row, run in zip(rows, runs, strict=True) if row is best), None)
     states = Counter(row.state for row in rows)

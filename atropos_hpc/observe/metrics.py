@@ -101,7 +101,6 @@ class MetricsWriter:
         times: StepTimes,
         histograms: Mapping[str, list[float]] = {},
     ) -> None:
-        """Write one step."""
         self._remove_later_lines()
         scalars = {name: float(value) for name, value in scalars.items()}
         scalars |= environment_means(self._environments.take())

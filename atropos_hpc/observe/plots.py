@@ -227,7 +227,6 @@ HISTOGRAMS = {
 
 
 def run_plots(run: History) -> dict[str, Figure | None]:
-    """Draw every plot of a run, by name."""
     drawn = {
         "timeline": timeline(run),
         "learning": learning(run),

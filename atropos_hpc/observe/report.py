@@ -220,7 +220,6 @@ def configured_steps(run: RunDir) -> int | None:
 
 
 def last_evaluation(run: RunDir) -> EvaluationSummary | None:
-    """Return the last evaluation that has an accuracy."""
     found = summarized(last_records(run.evaluations, Evaluation, RECENT))
     return found[-1] if found else None
 

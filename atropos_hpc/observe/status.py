@@ -59,7 +59,6 @@ def read_status(directory: Path, query_jobs: report.QueryJobs = lambda jobs: {})
 
 
 def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
-    """Return the status of one run."""
     run = RunDir(Path(point.run_dir))
     lines = last_records(run.metrics, StepMetrics, report.RECENT)
     last = lines[-1] if lines else None

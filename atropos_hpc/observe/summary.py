@@ -1,7 +1,6 @@
 """summary.json: what a run achieved, from its metrics, evaluations and attempts."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from atropos_hpc.contracts.members import AttemptRecord
 from atropos_hpc.contracts.metrics import (
@@ -21,7 +20,8 @@ def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summar
     evaluations = evaluation_summaries(run)
     last = max((line.step for line in steps), default=0)
     directories = attempts(run)
-    records = [record for path in directories if (record := _attempt_record(path)) is not None]
+    found = (read_intact(path / "attempt.json", AttemptRecord) for path in directories)
+    records = [record for record in found if record is not None]
 
     def total(name: str) -> int:
         return int(sum(line.get(name) or 0 for line in steps))
@@ -47,12 +47,7 @@ def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summar
     )
 
 
-def _attempt_record(directory: Path) -> AttemptRecord | None:
-    return read_intact(directory / "attempt.json", AttemptRecord)
-
-
 def evaluation_summaries(run: RunDir) -> list[EvaluationSummary]:
-    """Return the evaluations that have an accuracy."""
     return summarized(read_records(run.evaluations, Evaluation))
 
 

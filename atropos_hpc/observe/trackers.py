@@ -12,13 +12,14 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from atropos_hpc.config import Config, MlflowConf, TrackioConf, WandbConf
 from atropos_hpc.contracts.metrics import Evaluation, Rollout, StepMetrics, Tracked
 from atropos_hpc.contracts.run_info import RunInfo
+from atropos_hpc.observe.history import flatten
 from atropos_hpc.runtime.run_dir import RunDir
 
 # The scalar that every line of a kind has.
@@ -57,7 +58,6 @@ def finite(scalars: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def as_markdown(samples: Sequence[Rollout]) -> str:
-    """Return sequences as one text."""
     return "\n\n---\n\n".join(
         f"score {s.score}\n\n{s.prompt}\n\n**{s.completion or s.tokens}**" for s in samples
     )
@@ -235,7 +235,8 @@ class MlflowTracker:
             tags = {"atropos_hpc": info.id}
             made = self._client.create_run(experiment, tags=tags, run_name=run.path.name)
             self._id = made.info.run_id
-            params = [Param(*each) for each in _flat(msgspec.to_builtins(info.config))]
+            config = flatten(msgspec.to_builtins(info.config))
+            params = [Param(mlflow_name(key), str(value)) for key, value in config.items()]
             self._client.log_batch(self._id, params=params)
         self._client.update_run(self._id, "RUNNING")
         self._newest = {kind: self._newest_step(marker) for kind, marker in MARKERS.items()}
@@ -267,15 +268,6 @@ def mlflow_name(key: str) -> str:
     ('eval/sums/pass_at_4', 'env/a_b/x')
     """
     return re.sub(r"[^\w./: -]", "_", key.replace("@", "_at_"))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, value) of a config, as text."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield mlflow_name(f"{prefix}{key}"), str(value)
 
 
 class TrackioTracker:

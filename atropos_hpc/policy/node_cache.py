@@ -4,15 +4,12 @@ A version is read from the shared filesystem once per node, or made from the cop
 Its hashes are verified. It then lies under `policy.cache` (in /dev/shm: memory) as plain files that
 the servers map. The previous copy is kept while the next is made, so the node needs memory for two.
 
-The directory belongs to one process, which holds a lock in it. A process that starts on the node
-removes directories whose owner has ended, because a killed process cannot do so itself.
+The directory belongs to one process. One that starts on the node removes those whose owner has
+ended, because a killed process cannot do so itself.
 """
 
-import fcntl
-import logging
 import mmap
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,11 +26,9 @@ from atropos_hpc.policy.leases import Lease
 from atropos_hpc.policy.manifest import BadVersion, write_manifest
 from atropos_hpc.policy.routes import Route
 from atropos_hpc.policy.shard_buffer import THREADS, read_into, xxh3
-
-log = logging.getLogger(__name__)
+from atropos_hpc.runtime.private_tmp import OwnedDirectory
 
 PREFIX = f"atropos-hpc-{os.getuid()}-"
-LOCK = "holder"
 
 
 class CacheFull(OSError):
@@ -47,11 +42,8 @@ class NodeCache:
         self.store = store
         self.newest: Manifest | None = None
         cache.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(cache)
-        self.root = cache / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-        self.root.mkdir(mode=0o700)
-        self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._owned = OwnedDirectory(cache, PREFIX)
+        self.root = self._owned.path
 
     def fetch(self, target: Manifest, route: Route, lease: Lease) -> Path:
         """Make a copy of `target` by the given route, and return its directory.
@@ -86,9 +78,7 @@ class NodeCache:
         return directory
 
     def close(self) -> None:
-        """Free the memory."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        os.close(self._lock)
+        self._owned.remove()
 
     def _check_space(self, target: Manifest) -> None:
         size = sum(entry.bytes for entry in target.files)
@@ -153,23 +143,6 @@ class NodeCache:
             raise BadVersion(f"{name}: {error}") from error
         if digest != entry.xxh3:
             raise BadVersion(f"{name}: xxh3 {digest}, the manifest says {entry.xxh3}")
-
-
-def remove_abandoned(cache: Path) -> None:
-    """Remove copies of this user whose owners have ended."""
-    for directory in cache.glob(f"{PREFIX}*"):
-        try:
-            fd = os.open(directory / LOCK, os.O_RDWR)
-        except OSError:
-            continue  # being made, or being removed
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory, ignore_errors=True)
-            log.info("removed the policy cache %s: its owner has ended", directory)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
 
 
 @contextmanager

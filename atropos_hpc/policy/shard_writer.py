@@ -258,12 +258,6 @@ class ShardWriter:
         return receive
 
 
-def write_shards(snapshot: Snapshot, directory: Path, group: dist.ProcessGroup) -> Files:
-    """Write one snapshot in full. Return the files of all ranks."""
-    writer = ShardWriter(group)
-    return writer.write_full(directory, writer.fill(snapshot))
-
-
 def _buckets(entries: list[Entry], limit: int) -> Iterator[list[int]]:
     """Yield indices of the entries in order, in buckets of at most `limit` bytes."""
     bucket: list[int] = []

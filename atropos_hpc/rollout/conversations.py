@@ -64,7 +64,6 @@ class Conversations:
         answer: JsonObject,
         ids: Sequence[int],
     ) -> None:
-        """Keep the ids of these messages and the answer to them."""
         *_, digest = _digests([*messages, answer], template)
         self._size += len(ids) - len(self._known.pop(digest, ()))
         self._known[digest] = array("i", ids)

@@ -240,7 +240,6 @@ class NodeAgent:
         self.member.show_wait(next((wait for wait in waits if wait is not None), None))
 
     def end(self) -> None:
-        """End every process of the node."""
         self.engine.end_all(self.config.launch.grace_s)
         if self.private is not None:
             self.private.remove()

@@ -66,7 +66,6 @@ class Sample:
 
     @property
     def finished(self) -> bool:
-        """Whether the sample is complete."""
         return self.generation.finish_reason not in (None, "abort")
 
     def add(self, new: Generation) -> None:
@@ -93,7 +92,6 @@ class Sample:
             self._stop_at_joint()
 
     def resume(self, saved: Generation) -> None:
-        """Take what an earlier run generated of this sample."""
         saved.index = self.index
         self.generation = saved
         if saved.token_ids and not self.finished:
@@ -117,7 +115,6 @@ class Sample:
             self.generation.finish_reason = "length"
 
     def rest(self) -> GenerateRequest:
-        """Return the request for the rest of this sample alone."""
         sampling, tokens = self.request.sampling_params, self.generation.token_ids
         changes: dict[str, int] = {"n": 1}
         if sampling.max_tokens is not None:

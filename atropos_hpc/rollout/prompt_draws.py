@@ -110,7 +110,6 @@ class PromptDraws:
             log.warning("%d draws were not reported: %s", len(self._reports), error)
 
     def _build(self, want: int) -> DrawRequest:
-        """Return the next request."""
         self._serial += 1
         return DrawRequest(
             stream=self.drawer.name,

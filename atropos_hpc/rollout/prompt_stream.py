@@ -60,7 +60,6 @@ class RandomState:
         )
 
     def copy(self) -> "RandomState":
-        """Return a copy."""
         copied = RandomState()
         copied._state = self._state
         return copied

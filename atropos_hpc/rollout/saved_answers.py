@@ -122,7 +122,6 @@ class SavedAnswers:
     # --- the worker that resumes
 
     def restore(self, request: GenerateRequest, samples: list[Sample], served: int | None) -> None:
-        """Put what was saved of a request's answer into its samples."""
         if self._found is None:
             self._found = self._list()
         if not self._found or served is None:

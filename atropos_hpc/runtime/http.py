@@ -112,7 +112,6 @@ class HttpClient:
             return Answer(response.status, body, url)
 
     async def close(self) -> None:
-        """Close the connections."""
         if self._session:
             await self._session.close()
 

@@ -1,9 +1,9 @@
-"""A directory for temporary files that only this user can enter, removed with its owner.
+"""Directories on a node that only this user can enter, removed with their owner.
 
-vLLM keeps Unix sockets, over which its processes exchange pickled objects, and rendezvous files in
-the temporary directory, where every user of the node could connect to them. The owner holds a lock
-in its directory, which the kernel releases however the owner ends: `sweep` removes directories that
-nobody holds.
+The owner holds a lock in its directory, which the kernel releases however the owner ends: `sweep`
+removes directories that nobody holds. One kind is for temporary files: vLLM keeps Unix sockets,
+over which its processes exchange pickled objects, and rendezvous files in the temporary directory,
+where every user of the node could connect to them.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 # The path of a Unix socket has at most 107 bytes, and vLLM's sockets have names of 36.
@@ -22,18 +21,30 @@ UNLOCKED_S = 60.0  # a directory without a lock is being made, unless it is olde
 LOCK = "lock"
 
 
-class PrivateDirectory:
-    """A directory with mode 0700 that belongs to this process."""
+class OwnedDirectory:
+    """A directory in `parent` with mode 0700 that belongs to this process."""
 
-    def __init__(self) -> None:
-        sweep()
+    def __init__(self, parent: Path, prefix: str) -> None:
+        sweep(parent, prefix)
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=_parent()))
-            self._lock = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if (self.path / LOCK).exists():
                 return
             os.close(self._lock)  # removed by a sweep before it was locked
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+class PrivateDirectory(OwnedDirectory):
+    """The temporary files of a node's servers."""
+
+    def __init__(self) -> None:
+        sweep_private()
+        super().__init__(_parent(), _prefix())
 
     def empty(self, name: str) -> Path:
         """Return a subdirectory, made anew."""
@@ -41,11 +52,6 @@ class PrivateDirectory:
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(mode=0o700)
         return made
-
-    def remove(self) -> None:
-        """Remove the directory with its contents."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
 
 
 def compile_caches(*more: str) -> dict[str, str]:
@@ -71,29 +77,29 @@ def _compile_cache() -> Path | None:
     return path if own and stat.S_ISDIR(status.st_mode) else None
 
 
-def sweep() -> None:
-    """Remove this user's directories on this node whose owners have ended."""
-    for path in _left_behind():
+def sweep_private() -> None:
+    """Remove this user's private directories on this node whose owners have ended."""
+    for parent in {_parent(), Path("/tmp")}:
+        sweep(parent, _prefix())
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove this user's directories of that prefix whose owners have ended."""
+    for path in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
+            status = path.lstat()
+            if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+                continue
+            if not (path / LOCK).exists():
+                if time.time() - status.st_mtime > UNLOCKED_S:
+                    shutil.rmtree(path, ignore_errors=True)
+                continue
             lock = os.open(path / LOCK, os.O_WRONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while it is owned
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)
-
-
-def _left_behind() -> Iterator[Path]:
-    for parent in {_parent(), Path("/tmp")}:
-        for path in parent.glob(f"{_prefix()}*"):
-            with contextlib.suppress(OSError):
-                status = path.lstat()
-                if status.st_uid != os.getuid() or not path.is_dir() or path.is_symlink():
-                    continue
-                if (path / LOCK).exists():
-                    yield path
-                elif time.time() - status.st_mtime > UNLOCKED_S:
-                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _parent() -> Path:

@@ -105,7 +105,6 @@ class RunDir:
         return int(name.removeprefix("attempt-")) if name.startswith("attempt-") else 0
 
     def token(self) -> str:
-        """The run's bearer token."""
         return self.secret.read_text().strip()
 
     def info(self) -> RunInfo | None:

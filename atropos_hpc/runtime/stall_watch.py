@@ -56,7 +56,6 @@ class StallWatch:
         self.stop()
 
     def stop(self) -> None:
-        """End the watch."""
         self._stopped.set()
 
     def _watch(self) -> None:

@@ -94,7 +94,6 @@ class TrajectoryClient:
         return msgspec.json.decode(self.call("GET", "/status").body, type=ServerStatus)
 
     def close(self) -> None:
-        """Close the connections."""
         self._loop.run_until_complete(self._http.close())
         self._loop.close()
 

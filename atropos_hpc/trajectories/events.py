@@ -126,7 +126,6 @@ class Snapshot(Struct):
 
 
 def event_record(event: AnyEvent) -> Record:
-    """Encode an event."""
     text = msgspec.json.encode(event)
     return Record(EVENT, text, meta_size=len(text))
 

@@ -115,7 +115,6 @@ class Pacing:
         self.presence[env_id] = Presence(now)
 
     def report(self, request: StatusRequest, now: float) -> None:
-        """Note an environment's report."""
         presence = self.presence[request.env_id]
         presence.heard = now
         if request.in_flight is not None:

@@ -291,7 +291,6 @@ class Service:
     async def disconnect_environment(
         self, request: messages.StatusRequest
     ) -> messages.Disconnected:
-        """Note that an environment is gone."""
         if request.env_id not in self.pacing.presence:
             return messages.Disconnected("failure", f"env_id {request.env_id} is not registered")
         self.pacing.presence[request.env_id].heard = None
@@ -374,14 +373,12 @@ class Service:
         )
 
     def info(self) -> messages.ServerInfo:
-        """Return the answer to /info."""
         registration = self.state.registration
         if registration is None:
             return messages.ServerInfo(-1, -1)
         return messages.ServerInfo(registration.batch_size, registration.max_token_len)
 
     def wandb_info(self) -> messages.WandbInfo:
-        """Return the answer to /wandb_info."""
         registration = self.state.registration
         if registration is None:
             return messages.WandbInfo(None, None)

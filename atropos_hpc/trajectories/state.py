@@ -73,7 +73,6 @@ class TrajectoryState:
     # --- changes
 
     def add(self, group: QueuedGroup, payload_hash: int, replay: bool = False) -> None:
-        """Queue a group that has arrived."""
         if replay:
             self._seen[group.gid] = group
         self.next_gid = max(self.next_gid, group.gid + 1)
