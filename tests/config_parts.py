@@ -32,3 +32,8 @@ def _pickled(overrides: tuple[str, ...]) -> bytes:
 
 def _key(override: str) -> str:
     return override.partition("=")[0].removeprefix("+")
+
+
+def refused_by_key(refusals: dict[str, str]) -> list[tuple[str, str, str]]:
+    """(override, key, what is said) of overrides that are refused by the key that they set."""
+    return [(each, _key(each), says) for each, says in refusals.items()]

@@ -131,7 +131,7 @@ def show_server_gpus(run: Any) -> None:
 
 def main(words: list[str]) -> int:
     if words[0] == "-c" or "--check" in words:  # the checks before a run
-        print("{}" if "AutoConfig" in words[1] else "[]")  # a model's config; problems
+        print("null" if "AutoConfig" in words[1] else "[]")  # a model's limit; problems
         return 0
     options: dict[str, Any] = dict(zip(words[2::2], words[3::2], strict=True))
     if words[1] == "atropos_hpc.learner":

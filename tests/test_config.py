@@ -8,7 +8,7 @@ from pathlib import Path
 
 import in_process
 import pytest
-from config_parts import composed
+from config_parts import composed, refused_by_key
 
 from atropos_hpc import schema, validate
 from atropos_hpc.config import Config, TrainerConf
@@ -64,48 +64,41 @@ def test_a_mistake_in_composing_is_refused(
 @pytest.mark.parametrize(
     "override, key, says",
     [
-        ("roles.trainer.nodes=-1", "roles.trainer.nodes", "must be at least 1, not -1"),
-        ("environment.group_size=1", "environment.group_size", "must be at least 2"),
-        ("algorithm.kl_coef=-0.1", "algorithm.kl_coef", "must be at least 0"),
-        ("staleness.max=-1", "staleness.max", "must be at least 0"),
-        (
-            "algorithm.batch_size=100",
-            "algorithm.batch_size",
-            "not a multiple of environment.group_size=8",
-        ),
-        ("algorithm.loss=vanila", "algorithm.loss", "did you mean vanilla?"),
-        (
-            "trainer.tokens_per_micro_batch=16",
-            "trainer.tokens_per_micro_batch",
-            "model.max_length=32",
+        *refused_by_key(
+            {
+                "roles.trainer.nodes=-1": "must be at least 1, not -1",
+                "environment.group_size=1": "must be at least 2",
+                "algorithm.kl_coef=-0.1": "must be at least 0",
+                "staleness.max=-1": "must be at least 0",
+                "algorithm.batch_size=100": "not a multiple of environment.group_size=8",
+                "algorithm.loss=vanila": "did you mean vanilla?",
+                "trainer.tokens_per_micro_batch=16": "model.max_length=32",
+                "environment.target=a.arithmetic": "package.module:Class",
+                "rollout.memory_utilization=1.5": "must be at most 1",
+                "+environment.config.group_size=4": "environment.group_size",
+                "+environment.config.total_steps=4": "change trainer.steps",
+                "+environment.config.inference_weight=4": "change environment.weight",
+                "environment.weight=0": "must be greater than 0",
+                "environment.min_batch_allocation=1.5": "must be at most 1",
+                "trainer.grad_clip=0": "must be greater than 0",
+                "+algorithm.loss_options.tau_pos=2": "vanilla",
+                "algorithm.kl_target=-1": "greater than 0",
+                "algorithm.correction.weights=token": "recompute",
+                "algorithm.correction.threshold=much": "range",
+                "algorithm.correction.rejection_threshold=2": "given together",
+                "+trainer.fsdp_config.param_ofload=true": "did you mean param_offload?",
+                "+trainer.fsdp_config.offload_policy=true": "change trainer.offload",
+                "+trainer.fsdp_config.fsdp_size=3": "does not divide the 1 ranks",
+                "+trainer.fsdp_config.entropy_checkpointing=true": "algorithm.entropy_coef",
+                "+trainer.optim.lr=1": "change trainer.learning_rate",
+                "+trainer.optim.momentum=0.9": "override_optimizer_config",
+                "model.attention=flash_attention_2": "model.dtype is float32",
+            }
         ),
         (
             "+more_environments={b: {target: 'b:B', python: /other/python}}",
             "more_environments.b.python",
             "one process evaluates all environments",
-        ),
-        ("environment.target=a.arithmetic", "environment.target", "package.module:Class"),
-        ("rollout.memory_utilization=1.5", "rollout.memory_utilization", "must be at most 1"),
-        (
-            "+environment.config.group_size=4",
-            "environment.config.group_size",
-            "environment.group_size",
-        ),
-        (
-            "+environment.config.total_steps=4",
-            "environment.config.total_steps",
-            "change trainer.steps",
-        ),
-        (
-            "+environment.config.inference_weight=4",
-            "environment.config.inference_weight",
-            "change environment.weight",
-        ),
-        ("environment.weight=0", "environment.weight", "must be greater than 0"),
-        (
-            "environment.min_batch_allocation=1.5",
-            "environment.min_batch_allocation",
-            "must be at most 1",
         ),
         (
             "+more_environments={b: {target: b.py}}",
@@ -122,46 +115,13 @@ def test_a_mistake_in_composing_is_refused(
             "algorithm.batch_size",
             "more_environments.b.group_size",
         ),
-        ("trainer.grad_clip=0", "trainer.grad_clip", "must be greater than 0"),
-        ("+algorithm.loss_options.tau_pos=2", "algorithm.loss_options.tau_pos", "vanilla"),
         ("algorithm.loss=sapo", "algorithm.aggregation", "seq-mean-token-mean"),
-        ("algorithm.kl_target=-1", "algorithm.kl_target", "greater than 0"),
-        ("algorithm.correction.weights=token", "algorithm.correction.weights", "recompute"),
-        ("algorithm.correction.threshold=much", "algorithm.correction.threshold", "range"),
-        (
-            "algorithm.correction.rejection_threshold=2",
-            "algorithm.correction.rejection_threshold",
-            "given together",
-        ),
-        (
-            "+trainer.fsdp_config.param_ofload=true",
-            "trainer.fsdp_config.param_ofload",
-            "did you mean param_offload?",
-        ),
-        (
-            "+trainer.fsdp_config.offload_policy=true",
-            "trainer.fsdp_config.offload_policy",
-            "change trainer.offload",
-        ),
-        (
-            "+trainer.fsdp_config.fsdp_size=3",
-            "trainer.fsdp_config.fsdp_size",
-            "does not divide the 1 ranks",
-        ),
         (
             "+trainer.fsdp_config.mixed_precision={param_dtype: bf16}",
             "trainer.fsdp_config.mixed_precision.param_dtype",
             "model.dtype",
         ),
-        (
-            "+trainer.fsdp_config.entropy_checkpointing=true",
-            "trainer.fsdp_config.entropy_checkpointing",
-            "algorithm.entropy_coef",
-        ),
-        ("+trainer.optim.lr=1", "trainer.optim.lr", "change trainer.learning_rate"),
-        ("+trainer.optim.momentum=0.9", "trainer.optim.momentum", "override_optimizer_config"),
         ("+trainer.deepspeed.bf16.enabled=true", "trainer.deepspeed", "trainer.backend=deepspeed"),
-        ("model.attention=flash_attention_2", "model.attention", "model.dtype is float32"),
     ],
 )
 def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from manual_clock import Clock
 
 from atropos_hpc.config import Config, EnvironmentConf
 from atropos_hpc.contracts.members import TrainerState
@@ -23,15 +24,6 @@ def large(tmp_path: Path) -> Config:
     config = Config(run_dir="/run")
     config.model.path, config.model.max_length = str(tmp_path), 32768
     return config
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_an_answer_of_32k_tokens_may_take_20_minutes(large: Config) -> None:

@@ -179,3 +179,18 @@ def verl_keys() -> set[str]:
                 if isinstance(value, dict):
                     waiting.append((f"{prefix}{name}.", value))
     return found
+
+
+def test_the_walks_through_the_code_name_what_exists() -> None:
+    rows = [row for row in (ROOT / "docs" / "design.md").read_text().splitlines() if ".py" in row]
+    cells = [row.split("|")[1] for row in rows if row.startswith("|")]
+    assert len(cells) > 25
+    for cell in cells:
+        paths = re.findall(r"\.\./atropos_hpc/([\w/]+\.py)", cell) or re.findall(
+            r"[\w/]+\.py", cell
+        )
+        folder = Path(paths[0]).parent
+        files = [ROOT / "atropos_hpc" / (path if "/" in path else folder / path) for path in paths]
+        code = "".join(path.read_text() for path in files)
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", re.sub(r"`[\w/]+\.py`", "", cell)):
+            assert re.search(rf"\b(def|class) {name}\b", code), f"{cell}: {name}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manual_clock import Clock
 
 from atropos_hpc.config import Config, LaunchConf
 from atropos_hpc.contracts.members import (
@@ -132,13 +133,6 @@ def test_only_who_listens_is_asked_for_stacks(tmp_path: Path) -> None:
 
 def member(name: str = "trainer-n-0", **more: Any) -> TrainerState:
     return TrainerState(**{"name": name, "pid": 1, "state": "training", "step": 3, **more})
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_member_hangs_when_it_is_silent_without_a_break() -> None:

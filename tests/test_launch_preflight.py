@@ -161,8 +161,7 @@ def test_a_model_is_checked_without_importing_torch(tmp_path: Path) -> None:
 def test_a_max_length_above_that_of_a_hub_model_is_refused_when_its_config_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    print_config = "import json; print(json.dumps({'text_config': {'max_position_embeddings': 9}}))"
-    monkeypatch.setattr(role_environment, "LOAD_MODEL", print_config)
+    monkeypatch.setattr(role_environment, "LOAD_MODEL", "print(9)")
     found = found_by_preflight(composed("model.path=not/cached"), tmp_path / "run")
     assert found == ["model.max_length: 32 tokens exceed the model's 9 (max_position_embeddings)"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manual_clock import Clock
 from rollout_parts import leader, make_run, module
 
 pytestmark = pytest.mark.vllm
@@ -218,13 +219,6 @@ def test_a_worker_goes_on_while_some_rollouts_succeed_or_only_lack_signal_and_co
 
 
 @dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

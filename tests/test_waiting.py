@@ -1,6 +1,7 @@
 """Waits end, and say what was awaited, from whom and for how long."""
 
 import pytest
+from manual_clock import Clock
 
 from atropos_hpc.contracts.members import Wait
 from atropos_hpc.runtime.waiting import Waiting, WaitTimeout, wait_for
@@ -12,13 +13,6 @@ class Shown:
 
     def show_wait(self, wait: Wait | None) -> None:
         self.waits.append(wait)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_wait_that_is_over_returns_what_was_found() -> None:

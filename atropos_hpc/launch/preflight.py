@@ -195,11 +195,11 @@ def _model_files(config: Config) -> Iterator[Problem]:
     if (file := position_limit.config_file(model.path)) is None:
         return
     try:
-        excess = position_limit.excess(model.max_length, position_limit.read(file))
+        limit = position_limit.limit_of(position_limit.read(file))
     except (OSError, ValueError) as error:
         yield Problem("model.path", f"{path} has no readable config.json: {error}")
         return
-    if excess is not None:
+    if (excess := position_limit.excess(model.max_length, limit)) is not None:
         yield Problem(position_limit.KEY, excess)
     if not on_hub and not any((path / name).exists() for name in TOKENIZER_FILES):
         yield Problem("model.path", f"{path} has no tokenizer")

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import subprocess
-from typing import Any
 
 import msgspec
 
@@ -79,8 +78,9 @@ if not remote:  # such code may need torch, which takes three quarters of the ti
 from transformers import AutoConfig, AutoTokenizer
 loaded = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=remote)
 AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=remote)
+from atropos_hpc.runtime.position_limit import limit_of
 print()
-print(json.dumps(loaded.to_dict(), default=str))
+print(json.dumps(limit_of(loaded.to_dict())))
 """
 Modules = dict[str, tuple[tuple[str, ...], str]]
 
@@ -171,23 +171,23 @@ def check_model(config: Config) -> list[Problem]:
     """Load the model's config and tokenizer in the trainer's interpreter."""
     model, setup = config.model, setup_lines(config, config.roles.trainer)
     assert model.path is not None
-    loaded = _load_model(trainer_python(config), setup, model.path, model.trust_remote_code)
-    if isinstance(loaded, str):
-        return [Problem("model.path", loaded)]
-    excess = position_limit.excess(model.max_length, loaded)
+    found = _load_model(trainer_python(config), setup, model.path, model.trust_remote_code)
+    if isinstance(found, str):
+        return [Problem("model.path", found)]
+    excess = position_limit.excess(model.max_length, found)
     return [Problem(position_limit.KEY, excess)] if excess else []
 
 
 @functools.cache
 def _load_model(
     python: str, setup: tuple[str, ...], path: str, trust_remote_code: bool
-) -> dict[str, Any] | str:
-    """Return the model's config, or what is wrong."""
+) -> int | str | None:
+    """Return the limit of the model's positions, None if unknown; or what is wrong."""
     try:
         done = _run(setup, python, "-c", LOAD_MODEL, path, str(trust_remote_code))
         if done.returncode:
             return f"{path}: {_last_line(done.stderr, 'it cannot be loaded')}"
-        return msgspec.json.decode(_last_line(done.stdout, "{}"), type=dict[str, Any])
+        return msgspec.json.decode(_last_line(done.stdout, "null"), type=int | None)
     except (OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
         return f"could not be checked: {error}"
 

@@ -52,9 +52,8 @@ def limit_of(config: dict[str, Any]) -> int | None:
     return limit if known and isinstance(limit, int) else None
 
 
-def excess(max_length: int, config: dict[str, Any]) -> str | None:
+def excess(max_length: int, limit: int | None) -> str | None:
     """Say by how much model.max_length exceeds a model's limit; None if it does not."""
-    limit = limit_of(config)
     if limit is None or max_length <= limit:
         return None
     return f"{max_length} tokens exceed the model's {limit} (max_position_embeddings)"
@@ -74,7 +73,7 @@ def require_positions(model: ModelConf) -> None:
         )
     except Exception:
         return
-    if (reason := excess(model.max_length, loaded.to_dict())) is not None:
+    if (reason := excess(model.max_length, limit_of(loaded.to_dict()))) is not None:
         raise ValueError(f"{KEY}: {reason}")
 
 
