@@ -93,3 +93,22 @@ def test_a_model_that_does_not_tell_positions_is_refused() -> None:
     tensor = torch.zeros(1, 2, 5, 8)
     with pytest.raises(NotImplementedError, match="Linear.*model.attention"):
         packed_attention.attend(torch.nn.Linear(1, 1), tensor, tensor, tensor, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "dropout", "capability", "taken"),
+    [
+        (torch.bfloat16, 128, 0.0, (9, 0), True),
+        (torch.float16, 64, 0.0, (8, 0), True),
+        (torch.bfloat16, 128, 0.0, None, False),  # a CPU
+        (torch.float16, 64, 0.0, (7, 5), False),  # FlashAttention begins with 8.0
+        (torch.float32, 64, 0.0, (9, 0), False),
+        (torch.bfloat16, 20, 0.0, (9, 0), False),
+        (torch.bfloat16, 512, 0.0, (9, 0), False),
+        (torch.bfloat16, 64, 0.1, (9, 0), False),
+    ],
+)
+def test_what_the_kernel_for_varying_lengths_cannot_compute_goes_into_blocks(
+    dtype: torch.dtype, size: int, dropout: float, capability: tuple[int, int], taken: bool
+) -> None:
+    assert packed_attention.takes_varlen(dtype, size, dropout, capability) is taken

@@ -1,11 +1,11 @@
 """Attention within each sequence of a pack, by torch's kernels: `model.attention=sdpa`.
 
 transformers computes a pack, whose positions restart where a sequence begins, with a mask of [T,
-T], so the cost grows with the square of the pack. On CUDA in half precision, torch's FlashAttention
-for sequences of different lengths is used here. Elsewhere, sequences of similar length are put into
-blocks, [B, L], padded at their ends, with causal attention and no mask. No token sees later ones,
-so padding changes nothing; its output is dropped. Lengths in a block differ by less than a factor
-of 2.
+T], so the cost grows with the square of the pack. Here, torch's FlashAttention for sequences of
+different lengths is used on GPUs that it supports, in half precision. Otherwise, sequences of
+similar length are put into blocks, [B, L], padded at their ends, with causal attention and no mask.
+No token sees later ones, so padding changes nothing; its output is dropped. Lengths in a block
+differ by less than a factor of 2.
 
 A pack may contain branches, which attend to the first tokens of another sequence, too: see
 `segments` and `learner.prefixes`.
@@ -234,8 +234,12 @@ def _attend(
     scaling: float | None,
 ) -> torch.Tensor:
     """Attend within each sequence of a pack that this rank holds whole."""
-    if query.is_cuda and query.dtype != torch.float32:
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+    if takes_varlen(query.dtype, query.shape[-1], dropout, capability):
         return _varlen(query, key, value, position_ids, scaling)
+    if query.is_cuda:  # the kernels that need little memory in float32 take no grouped queries
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     packed, parts = _layout_of(position_ids), []
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, size]
     for block in packed.blocks:
@@ -249,6 +253,18 @@ def _attend(
         )  # fmt: skip
         parts.append(part.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed.places)[None]
+
+
+def takes_varlen(
+    dtype: torch.dtype, size: int, dropout: float, capability: tuple[int, int] | None
+) -> bool:
+    """Whether `_varlen` can compute heads of that size on a device of that CUDA capability.
+
+    The conditions are those of FlashAttention 2 in torch 2.11 to 2.13; it ignores dropout.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    fits = half and size % 8 == 0 and size <= 256 and not dropout
+    return fits and capability is not None and capability >= (8, 0)
 
 
 @cache
