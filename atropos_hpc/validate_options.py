@@ -64,6 +64,7 @@ VLLM_FLAGS = {
     "max-logprobs": "rollout.max_support",
     "generation-config": "",
 }
+QUANTIZING = ("--quantization", "-q", "--quantization-config", "--quantization_config")
 _SHORT_FLAGS = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size"} | {
     "-dp": "data-parallel-size"
 }
@@ -73,7 +74,7 @@ OWN_ENVIRONMENTS, OWN_METRIC = "atropos_hpc.environments.", "eval/percent_correc
 def errors(config: Config) -> Iterator[Error]:
     """Yield (key, message) of what is wrong in these maps and lists."""
     yield from _optimizer(config.trainer.optim)
-    yield from _vllm_arguments(config.rollout.arguments)
+    yield from _vllm_arguments(config.rollout.arguments, config.model.lora.rank > 0)
     environment = config.environment
     if environment.target.startswith(OWN_ENVIRONMENTS) and environment.metric != OWN_METRIC:
         yield (
@@ -120,7 +121,7 @@ def _within(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and bool(low <= value <= high)
 
 
-def _vllm_arguments(arguments: list[str]) -> Iterator[Error]:
+def _vllm_arguments(arguments: list[str], adapter: bool) -> Iterator[Error]:
     for argument in map(str, arguments):
         flag = argument.partition("=")[0]
         name = _SHORT_FLAGS.get(flag) or flag.removeprefix("--").replace("_", "-")
@@ -128,3 +129,9 @@ def _vllm_arguments(arguments: list[str]) -> Iterator[Error]:
             owner = VLLM_FLAGS[name.removeprefix("no-")]
             instead = f"; change {owner} instead" if owner else ""
             yield "rollout.arguments", f"{flag} is set by the run{instead}"
+        elif flag in QUANTIZING and not adapter:
+            yield (
+                "rollout.arguments",
+                f"{flag}: a quantized server cannot load the weights that the run publishes; only"
+                " the base model of an adapter (model.lora.rank) can be quantized",
+            )

@@ -80,6 +80,14 @@ def test_flags_of_vllm_that_the_run_sets_are_refused(arguments: list[str], says:
     assert says in refused(with_value("rollout.arguments", arguments))["rollout.arguments"]
 
 
+@pytest.mark.parametrize("arguments", [["--quantization", "fp8"], ["-q=awq"]])
+def test_only_the_base_of_an_adapter_can_be_quantized(arguments: list[str]) -> None:
+    config = with_value("rollout.arguments", arguments)
+    assert "cannot load the weights" in refused(config)["rollout.arguments"]
+    config.model.lora.rank = 8
+    assert refused(config) == {}
+
+
 def test_the_flags_that_the_server_gets_are_refused_as_arguments() -> None:
     pytest.importorskip("aiohttp")
     from atropos_hpc.config import ModelConf, RolloutConf

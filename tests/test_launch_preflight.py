@@ -117,6 +117,14 @@ def test_a_max_length_above_the_models_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    content = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = found_by_preflight(composed(f"model.path={tmp_path}"), tmp_path / "run")
+    assert len(found) == 1 and "is quantized (awq), and cannot be trained" in found[0]
+
+
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a cache of the hub in which a/cached allows 16 tokens."""

@@ -195,11 +195,16 @@ def _model_files(config: Config) -> Iterator[Problem]:
     if (file := position_limit.config_file(model.path)) is None:
         return
     try:
-        limit = position_limit.limit_of(position_limit.read(file))
+        read = position_limit.read(file)
+        limit = position_limit.limit_of(read)
     except (OSError, ValueError) as error:
         yield Problem("model.path", f"{path} has no readable config.json: {error}")
         return
     if (excess := position_limit.excess(model.max_length, limit)) is not None:
         yield Problem(position_limit.KEY, excess)
+    if quantized := read.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        reason = f"{path} is quantized ({method}), and cannot be trained: use the original model"
+        yield Problem("model.path", reason)
     if not on_hub and not any((path / name).exists() for name in TOKENIZER_FILES):
         yield Problem("model.path", f"{path} has no tokenizer")

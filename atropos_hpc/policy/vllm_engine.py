@@ -112,6 +112,8 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
         self._shards = []
         if not update_info.directory:
             raise BadVersion("the update was abandoned")
+        if (method := self.model_config.quantization) is not None:
+            raise BadVersion(f"this server's layers are quantized ({method}), the version is not")
         self._shards = read_version(
             Path(update_info.directory),
             PolicyVersion.parse(update_info.version),
@@ -128,7 +130,7 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
                 finalize_layerwise_reload(self.model, self.model_config)
                 pack_output_layers(self.model)
             missing = {name for name, _ in self.model.named_parameters()} - (loaded or set())
-            if loaded is not None and self.model_config.quantization is None and missing:
+            if loaded is not None and missing:
                 names = ", ".join(sorted(missing)[:5])
                 raise BadVersion(
                     f"the version has no weights for {names} ({len(missing)} parameters)"
