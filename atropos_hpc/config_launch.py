@@ -38,6 +38,14 @@ class ClusterConf:
         "directories that all nodes share; a run directory elsewhere is refused. Empty: only "
         "in-memory filesystems are refused",
     )
+    storage_gb_per_s: float = key(
+        0.25,
+        "what the shared filesystem reaches at least, for all ranks together, GB/s: the deadlines "
+        "of writing policy versions and checkpoints and of stopping grow with their bytes at this "
+        "rate, those of a server that loads a version at 0.4 of it",
+        gt=0,
+        le=10_000,
+    )
 
 
 @dataclass
@@ -98,7 +106,7 @@ class LaunchConf:
     save_timeout_s: float = key(
         120.0,
         "timeout of the final checkpoint of a run that is stopped, seconds, for a small model; two "
-        "policy versions and two checkpoints at 0.25 GB/s are added",
+        "policy versions and two checkpoints at cluster.storage_gb_per_s are added",
         gt=0,
         le=WEEK_S,
     )

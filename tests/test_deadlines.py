@@ -56,11 +56,13 @@ def test_a_stop_during_a_publish_of_64_gb_waits_for_it_and_for_the_checkpoint(
     clock, ending = Clock(), RunEnding(deadlines.save_timeout_s(large))
     ending.request(Action.STOP, clock.now)
     for size in (version, checkpoint, version, checkpoint):  # under way, and the last ones
-        clock.now += size / deadlines.SLOWEST_WRITE
+        clock.now += size / deadlines.storage_rate(large)
         assert not ending.expired(clock.now)
     clock.now += large.launch.save_timeout_s + 1
     assert ending.expired(clock.now)
-    assert deadlines.write_timeout_s(large, 1800.0) > checkpoint / deadlines.SLOWEST_WRITE
+    assert deadlines.write_timeout_s(large, 1800.0) > checkpoint / 0.25e9
+    large.cluster.storage_gb_per_s = 0.125
+    assert deadlines.write_timeout_s(large, 1800.0) > checkpoint / 0.125e9
 
 
 def test_slurm_s_signal_leaves_the_time_that_a_stop_takes(large: Config) -> None:

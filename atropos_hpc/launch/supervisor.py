@@ -350,7 +350,7 @@ class Supervisor:
         if self.stop_signals > 1 or self.ending.expired(time.monotonic()):
             log.warning(
                 "ending without waiting for the learner to save: a resume starts from the last"
-                " checkpoint"
+                " checkpoint; launch.save_timeout_s is the time that it had"
             )
             return self.ending.action
         return None

@@ -43,6 +43,7 @@ from atropos_hpc.learner.checkpoint_files import (
     remove_obsolete,
 )
 from atropos_hpc.learner.state import TrainState
+from atropos_hpc.runtime.deadlines import HINT
 from atropos_hpc.runtime.run_dir import RunDir, sync_directory, write_struct
 from atropos_hpc.runtime.sizing import free_memory
 
@@ -281,7 +282,7 @@ class Checkpoints:
         if agreed < 0:
             what = str(error or "another rank could not write it")
             if timed_out:
-                what = f"not written after {self.timeout_s:.0f} s"
+                what = f"not written after {self.timeout_s:.0f} s; {HINT}"
             raise CheckpointFailed(f"checkpoint {target.path}: {what}") from error
         self._newly_durable = target.step
         self.safe_step = (self._last or 0) if self.keep > 1 else target.step

@@ -17,7 +17,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -34,6 +34,7 @@ from atropos_hpc.learner.backends.base import Backend
 from atropos_hpc.policy.shard_writer import MAX_CHANGED_FRACTION, PublishFailed, ShardWriter
 from atropos_hpc.policy.snapshot import Snapshot, snapshot
 from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
+from atropos_hpc.runtime.deadlines import HINT
 from atropos_hpc.runtime.membership import pending_request, withdraw_request
 from atropos_hpc.runtime.run_dir import RunDir
 
@@ -138,7 +139,10 @@ class Publisher:
         key, future = self._pending
         self._pending = None
         self._finish.set()
-        error = future.exception(self.intervals.timeout)
+        if not wait([future], self.intervals.timeout).done:
+            within = f"within {self.intervals.timeout:.0f} s"
+            raise TimeoutError(f"policy version {key} was not published {within}; {HINT}")
+        error = future.exception()
         if error is not None:
             log.error("policy version %s was not published: %s", key, error)
         superseded = isinstance(error, Superseded)

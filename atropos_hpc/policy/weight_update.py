@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
-from atropos_hpc.runtime.deadlines import load_timeout_s
+from atropos_hpc.runtime.deadlines import HINT
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class UpdateOptions:
     verified: this node has compared the version's hashes with its manifest; the server's workers do
         not do so again.
     longest_request_s: how long a running request may take, for mode "wait".
+    load_rate: bytes/s that a server reads at least.
     """
 
     mode: str = "keep"
@@ -56,6 +57,7 @@ class UpdateOptions:
     adapter: bool = False
     verified: bool = False
     longest_request_s: float = 600.0
+    load_rate: float = 0.1e9
 
 
 async def push(
@@ -75,9 +77,8 @@ async def push(
     """
     options = options or UpdateOptions()
     server = _Server(session, url, token, version)
-    load_s = load_timeout_s(
-        sum(path.stat().st_size for path in directory.glob("*")), LOAD_TIMEOUT_S
-    )
+    size = sum(path.stat().st_size for path in directory.glob("*"))
+    load_s = LOAD_TIMEOUT_S + size / options.load_rate
     if not options.adapter:
         await server.start()
         update = {
@@ -133,7 +134,8 @@ class _Server:
         except TimeoutError as error:
             if isinstance(error, aiohttp.ClientError):  # the connection itself timed out
                 raise PushError(f"{what}: {route}: {error!r}") from error
-            raise Stuck(f"{what}: no answer to {route} within {timeout_s:.0f} s") from error
+            hint = f"; {HINT}" if timeout_s >= LOAD_TIMEOUT_S else ""
+            raise Stuck(f"{what}: no answer to {route} within {timeout_s:.0f} s{hint}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise PushError(f"{what}: {route}: {error!r}") from error
 

@@ -15,7 +15,7 @@ from atropos_hpc.contracts.members import ServerState, Wait
 from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
 from atropos_hpc.runtime import cores, devices
-from atropos_hpc.runtime.deadlines import request_timeout_s
+from atropos_hpc.runtime.deadlines import load_rate, request_timeout_s
 from atropos_hpc.runtime.network import free_port, http_url
 from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_caches
 from atropos_hpc.runtime.process import ProcessSpec
@@ -197,4 +197,5 @@ def _update_options(config: Config) -> UpdateOptions:
             request_timeout_s(conf, config.model.max_length)
             for conf in environments(config).values()
         ),
+        load_rate=load_rate(config),
     )

@@ -1,7 +1,8 @@
 """Deadlines that grow with the work: tokens to generate, bytes to write.
 
 The keys of the config say how long a wait may take for a small model and short answers. What a
-large model or long answers take beyond that is added here, at rates that a loaded cluster reaches.
+large model or long answers take beyond that is added here, at rates that a loaded cluster reaches:
+cluster.storage_gb_per_s, and ten tokens per second and request.
 """
 
 from atropos_hpc.config import Config, EnvironmentConf
@@ -10,8 +11,8 @@ from atropos_hpc.runtime.sizing import stored_bytes
 
 SHORT_ANSWER_S = 600.0  # that the config's timeouts allow for
 SLOWEST_TOKEN_S = 0.1  # a busy server makes ten tokens per second and request or more
-SLOWEST_WRITE = 0.25e9  # bytes/s of all ranks together, of a busy shared filesystem
-SLOWEST_LOAD = 0.1e9  # bytes/s of a server that reads a version while its node's cache is full
+LOAD_SHARE = 0.4  # of the rate of writes: a server that reads while its node's cache is full
+HINT = "if the filesystem is only slow, lower cluster.storage_gb_per_s"
 
 
 def request_timeout_s(conf: EnvironmentConf, max_length: int) -> float:
@@ -32,7 +33,7 @@ def batch_timeout_s(config: Config, base_s: float) -> float:
 
 def write_timeout_s(config: Config, base_s: float) -> float:
     """Return how long a policy version or a checkpoint may take to write."""
-    return base_s + max(_stored(config)) / SLOWEST_WRITE
+    return base_s + max(_stored(config)) / storage_rate(config)
 
 
 def save_timeout_s(config: Config) -> float:
@@ -40,7 +41,7 @@ def save_timeout_s(config: Config) -> float:
 
     A version and a checkpoint may be under way; then the last of each are written.
     """
-    return config.launch.save_timeout_s + 2 * sum(_stored(config)) / SLOWEST_WRITE
+    return config.launch.save_timeout_s + 2 * sum(_stored(config)) / storage_rate(config)
 
 
 def signal_s(config: Config) -> int:
@@ -49,9 +50,14 @@ def signal_s(config: Config) -> int:
     return config.launch.signal_s + round(longer_s)
 
 
-def load_timeout_s(bytes_: int, base_s: float) -> float:
-    """Return how long a server may take to read a version of that size."""
-    return base_s + bytes_ / SLOWEST_LOAD
+def load_rate(config: Config) -> float:
+    """Return the bytes/s at which the slowest server reads a version."""
+    return LOAD_SHARE * storage_rate(config)
+
+
+def storage_rate(config: Config) -> float:
+    """Return the bytes/s at which all ranks together write at least."""
+    return config.cluster.storage_gb_per_s * 1e9
 
 
 def _stored(config: Config) -> tuple[int, int]:
