@@ -113,6 +113,14 @@ def test_weight_gradients_of_chunks_are_summed_in_float32(monkeypatch: pytest.Mo
     assert errors < 2 * 2**-8  # a rounding to bfloat16 of each, not of 64 partial sums
 
 
+def test_a_node_without_a_compiler_is_recognized(caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
+        assert not loss_head.compiles.__wrapped__("cpu")
+    assert "torch.compile fails, so the loss head is slower" in caplog.text
+
+
 def test_without_targets_the_layer_gives_logits() -> None:
     layer = torch.nn.Linear(4, 9)
     hidden = torch.randn(2, 3, 4)

@@ -20,13 +20,18 @@ Weight gradients of the chunks are accumulated in float32, whatever the dtype of
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
+
+from atropos_hpc.runtime.error_text import describe_error
+
+log = logging.getLogger(__name__)
 
 # Logits per chunk. Large enough to keep matrix products efficient, small enough to be a minor part
 # of the memory: a chunk needs about 16 bytes per logit on a GPU while it is processed, 6 on a CPU.
@@ -214,9 +219,6 @@ def _logit_gradient_of_log_prob(
     return probability.neg_().add_(chosen).mul_(scale).to(logits.dtype)
 
 
-_functions: dict[Any, Any] = {}
-
-
 def _fused(function: Any, device: torch.device) -> Any:
     """Return the function of rows of logits, so that it passes over memory only once.
 
@@ -224,11 +226,25 @@ def _fused(function: Any, device: torch.device) -> Any:
     """
     if device.type == "cpu":
         return partial(_by_rows, function)
-    if device.type != "cuda":
-        return function
-    if function not in _functions:
-        _functions[function] = torch.compile(function, dynamic=True)
-    return _functions[function]
+    if device.type == "cuda" and compiles(device.type):
+        return _compiled(function)
+    return function
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
+
+
+@cache
+def compiles(device: str) -> bool:
+    """Whether torch can compile for a device here: that needs a C compiler, and Triton on CUDA."""
+    try:
+        torch.compile(lambda numbers: numbers.exp() + numbers)(torch.ones(8, device=device))
+    except Exception as error:  # of the compiler's many layers
+        log.warning("torch.compile fails, so the loss head is slower: %s", describe_error(error))
+        return False
+    return True
 
 
 def _by_rows(function: Any, logits: torch.Tensor, *others: torch.Tensor) -> Any:
