@@ -52,11 +52,12 @@ def keep_to_interface(host: str | None) -> None:
     """Make torch and vLLM communicate over the interface that carries this process's address.
 
     By default, gloo uses the interface that the host name resolves to, and NCCL the first one that
-    it finds. `host` is cluster.host. Variables that are set already are kept.
+    it finds; with "=", it does not take a name for a prefix, of eth1 and eth10. `host` is
+    cluster.host. Variables that are set already are kept.
     """
     if (interface := interface_of(own_host(host))) is not None:
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def free_port(host: str) -> int:
