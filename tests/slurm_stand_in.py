@@ -50,8 +50,10 @@ def learner(path: Path) -> int:
     if run.config().roles.trainer.gpus_per_node:
         from atropos_hpc.runtime import devices
 
+        local_rank = int(variables["LOCAL_RANK"])
+        devices.keep_own_instance(variables, local_rank)
         visible = devices.visible_devices(variables, 0)
-        own = visible[devices.local_device(int(variables["LOCAL_RANK"]), len(visible))]
+        own = visible[devices.local_device(local_rank, len(visible))]
         print(f"rank {rank} on {variables['SLURMD_NODENAME']} uses GPUs {own}", flush=True)
     if rank == 0:
         write_file(

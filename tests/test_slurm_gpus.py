@@ -13,7 +13,24 @@ NODES = 3
 PRINTED = re.compile(r"^(\w+ \d+) on (\w+) uses GPUs (\S*)$", re.M)
 
 
-def test_each_rank_and_server_has_gpus_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param([], id="het"),
+        pytest.param(["launch=single", "roles.trainer.gpus_per_node=4"], id="single"),
+        pytest.param(["roles.trainer.srun=['--gpus-per-task=1']"], id="per task"),
+        pytest.param(
+            [
+                "roles.trainer.setup=['export CUDA_VISIBLE_DEVICES=MIG-1,MIG-2,MIG-3']",
+                "roles.rollout.setup=['export CUDA_VISIBLE_DEVICES=GPU-1,GPU-2,GPU-3,GPU-4']",
+            ],
+            id="instances and UUIDs",
+        ),
+    ],
+)
+def test_each_rank_and_server_has_gpus_of_its_own(
+    cluster: Cluster, tmp_path: Path, changes: list[str]
+) -> None:
     run = submitted(
         cluster,
         tmp_path / "run",
@@ -25,6 +42,7 @@ def test_each_rank_and_server_has_gpus_of_its_own(cluster: Cluster, tmp_path: Pa
         "rollout.servers=2",
         "rollout.tensor_parallel=2",
         *stand_in(tmp_path),
+        *changes,
     )
     run.completes(2)
     names = [f"trainer-{rank}" for rank in range(3)] + ["agent-0", "agent-1"]

@@ -33,7 +33,13 @@ from atropos_hpc.learner.checkpoint_files import BadCheckpoint
 from atropos_hpc.learner.skipped_steps import NothingLearned
 from atropos_hpc.runtime import cores, process
 from atropos_hpc.runtime.deadlines import write_timeout_s
-from atropos_hpc.runtime.devices import local_device, require_gpus, stay_near, visible_devices
+from atropos_hpc.runtime.devices import (
+    keep_own_instance,
+    local_device,
+    require_gpus,
+    stay_near,
+    visible_devices,
+)
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member, RosterReader
 from atropos_hpc.runtime.network import group_host, keep_to_interface
@@ -161,9 +167,7 @@ def join(run: RunDir, member: Member[TrainerState], host: str, timeout_s: float)
         store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
     backend, device = "gloo", None
     if torch.cuda.is_available():
-        index = local_device(
-            _variable("LOCAL_RANK", "SLURM_LOCALID", "0"), torch.cuda.device_count()
-        )
+        index = local_device(_local_rank(), torch.cuda.device_count())
         visible = visible_devices(os.environ, torch.cuda.device_count())
         stay_near(visible[index : index + 1])
         torch.cuda.set_device(index)  # before anything allocates on another device
@@ -177,6 +181,7 @@ def _set_environment(config: Config) -> None:
     """Set what libraries read from the environment when they are imported."""
     if config.trainer.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
+    keep_own_instance(os.environ, _local_rank())
     if not config.roles.trainer.gpus_per_node:
         for name, value in cores.PASSIVE_WAITING.items():
             os.environ.setdefault(name, value)
@@ -333,6 +338,10 @@ def register(
             wandb_group=config.wandb.group or "",
         )
     )
+
+
+def _local_rank() -> int:
+    return _variable("LOCAL_RANK", "SLURM_LOCALID", "0")
 
 
 def _variable(name: str, slurm: str, default: str) -> int:

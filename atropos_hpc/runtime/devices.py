@@ -10,7 +10,7 @@ agent must start quickly, and on machines without torch.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -82,6 +82,21 @@ def local_device(local_rank: int, device_count: int) -> int:
             "roles.trainer.ranks_per_node or request more GPUs (roles.trainer.gpus_per_node)"
         )
     return local_rank
+
+
+def keep_own_instance(environment: MutableMapping[str, str], local_rank: int) -> None:
+    """Leave a trainer rank its own entry of a list of MIG instances. Call it before CUDA is used.
+
+    CUDA shows a process only the first instance of its list, which all ranks would share.
+
+    >>> variables = {"CUDA_VISIBLE_DEVICES": "MIG-aa,MIG-bb"}
+    >>> keep_own_instance(variables, 1)
+    >>> variables
+    {'CUDA_VISIBLE_DEVICES': 'MIG-bb'}
+    """
+    visible = visible_devices(environment, 0)
+    if visible and visible[0].startswith("MIG-"):
+        environment[VISIBLE] = visible[local_device(local_rank, len(visible))]
 
 
 def driver_version() -> str | None:
