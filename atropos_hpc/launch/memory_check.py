@@ -52,13 +52,13 @@ def check(config: Config, on_slurm: bool) -> Iterator[Problem]:
     if model is None or not (roles.trainer.gpus_per_node or roles.rollout.gpus_per_node):
         return
     yield from too_large(config, model, _devices(config, on_slurm))
-    for role, needed in _host_memory(config, model):
+    for role, needed, assumed in _host_memory(config, model):
         given = _mem(config, role)
-        if given is not None and given < needed * (1 << 20):
+        if given is not None and given < needed - assumed:
             yield Problem(
                 f"roles.{role}.mem",
-                f"{getattr(roles, role).mem} is less than the {needed / 1024:.0f} GiB that a node "
-                "of this role is estimated to need",
+                f"{getattr(roles, role).mem} is less than the {_gib(needed - assumed)} that a node "
+                f"of this role is estimated to need, and its processes need about {_gib(assumed)}",
             )
 
 
@@ -123,16 +123,35 @@ def _devices(config: Config, on_slurm: bool) -> Devices:
 
 
 def warnings(config: Config) -> list[Problem]:
-    """Return each role whose job gets less host memory by the cluster's default than it needs."""
-    cluster = _cluster() if config.launch.allocation != "local" else None
-    return list(default_too_small(config, cluster)) if cluster is not None else []
+    """Return each role whose job gets less host memory than it is estimated to need."""
+    if config.launch.allocation == "local":
+        return []
+    cluster = _cluster()
+    by_default = default_too_small(config, cluster) if cluster is not None else ()
+    return [*_scarce(config), *by_default]
+
+
+def _scarce(config: Config) -> Iterator[Problem]:
+    """Yield each role whose `mem` leaves its processes less than is assumed for them."""
+    if (model := sizes_of(config)) is None:
+        return
+    for role, needed, assumed in _host_memory(config, model):
+        given = _mem(config, role)
+        if given is not None and needed - assumed <= given < needed:
+            yield Problem(
+                f"roles.{role}.mem",
+                f"{getattr(config.roles, role).mem} may be too little: a node of this role is "
+                f"estimated to need {_gib(needed)}, {_gib(assumed)} of it for its processes, which "
+                "is an assumption",
+            )
 
 
 def default_too_small(config: Config, cluster: Cluster) -> Iterator[Problem]:
     """Yield each role without `mem` for which the default of its partition is too small."""
     if (model := sizes_of(config)) is None:
         return
-    for role, needed in _host_memory(config, model):
+    for role, of_node, _ in _host_memory(config, model):
+        needed = of_node / (1 << 20)
         request = _request(config, role)
         if any(request.options.get(name) is not None for name in MEMORY_OPTIONS):
             continue
@@ -148,15 +167,19 @@ def default_too_small(config: Config, cluster: Cluster) -> Iterator[Problem]:
                 break
 
 
-def _host_memory(config: Config, model: Sizes) -> Iterator[tuple[str, float]]:
-    """Yield (role, megabytes that its node needs) of the roles with GPUs.
+def _host_memory(config: Config, model: Sizes) -> Iterator[tuple[str, float, float]]:
+    """Yield (role, bytes that its node needs, those that are assumed) of the roles with GPUs.
 
     Without GPUs, the estimate of a rank is of host memory, and the rest is small.
     """
     found = sizing.estimate(config, model)
-    for role, needed in (("trainer", found.trainer_node), ("rollout", found.rollout_node)):
+    nodes = {
+        "trainer": (found.trainer_node, found.trainer_processes),
+        "rollout": (found.rollout_node, found.rollout_processes),
+    }
+    for role, (needed, assumed) in nodes.items():
         if getattr(config.roles, role).gpus_per_node:
-            yield role, needed / (1 << 20)
+            yield role, needed, assumed
 
 
 def too_large(config: Config, model: Sizes, found: Devices) -> Iterator[Problem]:

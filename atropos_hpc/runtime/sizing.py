@@ -34,7 +34,7 @@ PROCESS = 5 * GIB  # host memory of one that imports torch and uses a GPU: an as
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes; per GPU except for the last two."""
+    """Bytes; per GPU, or of a node."""
 
     trainer: float  # peak, with the reference
     reference: float  # the part of it that the frozen reference takes
@@ -43,6 +43,8 @@ class Estimate:
     policy_cache: float  # on a rollout node: the newest version, and the next while made
     trainer_node: float  # host memory of the first trainer node, which needs most
     rollout_node: float  # host memory of a rollout node, with the policy cache
+    trainer_processes: float  # of trainer_node, what is assumed for its processes
+    rollout_processes: float
 
     def sequences(self, gpu_bytes: float, utilization: float) -> int:
         """Return how many sequences of full length a server holds at once."""
@@ -58,6 +60,7 @@ def estimate(config: Config, model: Sizes) -> Estimate:
     cache = per_token * config.model.max_length / min(parallel, model.kv_heads)
     published = 0 if lora else model.total * stored  # an adapter is small
     learner = Learner(config, model)
+    processes = float(PROCESS * _rollout_processes(config))
     return Estimate(
         trainer=max(learner.phases().values()),
         reference=learner.reference,
@@ -65,7 +68,9 @@ def estimate(config: Config, model: Sizes) -> Estimate:
         cache_of_one=cache,
         policy_cache=2 * published,
         trainer_node=learner.node,
-        rollout_node=2 * published + PROCESS * _rollout_processes(config),
+        rollout_node=2 * published + processes,
+        trainer_processes=float(PROCESS * learner.ranks_per_node),
+        rollout_processes=processes,
     )
 
 
