@@ -154,6 +154,7 @@ def test_five_turns_by_token_ids_are_what_was_given_and_sampled(
                     input_ids=ids, max_tokens=8
                 )
                 assert stub.requests[-1]["token_ids"] == prompt
+                assert stub.requests[-1]["sampling_params"]["detokenize"] is False  # not needed
                 ids = prompt + outputs[0]
                 assert len(log_probs[0]) == len(outputs[0])
             assert ids == expected(server, stub, family)

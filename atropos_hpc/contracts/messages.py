@@ -227,6 +227,7 @@ class SamplingParams(Struct, omit_defaults=True):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    detokenize: bool | None = None  # None: yes
     prompt_logprobs: int | None = None
     logprobs: int | None = None
     extra_args: dict[str, int] | None = None  # of this package's extensions of the server
