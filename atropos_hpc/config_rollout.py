@@ -7,6 +7,7 @@ from atropos_hpc.schema import MISSING, key
 
 WEEK_S = 7 * 24 * 3600
 
+OWN_ENVIRONMENTS = "atropos_hpc.environments."  # how their targets begin
 # Fields of Atropos' own environment config that the run sets, and the key to change instead;
 # {} is the environment's key.
 SET_BY_RUN = {

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from atropos_hpc.config import Config
+from atropos_hpc.config_rollout import OWN_ENVIRONMENTS
 from atropos_hpc.schema import did_you_mean
 
 Error = tuple[str, str]  # (key, message)
@@ -68,7 +69,7 @@ QUANTIZING = ("--quantization", "-q", "--quantization-config", "--quantization_c
 _SHORT_FLAGS = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size"} | {
     "-dp": "data-parallel-size"
 }
-OWN_ENVIRONMENTS, OWN_METRIC = "atropos_hpc.environments.", "eval/percent_correct"
+OWN_METRIC = "eval/percent_correct"
 
 
 def errors(config: Config) -> Iterator[Error]:

@@ -116,6 +116,7 @@ class Items:
         self.workers: set[asyncio.Task[Any]] = set()
         self.running_items: dict[str, Any] = {}
         self.env_id, self.numbers = 0, itertools.count()
+        self.pool = SimpleNamespace(changed=asyncio.Event())
         self.draws = PromptDraws(self, Drawer("environment", "environment-a-0", 1), self.hand_out)
 
     async def hand_out(self, request: DrawRequest) -> DrawAnswer:
@@ -207,6 +208,24 @@ def test_a_wrong_environment_is_named_by_key(
     (problem,) = check_target(target, config)
     assert problem.key == key
     assert says in problem.message
+
+
+@pytest.mark.parametrize(("target", "left_out"), [(ARITHMETIC, True), ("my_env.py:Env", False)])
+def test_workers_of_this_package_s_environments_do_not_import_torch(
+    target: str, left_out: bool
+) -> None:
+    program = """
+import sys
+from atropos_hpc.config import Config, EnvironmentConf
+from atropos_hpc.rollout.environment_process import leave_out_torch
+leave_out_torch(Config(environment=EnvironmentConf(sys.argv[1])), "environment")
+if "torch" in sys.modules:
+    import atropos_hpc.rollout.env_adapter, atropos_hpc.environments.arithmetic
+print(sys.modules.get("torch", "as ever"))
+"""
+    command = [sys.executable, "-c", program, target]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert done.stdout == ("None\n" if left_out else "as ever\n") and done.stderr == ""
 
 
 def test_the_check_runs_as_a_command() -> None:

@@ -28,6 +28,7 @@ from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.rollout.environment_process import (
     EnvironmentFailed,
     GaveUp,
+    leave_out_torch,
     quiet_atropos,
     run_member,
     seed_everything,
@@ -115,8 +116,13 @@ def end_stalled(member: Member[Any], error: str) -> None:
 
 def check(options: argparse.Namespace) -> NoReturn:
     """Check an environment, print the problems, and end this process, whatever it has started."""
+    info = sys.stdin.buffer.read()
+    config = msgspec.json.decode(info, type=RunInfo).config
+    leave_out_torch(config, "environment")
     from atropos_hpc.rollout.env_loader import check_target, patch_chat_templates
     from atropos_hpc.rollout.trial import try_out
+
+    conf = config.environment
 
     def end(*problems: Problem) -> NoReturn:
         print("\n" + json.dumps([asdict(problem) for problem in problems]), flush=True)
@@ -126,8 +132,6 @@ def check(options: argparse.Namespace) -> NoReturn:
         skip = f"{options.environment}.trial_timeout_s=0 skips the trial"
         end(Problem("target", f"{conf.target}: {why} ({skip})"))
 
-    info = sys.stdin.buffer.read()
-    conf = msgspec.json.decode(info, type=RunInfo).config.environment
     stall = StallWatch(end_failed)
     stall.expect("the import", options.timeout_s)
     problems = check_target(conf.target, conf.config)
@@ -169,6 +173,7 @@ def main() -> int:
 
     process.log_to_stderr()
     run = RunDir(options.run_dir)
+    leave_out_torch(run.config(), options.environment)
     member = Member(
         run, EnvironmentState(), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index
     )

@@ -5,13 +5,17 @@ It imports neither Atropos nor an environment, which takes seconds: a member fil
 
 import asyncio
 import logging
+import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
 
+from atropos_hpc.config import Config, environments
+from atropos_hpc.config_rollout import OWN_ENVIRONMENTS
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member
@@ -74,6 +78,19 @@ def seed_everything(seed: int) -> None:
     """Seed the global generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def leave_out_torch(config: Config, *keys: str) -> None:
+    """Have no library import torch, if these environments are this package's: they need none.
+
+    transformers imports it for any tokenizer: half of a worker's start, and 330 MiB. Call this
+    before transformers is imported.
+    """
+    chosen = environments(config)
+    own = all(chosen[key].target.startswith(OWN_ENVIRONMENTS) for key in keys)
+    if own and not config.model.trust_remote_code and "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that torch is missing
 
 
 def run_member(member: Member[Any], work: Callable[[], Coroutine[Any, Any, None]]) -> int:

@@ -29,7 +29,12 @@ from msgspec.structs import replace
 from atropos_hpc.config import EvaluationConf, environment_name, environments
 from atropos_hpc.contracts.members import EvaluatorState, Wait
 from atropos_hpc.contracts.metrics import Evaluation, finite_numbers
-from atropos_hpc.rollout.environment_process import quiet_atropos, run_member, seed_everything
+from atropos_hpc.rollout.environment_process import (
+    leave_out_torch,
+    quiet_atropos,
+    run_member,
+    seed_everything,
+)
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records
@@ -262,6 +267,8 @@ def main() -> int:
     options = parser.parse_args()
     process.log_to_stderr()
     run = RunDir(options.run_dir)
+    config = run.config()
+    leave_out_torch(config, *environments(config))
     member = Member(run, EvaluatorState(), os.environ.get("ATROPOS_HPC_NODE", "local"))
     return run_member(member, lambda: Evaluator(run, member).work())
 
