@@ -1,6 +1,7 @@
 """Members see each other through the roster that the supervisor publishes."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def published(run: RunDir) -> Roster:
     roster = read_struct(run.roster, Roster)
     assert roster is not None
     return roster
+
+
+def test_the_supervisor_wakes_up_when_a_member_changes(run: RunDir) -> None:
+    publisher, agent = RosterPublisher(run), Member(run, AgentState(), "n0")
+    publisher.publish()
+    threading.Timer(0.05, agent.update, kwargs={"state": "serving"}).start()
+    while publisher.publish()[agent.name].state != "serving":
+        publisher.await_change(3600)  # the test's own deadline is shorter
 
 
 def test_members_appear_in_the_roster_with_their_state(run: RunDir) -> None:

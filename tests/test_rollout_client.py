@@ -61,6 +61,19 @@ async def test_a_silent_server_is_given_up_when_it_leaves_the_roster(run: RunDir
 
 
 @on_a_run
+async def test_a_new_version_wakes_up_a_worker_without_quota(run: RunDir) -> None:
+    list_servers(run, {"http://a": 1})
+    pool = Pool(run)
+    pool.watch()
+    waiting = asyncio.create_task(pool.await_change(3600))
+    await asyncio.sleep(0)
+    list_servers(run, {"http://a": 2})
+    await waiting
+    assert pool.served_version() == 2 and not pool.changed.is_set()
+    await pool.close()
+
+
+@on_a_run
 async def test_an_empty_roster_is_waited_for(run: RunDir) -> None:
     pool = Pool(run)
     request = asyncio.create_task(pool.post(REQUEST, 30))

@@ -136,7 +136,7 @@ class Supervisor:
         try:
             while end is None:
                 end = self._round()
-                time.sleep(TICK_S)
+                self.roster.await_change(TICK_S)
         finally:
             member.update(state="ending")
             self._publish()

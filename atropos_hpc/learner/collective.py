@@ -17,7 +17,7 @@ from atropos_hpc.runtime.process import END_TASKS
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.waiting import Waiting
 
-POLL_S = 0.05
+FIRST_POLL_S, POLL_S = 0.002, 0.05  # between looks, at first and at most
 REQUEST_POLL_S = 0.5  # between looks for a request to stop
 SHOW_PROGRESS_S = 5.0  # between writes of the member file during a step
 
@@ -70,6 +70,7 @@ class Collective:
         StopRequested when the run is to stop, and TimeoutError after `timeout_s` seconds, both on
         all ranks.
         """
+        poll_s = FIRST_POLL_S
         with Waiting(what, from_whom, timeout_s, self.member) as waiting:
             while True:
                 not_ready, stop, expired = self.on_any_rank(
@@ -82,7 +83,8 @@ class Collective:
                 if expired:
                     raise waiting.timeout(alarm() or "")
                 waiting.show()
-                time.sleep(POLL_S)
+                time.sleep(poll_s)
+                poll_s = min(1.1 * poll_s, POLL_S)
 
     def check(self) -> None:
         """Raise StopRequested on all ranks if the run is to stop."""

@@ -13,7 +13,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -28,7 +27,7 @@ from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.contracts.prompts import DrawAnswer
 from atropos_hpc.contracts.scored_group import JsonObject, RequestError, ScoredGroup
 from atropos_hpc.contracts.wal_record import CONTENT_TYPE, Record
-from atropos_hpc.rollout.env_metrics import LoggedEnvironment
+from atropos_hpc.rollout.env_metrics import LoggedEnvironment, Rate
 from atropos_hpc.rollout.environment_process import GaveUp
 from atropos_hpc.rollout.prompt_draws import Drawer, DrawingEnv, Drawn, PromptDraws
 from atropos_hpc.rollout.rollout_failures import AccountedRollouts, Loss, Losses, note_sent
@@ -40,9 +39,9 @@ from atropos_hpc.runtime.membership import Member
 
 log = logging.getLogger(__name__)
 
+IDLE_S = 0.5  # without any quota, between two reports, unless something changes
 SHOW_WAIT_S = 1.0  # without a rollout, before a worker shows what it waits for
 REPORT_S = 1.0  # between two updates of the member file
-RATE_S = 10.0  # over which tokens per second are averaged
 RETRY_S = 0.5
 LEAVE_PATIENCE_S = 2.0  # for /disconnect-env at the end
 
@@ -81,19 +80,21 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         self._outages_seen = 0
         self._sends: set[asyncio.Task[None]] = set()
         self._early: asyncio.Task[None] | None = None
-        self._looping = False
+        self._looping = self._exhausted = False
         self._idle_since: float | None = None
         self._reported = 0.0
-        self._generated = deque([(time.monotonic(), 0)])  # (when, tokens by then), over RATE_S
+        self._rate = Rate()
 
     # --- pacing
 
     async def get_status(self) -> None:
-        """Refresh the status. BaseEnv's loop calls this ten times a second."""
+        """Refresh the status. BaseEnv's loop calls this, at most ten times a second."""
         if self._early is not None:
             self._looping = True
             await self._early
             self._early = None
+        # Without a quota, wait for what may bring one: a new version, the end of a rollout.
+        await self.pool.await_change(IDLE_S if self._exhausted else 0)
         await self._refresh()
 
     async def _start_early(self) -> None:
@@ -102,7 +103,8 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
             await self._refresh()
             if len(self.workers) < self.max_num_workers:
                 await self.add_train_workers()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02)
+            await self.pool.await_change(0.08)
 
     async def _refresh(self) -> None:
         """Report to the trajectory server and take its status and quota, registering if needed."""
@@ -120,6 +122,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         await self.server.update_weight(status.env_weight)
         if self.quota is not None:
             self._show_idle(self.quota)
+            self._exhausted = not self.quota.groups
             if self.losses.pausing():
                 self.quota.groups = 0
         self._report()
@@ -153,6 +156,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         self.workers.add(worker)
 
         def finished(worker: asyncio.Task[Any]) -> None:
+            self.pool.changed.set()
             if not worker.cancelled():  # BaseEnv removes those that it cancels
                 self.workers.discard(worker)
                 if worker.result():
@@ -190,17 +194,10 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
             **self.losses.state(),
             in_flight=len(self.workers),
             state="generating" if self.workers else "idle",
-            tokens_per_s=self._tokens_per_s(now),
+            tokens_per_s=self._rate.after(now, self.pool.generated),
             continued_tokens=self.pool.kept,
             regenerated_tokens=self.pool.dropped,
         )
-
-    def _tokens_per_s(self, now: float) -> float:
-        self._generated.append((now, self.pool.generated))
-        while len(self._generated) > 2 and now - self._generated[1][0] > RATE_S:
-            self._generated.popleft()
-        since, before = self._generated[0]
-        return round((self.pool.generated - before) / (now - since), 1)
 
     # --- the trajectory server's routes
 

@@ -6,6 +6,8 @@ server, and from there into the run's own metrics; a worker never opens a W&B ru
 
 import asyncio
 import logging
+import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -18,7 +20,23 @@ from atropos_hpc.runtime.membership import Member
 log = logging.getLogger(__name__)
 
 ROUTE = "/environment-metrics"
+RATE_S = 10.0
 SEND_PATIENCE_S = 5.0  # metrics that do not arrive in time are dropped
+
+
+class Rate:
+    """The growth of a count per second, over the last RATE_S."""
+
+    def __init__(self) -> None:
+        self._counts = deque([(time.monotonic(), 0)])
+
+    def after(self, now: float, count: int) -> float:
+        """Return the rate, where the count is this now."""
+        self._counts.append((now, count))
+        while len(self._counts) > 2 and now - self._counts[1][0] > RATE_S:
+            self._counts.popleft()
+        since, before = self._counts[0]
+        return round((count - before) / (now - since), 1)
 
 
 class LoggedEnvironment(BaseEnv):

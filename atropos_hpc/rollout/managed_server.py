@@ -44,6 +44,7 @@ class ServerContext:
     follower: Follower
     http: aiohttp.ClientSession
     private: PrivateDirectory  # of the servers' temporary files
+    changed: asyncio.Event  # set when a server has taken a version
 
 
 class ManagedServer:
@@ -173,6 +174,7 @@ class ManagedServer:
             return
         if self.managed.children == children:  # else it was restarted, without these weights
             self.serves = newest
+            context.changed.set()
 
     def _kill(self, why: str) -> None:
         self.context.engine.kill_hung(self.managed, f"{self.name} {why}")

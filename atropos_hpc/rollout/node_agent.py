@@ -65,7 +65,7 @@ class NodeAgent:
         self.failover = LeaderFailover(run)
         self.refused: str | None = None
         self.abandoned: str | None = None  # why nobody needs this agent any more
-        self.new_version = asyncio.Event()  # the node has one that the servers do not have yet
+        self.changed = asyncio.Event()  # the node's newest version, or one that a server serves
 
     def _workers(self) -> list[ManagedProcess]:
         keys = [
@@ -107,6 +107,7 @@ class NodeAgent:
                 self.follower,
                 http,
                 self.private,
+                self.changed,
             )
             self.servers = [
                 ManagedServer(f"server-{self.index}-{i}", i, self.limits, context)
@@ -124,8 +125,8 @@ class NodeAgent:
                         if task.done():
                             task.result()
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self.new_version.wait(), TICK_S)
-                    self.new_version.clear()
+                        await asyncio.wait_for(self.changed.wait(), TICK_S)
+                    self.changed.clear()
             finally:
                 self.follower.stop()
                 for task in tasks:
@@ -145,7 +146,7 @@ class NodeAgent:
             found = await asyncio.to_thread(self.follower.poll)
             if found != newest:
                 newest = found
-                self.new_version.set()
+                self.changed.set()
             await asyncio.sleep(self.config.policy.poll_s)
 
     def _request_republish(self, version: PolicyVersion, why: str) -> None:

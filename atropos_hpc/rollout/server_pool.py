@@ -8,6 +8,7 @@ deadline covers all moves.
 """
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 GENERATE = "/inference/v1/generate"
 CONNECT_S = 5.0  # a server that does not accept a connection within this time is skipped
-ROSTER_S = 0.1  # between two checks of the roster, which is parsed only when it has changed
+ROSTER_S = 0.05  # between two checks of the roster, which is parsed only when it has changed
 # Connections to one server; further requests wait here, and use no file descriptors there.
 CONNECTIONS = 512
 ABORT_PAUSE_S = 0.05  # before a request that a weight update aborted is sent again
@@ -113,6 +114,7 @@ class Pool:
         self.kept = self.dropped = 0
         self._roster = RosterReader(run.roster)
         self._servers = self._roster.servers()  # URL -> version
+        self.changed = asyncio.Event()  # set when servers or their versions have changed
         self._headers = {
             "Authorization": f"Bearer {run.token()}",
             "Content-Type": "application/json",
@@ -154,8 +156,16 @@ class Pool:
             for gone in self._servers.keys() - servers.keys():
                 for request in self._requests[gone]:
                     request.cancel()
-            self._servers = servers
+            if servers != self._servers:
+                self._servers = servers
+                self.changed.set()
             await asyncio.sleep(ROSTER_S)
+
+    async def await_change(self, timeout_s: float) -> None:
+        """Wait until `changed` is set, at most so long, and clear it."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), timeout_s)
+        self.changed.clear()
 
     def pick(self, home: str | None = None) -> str | None:
         """Return the server with the fewest outstanding samples, None if there is no server.

@@ -16,6 +16,7 @@ Liveness is judged by changes of a file's mtime, on the reader's own monotonic c
 clocks of nodes differ.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -48,6 +49,7 @@ BEAT_S = 7.0  # between a member's heartbeats
 DEAD_S = 30.0  # without a heartbeat; a busy filesystem may stall a node for that long
 ROSTER_BEAT_S = 2.0  # between writes of the roster, at most
 SCAN_S = 0.005  # per member, between the supervisor's full scans
+CHANGE_S = 0.01  # between the supervisor's looks for a replaced member file
 READ_S = 0.003  # per member, between a reader's looks at the roster
 SMALL_RUN = 20  # members up to which scans and reads are not spaced at all
 
@@ -173,12 +175,23 @@ class RosterPublisher:
             write_volatile(self.run.roster, roster)
         return self.members
 
+    def await_change(self, timeout_s: float) -> None:
+        """Sleep until a member replaces its file, at most so long."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = timeout_s if self._crowd() or self._directory_mtime_ns < 0 else CHANGE_S
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, pause_s))
+            with contextlib.suppress(OSError):  # which `publish` raises
+                if pause_s < timeout_s and self._changed_ns() != self._directory_mtime_ns:
+                    return time.sleep(pause_s)  # for the rename that follows, and coarse mtimes
+
     def _crowd(self) -> int:
         """The number of members by which scans and writes are spaced; 0 in a small run."""
         return len(self._files) if len(self._files) > SMALL_RUN else 0
 
     def _scan(self, now: float) -> None:
         """Look at every file's mtime; read those that were replaced or touched."""
+        self._directory_mtime_ns = self._changed_ns()
         found = {}
         for entry in self._list():
             known = self._files.get(entry.name)
@@ -200,7 +213,7 @@ class RosterPublisher:
     def _read_changed(self, now: float) -> None:
         """Between scans: read files that are new or were replaced. (An inode number that is used
         twice in a row is noticed by the next scan.)"""
-        changed = self.run.members.stat().st_mtime_ns
+        changed = self._changed_ns()
         if changed == self._directory_mtime_ns:
             return
         self._directory_mtime_ns = changed
@@ -209,6 +222,9 @@ class RosterPublisher:
             new = known is None or known.inode != entry.inode()
             if new and (file := self._read(entry.name, now)):
                 self._files[entry.name] = file
+
+    def _changed_ns(self) -> int:
+        return self.run.members.stat().st_mtime_ns
 
     def _list(self) -> list["os.DirEntry[str]"]:
         with os.scandir(self.run.members) as entries:
