@@ -4,8 +4,8 @@ Rows:
 - check: log-probs of a small pack by the packed attention and the chunked loss head, and the
   gradient of the loss head, compared with float32 eager transformers on the same device.
 - step: reference log-probs and update of about four micro-batches of 8,192 tokens; groups
-  of 8 sequences with a prompt of 128 tokens and answers of 256 to 512. MFU counts 6 FLOPs per
-  parameter and token and causal attention, divided by the rate of a bfloat16 matrix product in the
+  of 8 sequences with a prompt of 128 tokens and answers of 256 to 512. MFU counts the FLOPs of
+  computed tokens and of causal attention, divided by the rate of a bfloat16 matrix product in the
   same process. Recomputed activations do not count.
 """
 
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf
+from atropos_hpc.config import AlgorithmConf, Config, ModelConf, TrainerConf
 from atropos_hpc.contracts.group import Group
+from atropos_hpc.runtime import sizing
+from atropos_hpc.runtime.model_sizes import sizes_of
 from bench.gpu import parts
 from bench.gpu.parts import SHAPES, Shape
 
@@ -47,14 +49,27 @@ def groups_of(tokens: int, vocabulary: int) -> list[Group]:
     return made
 
 
-def backend_of(model: Path, dtype: str, checkpointing: bool, attention: str = "sdpa") -> Any:
-    from atropos_hpc.learner.backends.verl import VerlBackend
-
-    conf = ModelConf(path=str(model), dtype=dtype, max_length=4096, attention=attention)
-    trainer = TrainerConf(
+def config_of(model: Path, dtype: str, checkpointing: bool) -> Config:
+    config = Config(run_dir="/nowhere")
+    config.model = ModelConf(path=str(model), dtype=dtype, max_length=4096, attention="sdpa")
+    config.trainer = TrainerConf(
         learning_rate=1e-6, tokens_per_micro_batch=BUDGET, gradient_checkpointing=checkpointing
     )
-    return VerlBackend(conf, trainer, AlgorithmConf(), 0)
+    config.roles.trainer.gpus_per_node = int(DEVICE == "cuda")
+    return config
+
+
+def backend_of(config: Config) -> Any:
+    from atropos_hpc.learner.backends.verl import VerlBackend
+
+    return VerlBackend(config.model, config.trainer, config.algorithm, 0)
+
+
+def estimated(config: Config, computed: int) -> float:
+    """Return the estimated peak, in GiB, with so many tokens in the largest micro-batch."""
+    sizes = sizes_of(config)
+    assert sizes is not None
+    return max(sizing.Learner(config, sizes, computed).phases().values()) / sizing.GIB
 
 
 def batch_of(groups: list[Group]) -> Any:
@@ -82,22 +97,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def step_flops(shape: Shape, groups: list[Group]) -> float:
-    """Count the FLOPs of forward and backward passes over the groups."""
-    queries, keys = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
-    layer = shape.hidden * (2 * queries + 2 * keys + 3 * shape.inner)
-    lengths = np.concatenate([group.lengths for group in groups]).astype(np.float64)
-    trained = sum(int(group.trained.sum()) for group in groups)
-    attention = 6.0 * shape.layers * shape.hidden * float((lengths**2).sum())
-    matrices = 6.0 * shape.layers * layer * float(lengths.sum())
-    return matrices + attention + 6.0 * shape.vocabulary * shape.hidden * trained
-
-
 def step(shape: Shape, model: Path, rate: float, checkpointing: bool) -> dict[str, Any]:
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    backend = backend_of(model, "bfloat16", checkpointing)
+    config = config_of(model, "bfloat16", checkpointing)
+    backend, computed = backend_of(config), []
+    backend.module.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: computed.append(inputs[0].shape[1])
+    )
     groups = groups_of(4 * BUDGET, shape.vocabulary)
     tokens = sum(len(group.tokens) for group in groups)
     reference, update = [], []
@@ -121,9 +129,10 @@ def step(shape: Shape, model: Path, rate: float, checkpointing: bool) -> dict[st
         "first update s": update[0],
         "reference s": min(reference[1:]),
         "update tokens/s": tokens / seconds,
-        "MFU of update": step_flops(shape, groups) / seconds / rate,
+        "MFU of update": backend.flop_rates.of(backend.computed) / seconds / rate,
         "matmul TFLOP/s": rate / 1e12,
         "peak GiB": peak,
+        "estimated GiB": estimated(config, max(computed)),
     }
     backend.close()
     del backend
@@ -156,7 +165,7 @@ def check(model: Path) -> dict[str, Any]:
     del exact
     found = {}
     for name, dtype in (("bfloat16", "bfloat16"), ("float32", "float32")):
-        backend = backend_of(model, dtype, False)
+        backend = backend_of(config_of(model, dtype, False))
         batch = batch_of(groups)
         got = backend.log_probs(batch).values()[batch.tensors["response_mask"].values().bool()]
         difference = (got - torch.cat(wanted)).abs()
