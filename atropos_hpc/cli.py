@@ -304,15 +304,16 @@ def export(
 @json_option
 def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool) -> int:
     """Report everything that `train` and `submit` would refuse; start nothing."""
-    from atropos_hpc.contracts.answers import MemoryNeed, RefusedKey, Validated
+    from atropos_hpc.contracts.answers import MemoryNeed, Validated
     from atropos_hpc.launch import hydra_api, memory_check, preflight
     from atropos_hpc.runtime import cores
     from atropos_hpc.runtime.masking import mask_assignments
+    from atropos_hpc.schema import Problem
     from atropos_hpc.validate import refuse
 
     memory: list[MemoryNeed] = []
     threads = None
-    warnings: list[RefusedKey] = []
+    warnings: list[Problem] = []
     try:
         config = hydra_api.compose(overrides, config_dir)
     except hydra_api.ERRORS as error:
@@ -322,9 +323,9 @@ def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool)
         on_slurm = config.launch.allocation != "local"
         found = preflight.check(config, run_dir, RunDir(run_dir).info(), on_slurm, imports=True)
         memory, threads = memory_check.needs(config, on_slurm), cores.describe(config)
-        warnings = [RefusedKey(each.key, each.message) for each in memory_check.warnings(config)]
+        warnings = memory_check.warnings(config)
     if as_json:
-        refused = [RefusedKey(each.key, mask_assignments(each.message)) for each in found]
+        refused = [Problem(each.key, mask_assignments(each.message)) for each in found]
         print_json(Validated(refused, memory, warnings))
         return 2 if found else 0
     print(*memory_check.lines(memory), sep="\n", end="\n" if memory else "")

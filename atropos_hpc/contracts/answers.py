@@ -2,12 +2,7 @@
 
 from msgspec import Struct
 
-
-class RefusedKey(Struct, frozen=True):
-    """A reason to refuse a config. key: what to change; "" if no key is at fault."""
-
-    key: str
-    message: str
+from atropos_hpc.schema import Problem
 
 
 class MemoryNeed(Struct, frozen=True):
@@ -24,9 +19,9 @@ class MemoryNeed(Struct, frozen=True):
 class Validated(Struct, frozen=True):
     """The outcome of `validate`. No problems: the config can be started."""
 
-    problems: list[RefusedKey]
+    problems: list[Problem]
     memory: list[MemoryNeed]  # empty if the model's config is not at hand
-    warnings: list[RefusedKey] = []  # nothing is refused for these
+    warnings: list[Problem] = []  # nothing is refused for these
 
 
 class Finding(Struct, frozen=True):

@@ -82,8 +82,6 @@ class AcknowledgeQuery(Struct):
 
 
 class Acknowledged(Struct):
-    """The answer to /ack."""
-
     status: str
     unacknowledged: int  # batches
 
@@ -179,8 +177,6 @@ class EnvironmentStatus(Struct):
 
 
 class Disconnected(Struct, omit_defaults=True):
-    """The answer to /disconnect-env."""
-
     status: str
     error: str | None = None
 
@@ -331,8 +327,6 @@ class StreamChunk(Struct):
 
 
 class SampledChoice(Struct):
-    """A choice of the answer to be parsed."""
-
     index: int
     token_ids: list[int]
 
@@ -367,16 +361,12 @@ class FunctionCall(Struct):
 
 
 class ToolCall(Struct):
-    """One call of a tool, as OpenAI has it."""
-
     id: str
     function: FunctionCall
     type: str = "function"
 
 
 class ParsedMessage(Struct):
-    """An answer as a chat message."""
-
     content: str | None = None
     tool_calls: list[ToolCall] = []
 

@@ -160,8 +160,6 @@ class PhaseTotal(Struct, frozen=True):
 
 
 class EvaluationSummary(Struct, frozen=True):
-    """The parts of an evaluation that a summary repeats."""
-
     version: int
     accuracy: float
     sequences: int

@@ -74,7 +74,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def stored_files(self) -> tuple[FileEntry, ...]:
-        """The files in the version's directory."""
         return (() if self.kind == "delta" else self.files) + self.deltas
 
 

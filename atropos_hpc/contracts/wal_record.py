@@ -94,7 +94,6 @@ class Record:
         return _HEAD.pack(MAGIC, self.kind, self.flags, _seal(self.kind, self.flags, body)) + body
 
     def to_bytes(self) -> bytes:
-        """Encode the whole record."""
         return self.header() + self.payload
 
 

@@ -91,7 +91,6 @@ class SingleTurnEnv(BaseEnv):
         return self.training[self._orders[epoch][index]]
 
     async def get_next_item(self) -> Any:
-        """Return the next training problem."""
         self.items_taken += 1
         return self.item_at(self.items_taken - 1)
 
@@ -141,7 +140,6 @@ class SingleTurnEnv(BaseEnv):
         await self.evaluate_log(metrics, start_time=start, end_time=time.time())
 
     async def wandb_log(self, wandb_metrics: dict[str, object] | None = None) -> None:
-        """Log the metrics since the last call."""
         metrics: dict[str, object] = {**(wandb_metrics or {}), **dict(self.eval_metrics)}
         if self.rewards:
             metrics["train/percent_correct"] = sum(self.rewards) / len(self.rewards)

@@ -57,7 +57,6 @@ def examine(overrides: Sequence[str], config_dir: Path | None = None, as_json: b
 
 
 def _shown(findings: Iterable[Finding]) -> list[Finding]:
-    """Print each finding as soon as it is made."""
     from rich.text import Text
 
     from atropos_hpc.observe.terminal import terminal as make_terminal

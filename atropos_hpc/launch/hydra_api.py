@@ -337,7 +337,6 @@ def _at(values: Any, key: str) -> Any:
 
 
 def _refers(value: Any) -> bool:
-    """Tell whether a value contains an interpolation."""
     if isinstance(value, dict):
         return any(map(_refers, value.values()))
     if isinstance(value, list):

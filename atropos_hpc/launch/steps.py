@@ -35,7 +35,6 @@ class Step:
 
 
 def trainer_python(config: Config) -> str:
-    """Return the trainer role's interpreter."""
     return config.roles.trainer.python or sys.executable
 
 
@@ -114,7 +113,6 @@ class SlurmSteps:
         return Step(name, "agent", (spec,), (node,))
 
     def trainer(self) -> Step:
-        """All learner ranks."""
         config, allocation = self.config, self.allocations["trainer"]
         role, cluster = config.roles.trainer, config.cluster
         addresses = " ".join(self.addresses[node] for node in allocation.nodes)

@@ -265,7 +265,6 @@ def _histograms(context: TrainContext, batch: Batch) -> dict[str, list[float]]:
 def _scalars(
     batch: Batch, updated: dict[str, float], server: ServerStatus | None
 ) -> dict[str, float]:
-    """Return the scalars of one step for the metrics."""
     of_batch = batch.statistics.metrics()
     queue = {}
     if server is not None:

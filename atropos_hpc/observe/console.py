@@ -40,8 +40,6 @@ SUMMARY_ROWS = "accuracy_before accuracy_after steps sequences tokens wall_s res
 
 
 class Console:
-    """The live view of one run."""
-
     def __init__(self, run: RunDir, steps: int) -> None:
         self.run, self.steps = run, steps
         self.terminal = terminal(stderr=True)

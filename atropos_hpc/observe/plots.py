@@ -322,7 +322,6 @@ def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figur
 
 
 def _label(keys: Sequence[str], values: Sequence[ConfigValue]) -> str:
-    """Name a group of runs."""
     pairs = zip(keys, values, strict=True)
     return ", ".join(f"{history.short_key(key)} {value}" for key, value in pairs) or "all points"
 

@@ -165,7 +165,6 @@ def attempts(run: RunDir) -> list[Path]:
 
 
 def last_attempt(run: RunDir) -> AttemptRecord | None:
-    """Return the record of the last attempt, once it has ended."""
     attempt = attempts(run)[-1:]
     return read_struct(attempt[0] / "attempt.json", AttemptRecord) if attempt else None
 
@@ -187,7 +186,6 @@ def is_held(run: RunDir) -> bool:
 
 
 def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
-    """Return the current metrics of one point."""
     run = RunDir(Path(point.run_dir))
     lines = last_records(run.metrics, StepMetrics, RECENT)
     last = lines[-1] if lines else None

@@ -40,7 +40,6 @@ NOT_BEGUN = "its job has ended before the run began: `{resume}` submits it again
 
 
 def draw(status: Status) -> RenderableType:
-    """Draw either kind of status."""
     return _sweep(status) if isinstance(status, SweepStatus) else _run(status)
 
 

@@ -209,7 +209,6 @@ def _gaps(where: NDArray[np.intp]) -> Bytes:
 
 
 def _positions(gaps: Bytes) -> NDArray[np.intp]:
-    """Decode what `_gaps` encoded."""
     change = gaps != ESCAPE
     # Steps between positions. An escape and the longest gap both step by 255.
     where = (gaps + change).astype(np.intp)
@@ -226,7 +225,6 @@ def _planes(differences: NDArray[Any]) -> Bytes:
 
 
 def _differences(planes: Bytes, width: int) -> NDArray[Any]:
-    """Decode what `_planes` encoded."""
     coded = np.empty((len(planes) // width, width), np.uint8)
     for byte, plane in enumerate(planes.reshape(width, -1)):
         coded[:, byte] = plane

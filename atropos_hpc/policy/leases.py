@@ -61,8 +61,6 @@ class _Seen:
 
 
 class LeaseTable:
-    """The publisher's view of all leases."""
-
     def __init__(self, root: Path) -> None:
         self._directory = root / READERS
         self._seen: dict[str, _Seen] = {}

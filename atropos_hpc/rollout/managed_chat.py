@@ -52,7 +52,6 @@ class RunManagedServer(ManagedServer):
         )
 
     def _extended(self, prompt: list[int]) -> SequenceNode | None:
-        """Return the tracked sequence that the prompt continues."""
         matching = [n for n in self.current_nodes if prompt[: len(n.tokens)] == n.tokens]
         return max(matching, key=lambda node: len(node.tokens), default=None)
 

@@ -290,7 +290,6 @@ def why_unsent(group: Any, group_size: int, longest: int, equal_refused: bool) -
 
 
 def _definition(method: Any) -> str:
-    """Return the file and line of a method."""
     code = inspect.unwrap(getattr(method, "__func__", method)).__code__
     return f"{code.co_filename}:{code.co_firstlineno}"
 

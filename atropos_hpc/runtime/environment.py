@@ -144,7 +144,6 @@ def describe(names: Iterable[str]) -> str:
 
 
 def table() -> str:
-    """Return the rules as a Markdown table."""
     rows = ["| variables | for | what happens | why |", "|---|---|---|---|"]
     for rule in RULES:
         names = ", ".join(f"`{pattern}`" for pattern in rule.patterns.split())

@@ -215,7 +215,6 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    """Kill one process, if it still runs."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:

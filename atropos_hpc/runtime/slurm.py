@@ -231,7 +231,6 @@ def is_installed() -> bool:
 
 
 def is_reachable() -> bool:
-    """Whether a controller answers."""
     try:
         return bool(run_command("sinfo", "-h", "-o", "%R"))
     except SlurmError:

@@ -55,7 +55,6 @@ class Waiting:
 
     @property
     def expired(self) -> bool:
-        """Whether the deadline has passed."""
         return self.timeout_s is not None and self.elapsed > self.timeout_s
 
     def check(self) -> None:

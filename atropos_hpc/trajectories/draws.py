@@ -73,7 +73,6 @@ class DrawService:
                 await self.commit(events.DrawsReturned(name, sorted(set(workers)), lost))
 
     async def give_back(self, env_id: int) -> None:
-        """Return the draws of a worker that disconnects."""
         for name, stream in list(self.state.prompts.streams.items()):
             workers = [key for key, each in stream.workers.items() if each.env_id == env_id]
             if workers:

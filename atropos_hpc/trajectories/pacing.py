@@ -111,7 +111,6 @@ class Pacing:
     # --- what happens
 
     def connect(self, env_id: int, now: float) -> None:
-        """Note that an environment registered."""
         self.presence[env_id] = Presence(now)
 
     def report(self, request: StatusRequest, now: float) -> None:
@@ -146,7 +145,6 @@ class Pacing:
     # --- what follows from it
 
     def connected(self, now: float) -> list[Environment]:
-        """Return the environments that were heard of lately."""
 
         def here(env_id: int) -> bool:
             heard = self.presence[env_id].heard

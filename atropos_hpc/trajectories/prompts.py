@@ -83,7 +83,6 @@ class Stream(Struct, dict=True):
         return number < self.next_number and not known
 
     def held_by(self, worker: str) -> set[int]:
-        """Return the numbers that a worker holds."""
         return self._held.get(worker, set())
 
     def choose(self, request: DrawRequest, reserved: set[int]) -> list[int]:
@@ -97,7 +96,6 @@ class Stream(Struct, dict=True):
         return [*chosen, *range(new, new + want - len(chosen))]
 
     def counts(self) -> PromptCounts:
-        """Return the counts for the server's status."""
         length = self.length
         return PromptCounts(
             epoch=None if length is None else self.next_number // length,
@@ -141,7 +139,6 @@ class Stream(Struct, dict=True):
             self._held.setdefault(worker, set()).add(number)
 
     def give_back(self, workers: Iterable[str], as_lost: bool) -> None:
-        """Return the draws of workers that are gone."""
         for worker in workers:
             self.workers.pop(worker, None)
             for number in self._held.pop(worker, ()):
@@ -208,7 +205,6 @@ class PromptLedger:
         self.streams: dict[str, Stream] = {}
 
     def stream(self, name: str) -> Stream:
-        """Return the environment's draws."""
         return self.streams.setdefault(name, Stream())
 
     def gone(self, request: DrawRequest) -> tuple[list[str], list[str]]:

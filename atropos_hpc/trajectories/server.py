@@ -151,12 +151,10 @@ class Routes:
         return handle
 
     async def scored_data(self, request: web.Request) -> web.Response:
-        """POST /scored_data: one group."""
         await self._store(request, many=False)
         return json_response(messages.Stored("received"))
 
     async def scored_data_list(self, request: web.Request) -> web.Response:
-        """POST /scored_data_list: groups."""
         return json_response(messages.Stored("received", await self._store(request, many=True)))
 
     async def _store(self, request: web.Request, many: bool) -> int:
@@ -204,7 +202,6 @@ class Routes:
             yield b"".join(parts)
 
     async def acknowledge(self, request: web.Request) -> web.Response:
-        """POST /ack."""
         query = messages.decode_query(request.query, messages.AcknowledgeQuery)
         return json_response(await self.service.acknowledge(query.batch))
 

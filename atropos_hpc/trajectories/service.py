@@ -232,7 +232,6 @@ class Service:
         return [group.place for group in groups]
 
     async def reset(self) -> None:
-        """Forget everything."""
         async with self._deciding:
             await self._commit(events.Reset())
             self.pacing.presence.clear()

@@ -26,8 +26,6 @@ NOWHERE = Place(-1, 0, 0)  # compared by identity
 
 
 class QueuedGroup(NamedTuple):
-    """A group in the queue or in a batch."""
-
     gid: int
     place: Place
     sequences: int
