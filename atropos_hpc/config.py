@@ -222,6 +222,13 @@ class TrainerConf:
         "compute the tokens with which the sequences of a group begin once, not in each sequence; "
         "only with model.attention=sdpa and full attention in every layer",
     )
+    optimizer_state: str = key(
+        "float32",
+        "memory per trained parameter. float32: 16 bytes for weight, gradient and two moments. "
+        "bfloat16: 10 bytes; the weight stays an exact float32 in two halves, gradient and moments "
+        "are bfloat16; for backend=verl and model.dtype=bfloat16",
+        choices=("float32", "bfloat16"),
+    )
     offload: bool = key(False, "keep parameters and optimizer state in host memory between uses")
     checkpoint_every: int = key(
         20,

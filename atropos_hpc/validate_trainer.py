@@ -93,6 +93,7 @@ def errors(config: Config) -> Iterator[Error]:
             f"{config.trainer.checkpoint_every}, whose checkpoints are exported",
         )
     yield from _names(config)
+    yield from _optimizer_state(config)
     yield from _verl(config)
     if config.trainer.backend == "deepspeed":
         yield from _deepspeed(config)
@@ -180,6 +181,21 @@ def _names(config: Config) -> Iterator[Error]:
             elif known is not None and name not in known:
                 near = did_you_mean(name, known)
                 yield f"trainer.{section}.{name}", f"is not one of {', '.join(known)}{near}"
+
+
+def _optimizer_state(config: Config) -> Iterator[Error]:
+    if config.trainer.optimizer_state == "float32":
+        return
+    excluded = {
+        "trainer.backend=deepspeed, which keeps float32; trainer.offload moves it to the host": (
+            config.trainer.backend == "deepspeed"
+        ),
+        "model.dtype=float32": config.model.dtype == "float32",
+        "model.lora.rank: the state of an adapter is small": config.model.lora.rank > 0,
+        "trainer.optim.optimizer": "optimizer" in config.trainer.optim,
+    }
+    for what in [what for what, found in excluded.items() if found]:
+        yield "trainer.optimizer_state", f"bfloat16 cannot be combined with {what}"
 
 
 def _verl(config: Config) -> Iterator[Error]:

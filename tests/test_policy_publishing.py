@@ -252,3 +252,27 @@ def test_a_damaged_version_is_published_again_and_a_superseded_learner_stops(
         latest is not None and latest.version == 3
     )  # what the superseded learner made after it is not public
     shutil.rmtree(tmp_path / "memory")
+
+
+def released(rank: int, world: int, path: Path, root: Path) -> Any:
+    conf = PolicyConf()
+    intervals = Intervals(retry=0.1, poll=0.05)
+    publishing = Publisher(root, conf, "bfloat16", intervals=intervals, released_bytes=0)
+    backend, held = Weights(path), []
+    for version in range(3):
+        conf.max_bytes = 1000 if version == 1 else None
+        state = backend.step(version)
+        publishing.publish(backend, version)  # type: ignore[arg-type]
+        publishing.release()
+        held.append((publishing.newest, publishing.writer.shard.size > 1 << 16))
+    latest = publishing.store.latest()
+    assert latest is not None and equal(stored(publishing.store.directory(latest)), state)
+    return held
+
+
+def test_a_single_rank_frees_its_copy_of_a_version_that_is_public(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    (held,) = on_ranks(1, released, tiny_model(tmp_path / "model", tied=True), run.policy)
+    # the second one found no space: it is kept for the next attempt
+    assert held == [(0, False), (0, True), (2, False)]

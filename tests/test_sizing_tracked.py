@@ -17,14 +17,14 @@ from peak_memory import PeakMemory, existing  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, Config  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402
-from atropos_hpc.learner import loss_head  # noqa: E402
+from atropos_hpc.learner import loss_head, split_adamw  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.learner.main import backend_class  # noqa: E402
 from atropos_hpc.runtime import model_sizes, sizing  # noqa: E402
 
 CHUNK = 1 << 17  # logits; scaled down as the models are
 BUCKET = 50_000  # elements of ZeRO's buckets, likewise
-FSDP2 = 0  # where a ZeRO stage is meant
+FSDP2, SPLIT = 0, -1  # where a ZeRO stage is meant; SPLIT: FSDP2 with a bfloat16 state
 PROMPT, ANSWER, GROUP = 48, 80, 4  # tokens, and sequences of a group
 
 
@@ -74,7 +74,9 @@ def config_of(case: Case, stage: int, world: int, path: Path) -> Config:
     trainer.gradient_checkpointing, trainer.share_prefixes = case.recomputes, case.shares
     trainer.tokens_per_micro_batch = GROUP * (PROMPT + ANSWER)  # a group in each
     trainer.optim = {"override_optimizer_config": {"foreach": True}}  # as on a GPU
-    if stage:
+    if stage == SPLIT:
+        trainer.optimizer_state, trainer.optim = "bfloat16", {}
+    elif stage:
         trainer.backend = "deepspeed"
         zero = {"stage": stage, "reduce_bucket_size": BUCKET}
         trainer.deepspeed = {"zero_optimization": {**zero, "stage3_param_persistence_threshold": 0}}
@@ -100,7 +102,7 @@ def groups_of(count: int, vocabulary: int) -> list[Group]:
 
 def tracked(rank: int, world: int, cases: list[tuple[Config, int]]) -> list[dict[str, float]]:
     """Return the peaks of this rank's passes and of its optimizer step, and the tokens computed."""
-    loss_head.CHUNK_LOGITS["cpu"] = CHUNK
+    loss_head.CHUNK_LOGITS["cpu"], split_adamw.CHUNK["cpu"] = CHUNK, 1 << 10
     gc.freeze()  # looking for tensors need not pass over all imported modules
     return [_tracked(rank, world, config, vocabulary) for config, vocabulary in cases]
 
@@ -143,7 +145,7 @@ def test_peaks_are_within_ten_percent_of_what_the_dispatcher_counts(
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    case, stages = CASES[name], (FSDP2, 1, 2, 3)
+    case, stages = CASES[name], (FSDP2, SPLIT, 1, 2, 3)
     options = {key: value for key, value in case.model.items() if key != "model_type"}
     shape = AutoConfig.for_model(case.model["model_type"], **options)
     AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ Order of writes of a save, so that a crash at any point leaves a valid checkpoin
 
 1. Rank 0 makes checkpoints/step-<n>-<attempt>/. Every rank copies its shards to host memory.
    Training continues from here.
-   Where a copy would take more than half of the free memory, it waits for the writing instead.
+   Where a copy would take more than 1/16 of the free memory, it waits for the writing instead.
 2. In the background, every rank writes its shards there and syncs them; then rank 0 writes the
    index (torch.distributed.checkpoint).
 3. When all ranks are done, rank 0 writes manifest.json with every file's size.
@@ -49,6 +49,7 @@ from atropos_hpc.runtime.sizing import free_memory
 
 log = logging.getLogger(__name__)
 
+COPIED_PART = 16  # of the free memory that a copy of tensors on the host may take
 TRAIN = "train"  # the key of TrainState in a checkpoint
 
 
@@ -125,9 +126,10 @@ class Checkpoints:
         self._pending = target, self._thread.submit(self._finish, upload, target)
 
     def _is_short_of_memory(self, tensors: dict[str, Any]) -> bool:
-        """Whether, on any rank, a copy of its tensors would take more than half of the free memory.
+        """Whether, on any rank, a copy of its tensors would take a part of the free memory.
 
-        Tensors on a GPU are copied in any case.
+        Written in the background, they would be there three times. Tensors on a GPU are copied in
+        any case.
         """
         own = sum(
             local.numel() * local.element_size()
@@ -136,7 +138,7 @@ class Checkpoints:
             and (local := leaf.to_local() if isinstance(leaf, DTensor) else leaf).device.type
             == "cpu"
         )
-        short = torch.tensor(int(own > free_memory() / 2))
+        short = torch.tensor(int(own > free_memory() / COPIED_PART))
         dist.all_reduce(short, op=dist.ReduceOp.MAX, group=self._foreground)
         return bool(short)
 

@@ -139,6 +139,8 @@ def _step(context: TrainContext, timeout_s: float) -> None:
         context.leaser.start(version + 1, version)
     with phases("batch"):
         batch = make_batch(leased.groups, context.batch_settings, version)
+    with phases("publish"):
+        context.publisher.release()
     scalars = _optimize(context, batch, leased)
     scalars["skipped_steps"] = context.skipped.count(scalars["grad_norm"])
     state.version = version + 1

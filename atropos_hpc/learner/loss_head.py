@@ -163,6 +163,8 @@ class _ChunkedHead(torch.autograd.Function):
             of_hidden[chunk] = first
             for total, one in zip(sums, rest, strict=True):
                 total += one
+                del one  # as large as the output layer
+            del first, rest, part
         return (
             None,
             None,

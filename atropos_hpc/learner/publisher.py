@@ -10,6 +10,9 @@ Then, in a background thread on every rank:
 4. Until the next version: retry if the publish failed (full disk), and publish the version again,
    in full, if a reader asks for that.
 
+Before an update, `release` frees the copy of a large model that is out, where it is all that a
+single rank needs for publishing. Until the next version, a reader's request has to wait then.
+
 Training continues whatever happens here; staleness.max stops it when no version can be published.
 """
 
@@ -36,11 +39,13 @@ from atropos_hpc.policy.snapshot import Snapshot, snapshot
 from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
 from atropos_hpc.runtime.deadlines import HINT
 from atropos_hpc.runtime.membership import pending_request, withdraw_request
+from atropos_hpc.runtime.process import return_freed_memory
 from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RELEASED_BYTES = 256 << 20  # a smaller copy is not worth the wait until it is written
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,11 @@ class Publisher:
         dtype: str,
         link: ReaderLink | None = None,
         intervals: Intervals | None = None,
+        released_bytes: int = RELEASED_BYTES,
     ) -> None:
         self.store, self.conf, self.dtype = PolicyStore(root), conf, DTYPES[dtype]
         self.link, self.intervals = link or ReaderLink(), intervals or Intervals()
+        self.released_bytes = released_bytes
         self.newest: int | None = None  # the newest published version, as of the last `wait`
         self.is_leader = dist.get_rank() == 0
         # A group of its own: these messages must not mix with those of training.
@@ -106,8 +113,9 @@ class Publisher:
         group = dist.new_group(backend="gloo", timeout=timeout)
         self.writer = ShardWriter(group, keep_base=conf.sync == "delta")
         self._pending: tuple[PolicyVersion, Future[bool]] | None = None
-        self._finish = threading.Event()
+        self._finish, self._tried = threading.Event(), threading.Event()
         self._snapshot: Snapshot | None = None
+        self._published = False  # whether the first attempt at the pending version succeeded
         self._base: PolicyVersion | None = None  # the version that deltas start from
         self._since_full = 0  # versions since the last full one
         self.alarm: str | None = None  # on rank 0: why the newest version cannot be published
@@ -122,6 +130,7 @@ class Publisher:
             backend.module, self.dtype, backend.weights(), reuse=self._snapshot
         )
         self._finish.clear()
+        self._tried.clear()
         key = PolicyVersion(version=version, attempt=self.attempt)
         published: Future[bool] = Future()
         arguments = (published, self._snapshot, key)
@@ -153,6 +162,21 @@ class Publisher:
         if outcome:
             self.newest = key.version
 
+    def release(self) -> None:
+        """Free the copy of the pending version, if it is large and public. See above.
+
+        Waits until it is written; one that could not be written stays, and is retried.
+        """
+        snapshot, pending = self._snapshot, self._pending
+        if snapshot is None or pending is None or snapshot.bytes < self.released_bytes:
+            return
+        self._tried.wait(self.intervals.timeout)
+        if self.writer.one_copy and self._published:
+            self.wait()
+            self._snapshot = None
+            self.writer.release()
+            return_freed_memory()
+
     # --- the background thread
 
     def _run(self, published: "Future[bool]", shot: Snapshot, key: PolicyVersion) -> None:
@@ -163,7 +187,8 @@ class Publisher:
 
     def _publish_until_next(self, shot: Snapshot, key: PolicyVersion) -> bool:
         """Publish, retry and publish again, until the next version. Return whether it is out."""
-        published = self._try(shot, key, self.writer.fill(shot), again=False)
+        published = self._published = self._try(shot, key, self.writer.fill(shot), again=False)
+        self._tried.set()
         while (action := self._next_action(key, published)) != _Action.FINISH:
             if action != _Action.WAIT:
                 again = action == _Action.REPUBLISH

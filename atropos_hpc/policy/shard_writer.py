@@ -162,6 +162,11 @@ class ShardWriter:
             raise
         return tuple(target for target, _ in written), tuple(own for _, own in written)
 
+    def release(self) -> None:
+        """Free the shard's memory, with the snapshot's in it. The next `fill` makes it anew."""
+        self.shard = self._free = self._fused = ShardBuffer([])
+        self._snapshot = Snapshot([], [])
+
     def set_base(self) -> None:
         """Make the present shard, which is now public, the base of the next delta."""
         if self.keep_base and self.base is not self.shard:
@@ -216,7 +221,7 @@ class ShardWriter:
                     if piece.data_ptr() != target.ctypes.data:
                         target[:] = piece.numpy()
                     filled[i] += size
-            if self._one_copy:
+            if self.one_copy:
                 for i in owned:
                     entry = self._snapshot.entries[i]
                     self._snapshot.pieces[i] = torch.from_numpy(into.parts[entry.name]).view(
@@ -226,7 +231,7 @@ class ShardWriter:
                 yield into.end(self._snapshot.entries[owned[-1]].name)
 
     @property
-    def _one_copy(self) -> bool:
+    def one_copy(self) -> bool:
         """Whether the snapshot may lie in the shard: a single rank's, which no delta needs.
 
         Not one in pinned memory, to which a GPU copies faster.

@@ -6,7 +6,7 @@ Llama and Qwen. A trainer rank is at its peak in one of four phases:
     load       DeepSpeed: the weights in the computing dtype; one parameter at a time with ZeRO-3
     loss head  all saved activations; sums of the output layer's gradient; a chunk of logits
     backward   saved activations, gradients within one layer, the output layer's gradient
-    optimizer  float32 gradients, and as much for temporaries of the fused list operations
+    optimizer  gradients, and as much for temporaries of the fused list operations
 
 Each adds to what is always held: weights, two moments of Adam, the frozen reference. Tests compare
 the peaks with torch's dispatcher (tests/test_sizing_tracked.py) and with a GPU's (test_sizing.py).
@@ -22,6 +22,7 @@ from atropos_hpc.runtime.model_sizes import COMPUTE, Sizes, sizes_of
 
 MASTER = 4  # bytes of a float32
 CHECKPOINT = 3 * MASTER  # weight, two moments
+SPLIT_CHECKPOINT = MASTER + 2 * COMPUTE  # the same with trainer.optimizer_state=bfloat16
 # Logits at a time, as in learner/loss_head.py, which imports torch; and those of the temporaries.
 LOSS_CHUNK = {"cuda": 96 << 20, "cpu": 1 << 25}
 CACHED_LOGITS = {"cuda": 96 << 20, "cpu": 1 << 20}
@@ -101,6 +102,9 @@ class Learner:
         self.device = "cuda" if config.roles.trainer.gpus_per_node else "cpu"
         self.width = MASTER if config.model.dtype == "float32" else COMPUTE
         self.lora = config.model.lora.rank > 0
+        self.split = trainer.optimizer_state == "bfloat16"
+        self.moments = 2 * (COMPUTE if self.split else MASTER)  # per parameter
+        self.gradient = COMPUTE if self.split else MASTER
         self.recomputes = trainer.gradient_checkpointing is not False
         self.chunk = chunk or LOSS_CHUNK[self.device]
         self.ranks = config.roles.trainer.nodes * config.roles.trainer.ranks_per_node
@@ -119,13 +123,13 @@ class Learner:
         held = self._held + self._gradients + self._unsharded_weights + self._gradient_buckets
         held += self._spanning_gradient if self.stage == 2 else 0
         trained = 0 if self.lora else self.model.embedding
-        float32_gradients = 0.0 if self.lora else MASTER * self.model.total / self.shards
+        gradients = 0.0 if self.lora else self.gradient * self.model.total / self.shards
         return {
             "load": self._load,
             "loss head": held
             + self._saved
-            + self._logits
-            + (MASTER + self.width) * trained
+            + MASTER * trained
+            + max(self._logits, self.width * (trained + 2 * self._chunk_logits))
             + 2 * self.width * self.model.hidden * self.tokens,
             "backward": held
             + self._saved
@@ -134,7 +138,7 @@ class Learner:
             + self.width * trained
             + (self.width * self.model.layer if not self.stage else 0),
             "optimizer": self._held
-            + (0.0 if self.offload else 2 * float32_gradients)
+            + (0.0 if self.offload else (1 if self.split else 2) * gradients)
             + (self.width * self.model.total / self.shards if self.stage == 3 else 0)
             + self._spanning_gradient,
         }
@@ -148,10 +152,11 @@ class Learner:
         """
         total, per_node = self.model.total, self.ranks_per_node
         loading = MASTER * total * (per_node if self.model.tied else 1)
-        parameter = 0 if self.lora else 2 * self.width + CHECKPOINT
+        checkpoint = SPLIT_CHECKPOINT if self.split else CHECKPOINT
+        parameter = 0 if self.lora else 2 * self.width + checkpoint
         staged = parameter * total * per_node / self.ranks
         if self.offload:
-            staged += (CHECKPOINT + MASTER) * total * per_node / self.ranks
+            staged += (checkpoint + MASTER) * total * per_node / self.ranks
         return max(loading, staged) + PROCESS * per_node
 
     @property
@@ -159,7 +164,7 @@ class Learner:
         """Return what is held all the time: weights, moments, reference."""
         total = self.model.total
         weights = MASTER * total / self.shards  # of FSDP2, and of ZeRO's optimizer
-        moments = 0.0 if self.lora else 2 * MASTER * total / self.shards
+        moments = 0.0 if self.lora else self.moments * total / self.shards
         if not self.stage:
             return self.reference + (0.0 if self.offload else weights + moments)
         state = 0.0 if self.offload or self.lora else weights + moments
@@ -175,7 +180,7 @@ class Learner:
         if not self.stage:
             if self.fsdp.get("use_no_sync_for_gradient_accumulation"):
                 return MASTER * total
-            return 0.0 if self.offload else MASTER * total / self.shards
+            return 0.0 if self.offload else self.gradient * total / self.shards
         return self.width * total / (1 if self.stage == 1 else self.shards)
 
     @property
@@ -225,13 +230,14 @@ class Learner:
         return model.layers * layer + self.tokens * model.hidden * (MASTER + 2 * width)
 
     @property
+    def _chunk_logits(self) -> int:
+        return min(self.tokens * self.model.vocabulary, self.chunk)
+
+    @property
     def _logits(self) -> float:
         """Return a chunk of logits, its gradient, and temporaries in float32."""
-        wanted = self.tokens * self.model.vocabulary
-        whole, reduced = (
-            min(wanted, self.chunk),
-            min(wanted, self.chunk, CACHED_LOGITS[self.device]),
-        )
+        whole = self._chunk_logits
+        reduced = min(whole, CACHED_LOGITS[self.device])
         if self.device == "cuda":  # one fused kernel
             return 2 * self.width * whole + MASTER * reduced
         return 3 * self.width * whole + 2 * MASTER * reduced
@@ -289,4 +295,5 @@ def stored_bytes(config: Config, model: Sizes) -> tuple[int, int]:
     if config.model.lora.rank > 0:
         return 0, 0
     parameter = MASTER if config.model.dtype == "float32" else COMPUTE
-    return model.total * parameter, model.total * CHECKPOINT
+    split = config.trainer.optimizer_state == "bfloat16"
+    return model.total * parameter, model.total * (SPLIT_CHECKPOINT if split else CHECKPOINT)

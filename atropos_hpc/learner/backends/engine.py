@@ -2,9 +2,9 @@
 
 - The output layer computes log-probs and entropies in chunks (`loss_head`) for the tokens that the
   loss needs; verl's own path holds float32 logits of every token of a micro-batch.
-- A frozen reference keeps its weights in the computing dtype. Only parameters are cast: verl would
-  cast buffers too, and rotary frequencies in bfloat16 are wrong by whole positions in long
-  sequences.
+- A frozen reference, and a policy whose optimizer completes its weights (`split_adamw`), keep them
+  in the computing dtype. Only parameters are cast: verl would cast buffers too, and rotary
+  frequencies in bfloat16 are wrong by whole positions in long sequences.
 - Sequences that begin alike are computed with that beginning once (`learner.prefixes`).
 - Host memory is pinned only where there is an accelerator, and a frozen model stays on the device.
 """
@@ -35,26 +35,25 @@ log = logging.getLogger(__name__)
 
 
 class Engine(FSDPEngineWithLMHead):
-    """A causal language model under FSDP2. A frozen model's weights have `reference_dtype`.
+    """A causal language model under FSDP2, whose weights have `parameter_dtype`.
 
     With `share_prefixes`, prefixes are shared as far as the model and its attention allow.
     """
 
     def __init__(
-        self, *, reference_dtype: torch.dtype, share_prefixes: bool, **options: Any
+        self, *, parameter_dtype: torch.dtype, share_prefixes: bool, **options: Any
     ) -> None:
         super().__init__(**options)
         patch_micro_batches(prepare_micro_batches)
-        self._reference_dtype = reference_dtype
+        self._parameter_dtype = parameter_dtype
         self._wants_shared_prefixes, self._share_prefixes = share_prefixes, False
         self._loss_head: LossHead | None = None
         self.on_micro_batch: Callable[[], None] = lambda: None
 
     def _build_module(self) -> torch.nn.Module:
         module: torch.nn.Module = super()._build_module()
-        if self.engine_config.forward_only:
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(self._reference_dtype)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(self._parameter_dtype)
         return module
 
     def differentiate_entropy(self, wanted: bool) -> None:

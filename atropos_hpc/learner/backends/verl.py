@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from transformers.utils import logging as transformers_logging
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf
+from atropos_hpc.learner import split_adamw
 from atropos_hpc.learner.backends import packed_attention, verl_api
 from atropos_hpc.learner.backends.engine import Engine
 from atropos_hpc.learner.backends.loss_metrics import LossMetrics
@@ -31,6 +32,10 @@ from atropos_hpc.learner.state import StateDict, seed_generators
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+SPLIT_ADAMW = {
+    "optimizer_impl": split_adamw.__name__,
+    "optimizer": split_adamw.SplitAdamW.__name__,
+}
 
 
 class VerlBackend:
@@ -169,7 +174,10 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
 
     trainer.fsdp_config and trainer.optim are added on top; validate.py refuses conflicting keys.
     """
+    compact = trainer.optimizer_state == "bfloat16"
     precision = {"param_dtype": DTYPES[model.dtype], "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    if compact and dist.get_world_size() == 1:  # nothing is summed over ranks
+        precision["reduce_dtype"] = "bf16"
     engine = {
         "use_torch_compile": False,
         "entropy_from_logits_with_chunking": True,
@@ -181,7 +189,7 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
     engine["mixed_precision"] = precision | dict(engine.get("mixed_precision") or {})
     attention = packed_attention.register() if model.attention == "sdpa" else model.attention
     return dict(
-        reference_dtype=getattr(torch, model.dtype),
+        parameter_dtype=getattr(torch, model.dtype) if compact or not trainable else torch.float32,
         share_prefixes=trainer.share_prefixes,
         model_config=verl_api.HFModelConfig(
             path=str(model.path),
@@ -209,6 +217,7 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
             lr_scheduler_type=trainer.schedule,
             lr_warmup_steps=trainer.warmup_steps,
             total_training_steps=trainer.steps,
+            **(SPLIT_ADAMW if compact else {}),
             **trainer.optim,
         ),
         checkpoint_config=verl_api.CheckpointConfig(),
