@@ -218,7 +218,6 @@ def test_a_worker_goes_on_while_some_rollouts_succeed_or_only_lack_signal_and_co
     assert ended.state.reasons[0].kind == lost and ended.state.reasons[0].count > 20
 
 
-@dataclass
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
