@@ -3,6 +3,7 @@
 import inspect
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,22 @@ pytestmark = pytest.mark.verl
 pytest.importorskip("verl")
 
 import torch  # noqa: E402
-from learner_ranks import MAX_LENGTH, VOCABULARY, make_group, on_ranks, settings_of  # noqa: E402
+from learner_ranks import (  # noqa: E402
+    MAX_LENGTH,
+    VOCABULARY,
+    make_group,
+    make_groups,
+    on_ranks,
+    settings_of,
+)
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
+from verl.utils.tensordict_utils import index_select_tensor_dict  # noqa: E402
 
 from atropos_hpc.config import AlgorithmConf, ModelConf, TrainerConf  # noqa: E402
 from atropos_hpc.contracts.group import Group  # noqa: E402
 from atropos_hpc.learner.backends import packed_attention  # noqa: E402
+from atropos_hpc.learner.backends.micro_batches import select  # noqa: E402
 from atropos_hpc.learner.backends.verl import VerlBackend  # noqa: E402
 from atropos_hpc.learner.batch import make_batch  # noqa: E402
 from atropos_hpc.learner.prefixes import MIN_PREFIX, local_prefixes, partition, shared_prefixes  # noqa: E402
@@ -74,6 +85,20 @@ def test_micro_batches_hold_every_sequence_once_within_the_limit(seed: int, limi
         for i, prefix in zip(part, local, strict=True):
             root = i if prefix == 0 else root
             assert found[i][:prefix] == found[root][:prefix]
+
+
+def test_sequences_of_a_batch_are_selected_with_all_that_belongs_to_them() -> None:
+    tensors = make_batch(make_groups(), settings_of(AlgorithmConf()), 0).tensors
+    rows = [5, 0, 12, 3]
+    chosen, wanted = select(tensors, rows), index_select_tensor_dict(tensors, rows)
+    assert chosen.keys() == wanted.keys() and chosen.batch_size == wanted.batch_size
+    names = [name for name, value in tensors.items() if isinstance(value, torch.Tensor)]
+    assert len(names) > 5
+    padded = chosen.select(*names).to_padded_tensor(), wanted.select(*names).to_padded_tensor()
+    for name in names:
+        assert_equal = partial(assert_close, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert_equal(chosen[name].unbind(), wanted[name].unbind())
+        assert_equal(padded[0][name], padded[1][name])
 
 
 def test_ranks_agree_on_long_sequences_in_a_few_rounds() -> None:

@@ -41,10 +41,40 @@ def prepare_micro_batches(
     parts = partition(lengths, prefixes, limit, largest_of_ranks)
     chosen = []
     for part in parts:
-        micro_batch = tensordict_utils.index_select_tensor_dict(data, part)
+        micro_batch = select(data, part)
         micro_batch[PREFIXES] = torch.from_numpy(local_prefixes(prefixes, part))
         chosen.append(micro_batch)
     return chosen, parts
+
+
+def select(data: TensorDict, rows: list[int]) -> TensorDict:
+    """Return these sequences of a batch, in this order.
+
+    Takes the place of verl's `index_select_tensor_dict`, which cuts every tensor into sequences.
+    """
+    index = torch.tensor(rows, device=data["input_ids"].device)
+    chosen = {}
+    for name, value in data.items():
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            chosen[name] = _rows_of(value, index)
+        else:  # what is not of sequences has no shape
+            chosen[name] = value[index] if value.shape else value
+    return TensorDict(chosen, batch_size=len(rows))
+
+
+def _rows_of(nested: Any, index: torch.Tensor) -> torch.Tensor:
+    offsets = nested.offsets()
+    lengths = offsets.diff()[index]
+    ends = lengths.cumsum(0)
+    shift = offsets[:-1][index] - (ends - lengths)
+    tokens = torch.arange(int(lengths.sum()), device=index.device)
+    values = nested.values()[tokens + shift.repeat_interleave(lengths)]
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        torch.cat([ends.new_zeros(1), ends]),
+        min_seqlen=int(lengths.min()),
+        max_seqlen=int(lengths.max()),  # which padding goes to
+    )
 
 
 @dataclass(frozen=True)
