@@ -5,6 +5,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from atropos_hpc.contracts.members import (
@@ -26,6 +27,7 @@ from atropos_hpc.runtime.membership import (
     RosterWatch,
     pending_request,
     post_request,
+    read_members,
     withdraw_request,
 )
 from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_struct, write_struct
@@ -50,6 +52,15 @@ def test_the_supervisor_wakes_up_when_a_member_changes(run: RunDir) -> None:
     threading.Timer(0.05, agent.update, kwargs={"state": "serving"}).start()
     while publisher.publish()[agent.name].state != "serving":
         publisher.await_change(3600)  # the test's own deadline is shorter
+
+
+def test_a_member_reports_the_most_memory_that_it_has_held(run: RunDir) -> None:
+    member = Member(run, AgentState(), "n0")
+    block = bytearray(b"x") * (256 << 20)
+    del block
+    member.leave()
+    (found,) = read_members(run)
+    assert found.peak_bytes > psutil.Process().memory_info().rss + (128 << 20)
 
 
 def test_members_appear_in_the_roster_with_their_state(run: RunDir) -> None:

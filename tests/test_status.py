@@ -79,7 +79,9 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
         ServerState(name="server-0-0", version=PolicyVersion(version=6, attempt=1)),
         ServerState(name="server-0-1"),
     ]
-    agent = Member(run, AgentState(servers=servers), "rollout0")
+    agent = Member(
+        run, AgentState(servers=servers, server_peaks={"server-0-0": 3 << 30}), "rollout0"
+    )
     trainer = Member(run, TrainerState(step=7, state="training"), "trainer0")
     trainer.show_wait(Wait("batch 7", "the trajectory server", time.time()))
     found = shown(run)
@@ -113,7 +115,7 @@ def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None
         "step 7 of 10",
         "6 s left",
         "0.500 at version 4    strict_accuracy 0.25",
-        "1 of 2 servers serve",
+        "1 of 2 servers serve, 3.0 GiB peak of a server",
         "something is odd",
         "epoch 1, 90 drawn, 8 outstanding, 2 to be drawn again, 5 without signal",
         "per GPU 12.5 and 33.5",

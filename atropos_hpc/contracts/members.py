@@ -33,7 +33,8 @@ class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
 
     `state` is one or two words about the present activity; "ended" is final. `alarm` describes what
     keeps failing while others wait for it: a full disk, for example. `alive` is valid in the roster
-    only: the supervisor's judgement by the heartbeat.
+    only: the supervisor's judgement by the heartbeat. `peak_bytes` is the most host memory that the
+    process has held so far.
     """
 
     name: str = ""
@@ -41,6 +42,7 @@ class MemberState(msgspec.Struct, kw_only=True, tag_field="kind"):
     host: str = ""
     pid: int = 0
     started: float = 0.0
+    peak_bytes: int = 0
 
     state: str = "starting"
     waiting: Wait | None = None
@@ -101,12 +103,13 @@ class ServerState(msgspec.Struct, kw_only=True):
 
 class AgentState(MemberState, tag="agent"):
     """A node agent. `policy` is the newest version in the node's cache, `children` has the pids of
-    workers and evaluator."""
+    workers and evaluator, `server_peaks` the `peak_bytes` of each server with its processes."""
 
     number: int = 0
     servers: list[ServerState] = []
     policy: PolicyVersion | None = None
     children: dict[str, int] = {}
+    server_peaks: dict[str, int] = {}
 
 
 class TrajectoriesState(MemberState, tag="trajectories"):

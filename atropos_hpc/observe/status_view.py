@@ -179,7 +179,7 @@ def _metrics(status: RunStatus) -> Table:
 
 def _members(members: Sequence[MemberStatus]) -> Table:
     """Draw a line per member; of a kind with many, one line for all and those that need a look."""
-    table = _table("member", "node", "state", "age", "last beat", "version", "")
+    table = _table("member", "node", "state", "age", "last beat", "peak GiB", "version", "")
     kinds = defaultdict(list)
     for shown in members:
         kinds[shown.member.kind].append(shown)
@@ -194,6 +194,7 @@ def _members(members: Sequence[MemberStatus]) -> Table:
                 Text(shown.state, style=STYLES.get(shown.state, "")),
                 duration(shown.age_s),
                 "" if shown.state == "ended" else duration(shown.silent_s),
+                _gib(shown.member.peak_bytes),
                 _versions([shown]),
                 _details([shown]),
             )
@@ -209,6 +210,7 @@ def _kind_row(kind: str, members: Sequence[MemberStatus]) -> tuple[str, ...]:
         ", ".join(f"{count} {state}" for state, count in counts),
         duration(max(shown.age_s for shown in members)),
         duration(max(silent, default=0.0)),
+        _gib(max(shown.member.peak_bytes for shown in members)),
         _versions(members),
         _details(members),
     )
@@ -235,6 +237,8 @@ def _details(members: Sequence[MemberStatus]) -> str:
     if servers := [server for agent in agents for server in agent.servers]:
         serving = sum(server.version is not None for server in servers)
         details.append(f"{serving} of {len(servers)} servers serve")
+    if peak := max((each for a in agents for each in a.server_peaks.values()), default=0):
+        details.append(f"{_gib(peak)} GiB peak of a server")
     if in_flight := sum(worker.in_flight or 0 for worker in workers):
         details.append(f"{in_flight} groups in flight")
     if sent := sum(worker.sent or 0 for worker in workers):
@@ -246,6 +250,10 @@ def _details(members: Sequence[MemberStatus]) -> str:
     errors = [shown.member.error for shown in members if shown.member.error]
     details += [textwrap.shorten(error, SHORT_ERROR) for error in errors[:1]]
     return ", ".join(details)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}" if size else ""
 
 
 def _sweep(status: SweepStatus) -> RenderableType:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 ENV_WORKER = "atropos_hpc.rollout.env_worker"
 TICK_S = 0.1
+PEAKS_S = 3.0  # between two looks at the servers' memory
 LOOK_S = 1.0  # between two looks at the other members
 TAKE_OVER_S = 60.0  # before the evaluator is taken over, as nodes start at different times
 
@@ -64,6 +65,7 @@ class NodeAgent:
         self.evaluates = bool(evaluation.before or evaluation.after or evaluation.every)
         self.failover = LeaderFailover(run)
         self.refused: str | None = None
+        self._peaks_due = 0.0  # monotonic
         self.abandoned: str | None = None  # why nobody needs this agent any more
         self.changed = asyncio.Event()  # the node's newest version, or one that a server serves
 
@@ -236,9 +238,24 @@ class NodeAgent:
             policy=newest.version if newest else None,
             alarm=self.follower.failure,
             children={m.name: m.pid for m in self.others if m.pid is not None},
+            server_peaks=self._server_peaks(),
         )
         waits = (server.wait() for server in self.servers)
         self.member.show_wait(next((wait for wait in waits if wait is not None), None))
+
+    def _server_peaks(self) -> dict[str, int]:
+        """Return the peak of each server's processes; looks now and then, in steps of 64 MiB."""
+        peaks = self.member.state.server_peaks
+        if time.monotonic() < self._peaks_due:
+            return peaks
+        self._peaks_due = time.monotonic() + PEAKS_S
+        found = dict(peaks)
+        for server in self.servers:
+            if (pid := server.managed.pid) is not None:
+                every = (pid, *process.descendants_of(pid))
+                held = sum(map(process.peak_memory, every)) >> 26 << 26
+                found[server.name] = max(held, peaks.get(server.name, 0))
+        return found
 
     def end(self) -> None:
         self.engine.end_all(self.config.launch.grace_s)

@@ -39,6 +39,7 @@ from atropos_hpc.contracts.members import (
     TrajectoriesState,
     Wait,
 )
+from atropos_hpc.runtime.process import peak_memory
 from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_file, write_struct
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Member(Generic[S]):
         with self._lock:
             for name, value in changes.items():
                 setattr(self.state, name, value)
+            self.state.peak_bytes = peak_memory()
             self._current = write_volatile(self.path, self.state)
 
     def update_if_changed(self, **changes: Any) -> None:

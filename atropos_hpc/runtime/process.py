@@ -231,6 +231,18 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def peak_memory(pid: int | None = None) -> int:
+    """The most memory that a process, or this one, has held in RAM, bytes; 0 when it has ended.
+
+    Pages that it shares with other processes count.
+    """
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10
+    except (OSError, IndexError):  # a zombie has no memory
+        return 0
+
+
 def return_freed_memory() -> None:
     """Return freed memory to the system, which glibc keeps otherwise; elsewhere, do nothing.
 
