@@ -181,7 +181,8 @@ def test_gradients_are_those_of_the_float64_loop(
     groups, references = noisy_twins(model64, make_groups())
     truncated = flatten(groups[:1], CASES["entropy bonus"])
     assert truncated.support is not None and truncated.prefixes.any(), "both at once"
-    limits = (4096, 120) if len(deal) == 1 else (120,)
+    # The fewest micro-batches, two, for a rank that has nothing but fillers in all of them.
+    limits = (4096, 120) if len(deal) == 1 else (120,) if all(deal) else (300,)
     results = on_ranks(len(deal), update_all, model_path, deal, groups, references, limits)
     for name, conf in CASES.items():
         want = expected(model64, groups, references, conf)
