@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -9,10 +10,11 @@ from config_parts import composed
 
 from atropos_hpc import cli
 from atropos_hpc.config import Config
-from atropos_hpc.launch import memory_check, preflight, sweep
+from atropos_hpc.launch import machine_memory, memory_check, preflight, sweep
 from atropos_hpc.launch.memory_check import Devices
 from atropos_hpc.launch.slurm.cluster import Cluster, parse_cluster
 from atropos_hpc.launch.sweep_point import Point
+from atropos_hpc.runtime import sizing
 from atropos_hpc.runtime.model_sizes import sizes
 from bench.parts.published import CONFIGS
 
@@ -239,3 +241,28 @@ def test_validate_shows_what_each_phase_needs_beside_what_there_is(model: str) -
     assert peak == pytest.approx(40.1 * GIB, rel=0.01)  # the figure of the refusal above
     text = CliRunner().invoke(cli.app, ["validate", *asked]).output
     assert "memory, estimated" in text and "600 GiB" in text
+
+
+@pytest.mark.parametrize("state, free, total, said", [
+    ("float32", 64, 64, None),
+    ("float32", 8, 64, "8.0 GiB are free"),
+    ("bfloat16", 8, 64, "8.0 GiB are free"),
+    ("float32", 4, 4, "the machine has 4.0 GiB"),
+])  # fmt: skip
+def test_a_run_on_this_machine_is_compared_with_its_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, free: int, total: int,
+    said: str | None,
+) -> None:  # fmt: skip
+    shape = CONFIGS["Qwen/Qwen2.5-0.5B-Instruct"]
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = composed("experiment=gsm8k_qwen2_5_coder_0_5b_cpu", f"model.path={tmp_path}",
+                      f"trainer.optimizer_state={state}")  # fmt: skip
+    monkeypatch.setattr(sizing, "free_memory", lambda: free * GIB)
+    memory = SimpleNamespace(total=total * GIB)
+    monkeypatch.setattr(machine_memory.psutil, "virtual_memory", lambda: memory)
+    warned = [each.message for each in memory_check.warnings(config)]
+    refused = [each.message for each in memory_check.check(config, False)]
+    assert bool(warned) == (said is not None) and bool(refused) == (total == 4)
+    assert all(said in each for each in refused or warned if said)
+    assert all(("optimizer_state" in each) == (state == "float32") for each in warned)
+    assert memory_check.needs(config, False)[-1].available_bytes == free * GIB

@@ -15,7 +15,7 @@ from typing import Any
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.answers import MemoryNeed
-from atropos_hpc.launch import cluster_check
+from atropos_hpc.launch import cluster_check, machine_memory
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
 from atropos_hpc.runtime import devices, sizing, slurm
@@ -49,7 +49,11 @@ class Devices:
 def check(config: Config, on_slurm: bool) -> Iterator[Problem]:
     """Yield each role that cannot fit. `on_slurm`: ask the cluster for the types of its GPUs."""
     roles, model = config.roles, sizes_of(config)
-    if model is None or not (roles.trainer.gpus_per_node or roles.rollout.gpus_per_node):
+    if model is None:
+        return
+    if machine_memory.applies(config):
+        yield from machine_memory.check(config, model)
+    if not (roles.trainer.gpus_per_node or roles.rollout.gpus_per_node):
         return
     yield from too_large(config, model, _devices(config, on_slurm))
     for role, needed, assumed in _host_memory(config, model):
@@ -86,9 +90,10 @@ def needs(config: Config, on_slurm: bool) -> list[MemoryNeed]:
         nodes = {"trainer": found.trainer_node, "rollout": found.rollout_node}
         rows += [(f"{k} node: host memory", need, _mem(config, k)) for k, need in nodes.items()]
     rows.append((f"rollout node: {config.policy.cache}", found.policy_cache, None))
-    return [
+    table = [
         MemoryNeed(part, int(needed), None if of is None else int(of)) for part, needed, of in rows
     ]
+    return table + ([machine_memory.row(config, model)] if machine_memory.applies(config) else [])
 
 
 def lines(found: Sequence[MemoryNeed]) -> list[str]:
@@ -125,7 +130,8 @@ def _devices(config: Config, on_slurm: bool) -> Devices:
 def warnings(config: Config) -> list[Problem]:
     """Return each role whose job gets less host memory than it is estimated to need."""
     if config.launch.allocation == "local":
-        return []
+        model = sizes_of(config) if machine_memory.applies(config) else None
+        return list(machine_memory.warnings(config, model)) if model else []
     cluster = _cluster()
     by_default = default_too_small(config, cluster) if cluster is not None else ()
     return [*_scarce(config), *by_default]

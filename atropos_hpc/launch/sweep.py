@@ -278,7 +278,7 @@ def _refuse(points: Sequence[Point], on_slurm: bool, roles: bool = True) -> None
             found.setdefault(problem, []).append(point.num)
     if found:
         raise Refused(*itertools.starmap(_at_points, found.items()))
-    warned = (w for point in points if on_slurm for w in memory_check.warnings(point.config))
+    warned = (w for point in points for w in memory_check.warnings(point.config))
     for warning in dict.fromkeys(warned):
         print(f"warning: {warning}", file=sys.stderr)
 
