@@ -76,8 +76,10 @@ apt:
 			>/dev/null; then \
 		apt-get -qq update && $(APT) slurmctld slurmd slurm-client munge >/dev/null; fi
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		! { command -v slurmdbd && command -v mariadbd; } >/dev/null; then \
-		{ apt-get -qq update && $(APT) --no-install-recommends slurmdbd mariadb-server-core; } \
+		! { command -v slurmdbd && command -v mariadbd && command -v my_print_defaults; } \
+			>/dev/null; then \
+		{ apt-get -qq update && $(APT) --no-install-recommends \
+			slurmdbd mariadb-server-core mariadb-client-core; } \
 			>/dev/null 2>&1 || echo "slurmdbd and MariaDB cannot be installed here"; fi
 
 # Each test file belongs to one role's environment; tests/conftest.py knows which. Every tier records

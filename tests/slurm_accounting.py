@@ -1,6 +1,7 @@
 """A private Slurm cluster with accounting: slurmdbd on MariaDB, and a script of job_submit/lua.
 
-Needs Debian's slurmdbd and mariadb-server-core beside what slurm_cluster.py needs (`make apt`).
+Needs Debian's slurmdbd, mariadb-server-core and mariadb-client-core beside what slurm_cluster.py
+needs (`make apt`).
 Nothing listens beyond this machine: MariaDB on a socket in the cluster's directory, slurmdbd on
 127.0.0.1.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from slurm_cluster import Cluster, free_ports, until
 
-PROGRAMS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db")
+PROGRAMS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db", "my_print_defaults")
 
 SLURMDBD_CONF = """\
 AuthType=auth/munge
@@ -80,7 +81,11 @@ class AccountedCluster(Cluster):
         self.command("sacctmgr", "-i", "add", "cluster", "private")
 
     def _start_database(self) -> None:
-        """Start MariaDB with an empty database; this user needs no password."""
+        """Start MariaDB with an empty database; this user needs no password.
+
+        slurmdbd would create the database, but with libmariadb 11.8.9 of Debian 13 its queries then
+        fail: "Number of columns in result (=1) set execeeds maxmimum allowed number of columns".
+        """
         data, run = self.home / "database", self.home / "run"
         own = f"--user={getpass.getuser()}"
         here = (f"--datadir={data}", own)
@@ -88,7 +93,10 @@ class AccountedCluster(Cluster):
         self.command(*install, "--auth-root-authentication-method=normal")
         self.env["MYSQL_UNIX_PORT"] = str(run / "database.sock")  # of slurmdbd, too
         server = ["mariadbd", "--no-defaults", *here, "--skip-networking", "--skip-grant-tables"]
+        init = self.home / "database.sql"
+        init.write_text("CREATE DATABASE IF NOT EXISTS accounting;\n")
         options = [
+            f"--init-file={init}",
             f"--socket={run}/database.sock",
             f"--pid-file={run}/database.pid",
             "--innodb-flush-log-at-trx-commit=0",

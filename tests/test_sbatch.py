@@ -142,7 +142,9 @@ def test_every_site_renders(site: str) -> None:
             "exec apptainer exec --nv --bind /work image python3 -m atropos_hpc.rollout.node_agent"
             in agent[-1]
         )
-    assert agent[-1].splitlines()[: len(config.cluster.setup)] == config.cluster.setup
+    opened, *program = agent[-1].splitlines()[1:]
+    assert opened == "exec >>/logs/agent-0.log 2>&1"  # what the site's lines print, too
+    assert program[: len(config.cluster.setup)] == config.cluster.setup
 
 
 def test_steps_name_their_nodes_counts_and_addresses() -> None:

@@ -7,6 +7,7 @@ themselves; on Slurm's nodes a step is one srun.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,8 +105,7 @@ class SlurmSteps:
             name,
             [node],
             1,
-            f"{self.logs}/{name}.log",
-            program(command, role, cluster.setup, cluster.container, variables),
+            program(command, role, cluster.setup, cluster.container, variables, self._log(name)),
             cluster.container,
         )
         command_line = srun(step, self.allocations["rollout"], role)
@@ -125,17 +125,20 @@ class SlurmSteps:
             "LOCAL_WORLD_SIZE": str(role.ranks_per_node),
         }
         setup = [*cluster.setup, f"addresses=({addresses})"]
-        command = _learner(config, self.run_dir)
+        command, name = _learner(config, self.run_dir), "trainer-$SLURM_PROCID"
         step = StepRequest(
             "trainer",
             allocation.nodes,
             role.ranks_per_node,
-            f"{self.logs}/trainer-%t.log",
-            program(command, role, setup, cluster.container, variables),
+            program(command, role, setup, cluster.container, variables, self._log(name)),
             cluster.container,
         )
         spec = ProcessSpec("trainer.srun", srun(step, allocation, role), end_by=END_TASKS)
         return Step("trainer", "trainer", (spec,), allocation.nodes)
+
+    def _log(self, name: str) -> str:
+        """The path of a task's log for the shell, which expands the variables in `name`."""
+        return f"{shlex.quote(str(self.logs))}/{name}.log"
 
 
 def _trajectories(

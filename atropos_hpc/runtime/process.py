@@ -98,12 +98,13 @@ class ProcessSpec:
 
 @dataclass
 class Child:
-    """A running child and the process group that it leads."""
+    """A running child and the process group that it leads. Its output begins at `log_start`."""
 
     name: str
     process: "subprocess.Popen[bytes]"
     log: Path
     end_by: int = signal.SIGTERM
+    log_start: int = 0
 
     @property
     def pid(self) -> int:
@@ -139,6 +140,7 @@ def start(
     """Start `command` in a process group of its own, bound to this process's life. Its output is
     appended to `log`; `env` is added to this process's environment."""
     with log.open("ab") as output:
+        log_start = output.tell()
         process = subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
@@ -149,7 +151,7 @@ def start(
             start_new_session=True,
             umask=PRIVATE,
         )
-    return Child(name, process, log, end_by)
+    return Child(name, process, log, end_by, log_start)
 
 
 def end(children: Iterable[Child], grace_s: float) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import out_of_memory, process
 from atropos_hpc.runtime.process import Child, ProcessSpec
 
 log = logging.getLogger(__name__)
@@ -174,12 +174,17 @@ class Exit:
     lived_s: float
     ready: bool  # whether it had reported for work
     hung: bool  # whether it was killed because it hung
+    out_of_memory: bool = False  # whether the kernel has killed it or a process of it
 
     @property
     def how(self) -> str:
+        how = f"ended with exit code {self.code}"
         if self.code < 0:
-            return f"was killed by {signal.Signals(-self.code).name}"
-        return f"ended with exit code {self.code}"
+            how = f"was killed by {signal.Signals(-self.code).name}"
+        if self.out_of_memory:
+            role = "trainer" if self.managed.kind in ("trainer", "trajectories") else "rollout"
+            how += f", out of memory: its job needs more roles.{role}.mem"
+        return how
 
     @property
     def crashed(self) -> bool:
@@ -200,8 +205,13 @@ class SupervisionEngine:
     complete: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
     starter: Callable[..., Child] = process.start  # replaced in tests
+    memory_kills: Callable[[], int] = out_of_memory.kills
     processes: list[ManagedProcess] = field(default_factory=list)
     _dumped_until: float = 0.0
+    _kills_seen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._kills_seen = self.memory_kills()
 
     def add(self, *processes: ManagedProcess) -> None:
         """Supervise these, too; they start at the next `poll`."""
@@ -311,7 +321,16 @@ class SupervisionEngine:
         process.end_orphans(self.running())
         lived_s = now - life.started_at
         life.end(now, progress, stuck=life.hung or code == process.STUCK)
-        return Exit(managed, first, code, lived_s, managed.ready, life.hung)
+        starved = self._is_starved(first) and code != 0
+        return Exit(managed, first, code, lived_s, managed.ready, life.hung, starved)
+
+    def _is_starved(self, child: Child) -> bool:
+        """Whether the kernel has killed a process for memory since this was asked last."""
+        before, self._kills_seen = self._kills_seen, self.memory_kills()
+        is_srun = child.end_by == process.END_TASKS
+        return self._kills_seen > before or (
+            is_srun and out_of_memory.said_by_slurm(child.log, child.log_start)
+        )
 
     def _first_ended(self, managed: ManagedProcess, complete: bool) -> Child | None:
         """The child whose end is the end of the whole. None while others may take their time to

@@ -80,13 +80,12 @@ def step_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """A step to be started by srun. `program` is a shell script that each task runs; `output` is
-    the pattern of the tasks' logs; `container` is cluster.container."""
+    """A step to be started by srun. `program` is a shell script that each task runs; `container` is
+    cluster.container."""
 
     name: str
     nodes: Sequence[str]
     tasks_per_node: int
-    output: str
     program: str
     container: str = ""
 
@@ -110,13 +109,10 @@ def srun(step: StepRequest, allocation: Allocation, conf: RoleConf) -> tuple[str
         f"--cpus-per-task={conf.cpus_per_task}",
         "--mem=0",
         "--overlap",
-        "--unbuffered",
         "--kill-on-bad-exit=1",
         "--wait=30",
         f"--job-name={step.name}",
         "--export=ALL",
-        "--open-mode=append",
-        f"--output={step.output}",
         *([f"--container-image={conf.container}"] if pyxis else []),
         *conf.srun,
         "bash",
@@ -131,14 +127,20 @@ def program(
     cluster_setup: Sequence[str],
     container: str,
     variables: Mapping[str, str],
+    log: str,
 ) -> str:
     """Return the shell script of a step's task: the setup lines of the site and the role, exports
-    (whose values the shell expands), and the command."""
+    (whose values the shell expands), and the command.
+
+    The task opens its own `log`, a quoted path of the shell. srun's --output would not do: in a
+    component of a het job, %t is one too low with Slurm 26.05. What Slurm says of the step goes
+    into srun's log.
+    """
     image = conf.container if container != "pyxis" else None
     prefix = [*shlex.split(container), image] if image else []
     exports = [f'export {key}="{value}"' for key, value in variables.items()]
     last = f"exec {shlex.join([*prefix, *command])}"
     # Slurm passes the umask on, a container or a login script may not.
-    return "\n".join(
-        [*cluster_setup, *conf.setup, "umask 077", "unset ATROPOS_HPC_PARENT", *exports, last]
-    )
+    own = "umask 077"
+    setup = [own, f"exec >>{log} 2>&1", *cluster_setup, *conf.setup, own]
+    return "\n".join([*setup, "unset ATROPOS_HPC_PARENT", *exports, last])
