@@ -81,10 +81,11 @@ def submit(script: str, env: Mapping[str, str], pause_s: float = 5.0) -> str:
             log.warning("%s; trying again in %.0f s", error, pause_s)
         time.sleep(pause_s)
         with contextlib.suppress(SlurmError):
-            for line in run_command("squeue", "--me", "-h", "-o", "%A|%o").splitlines():
-                job, _, command = line.partition("|")
+            # Not %A: which component of a het job comes first differs between versions.
+            for line in run_command("squeue", "--me", "-h", "-o", "%i|%o").splitlines():
+                name, _, command = line.partition("|")
                 if command.split(" ")[0] == script:
-                    return job
+                    return _number(name)
     raise AssertionError("unreachable")
 
 
@@ -200,10 +201,15 @@ def job_states(jobs: Iterable[str]) -> dict[str, str]:
     listing = run_command("squeue", "--me", "-h", "--states=all", "-o", "%i|%T")
     for line in listing.splitlines():
         name, state = line.split("|")
-        number = re.split(r"[+_]", name)[0]
+        number = _number(name)
         if number in wanted:
             found.setdefault(number, []).append(state)
     return {number: merge_states(states) for number, states in found.items()}
+
+
+def _number(name: str) -> str:
+    """The job of a het component such as 7+1, or of an array task such as 7_3."""
+    return re.split(r"[+_]", name)[0]
 
 
 def merge_states(states: Sequence[str]) -> str:
