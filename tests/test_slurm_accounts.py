@@ -115,9 +115,15 @@ def test_a_run_within_its_limits_is_charged_to_its_account(
     assert (job["Account"], job["QOS"]) == ("physics", "short")
 
 
+def require_limits_of_het_jobs_at_submission(cluster: AccountedCluster) -> None:
+    if cluster.command("sinfo", "--version").split()[-1] >= "26.05":
+        pytest.skip("this Slurm accepts such heterogeneous jobs, and lets them wait")
+
+
 def test_more_points_than_a_qos_lets_wait_are_named_with_sbatchs_words(
     cluster: AccountedCluster, tmp_path: Path
 ) -> None:
+    require_limits_of_het_jobs_at_submission(cluster)
     points = [*SHORT, "trainer.steps=5", "algorithm.kl_coef=0,0.001,0.01"]
     slots = ["hydra.launcher.slots=1"]
     done = submit(cluster, tmp_path / "sweep", *points, *slots, *stand_in(tmp_path), check=False)
@@ -132,6 +138,7 @@ def test_het_components_that_exceed_a_limit_together_are_refused_at_submission(
     cluster: AccountedCluster, tmp_path: Path
 ) -> None:
     """`sbatch --test-only` looks at each of them only."""
+    require_limits_of_het_jobs_at_submission(cluster)
     wide = [*SHORT, "roles.rollout.nodes=2", *stand_in(tmp_path)]
     done = submit(cluster, tmp_path / "sweep", *wide, check=False)
     assert done.returncode == 1 and cluster.command("squeue", "-h") == ""
