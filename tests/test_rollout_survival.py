@@ -228,28 +228,56 @@ def test_an_update_costs_no_token_and_favours_no_length(pair: Pair, mode: str) -
     assert pool.dropped == 0 and after - before == sum(lengths(answers))
 
 
-def test_a_new_version_uses_no_keys_and_values_of_an_older_one(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arrives", ["after the update", "during its pause"])
+def test_a_new_version_uses_no_keys_and_values_of_an_older_one(
+    pair: Pair, tmp_path: Path, arrives: str
+) -> None:
     """Running requests keep theirs, so the cache is not cleared."""
     torch.manual_seed(1)
     Qwen3ForCausalLM(AutoConfig.from_pretrained(pair.one.base)).save_pretrained(tmp_path)
     server, prompt = pair.one, list(range(2, 60)) * 6
+    headers = {"Authorization": f"Bearer {server.token}"}
 
-    def ask() -> tuple[float, float]:
-        """Return the log-prob of the greedy answer, and the tokens that were in the cache."""
-        before = server.metric("prefix_cache_hits_total")
+    async def ask(session: aiohttp.ClientSession) -> float:
+        """Return the log-prob of the greedy answer."""
         sampling = {"temperature": 0.0, "max_tokens": 1, "logprobs": 0}
         body = {"token_ids": prompt, "sampling_params": sampling}
-        status, answer = server.ask("POST", GENERATE, body)
-        assert status == 200, answer
-        (position,) = answer["choices"][0]["logprobs"]["content"]
-        return position["logprob"], server.metric("prefix_cache_hits_total") - before
+        async with session.post(server.url + GENERATE, json=body) as answer:
+            (position,) = (await answer.json())["choices"][0]["logprobs"]["content"]
+            return float(position["logprob"])
 
-    old, _ = ask()
-    assert ask() == (pytest.approx(old, abs=1e-4), len(prompt) // BLOCK * BLOCK)
-    asyncio.run(update(pair, tmp_path))
-    new, hits = ask()
-    server.ask("POST", "/reset_prefix_cache")
-    assert hits == 0 and ask()[0] == pytest.approx(new, abs=1e-4) != pytest.approx(old, abs=1e-2)
+    async def main() -> tuple[float, float, float, float]:
+        async with aiohttp.ClientSession(headers=headers) as session:
+
+            async def post(route: str, **body: Any) -> None:
+                async with session.post(server.url + route, json=body) as answer:
+                    assert answer.status == 200, await answer.text()
+
+            old, again = await ask(session), await ask(session)
+            if arrives == "after the update":
+                await update(pair, tmp_path)
+                new = await ask(session)
+            else:
+                files = publish(pair.one.run, tmp_path / "model.safetensors", pair.version + 100)
+                info = {"directory": str(files), "version": f"{pair.version + 100}-1"}
+                await post("/start_weight_update")
+                await post("/update_weights", update_info=info)
+                await post("/pause?mode=keep&clear_cache=false")
+                answer = asyncio.create_task(ask(session))
+                for _ in range(5):  # the engine answers in order: it has the request by then
+                    async with session.get(server.url + "/is_paused") as paused:
+                        assert (await paused.json())["is_paused"] and not answer.done()
+                await post("/finish_weight_update", weight_version=f"{pair.version + 100}-1")
+                await post("/resume")
+                new = await answer
+            await post("/reset_prefix_cache")
+            return old, again, new, await ask(session)
+
+    before = server.metric("prefix_cache_hits_total")
+    old, again, new, alone = asyncio.run(main())
+    assert again == pytest.approx(old, abs=1e-4)
+    assert server.metric("prefix_cache_hits_total") - before == len(prompt) // BLOCK * BLOCK
+    assert new == pytest.approx(alone, abs=1e-4) != pytest.approx(old, abs=1e-2)
     asyncio.run(update(pair, pair.one.base))
 
 

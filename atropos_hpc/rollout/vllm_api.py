@@ -1,4 +1,4 @@
-"""Everything that depends on vLLM's internals in the API server, for vLLM 0.25 to 0.32.
+"""Everything that depends on vLLM's internals in its server, for vLLM 0.25 to 0.32.
 
 The token endpoint of 0.32 reports which weight version sampled each token; 0.25 does not. There the
 version is recorded in the API server's output processor (`_record_weight_versions`): no token is
@@ -10,7 +10,7 @@ lost. 0.32 names the versions in the last chunk only (`_stamp_every_chunk`); the
 no field for them, so it answers as a whole (`_answer_as_a_whole`), which clients accept too.
 
 In all versions, answers carry the support of each token where the request asks for it
-(`_report_support`), and the prefix cache keeps versions apart (`_separate_caches`).
+(`_report_support`), and the prefix cache keeps versions apart (`separate_caches`).
 
 `policy/vllm_engine.py` is the other file that touches vLLM: it runs in vLLM's worker processes.
 """
@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import sys
 from dataclasses import dataclass
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,8 @@ ENTRY = "vllm.entrypoints.launchers.api_server.entry"  # since 0.32
 # sample with it. Encoding costs the server 4.9 us per token instead of 3.3 for whole answers (11 us
 # with a chunk per token), and decoding costs the client 1.7 us (measured on one core of a CPU).
 CHUNK_TOKENS = 4
+# Methods of the workers that change their weights: vLLM's own, and policy/vllm_engine.py's.
+CHANGES_OF_WEIGHTS = ("finish_weight_update", "load_policy_adapter")
 
 
 def version_flags() -> list[str]:
@@ -48,8 +51,7 @@ def serve(arguments: list[str]) -> None:
     limit_half_sent_requests()
     sys.argv = ["vllm", *arguments]
     _report_support()
-    label = _Label()
-    _separate_caches(label)
+    separate_caches()
     _fork_engine_on_cpu()
     if _has_entry():
         entry: Any = importlib.import_module(ENTRY)
@@ -64,7 +66,7 @@ def serve(arguments: list[str]) -> None:
     cli_env_setup()
     parsed = cli_args.make_arg_parser(FlexibleArgumentParser()).parse_args()
     cli_args.validate_parsed_serve_args(parsed)
-    _record_weight_versions(label)
+    _record_weight_versions()
     uvloop.run(api_server.run_server(parsed))
 
 
@@ -89,34 +91,52 @@ def _fork_engine_on_cpu() -> None:
         vars(utils)["get_mp_context"] = lambda: multiprocessing.get_context("fork")
 
 
-def _separate_caches(label: _Label) -> None:
+def separate_caches() -> None:
     """Have requests find no keys and values of older weights in the prefix cache.
 
     Reason (0.25 to 0.32): an update that lets running requests keep theirs leaves the cache as it
     is. A prefix that all prompts share, such as a system message, would stay that of the version
-    which computed it first. So the version salts the hashes of a request's blocks. Requests that
-    arrive during the pause of an update still have the older salt.
+    which computed it first. So the number of updates salts the hashes of a request's blocks. This
+    happens in the engine's process: only there is it known whether a request begins under the new
+    weights, which those do that were waiting, or arrived during the pause of the update.
+
+    Processes that vLLM forks inherit the change; spawned ones have to call this themselves.
     """
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.core import EngineCore
 
-    engine: Any = AsyncLLM
-    processor: Any = InputProcessor
-    process = processor.process_inputs
-    update: Any = getattr(engine, "update_weight_version", None)
+    core: Any = EngineCore
+    preprocess, add, rpc = core.preprocess_add_request, core.add_request, core.collective_rpc
+    core.weight_updates = 0
 
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process(self, *args, **kwargs)
-        request.cache_salt = f"{label.version} {request.cache_salt or ''}"
-        return request
+    def salt_anew(self: Any, request: Any) -> None:
+        updates, _, own = request.cache_salt.partition(" ")
+        if updates != str(self.weight_updates):
+            request.cache_salt = f"{self.weight_updates} {own}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
 
-    async def update_weight_version(self: Any, new_version: str) -> None:
-        await update(self, new_version)
-        label.version = new_version
+    @wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:  # in a thread of its own
+        request.cache_salt = f"{self.weight_updates} {request.cache_salt or ''}"
+        return preprocess(self, request)
 
-    processor.process_inputs = process_inputs
-    if update is not None:  # else `_name_versions_in_routes` sets the label
-        engine.update_weight_version = update_weight_version
+    @wraps(add)
+    def add_request(self: Any, request: Any, *args: Any) -> None:
+        salt_anew(self, request)
+        add(self, request, *args)
+
+    @wraps(rpc)  # vLLM looks at the signature of what a client calls
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        found = rpc(self, method, *args, **kwargs)
+        if method in CHANGES_OF_WEIGHTS:
+            self.weight_updates += 1
+            for request in self.scheduler.requests.values():
+                if request.num_computed_tokens == 0:
+                    salt_anew(self, request)
+        return found
+
+    core.preprocess_add_request, core.add_request = preprocess_add_request, add_request
+    core.collective_rpc = collective_rpc
 
 
 def _stamp_every_chunk() -> None:
@@ -137,11 +157,12 @@ def _stamp_every_chunk() -> None:
     state._new_completion_output = new_completion_output
 
 
-def _record_weight_versions(label: _Label) -> None:
+def _record_weight_versions() -> None:
     """Have vLLM 0.25 report the version behind each token, as 0.32 does.
 
     Choices get `weight_versions`, spans {version, start, end} of tokens.
     """
+    label = _Label()
     _stamp_outputs(label)
     _add_spans_to_answers()
     _answer_as_a_whole()
