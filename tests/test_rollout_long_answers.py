@@ -3,7 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rollout_parts import list_servers, make_run
@@ -15,6 +15,7 @@ from stub_vllm import StubVllm  # noqa: E402
 
 from atropos_hpc.environments.make_base import make_tokenizer  # noqa: E402
 from atropos_hpc.rollout import env_loader  # noqa: E402
+from atropos_hpc.rollout.evaluation import Evaluator  # noqa: E402
 from atropos_hpc.rollout.server_pool import pool_of  # noqa: E402
 from atropos_hpc.rollout.vllm_client import VllmServer  # noqa: E402
 
@@ -63,3 +64,15 @@ def test_an_answer_that_takes_20_minutes_arrives_unless_the_config_says_less(
             await pool_of(run.path).close()
 
     asyncio.run(main())
+
+
+def test_requests_of_an_evaluation_may_queue_as_long_as_it_may_take(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    run = make_run(
+        tmp_path / "run",
+        model={"path": str(tmp_path / "model")},
+        environment={"target": "atropos_hpc.environments.arithmetic:ArithmeticEnv"},
+        evaluation={"timeout_s": 7200.0},
+    )
+    env = Evaluator(run, cast(Any, None)).build()["environment"]
+    assert [server.config.timeout for server in env.server.servers] == [7200]

@@ -172,6 +172,9 @@ class Evaluator:
         built = {}
         for key in environments(self.config):
             environment, env_config, servers = env_loader.of_run(self.run, key, self.config.seed)
+            # Hundreds of requests are sent at once and queue: evaluation.timeout_s bounds them all.
+            for server in servers:
+                server.timeout = max(server.timeout, round(self.conf.timeout_s))
             built[key] = as_evaluator(environment)(env_config, servers, slurm=False)
         return built
 
