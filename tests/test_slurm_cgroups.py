@@ -1,5 +1,6 @@
-"""Jobs that Slurm holds to their memory by cgroup v2, where this machine allows it."""
+"""Jobs that Slurm holds to their memory and cores by cgroup v2, where this machine allows it."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing_controllers()), reason=f"no {missing_controllers()} here"),
 ]
 EAT = "b'x' * (2 << 30)"
+SHOW = "from atropos_hpc.runtime.cores import variables; print(variables(0, 1, bind=True))"
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +50,9 @@ def test_a_role_beyond_its_memory_ends_the_run_with_the_key_to_raise(
     )
     run.ends("FAILED", seconds=300)
     assert f"out of memory: its job needs more roles.{role}.mem" in run.log("supervisor")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_a_process_plans_with_the_cores_of_its_step_only(constrained: ConstrainedCluster) -> None:
+    step = ["srun", "--ntasks=1", "--cpus-per-task=1", "--mem=500M", sys.executable, "-c", SHOW]
+    assert "'OMP_NUM_THREADS': '1'" in constrained.command(*step, timeout=300)
