@@ -1,6 +1,7 @@
 """Members see each other through the roster that the supervisor publishes."""
 
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -89,6 +90,13 @@ def test_a_field_that_a_kind_does_not_have_is_refused(run: RunDir) -> None:
     with pytest.raises(AttributeError):
         member.update(rank=3)
     member.leave()
+
+
+def test_the_jitter_of_heartbeats_leaves_the_global_generator_alone() -> None:
+    """Heartbeats run in a thread beside an environment that shuffles its prompts."""
+    before = random.getstate()
+    assert {membership.jittered(10.0) for _ in range(3)} != {10.0}
+    assert random.getstate() == before
 
 
 def test_a_member_whose_heartbeat_stops_is_not_alive(run: RunDir) -> None:

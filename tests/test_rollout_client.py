@@ -74,6 +74,21 @@ async def test_a_new_version_wakes_up_a_worker_without_quota(run: RunDir) -> Non
 
 
 @on_a_run
+async def test_a_worker_that_is_stopped_when_a_version_arrives_stops(run: RunDir) -> None:
+    pool = Pool(run)
+    for turns in range(3):  # of the event loop, between the version and the stop
+        waiting = asyncio.create_task(pool.await_change(3600))
+        await asyncio.sleep(0)
+        pool.changed.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if waiting.cancel():  # else it had returned by then
+            await asyncio.wait([waiting], timeout=30)
+            assert waiting.cancelled(), turns
+    await pool.close()
+
+
+@on_a_run
 async def test_an_empty_roster_is_waited_for(run: RunDir) -> None:
     pool = Pool(run)
     request = asyncio.create_task(pool.post(REQUEST, 30))

@@ -135,7 +135,8 @@ async def evaluate(env: Any, version: int, timeout_s: float) -> Evaluation:
 
     env.reported = {}
     with record_generations() as sampled:
-        await asyncio.wait_for(complete(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await complete()
     pending = getattr(env, "eval_metrics", None)
     if isinstance(pending, list):  # most environments put (name, value) there, for wandb_log
         pairs = (item for item in pending if isinstance(item, tuple | list) and len(item) == 2)

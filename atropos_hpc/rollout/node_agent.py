@@ -127,7 +127,8 @@ class NodeAgent:
                         if task.done():
                             task.result()
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self.changed.wait(), TICK_S)
+                        async with asyncio.timeout(TICK_S):
+                            await self.changed.wait()
                     self.changed.clear()
             finally:
                 self.follower.stop()

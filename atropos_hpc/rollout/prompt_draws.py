@@ -105,7 +105,8 @@ class PromptDraws:
     async def report_last(self, patience_s: float) -> None:
         """Report what is left to report, at the end."""
         try:
-            await asyncio.wait_for(self.request_numbers(0), patience_s)
+            async with asyncio.timeout(patience_s):
+                await self.request_numbers(0)
         except (TimeoutError, RuntimeError) as error:
             log.warning("%d draws were not reported: %s", len(self._reports), error)
 

@@ -164,7 +164,8 @@ class Pool:
     async def await_change(self, timeout_s: float) -> None:
         """Wait until `changed` is set, at most so long, and clear it."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self.changed.wait()
         self.changed.clear()
 
     def pick(self, home: str | None = None) -> str | None:

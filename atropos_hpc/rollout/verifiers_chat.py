@@ -57,9 +57,8 @@ class ChatHarness(vf.Harness[vf.HarnessConfig]):
             AsyncExitStack() as stack,
             aiohttp.ClientSession(headers=headers, timeout=timeout) as http,
         ):
-            tools, dispatch, servers = await asyncio.wait_for(
-                connect_mcp({"mcpServers": specs}, stack), CONNECT_S
-            )
+            async with asyncio.timeout(CONNECT_S):
+                tools, dispatch, servers = await connect_mcp({"mcpServers": specs}, stack)
             body = {"model": ctx.model, "messages": messages, **({"tools": tools} if tools else {})}
             while True:
                 async with http.post(f"{endpoint}/chat/completions", json=body) as answer:

@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", bound=MemberState)
 R = TypeVar("R", bound=Request)
 
+# Not the global generator: heartbeats run in a thread, and the order of an environment's prompts
+# follows from the global one.
+JITTER = random.Random()
 BEAT_S = 7.0  # between a member's heartbeats
 DEAD_S = 30.0  # without a heartbeat; a busy filesystem may stall a node for that long
 ROSTER_BEAT_S = 2.0  # between writes of the roster, at most
@@ -277,7 +280,7 @@ def write_volatile(path: Path, value: msgspec.Struct) -> bool:
 
 def jittered(seconds: float) -> float:
     """A random 80 to 120 % of `seconds`, so that members do not act in lockstep."""
-    return seconds * random.uniform(0.8, 1.2)
+    return seconds * JITTER.uniform(0.8, 1.2)
 
 
 class RosterReader:

@@ -159,7 +159,8 @@ class Service:
             if found is not None or self.closing or left <= 0:
                 return found
             try:
-                await asyncio.wait_for(changed.wait(), min(left, RECHECK_S))
+                async with asyncio.timeout(min(left, RECHECK_S)):
+                    await changed.wait()
             except TimeoutError:
                 pass
 
