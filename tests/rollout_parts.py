@@ -83,10 +83,10 @@ def leader(run: RunDir) -> Iterator[None]:
 
 @contextmanager
 def module(
-    name: str, *arguments: str, log: Path, python: str | Path = sys.executable
+    name: str, *arguments: str, log: Path, python: str | Path = sys.executable, **variables: str
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """`python -m name ...`, bound to this process; ended, and waited for."""
-    env = {**os.environ, PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1", **variables}
     with log.open("ab") as output:
         child = subprocess.Popen(
             [python, "-m", name, *arguments], env=env, stdout=output, stderr=output

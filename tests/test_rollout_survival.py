@@ -74,9 +74,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with contextlib.ExitStack() as stack:
         servers = [
             stack.enter_context(
-                started(run, root / "base", root / "base", root / f"server-{i}.log")
+                started(
+                    run,
+                    root / "base",
+                    root / "base",
+                    root / f"server-{method}.log",
+                    VLLM_WORKER_MULTIPROC_METHOD=method,
+                )
             )
-            for i in range(2)
+            for method in ("fork", "spawn")  # of the engine's process: on a CPU, on a GPU
         ]
         for server in servers:
             server.wait_until_up()
@@ -228,14 +234,15 @@ def test_an_update_costs_no_token_and_favours_no_length(pair: Pair, mode: str) -
     assert pool.dropped == 0 and after - before == sum(lengths(answers))
 
 
+@pytest.mark.parametrize("engine", ["forked", "spawned"])
 @pytest.mark.parametrize("arrives", ["after the update", "during its pause"])
 def test_a_new_version_uses_no_keys_and_values_of_an_older_one(
-    pair: Pair, tmp_path: Path, arrives: str
+    pair: Pair, tmp_path: Path, arrives: str, engine: str
 ) -> None:
     """Running requests keep theirs, so the cache is not cleared."""
     torch.manual_seed(1)
     Qwen3ForCausalLM(AutoConfig.from_pretrained(pair.one.base)).save_pretrained(tmp_path)
-    server, prompt = pair.one, list(range(2, 60)) * 6
+    server, prompt = pair.servers[engine == "spawned"], list(range(2, 60)) * 6
     headers = {"Authorization": f"Bearer {server.token}"}
 
     async def ask(session: aiohttp.ClientSession) -> float:

@@ -208,11 +208,11 @@ def _serving(
 
 
 @contextlib.contextmanager
-def started(run: RunDir, base: Path, other: Path, log: Path) -> Iterator[Served]:
+def started(run: RunDir, base: Path, other: Path, log: Path, **variables: str) -> Iterator[Served]:
     """A server that is starting."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ("--run-dir", str(run.path), "--port", str(port))
-    with module("atropos_hpc.rollout.vllm_server", *arguments, log=log) as child:
+    with module("atropos_hpc.rollout.vllm_server", *arguments, log=log, **variables) as child:
         yield Served(run, f"http://127.0.0.1:{port}", child, base, other, log)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import multiprocessing
+import os
 import sys
 from dataclasses import dataclass
 from functools import wraps
@@ -82,12 +83,13 @@ def _fork_engine_on_cpu() -> None:
 
     Reason (0.25 to 0.32): on a CPU, vLLM spawns it, which imports vLLM a second time: 8 s of a
     core, and 0.4 GiB. This process has not computed anything by then, so no thread pool is lost.
-    Workers of tensor parallelism are still spawned.
+    Workers of tensor parallelism are still spawned. VLLM_WORKER_MULTIPROC_METHOD=spawn wins; vLLM
+    sets it itself later, while it reads its config.
     """
     from vllm.platforms import current_platform
     from vllm.v1.engine import utils
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") != "spawn":
         vars(utils)["get_mp_context"] = lambda: multiprocessing.get_context("fork")
 
 
