@@ -24,7 +24,7 @@ def test_a_submission_imports_no_torch_ray_verl_or_vllm(tmp_path: Path) -> None:
     assert heavy == "[]" and "#SBATCH hetjob" in said
     # what a real submission has in addition
     program = "import sys, submitit, atropos_hpc.launch.submitit_api; "
-    program += "print({'torch', 'ray', 'verl', 'vllm'} & set(sys.modules))"
+    program += "print({'torch', 'ray', 'verl', 'vllm', 'numpy'} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True

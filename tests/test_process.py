@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from atropos_hpc.runtime import process
 
@@ -151,3 +154,16 @@ def test_output_goes_to_the_log_whose_end_can_be_read(tmp_path: Path) -> None:
     assert process.tail(tmp_path / "log", 2) == "line 28\nline 29"
     assert process.tail(tmp_path / "missing") == "(no log)"
     assert os.getpgid(os.getpid()) != child.pid
+
+
+def test_ctrl_c_waits_for_the_end_of_the_block_also_where_another_thread_takes_it() -> None:
+    end, complete = threading.Event(), False
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), process.deferred_interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        complete = True
+    end.set()
+    thread.join()
+    assert complete and signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from atropos_hpc.config import Config
-from atropos_hpc.policy.shard_buffer import tensors_of
 from atropos_hpc.schema import Problem
 
 WANDB = "https://api.wandb.ai"
@@ -59,6 +56,10 @@ def _weights(path: Path) -> set[str]:
     try:
         if (path / INDEX).exists():
             return set(json.loads((path / INDEX).read_text())["weight_map"])
+        import numpy as np  # which starts threads: not in every command of a login node
+
+        from atropos_hpc.policy.shard_buffer import tensors_of
+
         return set(tensors_of(np.memmap(path / WEIGHTS, np.uint8, "r")))
     except (OSError, ValueError, KeyError):
         return set()

@@ -72,12 +72,21 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Deliver Ctrl-C after the block. Programs that the block starts do not see it either."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Deliver Ctrl-C after the block. Programs that the block starts do not see it either.
+
+    Only in the main thread. Another thread, such as a library's, may take the signal although this
+    one blocks it; Python's handler then runs here all the same.
+    """
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # programs inherit this
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def adopt_orphans() -> None:
