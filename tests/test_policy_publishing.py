@@ -267,6 +267,11 @@ def released(rank: int, world: int, path: Path, root: Path) -> Any:
         held.append((publishing.newest, publishing.writer.shard.size > 1 << 16))
     latest = publishing.store.latest()
     assert latest is not None and equal(stored(publishing.store.directory(latest)), state)
+    PolicyStore(root).claim_attempt()  # somebody starts the run a second time
+    publishing.publish(backend, 3)  # type: ignore[arg-type]
+    publishing.release()  # does not wait for what has failed
+    with pytest.raises(Superseded):
+        publishing.wait()
     return held
 
 

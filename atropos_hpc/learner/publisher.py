@@ -131,6 +131,7 @@ class Publisher:
         )
         self._finish.clear()
         self._tried.clear()
+        self._published = False
         key = PolicyVersion(version=version, attempt=self.attempt)
         published: Future[bool] = Future()
         arguments = (published, self._snapshot, key)
@@ -170,6 +171,8 @@ class Publisher:
         snapshot, pending = self._snapshot, self._pending
         if snapshot is None or pending is None or snapshot.bytes < self.released_bytes:
             return
+        if not self.writer.one_copy:  # several ranks, or a GPU: the update need not wait
+            return
         self._tried.wait(self.intervals.timeout)
         if self.writer.one_copy and self._published:
             self.wait()
@@ -184,6 +187,8 @@ class Publisher:
             published.set_result(self._publish_until_next(shot, key))
         except BaseException as error:
             published.set_exception(error)
+        finally:
+            self._tried.set()  # also where it failed: `release` waits for this
 
     def _publish_until_next(self, shot: Snapshot, key: PolicyVersion) -> bool:
         """Publish, retry and publish again, until the next version. Return whether it is out."""
