@@ -53,9 +53,9 @@ def test_the_supervisor_wakes_up_when_a_member_changes(run: RunDir) -> None:
     threading.Timer(0.05, agent.update, kwargs={"state": "serving"}).start()
     start, members = time.monotonic(), publisher.publish()
     while members[agent.name].state != "serving":
-        publisher.await_change(3600)
+        publisher.await_change(60)
         members = publisher.publish()
-    assert time.monotonic() - start < 600  # it did not sleep for the hour
+    assert time.monotonic() - start < 30  # it did not sleep until the deadline
 
 
 def test_a_member_reports_the_most_memory_that_it_has_held(run: RunDir) -> None:
