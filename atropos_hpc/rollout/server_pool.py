@@ -114,7 +114,7 @@ class Pool:
         self.kept = self.dropped = 0
         self._roster = RosterReader(run.roster)
         self._servers = self._roster.servers()  # URL -> version
-        self.changed = asyncio.Event()  # set when servers or their versions have changed
+        self.changed = asyncio.Event()  # set when servers, versions or rollouts change
         self._headers = {
             "Authorization": f"Bearer {run.token()}",
             "Content-Type": "application/json",
