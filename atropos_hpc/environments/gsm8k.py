@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from atropos_hpc.environments.final_answer import (
     final_number,
+    has_asked_format,
     is_flexibly_right,
     is_right,
     is_strictly_right,
@@ -55,6 +56,12 @@ class GSM8KConfig(SingleTurnConfig):
         ge=0,
         le=1,
         description="Reward of a right final number that does not follow ####.",
+    )
+    format_reward: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Reward of a wrong number after ####, for a model that has to learn the format.",
     )
     eval_problems: int | None = Field(
         default=None,
@@ -128,10 +135,11 @@ class GSM8KEnv(SingleTurnEnv):
         return await self.sampled(prompt, left, score), []
 
     def reward(self, text: str, answer: str) -> float:
-        """Return 1 for a right answer in the asked-for format, less in another, else 0."""
+        """Return 1 for a right answer in the asked-for format, less for one of the two, else 0."""
         if is_strictly_right(text, answer):
             return 1.0
-        return self.config.unformatted_reward * is_right(text, answer)
+        unformatted = self.config.unformatted_reward * is_right(text, answer)
+        return max(unformatted, self.config.format_reward * has_asked_format(text))
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Answer each held-out problem once, or the first `eval_problems` of them."""
