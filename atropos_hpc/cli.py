@@ -304,11 +304,10 @@ def export(
 @json_option
 def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool) -> int:
     """Report everything that `train` and `submit` would refuse; start nothing."""
-    from atropos_hpc.contracts.answers import MemoryNeed, Validated
+    from atropos_hpc.contracts.answers import MemoryNeed, Problem, Validated
     from atropos_hpc.launch import hydra_api, memory_check, preflight
     from atropos_hpc.runtime import cores
     from atropos_hpc.runtime.masking import mask_assignments
-    from atropos_hpc.schema import Problem
     from atropos_hpc.validate import refuse
 
     memory: list[MemoryNeed] = []

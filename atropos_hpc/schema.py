@@ -17,17 +17,6 @@ METADATA = "key"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A reason to refuse a config: the key to change ("" if there is none), and what is wrong."""
-
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}" if self.key else self.message
-
-
-@dataclass(frozen=True)
 class Key:
     """What is known of a config key beside its type and default.
 

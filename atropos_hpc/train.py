@@ -20,9 +20,9 @@ import hydra
 from omegaconf import DictConfig
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch import hydra_api, new_directory
 from atropos_hpc.runtime import process
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import Refused, refuse
 
 hydra_api.register()

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from atropos_hpc import schema, validate_options, validate_trainer
 from atropos_hpc.config import Config, EnvironmentConf, environment_name, environments
 from atropos_hpc.config_rollout import SET_BY_RUN
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.runtime import masking
-from atropos_hpc.schema import Problem
 
 REFUSED = 2  # exit code
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from atropos_hpc import schema, train
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch import hydra_api, preflight
 from atropos_hpc.runtime import process
-from atropos_hpc.schema import Problem
 
 MUTATIONS = int(os.environ.get("GENERATED_CONFIGS", "150"))
 LEAVES = {name: field for name, field in schema.fields(Config) if schema.METADATA in field.metadata}

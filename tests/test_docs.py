@@ -14,9 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from atropos_hpc import cli, schema
 from atropos_hpc.config import Config, EnvironmentConf
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch import hydra_api, role_environment
 from atropos_hpc.launch.steps import rollout_python
-from atropos_hpc.schema import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

@@ -6,8 +6,8 @@ import pytest
 from config_parts import composed
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch import new_directory, resubmission
-from atropos_hpc.schema import Problem
 
 
 def points(*overrides: str) -> list[tuple[str, Config]]:

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.vllm
 pytest.importorskip("atroposlib")
 
 from atropos_hpc.config import Config, EnvironmentConf, ModelConf  # noqa: E402
+from atropos_hpc.contracts.answers import Problem  # noqa: E402
 from atropos_hpc.contracts.run_info import RunInfo  # noqa: E402
 from atropos_hpc.rollout import trial  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
-from atropos_hpc.schema import Problem  # noqa: E402
 
 BROKEN = Path(__file__).parent / "broken_envs.py"
 

@@ -11,6 +11,7 @@ import pytest
 from config_parts import composed
 
 from atropos_hpc.config import Config, EnvironmentConf
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import preflight, resubmission, sweep
 from atropos_hpc.launch.sweep_point import Point
@@ -18,7 +19,6 @@ from atropos_hpc.observe import html_report, logs, status, trackers
 from atropos_hpc.observe.console import Console
 from atropos_hpc.runtime import masking, process
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import refuse
 
 SECRET = "correct-horse-battery-staple"

@@ -2,7 +2,15 @@
 
 from msgspec import Struct
 
-from atropos_hpc.schema import Problem
+
+class Problem(Struct, frozen=True):
+    """A reason to refuse a config: the key to change ("" if there is none), and what is wrong."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
 
 
 class MemoryNeed(Struct, frozen=True):

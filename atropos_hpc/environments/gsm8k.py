@@ -61,7 +61,7 @@ class GSM8KConfig(SingleTurnConfig):
         default=0.0,
         ge=0,
         le=1,
-        description="Reward of a wrong number after ####, for a model that has to learn the format.",
+        description="Reward of a wrong number after ####, for a model that has to learn that.",
     )
     eval_problems: int | None = Field(
         default=None,

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
 from atropos_hpc.runtime import slurm
-from atropos_hpc.schema import Problem, did_you_mean
+from atropos_hpc.schema import did_you_mean
 
 LOCAL_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 # sbatch prints these also if nodes are only down or drained and will come back; whether the nodes

@@ -27,13 +27,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from atropos_hpc import resources, schema
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch import new_directory
 from atropos_hpc.launch.hydra_errors import ERRORS as ERRORS
 from atropos_hpc.launch.hydra_errors import is_composing_error as is_composing_error
 from atropos_hpc.launch.hydra_errors import named_problems as named_problems
 from atropos_hpc.launch.hydra_errors import problems as problems
 from atropos_hpc.runtime import shell
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import Refused
 
 # Hydra's scan of plugins executes its core modules again: a class that is imported before the scan

@@ -8,7 +8,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from atropos_hpc import schema
 from atropos_hpc.config import Config, EnvironmentConf
-from atropos_hpc.schema import Problem
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.validate import Refused
 
 ERRORS = (HydraException, OmegaConfBaseException, Refused)  # of composing; `problems` words them

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 import psutil
 
 from atropos_hpc.config import Config, environments
-from atropos_hpc.contracts.answers import MemoryNeed
+from atropos_hpc.contracts.answers import MemoryNeed, Problem
 from atropos_hpc.runtime import sizing
 from atropos_hpc.runtime.model_sizes import Sizes
 from atropos_hpc.runtime.sizing import GIB
-from atropos_hpc.schema import Problem
 
 LEARNER, SERVER, WORKER, OTHERS = 0.6 * GIB, 2.1 * GIB, 0.6 * GIB, 0.3 * GIB
 ROW = "this machine: all processes"

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from atropos_hpc.config import Config
-from atropos_hpc.contracts.answers import MemoryNeed
+from atropos_hpc.contracts.answers import MemoryNeed, Problem
 from atropos_hpc.launch import cluster_check, machine_memory
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
 from atropos_hpc.runtime import devices, sizing, slurm
 from atropos_hpc.runtime.model_sizes import Sizes, sizes_of
 from atropos_hpc.runtime.sizing import GIB, Estimate
-from atropos_hpc.schema import Problem
 
 # Published sizes in GiB by a word of the type's name; the larger where a name has several.
 GPU_GIB = {

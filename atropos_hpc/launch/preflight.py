@@ -12,6 +12,7 @@ from pathlib import Path
 
 from atropos_hpc import resources, schema
 from atropos_hpc.config import Config, environments
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch import (
     cluster_check,
@@ -23,7 +24,6 @@ from atropos_hpc.launch import (
 from atropos_hpc.launch.slurm import sbatch_checks
 from atropos_hpc.runtime import masking, position_limit
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import problems
 
 # Keys that identify a run: a resumed run must not change them.

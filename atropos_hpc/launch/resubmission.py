@@ -13,6 +13,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.run_info import PointConfig
 from atropos_hpc.contracts.status import LIVE, PointStatus
@@ -22,7 +23,6 @@ from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct, write_struct
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import Refused
 
 T = TypeVar("T")

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.members import AttemptStart
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.launch import base_model, hydra_api, resubmission, run, sweep
@@ -22,7 +23,6 @@ from atropos_hpc.launch.sweep_point import Point
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.run_dir import RunDir, read_struct
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import REFUSED, Refused, refuse
 
 

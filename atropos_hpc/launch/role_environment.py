@@ -15,10 +15,10 @@ import msgspec
 from atropos_hpc import resources
 from atropos_hpc.config import Config, EnvironmentConf, EvaluationConf, RoleConf
 from atropos_hpc.config_rollout import OWN_ENVIRONMENTS
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.launch.steps import rollout_python, trainer_python
 from atropos_hpc.runtime import environment, position_limit
-from atropos_hpc.schema import Problem
 
 CHECK_TIMEOUT_S = 300.0
 SETUP = "`make setup` creates it in a clone; elsewhere, give the path of the role's interpreter"

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 import atropos_hpc
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.checkpoint import LatestCheckpoint
 from atropos_hpc.contracts.members import (
     AnyMember,
@@ -50,7 +51,6 @@ from atropos_hpc.runtime.run_dir import (
     write_struct,
 )
 from atropos_hpc.runtime.waiting import Waiting
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import Refused, refuse
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from atropos_hpc.config import Config
-from atropos_hpc.schema import Problem
+from atropos_hpc.contracts.answers import Problem
 
 WANDB = "https://api.wandb.ai"
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"

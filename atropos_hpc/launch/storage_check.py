@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.policy.store import RESERVE_BYTES
 from atropos_hpc.runtime import model_sizes, sizing
-from atropos_hpc.schema import Problem
 
 MIB = 2**20
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.status import ENDED
 from atropos_hpc.launch import cluster_check, memory_check, preflight, resubmission
@@ -23,7 +24,6 @@ from atropos_hpc.observe import report
 from atropos_hpc.runtime import masking, process, shell, slurm
 from atropos_hpc.runtime.deadlines import save_timeout_s
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
-from atropos_hpc.schema import Problem
 from atropos_hpc.validate import Refused, refuse
 
 POLL_S = 3.0

@@ -230,13 +230,13 @@ def pack_output_layers(model: torch.nn.Module) -> None:
 class WorkerExtension:
     """Mixed into vLLM's worker class; naming it also imports this module into every worker."""
 
-    def load_policy_adapter(self, directory: str, version: str) -> None:
-        """Verify a published adapter and load it in place of the previous one.
+    def load_policy_adapter(self, directory: str, version: str, verified: bool) -> None:
+        """Load a published adapter in place of the previous one, verified here or by the node.
 
         Called through /collective_rpc while the engine is paused; a failure leaves the previous
         adapter in use. Raises BadVersion.
         """
-        read_version(Path(directory), PolicyVersion.parse(version), "adapter")
+        read_version(Path(directory), PolicyVersion.parse(version), "adapter", verified)
         request = LoRARequest(ADAPTER_NAME, ADAPTER_ID, directory, load_inplace=True)
         worker: Any = self
         worker.add_lora(request)

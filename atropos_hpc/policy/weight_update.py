@@ -15,11 +15,20 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
+import msgspec
 
 from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
+from atropos_hpc.contracts.vllm_admin import (
+    AdapterCall,
+    Body,
+    FinishWeightUpdate,
+    LoadLoraAdapter,
+    UpdateWeights,
+    UpdateWeightVersion,
+    VersionFiles,
+)
 from atropos_hpc.runtime.deadlines import HINT
 
 log = logging.getLogger(__name__)
@@ -79,23 +88,18 @@ async def push(
     server = _Server(session, url, token, version)
     size = sum(path.stat().st_size for path in directory.glob("*"))
     load_s = LOAD_TIMEOUT_S + size / options.load_rate
+    files = VersionFiles(str(directory), str(version), options.verified)
     if not options.adapter:
         await server.start()
-        update = {
-            "directory": str(directory),
-            "version": str(version),
-            "verified": options.verified,
-        }
-        await server.post("/update_weights", {"update_info": update}, load_s)
+        await server.post("/update_weights", UpdateWeights(files), load_s)
     timeout_s = ADMIN_TIMEOUT_S + (options.longest_request_s if options.mode == "wait" else 0)
     clear = "false" if options.keep_kv else "true"
     try:
         await server.post("/pause", timeout_s=timeout_s, mode=options.mode, clear_cache=clear)
         if options.adapter:
-            await server.load_adapter(directory)
+            await server.load_adapter(files)
         else:
-            finish = {"weight_version": str(version)}
-            await server.post("/finish_weight_update", finish, load_s)
+            await server.post("/finish_weight_update", FinishWeightUpdate(str(version)), load_s)
     finally:
         await server.resume()
 
@@ -112,7 +116,7 @@ class _Server:
     async def post(
         self,
         route: str,
-        body: dict[str, Any] | None = None,
+        body: Body | None = None,
         timeout_s: float = ADMIN_TIMEOUT_S,
         accept: str | None = None,
         **query: str,
@@ -122,9 +126,12 @@ class _Server:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         # A server closes the connection after some failures; no further request may use it.
         headers = {"Authorization": f"Bearer {self.token}", "Connection": "close"}
+        data = None
+        if body is not None:
+            data, headers["Content-Type"] = msgspec.json.encode(body), "application/json"
         try:
             async with self.session.post(
-                self.url + route, json=body, params=query, headers=headers, timeout=timeout
+                self.url + route, data=data, params=query, headers=headers, timeout=timeout
             ) as response:
                 if response.status != 200:
                     text = (await response.text())[:1000]
@@ -147,21 +154,17 @@ class _Server:
             # A pusher that died between start and finish leaves its session open. A refused update
             # closes it.
             try:
-                await self.post(
-                    "/update_weights", {"update_info": {"directory": "", "version": ""}}
-                )
+                await self.post("/update_weights", UpdateWeights(VersionFiles()))
             except PushError:
                 pass
             await self.post("/start_weight_update")
 
-    async def load_adapter(self, directory: Path) -> None:
+    async def load_adapter(self, files: VersionFiles) -> None:
         """Replace the adapter in every worker; register it with the API server the first time."""
-        arguments = {"directory": str(directory), "version": str(self.version)}
-        call = {"method": "load_policy_adapter", "kwargs": arguments}
-        await self.post("/collective_rpc", call, LOAD_TIMEOUT_S)
-        register = {"lora_name": ADAPTER_NAME, "lora_path": str(directory)}
+        await self.post("/collective_rpc", AdapterCall(files), LOAD_TIMEOUT_S)
+        register = LoadLoraAdapter(ADAPTER_NAME, files.directory)
         await self.post("/v1/load_lora_adapter", register, accept="already been loaded")
-        await self.post("/update_weight_version", {"new_version": str(self.version)})
+        await self.post("/update_weight_version", UpdateWeightVersion(files.version))
 
     async def resume(self) -> None:
         """Resume generation, retrying. Raises Stuck."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atropos_hpc.config import Config, EnvironmentConf, environments
 from atropos_hpc.config_rollout import SET_BY_RUN
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.scored_group import JsonObject
 from atropos_hpc.rollout import managed_chat
@@ -23,7 +24,7 @@ from atropos_hpc.rollout.vllm_client import VllmServerConfig
 from atropos_hpc.runtime.deadlines import request_timeout_s
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir
-from atropos_hpc.schema import Problem, did_you_mean
+from atropos_hpc.schema import did_you_mean
 
 
 def load(target: str) -> type[BaseEnv]:

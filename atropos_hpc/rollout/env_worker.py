@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from atropos_hpc.config import environment_name, environments
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.members import EnvironmentState, Wait
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.rollout.environment_process import (
@@ -39,7 +40,6 @@ from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import DONE, STUCK
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.stall_watch import StallWatch
-from atropos_hpc.schema import Problem
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from atropos_hpc.config import Config, environments
 from atropos_hpc.config_rollout import OWN_ENVIRONMENTS
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import DONE, GAVE_UP, REFUSED, STOPPED
-from atropos_hpc.schema import Problem
 
 log = logging.getLogger(__name__)
 

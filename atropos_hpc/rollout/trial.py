@@ -19,6 +19,7 @@ from aiohttp import web
 from atroposlib.envs.base import BaseEnv
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.group import Limits, encode_group
 from atropos_hpc.contracts.members import AgentState, Roster, ServerState
 from atropos_hpc.contracts.messages import (
@@ -42,7 +43,6 @@ from atropos_hpc.rollout.server_pool import GENERATE
 from atropos_hpc.rollout.vllm_client import VllmServer
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RunDir, write_file, write_struct
-from atropos_hpc.schema import Problem
 
 PROMPTS = 3  # that are tried until one gives a group: a single one may be too long
 STUB_TOKENS = 16  # of an answer, at most

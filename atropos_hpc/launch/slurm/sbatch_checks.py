@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch.slurm.sbatch import ROLES, Options, option, option_name, options
 from atropos_hpc.runtime.deadlines import signal_s
-from atropos_hpc.schema import Problem
 
 MEMORY = re.compile(r"\d+([KMGT]B?)?", re.I)
 # sbatch's options that have a config key of their own
