@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 
 import pytest
 
@@ -253,3 +254,62 @@ def test_segments_are_retired_only_behind_a_durable_snapshot(tmp_path, monkeypat
     asyncio.run(run())
     assert sorted(path.name for path in tmp_path.glob("*.journal")) == ["00000003.journal"]
     assert replay(tmp_path) == [b"d"]
+
+
+def test_a_segment_that_is_begun_while_older_ones_are_retired_stays(tmp_path):
+    """Retiring is in the event loop, and the writing thread may begin a segment at any moment."""
+
+    async def run():
+        journal = Journal(tmp_path, segment_bytes=1)
+        list(journal.replay())
+        journal.start(no_state)
+        places = []
+        for text in (b"a", b"b", b"c"):
+            await journal.append(event(text), places.append)
+        retiring, begun = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def live(number):
+            if number == 0:
+                loop.call_soon_threadsafe(retiring.set)
+                assert begun.wait(30)
+            return False
+
+        retired = asyncio.create_task(asyncio.to_thread(journal.retire, live))
+        await retiring.wait()
+        appended = asyncio.ensure_future(journal.append(event(b"d"), places.append))
+        while not segment(tmp_path, 3).exists():
+            await asyncio.sleep(0.001)
+        begun.set()
+        await asyncio.gather(retired, appended)
+        await asyncio.to_thread(journal.close)
+
+    asyncio.run(run())
+    assert sorted(path.name for path in tmp_path.glob("*.journal"))[-1] == "00000003.journal"
+    assert replay(tmp_path) == [b"c", b"d"]
+
+
+def test_nothing_is_acknowledged_in_a_segment_whose_name_is_not_durable(tmp_path, monkeypatch):
+    """A power cut removes such a file, with all that is in it."""
+    synced = []
+
+    def sync(directory):
+        synced.append(directory)
+        if len(synced) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    async def run():
+        monkeypatch.setattr("atropos_hpc.trajectories.journal.sync_directory", sync)
+        journal = Journal(tmp_path, segment_bytes=1)
+        list(journal.replay())
+        journal.start(no_state)
+        await journal.append(event(b"a"), lambda place: None)
+        with pytest.raises(NotWritten):
+            await journal.append(event(b"refused"), lambda place: None)
+        assert len(synced) == 2
+        await journal.append(event(b"b"), lambda place: None)
+        assert len(synced) == 3
+        await asyncio.to_thread(journal.close)
+
+    asyncio.run(run())
+    assert replay(tmp_path) == [b"a", b"b"]

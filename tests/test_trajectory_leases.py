@@ -3,7 +3,7 @@
 import asyncio
 import json
 
-from trajectory_parts import environment, group, numbers, with_service
+from trajectory_parts import environment, group, numbers, registration, with_service
 
 from atropos_hpc.trajectories.pacing import Timeouts
 
@@ -142,3 +142,21 @@ def test_a_batch_of_sizes_that_do_not_add_up_comes_a_little_short(tmp_path):
         assert await http.lease(1, wait=1) is None
 
     with_service(tmp_path, story, timeouts=Timeouts(quiet_s=0.3))
+
+
+def test_a_group_that_no_batch_can_hold_is_refused_and_blocks_nothing(tmp_path):
+    """In the queue it would use up the quota, while no batch can be formed: a deadlock."""
+
+    async def story(http):
+        await http.start(4)
+        env = (await http.post("/register-env", environment()))["env_id"]
+        report = {"env_id": env, "in_flight": 0, "served_version": 0}
+        status, body = await http.raw("POST", "/scored_data", group(0, sequences=6))
+        assert status == 422 and "algorithm.batch_size" in json.loads(body)["detail"]
+        await http.send(group(1, sequences=4))
+        await http.post("/register", registration(2))  # resumed with smaller batches
+        assert (await http.get("/status-env", report))["quota"]["groups"] == 0
+        assert await http.lease(0) is None
+        assert (await http.get("/status-env", report))["quota"]["groups"] == 1
+
+    with_service(tmp_path, story)

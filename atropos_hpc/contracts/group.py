@@ -47,10 +47,11 @@ MAX_MAGNITUDE = 1e12  # of scores, advantages and log-probs: their squares, summ
 
 @dataclass(frozen=True)
 class Limits:
-    """What the learner's model can take."""
+    """What the learner can take."""
 
     vocabulary: int = UNLIMITED  # token ids are in [0, vocabulary)
     max_length: int = UNLIMITED  # tokens per sequence
+    batch_size: int = UNLIMITED  # sequences
 
 
 NO_LIMITS = Limits()
@@ -255,6 +256,9 @@ def _map_arrays(buffer: Buffer, at: int, header: Header) -> tuple[_Arrays, int]:
 def _check_arrays(arrays: _Arrays, limits: Limits) -> None:
     """Check values. Raises RequestError (422)."""
     lengths, tokens = arrays.lengths, arrays.tokens
+    if lengths.size > limits.batch_size:
+        allowed = f"a batch has {limits.batch_size} (algorithm.batch_size): none can hold it"
+        raise RequestError(422, f"tokens: a group of {lengths.size} sequences; {allowed}")
     if lengths.min() < 1:
         raise RequestError(422, f"tokens: sequence {int(lengths.argmin())} is empty")
     if (longest := int(lengths.max())) > limits.max_length:

@@ -156,7 +156,8 @@ async def _try_out(run: RunDir, make: Callable[[], BaseEnv], expect: Expect) -> 
         env: Any = make()
         env.run_config = config
         stub.vocabulary, stub.eos = len(env.tokenizer), env.tokenizer.eos_token_id
-        env.limits, env.max_token_len = Limits(stub.vocabulary, max_length), max_length + 1
+        env.limits = Limits(stub.vocabulary, max_length, config.algorithm.batch_size)
+        env.max_token_len = max_length + 1
         expect("setup()")
         await env.setup()
         problem = None

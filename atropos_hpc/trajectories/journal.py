@@ -152,7 +152,9 @@ class Journal:
         `snapshot` returns the state after all records so far; it is called in the event loop.
         """
         self._snapshot, self._loop = snapshot, asyncio.get_running_loop()
-        if not self._files:
+        if self._files:
+            sync_directory(self.directory)  # a killed server may have begun a segment and no more
+        else:
             self._begin_segment(0)
         self._thread = threading.Thread(
             target=self._write_until_closed, name="journal", daemon=True
@@ -188,7 +190,8 @@ class Journal:
         current, end = self._tail
         if end == 0:  # the snapshot that replaces older segments is not durable yet
             return
-        for segment in [s for s in self._files if s != current and not live(s)]:
+        # The writing thread may begin another segment meanwhile, which nothing is live in yet.
+        for segment in [s for s in list(self._files) if s < current and not live(s)]:
             self._path(segment).unlink(missing_ok=True)
             os.close(self._files.pop(segment))
 
@@ -269,9 +272,10 @@ class Journal:
         self._dirty = False
 
     def _begin_segment(self, segment: int) -> None:
-        self._files[segment] = os.open(self._path(segment), os.O_RDWR | os.O_CREAT, 0o600)
-        self._tail = (segment, 0)
+        if segment not in self._files:
+            self._files[segment] = os.open(self._path(segment), os.O_RDWR | os.O_CREAT, 0o600)
         sync_directory(self.directory)
+        self._tail = (segment, 0)
 
     def _take_snapshot(self) -> Record:
         """Call `snapshot` in the event loop, after `apply` of all earlier commits."""

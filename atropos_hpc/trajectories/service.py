@@ -194,7 +194,7 @@ class Service:
         if not stale:
             return
         log.info(
-            "batch %d: dropping %d groups older than policy version %d",
+            "batch %d: dropping %d groups older than policy version %d, or larger than a batch",
             self.state.next_batch,
             len(stale),
             oldest,
@@ -305,7 +305,11 @@ class Service:
         registration = self.state.registration
         if registration is None:
             return Limits(max_length=self.settings.max_length)
-        return Limits(registration.vocab_size or UNLIMITED, registration.max_token_len or UNLIMITED)
+        return Limits(
+            registration.vocab_size or UNLIMITED,
+            registration.max_token_len or UNLIMITED,
+            registration.batch_size,
+        )
 
     async def store(self, records: Sequence[Record]) -> None:
         """Journal and queue groups: all, or none unless the disk fills in between."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from atropos_hpc.contracts.group import UNLIMITED
 from atropos_hpc.contracts.messages import Registration
 from atropos_hpc.contracts.prompts import Draw
 from atropos_hpc.contracts.wal_record import UNKNOWN, Header, Record
@@ -195,11 +196,20 @@ class TrajectoryState:
     def stale(self, oldest: int) -> list[int]:
         """Return the queued groups that a policy version before `oldest` produced.
 
-        Groups of unknown version are never stale.
+        Groups of unknown version are never stale. Those that no batch can hold, since a trainer has
+        registered with a smaller one, count as stale: they would fill the queue for ever.
         """
-        if not any(UNKNOWN < version < oldest for version in self._versions):
+        largest = self.registration.batch_size if self.registration else UNLIMITED
+        if not (
+            any(UNKNOWN < version < oldest for version in self._versions)
+            or any(size > largest for size in self.queued_sizes)
+        ):
             return []
-        return [gid for gid, group in self.queue.items() if UNKNOWN < group.oldest < oldest]
+        return [
+            gid
+            for gid, group in self.queue.items()
+            if UNKNOWN < group.oldest < oldest or group.sequences > largest
+        ]
 
 
 def _missing(gid: int) -> QueuedGroup:
