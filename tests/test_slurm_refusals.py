@@ -13,6 +13,7 @@ from slurm_parts import stand_in, submit
 from atropos_hpc.launch import cluster_check
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.cluster import Partition
+from atropos_hpc.launch.slurm.request import Request
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
 NODES = 3
@@ -174,7 +175,7 @@ def test_accounts_that_a_partition_refuses_are_named() -> None:
     denied = {"account": ("physics",)}
     partition = Partition("gpu", True, True, 1e9, 1e9, (), {}, denied)
     options = sbatch.options(config, "trainer")
-    request = cluster_check.Request("roles.trainer", options)
+    request = Request("roles.trainer", options)
     found = list(cluster_check._limits(60, request, partition))
     assert [str(problem) for problem in found] == [
         "roles.trainer.account: partition gpu is not for physics"

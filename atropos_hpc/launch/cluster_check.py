@@ -12,14 +12,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.answers import Problem
+from atropos_hpc.launch import qos_check
 from atropos_hpc.launch.slurm import sbatch
-from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
+from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, read_cluster
+from atropos_hpc.launch.slurm.request import Request, partitions_of, requests
 from atropos_hpc.runtime import slurm
 from atropos_hpc.schema import did_you_mean
 
@@ -96,40 +97,12 @@ def _scheduler(config: Config, cluster: Cluster) -> Iterator[Problem]:
         )
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one component of a job requests: the prefix of its keys, and its sbatch options."""
-
-    prefix: str
-    options: sbatch.Options
-    note: str = ""  # on the number of nodes
-
-    @property
-    def nodes(self) -> int:
-        return int(self.options["nodes"] or 1)
-
-    def gpus(self) -> tuple[str, list[tuple[str, int]]]:
-        """Return the key, and (type or "", number per node) of each kind of GPUs."""
-        if gres := str(self.options.get("gres") or ""):
-            return "gres", gpus_of(gres)
-        count = str(self.options.get("gpus_per_node") or "")
-        return "gpus_per_node", gpus_of(f"gpu:{count}") if count else []
-
-
-def requests(config: Config) -> list[Request]:
-    """Return what the components of a run's jobs request; one for both roles with `single`."""
-    found = sbatch.sections(config)
-    if config.launch.allocation == "single":
-        return [Request("roles.rollout", found[0], " (with roles.trainer.nodes)")]
-    if config.launch.allocation == "split":
-        found.append(sbatch.rollout_section(config))
-    return [Request(f"roles.{name}", of) for name, of in zip(sbatch.ROLES, found, strict=False)]
-
-
 def resources(config: Config, cluster: Cluster) -> list[Problem]:
     """Return why the cluster can never start the jobs of a run, as far as that can be known."""
     asked = requests(config)
     found = [problem for request in asked for problem in _component(config, request, cluster)]
+    if not found:
+        found += qos_check.together(asked, cluster)
     if not found and config.launch.allocation == "het":
         found += _together(asked, cluster)
     return list(dict.fromkeys(found))
@@ -156,17 +129,11 @@ def _component(config: Config, request: Request, cluster: Cluster) -> Iterator[P
         if not partition.up:
             problems.append(Problem(key, f"partition {partition.name} is not up"))
         problems += sufficient_nodes(request, partition)[1]
-        problems += _over_qos(config.launch.minutes, request, partition, cluster)
+        problems += qos_check.per_job(config.launch.minutes, request, partition, cluster)
         if not problems:
             return
         rejected += problems
     yield from rejected
-
-
-def partitions_of(request: Request, cluster: Cluster) -> list[str]:
-    default = next((each.name for each in cluster.partitions.values() if each.default), None)
-    requested = request.options.get("partition") or default
-    return str(requested).split(",") if requested else []
 
 
 def _together(asked: list[Request], cluster: Cluster) -> Iterator[Problem]:
@@ -200,7 +167,7 @@ def _limits(minutes: int, request: Request, partition: Partition) -> Iterator[Pr
         least = f"{partition.min_nodes:.0f} that {here} requires"
         reason = f"{request.nodes}{request.note} are less than the {least}"
         yield Problem(nodes, reason)
-    cpus, memory = _cpus(request), _megabytes(request)
+    cpus, memory = request.cpus, request.megabytes
     if cpus > partition.max_cpus:
         reason = f"{cpus} CPUs exceed the {partition.max_cpus:.0f} per node that {here} allows"
         yield Problem(f"{request.prefix}.cpus_per_task", reason)
@@ -216,31 +183,6 @@ def _limits(minutes: int, request: Request, partition: Partition) -> Iterator[Pr
             )
         if value in partition.never.get(option, ()):
             yield Problem(f"{request.prefix}.{option}", f"{here} is not for {value}")
-
-
-def _over_qos(
-    minutes: int, request: Request, partition: Partition, cluster: Cluster
-) -> Iterator[Problem]:
-    """Yield what exceeds the limits per job of the partition's QOS and of the requested one.
-
-    Without its flag DenyOnLimit, Slurm accepts such a job, and never starts it. Which QOS has
-    precedence depends on a flag that the controller does not show: the larger limit counts.
-    """
-    names = (partition.qos, request.options.get("qos"))
-    known = [(name, cluster.qos[name]) for name in names if name in cluster.qos]
-    key, gpus = request.gpus()
-    amounts: dict[str, tuple[str, int, str]] = {
-        "minutes": ("launch.minutes", minutes, ""),
-        "node": (f"{request.prefix}.nodes", request.nodes, request.note),
-        "cpu": (f"{request.prefix}.cpus_per_task", request.nodes * _cpus(request), " CPUs"),
-        "gres/gpu": (f"{request.prefix}.{key}", request.nodes * sum(n for _, n in gpus), " GPUs"),
-    }
-    for what, (of, amount, unit) in amounts.items():
-        most, name = max(((each[what], qos) for qos, each in known if what in each), default=(0, 0))
-        if name and amount > most:
-            yield Problem(
-                of, f"{amount}{unit} exceed the {most:.0f} that QOS {name} allows per job"
-            )
 
 
 def sufficient_nodes(
@@ -285,34 +227,17 @@ def _has(nodes: Nodes, constraint: str) -> bool:
     return any(set(re.split("[&,]", each)) <= nodes.features for each in constraint.split("|"))
 
 
-def cpus_and_gpus(request: Request) -> tuple[int, int]:
-    """Return how many of each a request has per node."""
-    return _cpus(request), sum(number for _, number in request.gpus()[1])
-
-
-def _cpus(request: Request) -> int:
-    tasks = int(request.options.get("ntasks_per_node") or 1)
-    return tasks * int(request.options.get("cpus_per_task") or 1)
-
-
-def _megabytes(request: Request) -> float:
-    mem = request.options.get("mem")
-    return sbatch.megabytes(str(mem)) if mem is not None else 0.0
-
-
 def _requirements(request: Request, nodes: tuple[Nodes, ...]) -> Iterator[Any]:
     """Yield (key, amount, test of a kind of nodes, the largest amount there is)."""
-    key, kinds = request.gpus()
-    total = sum(number for _, number in kinds)
-    for kind, number in [*kinds, ("", total)] if total else ():
+    for kind, number in [*request.gpu_kinds, ("", request.gpus)] if request.gpus else ():
         most = max((each.gpus(kind) for each in nodes), default=0)
         words = f"{number} {kind or 'GPUs'}"
-        yield key, words, lambda each, of=kind, n=number: each.gpus(of) >= n, most
-    tasks, cpus = int(request.options.get("ntasks_per_node") or 1), _cpus(request)
+        yield request.gpu_key, words, lambda each, of=kind, n=number: each.gpus(of) >= n, most
+    tasks, cpus = int(request.options.get("ntasks_per_node") or 1), request.cpus
     ranks = f" ({tasks} ranks of {request.options['cpus_per_task']})" if tasks > 1 else ""
     most = max((each.cpus for each in nodes), default=0)
     yield "cpus_per_task", f"{cpus} CPUs{ranks}", lambda each: each.cpus >= cpus, most
-    memory = _megabytes(request)
+    memory = request.megabytes
     if memory:
         largest = f"{max((each.megabytes for each in nodes), default=0)}M"
         words = str(request.options["mem"])

@@ -18,6 +18,7 @@ from atropos_hpc.contracts.answers import MemoryNeed, Problem
 from atropos_hpc.launch import cluster_check, machine_memory
 from atropos_hpc.launch.slurm import sbatch, sbatch_checks
 from atropos_hpc.launch.slurm.cluster import Cluster, Nodes, Partition, gpus_of, read_cluster
+from atropos_hpc.launch.slurm.request import Request, partitions_of, requests
 from atropos_hpc.runtime import devices, sizing, slurm
 from atropos_hpc.runtime.model_sizes import Sizes, sizes_of
 from atropos_hpc.runtime.sizing import GIB, Estimate
@@ -161,7 +162,7 @@ def default_too_small(config: Config, cluster: Cluster) -> Iterator[Problem]:
         if any(request.options.get(name) is not None for name in MEMORY_OPTIONS):
             continue
         for partition in _partitions(request, cluster):
-            given = partition.default_memory(*cluster_check.cpus_and_gpus(request))
+            given = partition.default_memory(request.cpus, request.gpus)
             if given < needed:
                 yield Problem(
                     f"roles.{role}.mem",
@@ -312,7 +313,7 @@ def of_job(config: Config, cluster: Cluster | None) -> Devices:
 
     def of_role(role: str) -> float | None:
         request = _request(config, role)
-        kinds = [kind for kind, _ in request.gpus()[1]]
+        kinds = [kind for kind, _ in request.gpu_kinds]
         if all(kinds) or cluster is None:
             return _least(type_bytes(kind) for kind in kinds)
         found = [
@@ -325,14 +326,14 @@ def of_job(config: Config, cluster: Cluster | None) -> Devices:
     return Devices(of_role("trainer"), of_role("rollout"))
 
 
-def _request(config: Config, role: str) -> cluster_check.Request:
+def _request(config: Config, role: str) -> Request:
     """Return what the job of a role requests; with launch=single, one job is for both."""
-    found = cluster_check.requests(config)
+    found = requests(config)
     return found[0] if len(found) == 1 else found[sbatch.ROLES.index(role)]
 
 
-def _partitions(request: cluster_check.Request, cluster: Cluster) -> list[Partition]:
-    names = cluster_check.partitions_of(request, cluster)
+def _partitions(request: Request, cluster: Cluster) -> list[Partition]:
+    names = partitions_of(request, cluster)
     return [cluster.partitions[name] for name in names if name in cluster.partitions]
 
 

@@ -74,12 +74,15 @@ class Partition:
 
 @dataclass(frozen=True)
 class Cluster:
-    """`qos`: name -> limits per job that are enforced, of "minutes", "node", "cpu", "gres/gpu"."""
+    """`qos`: name -> limits per job that are enforced, of "minutes", "node", "cpu", "gres/gpu".
+    `shared`: name -> limits on what runs at a time, of "node", "cpu", "gres/gpu", "job"; each with
+    Slurm's name for it."""
 
     partitions: dict[str, Partition]
     scheduler: str
     max_array: int
     qos: dict[str, dict[str, float]] = field(default_factory=dict)
+    shared: dict[str, dict[str, tuple[float, str]]] = field(default_factory=dict)
 
 
 @functools.cache
@@ -138,7 +141,8 @@ def parse_cluster(
             qos=record.get("QoS", ""),
         )
     max_array = int(conf.get("MaxArraySize", "1001"))
-    return Cluster(partitions, conf.get("SchedulerType", ""), max_array, qos_limits(qos_shown))
+    qos, shared = qos_limits(qos_shown), shared_limits(qos_shown)
+    return Cluster(partitions, conf.get("SchedulerType", ""), max_array, qos, shared)
 
 
 def qos_limits(shown: str) -> dict[str, dict[str, float]]:
@@ -154,6 +158,26 @@ def qos_limits(shown: str) -> dict[str, dict[str, float]]:
         if "QOS" in record and limits:
             found[record["QOS"].partition("(")[0]] = limits
     return found
+
+
+def shared_limits(shown: str) -> dict[str, dict[str, tuple[float, str]]]:
+    """Return the limits of each QOS on what runs at a time: the smallest of all jobs of the QOS,
+    of a user and of an account. Those of users and accounts are shown once the QOS was used.
+
+    >>> shown = "QOS=day(2) GrpSubmitJobs=N(3) GrpTRES=cpu=N(1),node=4(0) MaxTRESPJ=node=2 "
+    >>> shared_limits(shown + "User Limits= 7={MaxJobsPU=1(0) MaxTRESPU=node=3(1)}")
+    {'day': {'node': (3.0, 'MaxTRESPU'), 'job': (1.0, 'MaxJobsPU')}}
+    """
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for line in re.findall(r"^QOS=.*", shown, re.M):
+        limits = found.setdefault(re.split(r"[=(]", line)[1], {})
+        for name, value in re.findall(
+            r"\b((?:Grp|Max)(?:TRES|Jobs|SubmitJobs)(?:|PU|PA))=(\S+)", line
+        ):
+            pairs = value if "TRES" in name else f"job={value}"
+            for what, number in re.findall(r"([\w/:]+)=(\d+)\(", pairs):
+                limits[what] = min(limits.get(what, (float("inf"), "")), (float(number), name))
+    return {name: limits for name, limits in found.items() if limits}
 
 
 def _default_memory(shown: dict[str, str]) -> str | None:
