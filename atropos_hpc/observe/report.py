@@ -21,15 +21,13 @@ from atropos_hpc.contracts.metrics import (
     evaluation_metrics,
 )
 from atropos_hpc.contracts.status import PointStatus, RunState
-from atropos_hpc.runtime import process
+from atropos_hpc.runtime import process, slurm
 from atropos_hpc.runtime.membership import DEAD_S
 from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 
 RECENT = 50  # steps that count for the pace of a run
 FINAL = 0.1  # the last part of the steps, over which a final value is averaged
 SUBMITIT_LINES = 30  # at most, that submitit adds to a log when the run was refused
-PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 COLUMNS = ["", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory"]
 
 # Job id -> state in the queue; None: Slurm has forgotten it. Jobs not queried are missing.
@@ -126,9 +124,9 @@ def run_state(point: SweepPoint, jobs: JobStates, steps: int | None, trained: bo
         return "complete"
     known_to_slurm = point.job in jobs
     state = jobs.get(point.job or "")
-    if state in PENDING:
+    if state in slurm.PENDING:
         return "queued"
-    if state in RUNNING or (not known_to_slurm and is_held(run)):
+    if slurm.holds_nodes(state) or (not known_to_slurm and is_held(run)):
         return "running" if trained else "starting"
     if state == "CANCELLED":
         return "cancelled"

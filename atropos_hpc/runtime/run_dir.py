@@ -165,8 +165,10 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True)
         finally:
             os.close(fd)  # NFS reports a full disk here
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # so that every message names what cannot be written
         raise
     if durable:
         sync_directory(path.parent)

@@ -39,6 +39,21 @@ ENDED = set(
         "OUT_OF_MEMORY",
         "BOOT_FAIL",
         "DEADLINE",
+        "LAUNCH_FAILED",
+        "RECONFIG_FAIL",
+        "REVOKED",
+    ]
+)
+# of those that have not ended: a job in any other state holds nodes
+PENDING = set(
+    [
+        "PENDING",
+        "CONFIGURING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESV_DEL_HOLD",
+        "SPECIAL_EXIT",
     ]
 )
 
@@ -84,7 +99,7 @@ def submit(script: str, env: Mapping[str, str], pause_s: float = 5.0) -> str:
             # Not %A: which component of a het job comes first differs between versions.
             for line in run_command("squeue", "--me", "-h", "-o", "%i|%o").splitlines():
                 name, _, command = line.partition("|")
-                if command.split(" ")[0] == script:
+                if command == script:  # it has no arguments, and its path may have spaces
                     return _number(name)
     raise AssertionError("unreachable")
 
@@ -229,6 +244,11 @@ def merge_states(states: Sequence[str]) -> str:
     if active:
         return "RUNNING" if "RUNNING" in active or len(active) < len(states) else active[0]
     return ended
+
+
+def holds_nodes(state: str | None) -> bool:
+    """Whether a job in a state, as `known_states` returns it, runs, begins or ends."""
+    return state is not None and state not in ENDED | PENDING and not state.endswith(NEVER)
 
 
 def is_installed() -> bool:
