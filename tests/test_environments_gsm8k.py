@@ -115,17 +115,6 @@ def test_gsm8k_a_right_number_in_another_format_may_be_worth_less(text: str, rew
     assert env.reward(text, "#### 12") == bool(reward)
 
 
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [("#### 12", 1.0), ("#### 3", 0.125), ("12", 0.25), ("12 ####", 0.25), ("#### ?", 0.0)],
-)
-def test_gsm8k_the_asked_format_may_be_worth_something_by_itself(text: str, reward: float) -> None:
-    gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
-    env = gsm8k.GSM8KEnv.__new__(gsm8k.GSM8KEnv)
-    env.config = gsm8k.GSM8KConfig(unformatted_reward=0.25, format_reward=0.125)
-    assert env.reward(text, "#### 12") == reward
-
-
 def test_gsm8k_other_mathematics_is_compared_within_bounds() -> None:
     pytest.importorskip("math_verify")
     assert is_right("#### \\sqrt{16}", "#### 4") and is_right("#### 2^3", "#### 8")

@@ -67,12 +67,6 @@ def is_strictly_right(text: str, answer: str) -> bool:
     return expression is not None and _equals(value(expression), answer)
 
 
-def has_asked_format(text: str) -> bool:
-    """Return whether a number follows the last ####."""
-    expression = _after_marker(text)
-    return expression is not None and value(expression) is not None
-
-
 def is_flexibly_right(text: str, answer: str) -> bool:
     """Return whether the last number of `text`, in whatever format, is right."""
     return _equals(_last_number(_plain(text[-2000:])), answer)

@@ -7,6 +7,7 @@ small sample in this package.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from pydantic import Field, model_validator
 
 from atropos_hpc.environments.final_answer import (
     final_number,
-    has_asked_format,
     is_flexibly_right,
     is_right,
     is_strictly_right,
@@ -46,6 +46,12 @@ class GSM8KConfig(SingleTurnConfig):
     system_prompt: str = Field(
         default=SYSTEM_PROMPT, description="System prompt, before the question."
     )
+    examples: int = Field(
+        default=0,
+        ge=0,
+        description="Training problems that the prompt shows with their solutions, as earlier "
+        "turns: the first ones, which are not trained on.",
+    )
     max_tokens: int = Field(
         default=512,
         ge=1,
@@ -56,12 +62,6 @@ class GSM8KConfig(SingleTurnConfig):
         ge=0,
         le=1,
         description="Reward of a right final number that does not follow ####.",
-    )
-    format_reward: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Reward of a wrong number after ####, for a model that has to learn that.",
     )
     eval_problems: int | None = Field(
         default=None,
@@ -91,7 +91,11 @@ class GSM8KEnv(SingleTurnEnv):
 
     async def setup(self) -> None:
         await super().setup()
-        self.training, self.held_out = self.load()
+        training, self.held_out = self.load()
+        count = self.config.examples
+        if count >= len(training):
+            raise ValueError(f"examples={count}, but there are {len(training)} training problems")
+        self.examples, self.training = training[:count], training[count:]
 
     def load(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         """Load the (training, held-out) problems."""
@@ -99,12 +103,18 @@ class GSM8KEnv(SingleTurnEnv):
 
     def prompt(self, question: str) -> str:
         """Return the prompt: by the model's chat template, or plain if it has none."""
+        shown = [(each["question"], solution(each["answer"])) for each in self.examples]
         if self.tokenizer.chat_template is None:
-            return f"{self.config.system_prompt}\n\nQuestion: {question}\nAnswer:"
-        messages = [
-            {"role": "system", "content": self.config.system_prompt},
-            {"role": "user", "content": question},
-        ]
+            turns = [f"Question: {asked}\nAnswer: {answered}" for asked, answered in shown]
+            turns.append(f"Question: {question}\nAnswer:")
+            return "\n\n".join([self.config.system_prompt, *turns])
+        messages = [{"role": "system", "content": self.config.system_prompt}]
+        for asked, answered in shown:
+            messages += [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answered},
+            ]
+        messages.append({"role": "user", "content": question})
         return str(
             self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
@@ -135,11 +145,10 @@ class GSM8KEnv(SingleTurnEnv):
         return await self.sampled(prompt, left, score), []
 
     def reward(self, text: str, answer: str) -> float:
-        """Return 1 for a right answer in the asked-for format, less for one of the two, else 0."""
+        """Return 1 for a right answer in the asked-for format, less in another, else 0."""
         if is_strictly_right(text, answer):
             return 1.0
-        unformatted = self.config.unformatted_reward * is_right(text, answer)
-        return max(unformatted, self.config.format_reward * has_asked_format(text))
+        return self.config.unformatted_reward * is_right(text, answer)
 
     async def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Answer each held-out problem once, or the first `eval_problems` of them."""
@@ -158,6 +167,15 @@ class GSM8KEnv(SingleTurnEnv):
             split="eval",
         )
         return verdict(completion.choices[0].text, problem["answer"])
+
+
+def solution(answer: str) -> str:
+    """Return GSM8K's solution without its calculator annotations.
+
+    >>> solution("2 + 3 = <<2+3=5>>5 apples\\n#### 5")
+    '2 + 3 = 5 apples\\n#### 5'
+    """
+    return re.sub(r"<<[^<>]*>>", "", answer)
 
 
 def verdict(text: str, answer: str) -> Verdict:
