@@ -1,10 +1,12 @@
 """GSM8K: final numbers in the spellings that models write, and data in the shapes files have."""
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,6 +157,47 @@ def test_gsm8k_every_answer_of_the_data_equals_itself(spelling: str) -> None:
         if not is_right(REWRITES[spelling](number), answer)
     ]
     assert wrong == []
+
+
+# --- its prompt
+
+
+class RolesAsTemplate:
+    """A tokenizer whose chat template is `role: text` line by line, or none."""
+
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template = chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
+        return "\n".join(f"{each['role']}: {each['content']}" for each in messages)
+
+
+def set_up(tmp_path: Path, chat_template: str | None, examples: int) -> Any:
+    gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
+    rows = [{"question": f"{n}+1?", "answer": f"<<{n}+1>>it is\n#### {n + 1}"} for n in range(4)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = gsm8k.GSM8KEnv.__new__(gsm8k.GSM8KEnv)
+    env.config = gsm8k.GSM8KConfig(train_path=str(path), system_prompt="Add.", examples=examples)
+    env.tokenizer = RolesAsTemplate(chat_template)
+    asyncio.run(env.setup())
+    return env
+
+
+def test_gsm8k_examples_are_earlier_turns_and_not_trained_on(tmp_path: Path) -> None:
+    env = set_up(tmp_path, "a template", 2)
+    assert env.prompt("5+1?").split("\n") == [
+        "system: Add.",
+        *("user: 0+1?", "assistant: it is", "#### 1"),
+        *("user: 1+1?", "assistant: it is", "#### 2"),
+        "user: 5+1?",
+    ]
+    assert [each["question"] for each in env.training] == ["2+1?", "3+1?"]
+    plain = "Add.\n\nQuestion: 0+1?\nAnswer: it is\n#### 1\n\nQuestion: 5+1?\nAnswer:"
+    assert set_up(tmp_path, None, 1).prompt("5+1?") == plain
+    assert set_up(tmp_path, None, 0).prompt("5+1?") == "Add.\n\nQuestion: 5+1?\nAnswer:"
+    with pytest.raises(ValueError, match="examples=4, but there are 4 training problems"):
+        set_up(tmp_path, None, 4)
 
 
 # --- its data
