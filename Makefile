@@ -98,7 +98,8 @@ test-trainer:
 		--numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 test-rollout:
-	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest
+	TEST_ROLE=rollout TEST_DURATIONS=$(DURATIONS)/2-rollout.json .venv-rollout/bin/python -m pytest \
+		--numprocesses 2 --dist loadscope --no-loadscope-reorder
 	TEST_ROLE=verifiers TEST_DURATIONS=$(DURATIONS)/3-verifiers.json \
 		.venv-verifiers/bin/python -m pytest
 
