@@ -13,18 +13,27 @@ def own_host(host: str | None) -> str:
     """Return the address on which this process listens and which it announces to the others.
 
     `host` is cluster.host: an address, the name of a network interface of this node, or None for
-    the address that Slurm has for this node, and 127.0.0.1 without Slurm. Raises OSError when the
-    interface has no IPv4 address.
+    the address that Slurm has for this node, and 127.0.0.1 without Slurm. IPv4 is preferred. Raises
+    OSError when there is no such interface or name, or the interface has no address.
     """
     if host is None:
         return os.environ.get(HOST) or "127.0.0.1"
     interfaces = psutil.net_if_addrs()
     if host not in interfaces:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise OSError(
+                f"cluster.host: this node has no interface {host}, and the name does not resolve"
+                f" ({error}); it has {', '.join(sorted(interfaces))}"
+            ) from None
         return host
-    found = [entry.address for entry in interfaces[host] if entry.family == socket.AF_INET]
-    if not found:
-        raise OSError(f"cluster.host: interface {host} has no IPv4 address")
-    return str(found[0])
+    found = [e.address for e in interfaces[host] if e.family == socket.AF_INET]
+    found += [e.address for e in interfaces[host] if e.family == socket.AF_INET6]
+    usable = [address for address in found if not address.lower().startswith("fe80:")]
+    if not usable:
+        raise OSError(f"cluster.host: interface {host} has no address that other nodes can use")
+    return str(usable[0])
 
 
 def group_host(host: str | None, nodes: int) -> str:

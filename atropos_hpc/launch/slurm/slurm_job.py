@@ -66,8 +66,8 @@ class Job:
                 time.sleep(0.5)
 
     def addresses(self, host: str | None) -> dict[str, str]:
-        """The IPv4 address of every node of the job according to Slurm, "" where cluster.host
-        (`host`) decides. Raises SlurmError when a name does not resolve."""
+        """The address of every node of the job according to Slurm, of IPv4 if it has one; "" where
+        cluster.host (`host`) decides. Raises SlurmError when a name does not resolve."""
         nodes = [node for allocation in self.allocations.values() for node in allocation.nodes]
         if host is not None:
             return dict.fromkeys(nodes, "")
@@ -76,13 +76,14 @@ class Job:
         for record in slurm.parse_records(slurm.retry(lambda: slurm.run_command(*show_nodes))):
             name, address = record["NodeName"], record.get("NodeAddr") or record["NodeName"]
             try:
-                resolved = socket.getaddrinfo(address, None, socket.AF_INET, socket.SOCK_STREAM)
+                resolved = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
             except OSError as error:
                 raise SlurmError(
                     f"node {name}: its address {address} does not resolve here ({error}); set"
-                    " cluster.host"
+                    " cluster.host to the network interface that the nodes share, such as ib0"
                 ) from None
-            found[name] = str(resolved[0][4][0])
+            preferred = min(resolved, key=lambda entry: entry[0] != socket.AF_INET)
+            found[name] = str(preferred[4][0])
         return found
 
     def _job_of(self, nodes: Sequence[str]) -> str | None:
