@@ -368,7 +368,7 @@ def templates(out: Path, as_json: bool) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for source in sources:
         # the copy does not lie in a clone
-        text = re.sub(r"# Slurm runs a copy.*?\nfi\n", "", source.read_text(), flags=re.S)
+        text = re.sub(r"# Slurm runs a copy.*?\n}\n", "", source.read_text(), flags=re.S)
         text = text.replace('"$home/.venv/bin/python"', shlex.quote(sys.executable))
         (out / source.name).write_text(text)
     written = [str(out / source.name) for source in sources]
