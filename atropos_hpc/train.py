@@ -59,9 +59,9 @@ def launch(config: Config) -> int:
 
     if not config.run_dir.strip():
         raise Refused(Problem("run_dir", "is empty, which would be the current directory"))
-    run_dir = Path(config.run_dir).absolute()
-    config.run_dir = str(run_dir)
-    return run.launch(config, run_dir, lambda: slurm.requeue(os.environ["SLURM_JOB_ID"]))
+    return run.launch(
+        config, Path(config.run_dir).absolute(), lambda: slurm.requeue(os.environ["SLURM_JOB_ID"])
+    )
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from atropos_hpc.config import Config
@@ -182,4 +183,6 @@ def record(sweep_dir: Path, points: Sequence[Point]) -> None:
 
 
 def _read(sweep_dir: Path) -> list[PointConfig]:
-    return read_struct(sweep_dir / "points.json", list[PointConfig]) or []
+    found = read_struct(sweep_dir / "points.json", list[PointConfig]) or []
+    here = report.paths_in(sweep_dir, [each.run_dir for each in found])
+    return [msgspec.structs.replace(each, run_dir=here(each.run_dir)) for each in found]

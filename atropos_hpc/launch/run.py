@@ -71,6 +71,7 @@ def launch(
     and are not again while nodes are held for it.
     """
     process.keep_files_private()
+    config.run_dir = str(run_dir)  # which run.json has from before it was moved
     if dropped := environment.drop_from(os.environ):
         print(environment.describe(dropped), file=sys.stderr)
     try:

@@ -82,7 +82,28 @@ def require_points(directory: Path) -> list[SweepPoint]:
 
 def sweep_table(directory: Path) -> list[SweepPoint]:
     """Return the rows of a sweep's jobs.json; [] without one."""
-    return read_struct(directory / "jobs.json", list[SweepPoint]) or []
+    rows = read_struct(directory / "jobs.json", list[SweepPoint]) or []
+    here = paths_in(directory, [row.run_dir for row in rows])
+    return [
+        msgspec.structs.replace(row, run_dir=here(row.run_dir), log=row.log and here(row.log))
+        for row in rows
+    ]
+
+
+def paths_in(directory: Path, run_dirs: Sequence[str]) -> Callable[[str], str]:
+    """Return what translates the recorded paths of a sweep, whose directory may since have been
+    moved, or copied to another machine. `run_dirs`: the recorded ones of all points."""
+    if not run_dirs:
+        return str
+    recorded = Path(os.path.commonpath([Path(path).parent for path in run_dirs]))
+    if recorded.resolve().is_relative_to(directory.resolve()):
+        return str
+
+    def translate(path: str) -> str:
+        below = Path(path).is_relative_to(recorded)
+        return str(directory.absolute() / Path(path).relative_to(recorded)) if below else path
+
+    return translate
 
 
 def row_of(run: Path) -> SweepPoint | None:
