@@ -1,5 +1,7 @@
 """A resource that runs out would only show as a wait: it is refused, or named on the console."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -11,9 +13,10 @@ import pytest
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AgentState, TrainerState, TrajectoriesState
-from atropos_hpc.launch import storage_check
+from atropos_hpc.launch import cluster_check, storage_check
 from atropos_hpc.observe.console import Console
 from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.validate import Refused
 from bench.parts.published import CONFIGS
 
 MIB = 2**20
@@ -60,6 +63,39 @@ def test_a_full_disk_is_refused_without_the_models_size_too(
     assert "has 63 MiB free, but the run needs at least 64 MiB" in found(config)[0][1]
     with_free(monkeypatch, 1000, inodes=0)
     assert [key for key, says in found(config) if "no inode" in says] == ["run_dir"]
+
+
+@pytest.mark.parametrize(
+    "call, number, says",
+    [
+        ("fsync", errno.EDQUOT, "Disk quota exceeded"),
+        ("flock", errno.ENOSYS, "flock"),
+        ("flock", errno.EOPNOTSUPP, "flock"),
+    ],
+)
+def test_a_full_quota_and_a_filesystem_without_locks_are_refused_by_the_key_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, says: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl if call == "flock" else os, call, fails)
+    problem = storage_check.unwritable("run_dir", tmp_path)
+    assert problem is not None and problem.key == "run_dir"
+    assert str(tmp_path) in problem.message and says in problem.message
+    if call == "flock":
+        with pytest.raises(Refused, match="run_dir: .*flock"), storage_check.locked(tmp_path / "l"):
+            pass
+
+
+def test_the_last_of_several_mounts_on_one_directory_is_the_filesystem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mounts = "none / tmpfs rw\nd /work tmpfs rw\nfs /work lustre rw\nx /my\\040dir nfs rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: mounts)
+    assert cluster_check.filesystem_type(Path("/work/runs")) == "lustre"
+    assert cluster_check.filesystem_type(Path("/my dir/run")) == "nfs"
+    assert cluster_check.filesystem_type(Path("/other")) == "tmpfs"
 
 
 def test_a_full_cache_and_a_store_below_one_version_are_refused(

@@ -7,7 +7,7 @@ from config_parts import composed
 from filelock import FileLock, Timeout
 
 from atropos_hpc.contracts.members import Holder
-from atropos_hpc.launch import preflight, run
+from atropos_hpc.launch import preflight, run, storage_check
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
 
 
@@ -35,7 +35,7 @@ def test_only_a_requeued_job_waits_for_the_lock_of_its_earlier_start(
             waited.append(self.timeout)
             return super().acquire(timeout=0, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run, "FileLock", Lock)
+    monkeypatch.setattr(storage_check, "FileLock", Lock)
     with FileLock(directory.lock), pytest.raises(Timeout), run._locked(directory):
         pass
     assert waited == [run.OLD_LOCK_S if waits else 0]

@@ -224,10 +224,27 @@ def test_a_job_of_another_size_than_the_config_is_refused(
 def test_nothing_of_a_surrounding_job_leaks_into_a_new_one() -> None:
     env = {
         "SLURM_CONF": "c",
+        "SLURM_CLUSTERS": "big",  # which the other commands of Slurm obey, too
         "SLURM_JOB_ID": "7",
         "SLURM_MEM_PER_NODE": "1",
         "SBATCH_QOS": "x",
         "CUDA_VISIBLE_DEVICES": "0",
         "PATH": "p",
     }
-    assert sbatch.submission_environment(env) == {"SLURM_CONF": "c", "PATH": "p"}
+    kept = {"SLURM_CONF": "c", "SLURM_CLUSTERS": "big", "PATH": "p"}
+    assert sbatch.submission_environment(env) == kept
+
+
+@pytest.mark.parametrize(
+    "overrides, gpus",
+    [
+        (["roles.trainer.gres='gpu:a100:2,gpu:h100:4'"], 6),
+        (["roles.trainer.gres='gpu:4,shard:8'"], 4),
+        (["roles.trainer.gpus_per_node=4", "cluster.gpus='--gres=gpu:h100:{n}'"], 4),
+        (["roles.trainer.gpus_per_node=4", "cluster.gpus=''"], 4),  # whole nodes
+        ([], 0),
+    ],
+)
+def test_gpu_hours_count_every_kind_of_gpu(overrides: list[str], gpus: int) -> None:
+    config = composed("launch=het", "launch.minutes=120", "roles.trainer.nodes=3", *overrides)
+    assert sbatch.gpu_hours(config) == 2 * 3 * gpus

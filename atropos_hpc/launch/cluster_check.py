@@ -77,8 +77,10 @@ def _filesystem(config: Config, run_dir: Path) -> Iterator[Problem]:
 def filesystem_type(path: Path) -> str:
     """Return the type of the filesystem of a path, which need not exist."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    points = [(len(words[1]), words[2]) for words in mounts if path.is_relative_to(words[1])]
-    return max(points, default=(0, ""))[1]
+    points = [(words[1].replace("\\040", " "), words[2]) for words in mounts]
+    found = [(len(point), kind) for point, kind in points if path.is_relative_to(point)]
+    # of several on one point, the last one
+    return max(reversed(found), key=lambda each: each[0], default=(0, ""))[1]
 
 
 def _scheduler(config: Config, cluster: Cluster) -> Iterator[Problem]:

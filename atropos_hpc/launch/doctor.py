@@ -19,7 +19,7 @@ from atropos_hpc.contracts.answers import Finding
 from atropos_hpc.launch import base_model, cluster_check, hydra_api, role_environment
 from atropos_hpc.launch.slurm.cluster import Partition, read_cluster
 from atropos_hpc.launch.steps import rollout_python, trainer_python
-from atropos_hpc.launch.storage_check import existing
+from atropos_hpc.launch.storage_check import existing, unwritable
 from atropos_hpc.runtime import devices, slurm
 from atropos_hpc.validate import refuse
 
@@ -95,8 +95,8 @@ def _storage(run_dir: Path) -> Iterator[Finding]:
     home = existing(run_dir)
     free, kind = shutil.disk_usage(home).free, cluster_check.filesystem_type(home) or "unknown"
     text = f"run directories in {home}: {kind} filesystem, {free / 2**30:.0f} GiB free"
-    if not os.access(home, os.W_OK):
-        yield Finding(False, text, "not writable: set run_dir to a directory that is")
+    if (problem := unwritable("run_dir", home)) is not None:
+        yield Finding(False, text, f"{problem.message}: set run_dir to another directory")
         return
     yield Finding(True, text)
     if free < ENOUGH_BYTES:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.contracts.metrics import SweepPoint
 from atropos_hpc.contracts.run_info import PointConfig
 from atropos_hpc.contracts.status import LIVE, PointStatus
+from atropos_hpc.launch import storage_check
 from atropos_hpc.launch.new_directory import LOCK
 from atropos_hpc.launch.preflight import flat
 from atropos_hpc.launch.sweep_point import Point
@@ -60,7 +61,7 @@ def locked(sweep_dir: Path) -> Iterator[None]:
     """Keep a second submission into the same directory out. Raises Refused."""
     sweep_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(sweep_dir / LOCK, timeout=0, fallback_to_soft=False):
+        with storage_check.locked(sweep_dir / LOCK):
             yield
     except Timeout:
         reason = f"another submission into {sweep_dir} is under way; nothing was submitted"

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import atropos_hpc
 from atropos_hpc.config import Config
@@ -31,7 +31,7 @@ from atropos_hpc.contracts.members import (
 )
 from atropos_hpc.contracts.metrics import Summary
 from atropos_hpc.contracts.run_info import RunInfo
-from atropos_hpc.launch import base_model, preflight
+from atropos_hpc.launch import base_model, preflight, storage_check
 from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.launch.slurm.rollout_job import RolloutJob
 from atropos_hpc.launch.slurm.slurm_job import Job, current_job
@@ -137,7 +137,7 @@ def _dry_run(config: Config, run: RunDir) -> int:
 def _locked(run: RunDir) -> Iterator[None]:
     """Hold the run's lock; the kernel releases it when this process ends, however it ends."""
     timeout = OLD_LOCK_S if _is_requeued(run) else 0
-    with FileLock(run.lock, timeout=timeout, fallback_to_soft=False):
+    with storage_check.locked(run.lock, timeout):
         holder = Holder(
             what="atropos_hpc.train",
             host=socket.gethostname(),

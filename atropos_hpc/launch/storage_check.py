@@ -4,15 +4,20 @@ A learner that cannot publish a version keeps every server waiting for it, and t
 learner waiting for a batch.
 """
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.policy.store import RESERVE_BYTES
 from atropos_hpc.runtime import model_sizes, sizing
+from atropos_hpc.validate import Refused
 
 MIB = 2**20
 
@@ -25,13 +30,39 @@ def existing(path: Path) -> Path:
 
 
 def unwritable(key: str, directory: Path) -> Problem | None:
-    """Return the problem of a directory in which no file can be created."""
+    """Return the problem of a directory in which no file can be written, or locked."""
     try:
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())  # where a full quota shows
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                return Problem(key, _no_locks(directory, error))
     except OSError as error:
         return Problem(key, f"cannot write to {directory}: {error.strerror}")
     return None
+
+
+def _no_locks(path: Path, error: OSError) -> str:
+    return (
+        f"cannot lock a file in {path}: {error.strerror}; a run needs a filesystem with flock (on"
+        " Lustre, the mount option flock)"
+    )
+
+
+@contextmanager
+def locked(path: Path, timeout_s: float = 0) -> Iterator[None]:
+    """Hold a lock, which the kernel releases when this process ends, however it ends. Raises
+    filelock.Timeout, and Refused where the filesystem has no locks."""
+    try:
+        held = FileLock(path, timeout=timeout_s, fallback_to_soft=False).acquire()
+    except OSError as error:
+        if error.filename is not None or isinstance(error, Timeout):
+            raise
+        raise Refused(Problem("run_dir", _no_locks(path.parent, error))) from None
+    with held:
+        yield
 
 
 def check(config: Config, run_dir: Path) -> Iterator[Problem]:

@@ -167,9 +167,13 @@ def _wait(points: list[Point], sweep_dir: Path) -> Outcomes:
     rows = [known.get(str(p.run_dir)) or _row(p, job=None, slot=None, log=None) for p in points]
     printed: list[str] = []
     ended = 0  # in this many polls in a row: a job being requeued appears ended for a moment
+    away = False
     while True:
-        time.sleep(POLL_S if printed else 0.0)
-        if not slurm.is_reachable():
+        time.sleep(POLL_S if printed or away else 0.0)
+        was_away, away = away, not slurm.is_reachable()
+        if away != was_away:
+            print("Slurm", "does not answer; waiting" if away else "answers again", file=sys.stderr)
+        if away:
             continue
         jobs = slurm.known_states(row.job for row in rows)
         found = [report.point_status(row, jobs) for row in rows]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from atropos_hpc.config import Config, RoleConf
+from atropos_hpc.launch.slurm.cluster import gpus_of
 from atropos_hpc.runtime import environment
 from atropos_hpc.runtime.deadlines import signal_s
 
@@ -225,10 +226,9 @@ def gpu_hours(config: Config) -> float:
     """Return the GPU-hours that a run may use: all nodes for the whole time limit."""
     count = 0
     for role in ROLES:
-        asked = options(config, role)
-        gpus = str(asked.get("gres") or asked.get("gpus_per_node") or 0).rpartition(":")[2]
         conf: RoleConf = getattr(config.roles, role)
-        count += conf.nodes * (int(gpus) if gpus.isdigit() else conf.gpus_per_node)
+        gres = conf.gres or f"gpu:{conf.gpus_per_node}"
+        count += conf.nodes * sum(number for _, number in gpus_of(gres))
     return count * config.launch.minutes / 60
 
 
@@ -242,7 +242,7 @@ def submission_environment(env: Mapping[str, str]) -> dict[str, str]:
     return {
         key: value
         for key, value in environment.kept(env, environment.SLURM).items()
-        if key == "SLURM_CONF" or not key.startswith(leaks)
+        if key in ("SLURM_CONF", "SLURM_CLUSTERS") or not key.startswith(leaks)
     }
 
 
