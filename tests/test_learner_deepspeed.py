@@ -180,6 +180,25 @@ def test_resume_on_other_numbers_of_ranks_other_stages_and_the_other_backend(
         assert two[1][0]["loss"] == pytest.approx(want[1]["loss"], abs=1e-6), stage
 
 
+def other_backend(rank: int, world: int, path: Path, run: RunDir, stages: tuple[int, int]) -> Any:
+    """Save with the first, load with the second; return the weights of both."""
+    one, checkpoints = backend_of(path, stages[0]), Checkpoints(run, keep=1)
+    train(one, 1, SMALL_BUDGET)
+    checkpoints.save(one, state_of(one))
+    checkpoints.wait()
+    other = backend_of(path, stages[1])
+    checkpoints.load_latest(other, state_of(other))
+    return [whole(each.state_dict()["model"]) for each in (one, other)]
+
+
+@pytest.mark.parametrize("stages", [(2, FSDP2), (FSDP2, 2)])
+def test_each_backend_reads_a_tied_model_of_the_other(
+    tmp_path: Path, run: RunDir, stages: tuple[int, int]
+) -> None:
+    one, other = on_ranks(1, other_backend, tiny_model(tmp_path, True, 1), run, stages)[0]
+    assert same(one, other) and "lm_head.weight" not in one
+
+
 def saved_at_zero(rank: int, world: int, path: Path, run: RunDir, stage: int) -> Any:
     backend, checkpoints = backend_of(path, stage), Checkpoints(run, keep=1)
     checkpoints.save(backend, state_of(backend))

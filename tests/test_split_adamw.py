@@ -61,8 +61,8 @@ def test_the_second_moment_decays_although_a_step_is_below_its_precision() -> No
     assert square.mean().item() == pytest.approx(1e-3 * 0.999**399, rel=0.02)
 
 
-def backend_of(path: Path) -> VerlBackend:
-    trainer = TrainerConf(learning_rate=1e-4, optimizer_state="bfloat16")
+def backend_of(path: Path, optimizer_state: str = "bfloat16") -> VerlBackend:
+    trainer = TrainerConf(learning_rate=1e-4, optimizer_state=optimizer_state)
     model = ModelConf(path=str(path), max_length=MAX_LENGTH)
     return VerlBackend(model, trainer, AlgorithmConf(kl_coef=0), 0, reference=False)
 
@@ -98,6 +98,50 @@ def test_a_resume_is_bit_equal_in_both_halves(tmp_path: Path, world: int) -> Non
     again, end = on_ranks(world, resumed, model, run)[0]
     assert metrics == again and same(after, end)
     assert any(name.endswith("lower") and bool(each.any()) for name, each in after.items())
+
+
+def exact(backend: VerlBackend) -> dict[str, torch.Tensor]:
+    """Return the weights in float32, and the moments."""
+    state = backend.state_dict()
+    found = whole(state["model"])
+    for name, each in state["optimizer"].items():
+        moments = whole(each)
+        if "lower" in moments:
+            halves = (half.view(torch.int16) for half in (found[name], moments["lower"]))
+            found[name] = join(*halves)
+        found |= {f"{name}.{key}": moments[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")}
+    return found
+
+
+def saved_with(rank: int, world: int, path: Path, run: RunDir, optimizer_state: str) -> object:
+    backend, checkpoints = backend_of(path, optimizer_state), Checkpoints(run, keep=2)
+    train(backend, 2)
+    checkpoints.save(backend, state_of(backend))
+    checkpoints.wait()
+    return exact(backend)
+
+
+def loaded_with(rank: int, world: int, path: Path, run: RunDir, optimizer_state: str) -> object:
+    backend, checkpoints = backend_of(path, optimizer_state), Checkpoints(run, keep=2)
+    assert checkpoints.load_latest(backend, state_of(backend))
+    found = exact(backend)
+    assert train(backend, 1)[0]["grad_norm"] > 0
+    return found
+
+
+@pytest.mark.parametrize(
+    "written, resumed_with", [("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_a_resume_with_another_optimizer_state_has_the_exact_weights(
+    tmp_path: Path, written: str, resumed_with: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    model = tiny_model(tmp_path / "model", tied=True, layers=1)
+    before = on_ranks(1, saved_with, model, run, written)[0]
+    after = on_ranks(2, loaded_with, model, run, resumed_with)[0]
+    assert same(before, after)
+    assert any(not torch.equal(each, each.bfloat16().float()) for each in before.values())
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@
 
 Order of writes of a save, so that a crash at any point leaves a valid checkpoint:
 
-1. Rank 0 makes checkpoints/step-<n>-<attempt>/. Every rank copies its shards to host memory.
-   Training continues from here.
+1. Rank 0 removes what earlier saves left incomplete, and makes checkpoints/step-<n>-<attempt>/.
+   Every rank copies its shards to host memory. Training continues from here.
    Where a copy would take more than 1/16 of the free memory, it waits for the writing instead.
 2. In the background, every rank writes its shards there and syncs them; then rank 0 writes the
    index (torch.distributed.checkpoint).
 3. When all ranks are done, rank 0 writes manifest.json with every file's size.
 4. latest.json is replaced. From now on the step is durable.
 5. Checkpoints that are no longer needed are removed, manifest first, so that what a crash leaves
-   behind is recognisably incomplete.
+   behind is recognisably incomplete. What a failed save has written is removed, too.
 
 A resume at the same number of ranks is bit-equal, including random numbers. At another number of
 ranks the generators are seeded anew.
@@ -40,8 +40,10 @@ from atropos_hpc.learner.checkpoint_files import (
     CheckpointDir,
     list_checkpoints,
     newest_valid,
+    remove_incomplete,
     remove_obsolete,
 )
+from atropos_hpc.learner.split_adamw import in_stored_form, take_weights
 from atropos_hpc.learner.state import TrainState
 from atropos_hpc.runtime.deadlines import HINT
 from atropos_hpc.runtime.run_dir import RunDir, sync_directory, write_struct
@@ -112,8 +114,11 @@ class Checkpoints:
         upload: Future[Any] = written
         if self._is_short_of_memory(tensors):
             log.info("memory is short: training waits until the checkpoint is written")
-            save(tensors, storage_writer=writer, process_group=self._background)
-            written.set_result(None)
+            try:
+                save(tensors, storage_writer=writer, process_group=self._background)
+                written.set_result(None)
+            except (Exception, CheckpointException) as error:  # the latter is no Exception
+                written.set_exception(error)
         else:
             saving = async_save(
                 tensors,
@@ -220,16 +225,18 @@ class Checkpoints:
         manifest: CheckpointManifest,
     ) -> None:
         reader = FileSystemReader(checkpoint.path)
+        stored = reader.read_metadata().state_dict_metadata
         train = state.state_dict()
         if manifest.ranks == dist.get_world_size():
             rank = str(dist.get_rank())
-            entry: Any = reader.read_metadata().state_dict_metadata[f"{TRAIN}.rng.{rank}"]
+            entry: Any = stored[f"{TRAIN}.rng.{rank}"]
             train["rng"] = {rank: torch.empty(entry.size, dtype=torch.uint8)}
         else:
             del train["rng"]
-        tensors = {**backend.state_dict(), TRAIN: train}
-        load(tensors, storage_reader=reader, process_group=self._foreground)
-        del tensors[TRAIN]
+        tensors = backend.state_dict()
+        read = in_stored_form(tensors, stored)
+        load({**read, TRAIN: train}, storage_reader=reader, process_group=self._foreground)
+        take_weights(tensors, read)
         backend.load_state_dict(tensors)
         state.load_state_dict(train)  # last, because it sets the generators
 
@@ -239,6 +246,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             attempts = [each.attempt for each in list_checkpoints(self.root) if each.step == step]
             attempt += max(attempts, default=-1) + 1
+            remove_incomplete(self.root)
             CheckpointDir.make_path(self.root, step, int(attempt)).path.mkdir()
         dist.broadcast(attempt, src=0, group=self._foreground)
         return CheckpointDir.make_path(self.root, step, int(attempt))
@@ -282,6 +290,8 @@ class Checkpoints:
             return
         self._pending = None
         if agreed < 0:
+            if dist.get_rank() == 0 and future.done():
+                remove_incomplete(self.root)
             what = str(error or "another rank could not write it")
             if timed_out:
                 what = f"not written after {self.timeout_s:.0f} s; {HINT}"

@@ -154,6 +154,13 @@ def remove_obsolete(root: Path, latest: CheckpointDir, keep: int, keep_every: in
             shutil.rmtree(each.path, ignore_errors=True)
 
 
+def remove_incomplete(root: Path) -> None:
+    """Remove what saves that failed or were killed have left, so that the next one has space."""
+    for each in list_checkpoints(root):
+        if not each.complete:
+            shutil.rmtree(each.path, ignore_errors=True)
+
+
 def _directories(root: Path) -> Iterator[CheckpointDir]:
     for name in os.listdir(root):
         if match := _NAME.fullmatch(name):

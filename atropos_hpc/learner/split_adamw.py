@@ -9,17 +9,23 @@ Moments and gradients are bfloat16. The second moment is rounded stochastically:
 step, so a resumed run repeats them.
 
 The arithmetic is torch's own kernel, on float32 copies of a few elements at a time.
+
+A checkpoint holds the weights in the form of the optimizer that wrote it. `in_stored_form` and
+`take_weights` read it into either form.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from atropos_hpc.learner.state import StateDict
+
 # Elements whose float32 copies exist at a time: in a core's cache, or large enough for a GPU.
 CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}
 HALF = 1 << 15
+LOWER = "lower"  # the key of a weight's lower half among the optimizer's state
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -49,7 +55,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    for name in ("exp_avg", "exp_avg_sq", "lower"):
+                    for name in ("exp_avg", "exp_avg_sq", LOWER):
                         state[name] = torch.zeros_like(parameter)
                 state["step"] += 1
                 _update(parameter, state, group)
@@ -59,7 +65,7 @@ def _update(parameter: torch.Tensor, state: dict[str, Any], group: dict[str, Any
     upper, gradient, mean, square, lower = (
         _flat(tensor)
         for tensor in (
-            parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["lower"],
+            parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state[LOWER],
         )
     )  # fmt: skip
     upper, lower, rounded_square = (each.view(torch.int16) for each in (upper, lower, square))
@@ -93,6 +99,34 @@ def split(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def join(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
     """Return the float32 of two halves, given as int16."""
     return ((upper.to(torch.int32) << 16) + lower).view(torch.float32)
+
+
+def in_stored_form(own: StateDict, stored: Container[str]) -> StateDict:
+    """Return `own` with other tensors where a checkpoint with these keys has the other form."""
+    weights = dict(own.get("model", {}))
+    moments = {name: dict(each) for name, each in own.get("optimizer", {}).items()}
+    for name, each in moments.items():
+        halves = f"optimizer.{name}.{LOWER}" in stored
+        if halves and LOWER not in each:
+            weights[name], each[LOWER] = (
+                torch.zeros_like(weights[name], dtype=torch.bfloat16) for _ in range(2)
+            )
+        elif not halves and each.pop(LOWER, None) is not None:
+            weights[name] = torch.zeros_like(weights[name], dtype=torch.float32)
+    return {**own, "model": weights, "optimizer": moments} if moments else own
+
+
+def take_weights(own: StateDict, read: StateDict) -> None:
+    """Set the weights of `own` that `read`, its filled `in_stored_form`, has in the other form."""
+    for name, each in own.get("optimizer", {}).items():
+        halves = read["optimizer"][name]
+        target, source = (_flat(state["model"][name]) for state in (own, read))
+        if LOWER in halves and LOWER not in each:
+            lower = _flat(halves[LOWER]).view(torch.int16)
+            target.copy_(join(source.view(torch.int16), lower))
+        elif LOWER in each and LOWER not in halves:
+            lower = _flat(each[LOWER]).view(torch.int16)
+            target.view(torch.int16)[:], lower[:] = split(source)
 
 
 def _flat(tensor: Any) -> torch.Tensor:

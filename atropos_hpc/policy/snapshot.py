@@ -131,13 +131,18 @@ def _published(
     from `state` because state_dict's hook shards again what a forward pass without a backward pass
     has left unsharded; named_parameters would not.
     """
-    first: dict[int, str] = {}
-    tied = {
-        name
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if first.setdefault(id(parameter), name) != name
-    }
+    tied = tied_names(module)
     return ((name, tensor) for name, tensor in state.items() if name not in tied)
+
+
+def tied_names(module: torch.nn.Module) -> dict[str, str]:
+    """Map each further name of a tied parameter to its first name."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
+    return {name: own for name, own in names.items() if name != own}
 
 
 def _counts(tensor: torch.Tensor, world: int, name: str) -> tuple[int, ...]:

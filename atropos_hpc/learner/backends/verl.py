@@ -28,6 +28,7 @@ from atropos_hpc.learner.batch import Batch
 from atropos_hpc.learner.objective import objective
 from atropos_hpc.learner.performance import Computed, flop_rates
 from atropos_hpc.learner.state import StateDict, seed_generators
+from atropos_hpc.policy.snapshot import tied_names
 
 log = logging.getLogger(__name__)
 
@@ -131,16 +132,23 @@ class VerlBackend:
             for state in optimizer.state.values():
                 if "step" in state:
                     state["step"].zero_()
+        tied = tied_names(self.module)
+        weights = {name: weight for name, weight in weights.items() if name not in tied}
         return {"model": weights, "optimizer": moments["state"]}
 
     def load_state_dict(self, state: StateDict) -> None:
         # Learning rate, weight decay and betas are the config's, which may have changed.
-        optimizer = self._policy.optimizer
+        optimizer, weights = self._policy.optimizer, state["model"]
         _, present = get_state_dict(self.module, optimizer, options=self._saved)
+        tied = {
+            name: weights[first]
+            for name, first in tied_names(self.module).items()
+            if first in weights  # not frozen
+        }
         set_state_dict(
             self.module,
             optimizer,
-            model_state_dict=state["model"],
+            model_state_dict=weights | tied,
             optim_state_dict={
                 "state": state["optimizer"],
                 "param_groups": present["param_groups"],
