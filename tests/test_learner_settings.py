@@ -172,7 +172,7 @@ def stand_in_for_flash_attention() -> Callable[..., torch.Tensor]:
 
 
 def over_ulysses(
-    rank: int, world: int, path: Path, attention: str, algorithm: AlgorithmConf
+    rank: int, world: int, path: Path, attention: str, algorithm: AlgorithmConf, fsdp: Any
 ) -> Any:
     from transformers import PreTrainedModel, modeling_utils
     from verl.models.transformers import monkey_patch
@@ -180,8 +180,8 @@ def over_ulysses(
     monkey_patch._flash_attention_forward = stand_in_for_flash_attention()
     PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True
     modeling_utils.lazy_import_flash_attention = lambda *_, **__: None
-    settings = {"fsdp_config": {"ulysses_sequence_parallel_size": 2}} if world > 1 else {}
-    backend = backend_of(path, attention, algorithm, **settings)
+    fsdp_config = {"ulysses_sequence_parallel_size": 2, **fsdp} if world > 1 else {}
+    backend = backend_of(path, attention, algorithm, fsdp_config=fsdp_config)
     return (
         (backend.data_rank, backend.data_world),
         train(backend, 3, BUDGET),
@@ -189,16 +189,24 @@ def over_ulysses(
     )
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize(
+    "attention, fsdp",
+    [
+        ("sdpa", {}),
+        ("flash_attention_2", {}),
+        ("sdpa", {"pad_to_length": True, "pad_to_length_bucket": 64}),
+    ],
+)
 def test_sequences_shared_by_two_ranks_are_trained_as_on_one(
-    small_model: Path, attention: str
+    small_model: Path, attention: str, fsdp: dict[str, Any]
 ) -> None:
     algorithm = AlgorithmConf(
         advantage="reinforce_plus_plus_baseline", kl_coef=0.05, kl_in="reward"
     )
-    (place, want, weights), *_ = on_ranks(1, over_ulysses, small_model, attention, algorithm)
+    given = (small_model, attention, algorithm, fsdp)
+    (place, want, weights), *_ = on_ranks(1, over_ulysses, *given)
     assert place == (0, 1)
-    for place, metrics, others in on_ranks(2, over_ulysses, small_model, attention, algorithm):
+    for place, metrics, others in on_ranks(2, over_ulysses, *given):
         assert place == (0, 1), "both have the whole batch"
         for one, other in zip(want, metrics, strict=True):
             assert other == pytest.approx(one, rel=1e-5, abs=1e-6)

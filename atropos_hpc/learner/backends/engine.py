@@ -135,7 +135,8 @@ class Engine(FSDPEngineWithLMHead):
         trained = mask.values().bool()
         rows = (first + torch.arange(len(first), device=first.device))[trained]
         # of each row, 1 + the index of its response token; 0: not wanted
-        wanted = rows.new_zeros(int(micro_batch["input_ids"].values().shape[0]))
+        tokens = int(micro_batch["input_ids"].values().shape[0])
+        wanted = rows.new_zeros(tokens + self._get_packed_pad_size(tokens))
         wanted[rows] = 1 + trained.nonzero()[:, 0]
         if self.use_ulysses_sp:
             wanted = ulysses_pad_and_slice_inputs(
