@@ -128,7 +128,7 @@ class AlgorithmConf:
     clip_dual: float = key(
         3.0,
         "bound of the loss for negative advantages (dual-clip PPO, arXiv 1912.09729)",
-        ge=1,
+        gt=1,
         le=1000,
     )
     aggregation: str = key(

@@ -16,6 +16,7 @@ REJECTIONS = tuple(
     if f"{kind}{k}" != "seq_max1"
 )
 RANGE = r"\d*\.?\d+(_\d*\.?\d+)?"  # a number, or two joined by _
+POSITIVE_OPTIONS = ("tau_pos", "tau_neg", "clip_cov_ratio", "kl_cov_ratio")
 LOSS_OPTIONS = {
     "sapo": ("tau_pos", "tau_neg"),
     "clip_cov": ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"),
@@ -111,6 +112,11 @@ def _algorithm(algorithm: AlgorithmConf) -> Iterator[Error]:
             f"algorithm.loss_options.{option}",
             f"the options of algorithm.loss={algorithm.loss} are {', '.join(options) or 'none'}",
         )
+    for option, value in algorithm.loss_options.items():
+        if option in POSITIVE_OPTIONS and not value > 0:
+            yield f"algorithm.loss_options.{option}", f"must be greater than 0, not {value}"
+        elif option == "kl_cov_ratio" and value > 1:
+            yield f"algorithm.loss_options.{option}", f"is a part of the tokens, not {value}"
     if algorithm.loss == "sapo" and algorithm.aggregation != "seq-mean-token-mean":
         yield (
             "algorithm.aggregation",
@@ -134,10 +140,10 @@ def _correction(correction: CorrectionConf, old_log_probs: str) -> Iterator[Erro
             "needs algorithm.old_log_probs=recompute: with behaviour, the ratio of the loss itself "
             "compares the learner's log-probs with the servers'",
         )
-    if not re.fullmatch(RANGE, correction.threshold):
+    if not _is_range(correction.threshold):
         yield (
             f"{prefix}.threshold",
-            f"{correction.threshold!r} is neither a number nor a range such as 0.5_2.0",
+            f"{correction.threshold!r} is neither a number above 0 nor a range such as 0.5_2.0",
         )
     if (correction.rejection == "none") != (correction.rejection_threshold == "none"):
         yield (f"{prefix}.rejection_threshold", f"and {prefix}.rejection must be given together")
@@ -159,13 +165,25 @@ def _rejections(correction: CorrectionConf) -> Iterator[Error]:
             f"{prefix}.rejection_threshold",
             f"has {len(thresholds)} values for {len(rejections)} rejections",
         )
-    only_k1 = all(name.endswith("k1") for name in rejections)
-    for threshold in thresholds:
-        if not re.fullmatch(RANGE, threshold) or ("_" in threshold and not only_k1):
+        return
+    if len(thresholds) == 1:
+        thresholds = thresholds * len(rejections)
+    for name, threshold in zip(rejections, thresholds, strict=True):
+        whole = threshold if "_" in threshold or not name.endswith("k1") else f"1_{threshold}"
+        if not _is_range(whole) or ("_" in threshold and not name.endswith("k1")):
             yield (
                 f"{prefix}.rejection_threshold",
-                f"{threshold!r} is not a number, nor, for a k1, a range such as 0.5_2.0",
+                f"{threshold!r} is not a number above 0 for {name}, nor, for a k1, a number of at "
+                "least 1 or a range such as 0.5_2.0",
             )
+
+
+def _is_range(text: str) -> bool:
+    """Whether a text is a number above 0, or two of them, joined by _, that do not fall."""
+    if not re.fullmatch(RANGE, text):
+        return False
+    numbers = [float(number) for number in text.split("_")]
+    return numbers[0] > 0 and numbers == sorted(numbers)
 
 
 def _names(config: Config) -> Iterator[Error]:

@@ -61,6 +61,14 @@ def test_a_mistake_in_composing_is_refused(
     assert len(done.stderr.strip().splitlines()) == 2 and not any(tmp_path.iterdir())
 
 
+def rejecting(names: str, thresholds: str) -> list[str]:
+    return [
+        "algorithm.old_log_probs=recompute",
+        f"algorithm.correction.rejection='{names}'",
+        f"algorithm.correction.rejection_threshold='{thresholds}'",
+    ]
+
+
 @pytest.mark.parametrize(
     "override, key, says",
     [
@@ -85,6 +93,9 @@ def test_a_mistake_in_composing_is_refused(
                 "algorithm.kl_target=-1": "greater than 0",
                 "algorithm.correction.weights=token": "recompute",
                 "algorithm.correction.threshold=much": "range",
+                "algorithm.correction.threshold='0'": "above 0",
+                "algorithm.correction.threshold='2.0_0.5'": "range",
+                "algorithm.clip_dual=1": "must be greater than 1",
                 "algorithm.correction.rejection_threshold=2": "given together",
                 "+trainer.fsdp_config.param_ofload=true": "did you mean param_offload?",
                 "+trainer.fsdp_config.offload_policy=true": "change trainer.offload",
@@ -162,6 +173,26 @@ def test_a_wrong_value_is_refused_by_key(override: str, key: str, says: str) -> 
             "zero_optimization.stage",
             "1, 2, 3",
         ),
+        *(
+            (
+                [f"algorithm.loss={option[:6]}", f"algorithm.loss_options.{option}={value}"],
+                f"algorithm.loss_options.{option}",
+                says,
+            )
+            for option, value, says in (
+                ("kl_cov_ratio", 0, "greater than 0"),
+                ("kl_cov_ratio", 2, "part of the tokens"),
+            )
+        ),
+        *(
+            (rejecting(names, thresholds), "algorithm.correction.rejection_threshold", says)
+            for names, thresholds, says in (
+                ("token_k1", "0.5", "'0.5' is not a number above 0 for token_k1, nor, for a k1"),
+                ("token_k1", "2_0.5", "2_0.5"),
+                ("token_k3", "0", "'0' is not"),
+                ("seq_mean_k3,token_k1", "0.5_2.0,2", "for seq_mean_k3"),
+            )
+        ),
     ],
 )
 def test_contradicting_settings_of_the_trainer_are_refused(
@@ -207,6 +238,11 @@ def test_the_atropos_server_serves_one_rank_only() -> None:
 )
 def test_every_algorithm_is_valid(override: str) -> None:
     assert validate.problems(composed(override)) == []
+
+
+def test_each_rejection_may_have_a_threshold_of_its_own_kind() -> None:
+    overrides = rejecting("token_k1,seq_mean_k3", "0.5_2.0,0.06")
+    assert validate.problems(composed(*overrides)) == []
 
 
 ADDED = [

@@ -323,6 +323,17 @@ def test_what_is_rejected_weighs_nothing_and_no_more_than_that() -> None:
     assert correct(batch, CorrectionConf()) == {}
 
 
+def test_a_batch_with_nothing_to_train_has_no_importance_weights() -> None:
+    """The update refuses it, with what is wrong."""
+    from atropos_hpc.config import CorrectionConf
+    from atropos_hpc.learner.importance import correct
+
+    group = group_of([[0, 0, 0], [0, 0, 0]], [1.0, 0.0])
+    batch = make_batch([group], settings_of(AlgorithmConf(old_log_probs="recompute"), 100, 100), 0)
+    batch.set_old_log_probs(batch.tensors["advantages"] * 0 - 0.25)
+    assert correct(batch, CorrectionConf(weights="token")) == {}
+
+
 def test_one_module_imports_verl() -> None:
     package = Path(__file__).resolve().parent.parent / "atropos_hpc"
     importing = {

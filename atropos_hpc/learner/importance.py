@@ -29,7 +29,7 @@ def correct(batch: Batch, conf: CorrectionConf) -> dict[str, float]:
     weight_mean and weight_max (as used), rejected_fraction (of tokens with weight 0), and
     chi2_sequence (mean over sequences of the squared ratio, minus 1). Collective.
     """
-    if conf.weights == conf.rejection == "none":
+    if conf.weights == conf.rejection == "none" or not batch.trained_sequences:
         return {}
     offsets = batch.tensors["response_mask"].offsets()
     old, behaviour, mask = (
