@@ -123,6 +123,29 @@ def test_answers_that_were_tokenized_again_and_servers_that_take_no_support_are_
         through(group_of((PROMPT, ANSWER)), seen(), binary=False)
 
 
+def at_temperature(value: float, prompt: list[int], answer: list[int]) -> list[Sampled]:
+    return seen(SamplingParams(temperature=value), None, prompt=prompt, token_ids=answer)
+
+
+def test_a_sequence_whose_turns_were_sampled_at_several_temperatures_is_refused() -> None:
+    group = {
+        "tokens": [[*PROMPT, 50, 60, 8, 70, 3]],
+        "masks": [[-100, -100, 50, 60, -100, 70, 3]],
+        "scores": [0.0],
+    }
+    first, prompt = at_temperature(1.0, PROMPT, [50, 60]), [*PROMPT, 50, 60, 8]
+    with pytest.raises(RequestError, match=r"temperature: 0.7 and 1.0 in one sequence"):
+        through(dict(group), first + at_temperature(0.7, prompt, [70, 3]))
+    helper = at_temperature(0.7, [4], [90, 91])  # is in no sequence
+    got = through(dict(group), first + at_temperature(1.0, prompt, [70, 3]) + helper)
+    assert got.support is None and got.generation_params["temperature"] == 1.0
+
+
+def test_the_learner_gets_the_temperature_that_vllm_makes_of_a_very_low_one() -> None:
+    got = through(group_of((PROMPT, ANSWER)), seen(SamplingParams(temperature=0.001), None))
+    assert got.generation_params["temperature"] == 0.01
+
+
 def test_sampling_from_the_whole_vocabulary_costs_nothing() -> None:
     plain = SamplingParams(temperature=0.7, top_p=1.0, top_k=-1, min_p=0.0, presence_penalty=0.0)
     assert with_support(plain, 64) is plain

@@ -30,6 +30,7 @@ from atropos_hpc.rollout.stamping import Sampled, find_tokens, recorded, stamp
 # Tokens that an environment may remove at the end of an answer (a stop token), and that a chat
 # template may add behind it (the end of a turn), which nobody sampled.
 ENDING = 8
+LOWEST_TEMPERATURE = 0.01  # to which vLLM raises any below it but 0
 Flags = NDArray[np.bool_]
 HOW = "set rollout.allow_biased_sampling=true to train on such groups all the same"
 
@@ -102,6 +103,8 @@ def sampled(
 ) -> Iterator[Sampled]:
     """Return what is to be recorded of generations that have policy versions."""
     temperature = 1.0 if sampling.temperature is None else float(sampling.temperature)
+    if temperature > 0:
+        temperature = max(temperature, LOWEST_TEMPERATURE)
     prompt = tuple(prompt)  # one for all samples
     for generation in generations:
         if (versions := generation.versions) is not None:
@@ -136,13 +139,15 @@ def add_support(
     """Set `support` in a stamped group of which some token was not sampled from the vocabulary.
 
     `binary` says whether the trajectory server takes it. Raises RequestError, which names the
-    options, if the support is not known for all trained tokens; with
-    rollout.allow_biased_sampling, it sets generation_params.biased_sampling instead.
+    options, if the support is not known for all trained tokens, or a sequence was sampled at
+    several temperatures, of which the learner takes one; with rollout.allow_biased_sampling, it
+    sets generation_params.biased_sampling instead.
     """
-    if all(each.support is None and each.bias is None for each in seen):
+    restricted = any(each.restricted for each in seen)
+    if not restricted and len({each.temperature for each in seen}) < 2:
         return
     try:
-        if not binary:
+        if restricted and not binary:
             raise RequestError(422, f"{_options(seen)}: trajectories.server=atropos has no support")
         rows = zip(group["tokens"], group["masks"], strict=True)
         parts = [_support_of(tokens, mask, seen) for tokens, mask in rows]
@@ -157,9 +162,8 @@ def add_support(
 
 
 def _options(seen: Sequence[Sampled]) -> str:
-    return ", ".join(
-        sorted({each.bias or "truncated sampling" for each in seen if each.restricted})
-    )
+    options = {each.bias or "truncated sampling" for each in seen if each.restricted}
+    return ", ".join(sorted(options)) or "several temperatures"
 
 
 def _support_of(tokens: Any, mask: Any, seen: Sequence[Sampled]) -> Support:
@@ -172,6 +176,7 @@ def _support_of(tokens: Any, mask: Any, seen: Sequence[Sampled]) -> Support:
     free = trained.copy()  # trained tokens that no generation has been found for
     sequence = array("i", ids.tolist()).tobytes()
     placed: dict[int, Support] = {}
+    temperatures: set[float] = set()
     ordered = sorted(seen, key=lambda each: -len(each.tokens))
     for each, own_prompt in [(e, True) for e in ordered] + [(e, False) for e in ordered]:
         if (found := _place(each, sequence, free, own_prompt)) is None:
@@ -182,9 +187,13 @@ def _support_of(tokens: Any, mask: Any, seen: Sequence[Sampled]) -> Support:
             raise RequestError(422, f"{each.bias}: its distribution cannot be replayed")
         support = each.support or Support.unrestricted(len(each.tokens))
         placed[start] = support.select(np.arange(len(each.tokens)) < length)
+        temperatures.add(each.temperature)
     if _unexplained(free, trained):
         what = "the environment tokenized the answer again and got other ids"
         raise RequestError(422, f"{_options(seen)}: {what}")
+    if len(temperatures) > 1:
+        values = " and ".join(map(str, sorted(temperatures)))
+        raise RequestError(422, f"temperature: {values} in one sequence")
     parts, at = [], 0
     for start, support in sorted(placed.items()):
         parts += [Support.unrestricted(start - at), support]
