@@ -242,3 +242,21 @@ def test_options_without_a_value_are_not_sent() -> None:
         b'{"token_ids":[1],"sampling_params":{"temperature":0.5,"max_tokens":4,"logprobs":0},'
         b'"output_mode":"tokens"}'
     )
+
+
+@on_a_run
+async def test_a_request_that_every_server_fails_on_is_not_sent_for_ever(run: RunDir) -> None:
+    """As vLLM's tool parser may fail on what a model has written."""
+    async with FakeServer(good) as one, FakeServer(good) as other:
+        list_servers(run, {one.url: 1, other.url: 1})
+        failures: list[str] = []
+
+        async def fail(request: web.Request) -> web.Response:
+            failures.append(request.host)
+            return web.json_response({"error": "IndexError"}, status=500)
+
+        one.routes["/parse"] = other.routes["/parse"] = fail
+        pool = Pool(run)
+        assert (await pool.call("/parse", b"{}", 3600))[0] == 500
+        assert len(set(failures)) == 2
+        await pool.close()

@@ -223,3 +223,32 @@ def test_a_tool_call_comes_back_parsed_and_its_ids_stay_as_sampled(tmp_path: Pat
             assert second == first + stub.script[0] + given_ids
 
     run_test(main())
+
+
+def test_conversations_with_equal_texts_keep_their_own_ids(tmp_path: Path) -> None:
+    """Two of a group answer alike, but for a space that the environment removes."""
+    family = FAMILIES[1]
+
+    async def main() -> None:
+        async with serving(tmp_path, family) as (server, stub):
+            answers = [["y", "e", "s", END], ["y", "e", "s", " ", END]]
+            stub.script = [[stub.ids[token] for token in answer] for answer in answers]
+            stub.left = iter(stub.script * 2)
+            both = asyncio.Barrier(2)
+
+            async def hold() -> list[int]:
+                messages: list[Any] = [{"role": "user", "content": "the"}]
+                answer = await server.chat_completion(messages=messages, max_tokens=8)
+                await both.wait()
+                text = answer.choices[0].message.content.strip()
+                messages.append({"role": "assistant", "content": text})
+                messages.append({"role": "user", "content": "more"})
+                again = await server.chat_completion(messages=messages, max_tokens=8)
+                first: list[int] = answer.prompt_token_ids + answer.choices[0].token_ids
+                assert again.prompt_token_ids[: len(first)] == first
+                return first
+
+            first, second = await asyncio.gather(hold(), hold())
+            assert first != second
+
+    run_test(main())

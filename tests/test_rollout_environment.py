@@ -23,9 +23,20 @@ from atropos_hpc.contracts.run_info import RunInfo  # noqa: E402
 from atropos_hpc.contracts.scored_group import ScoredGroup  # noqa: E402
 from atropos_hpc.rollout.env_adapter import RunEnvironment  # noqa: E402
 from atropos_hpc.rollout.env_loader import check_target  # noqa: E402
-from atropos_hpc.rollout.evaluation import mean_lengths, next_due, numbers, with_name  # noqa: E402
+from atropos_hpc.rollout.evaluation import (  # noqa: E402
+    evaluate,
+    mean_lengths,
+    next_due,
+    numbers,
+    with_name,
+)
 from atropos_hpc.rollout.prompt_draws import Drawer, DrawingEnv, PromptDraws  # noqa: E402
-from atropos_hpc.rollout.stamping import Sampled, stamp  # noqa: E402
+from atropos_hpc.rollout.stamping import (  # noqa: E402
+    Sampled,
+    is_training,
+    record_generations,
+    stamp,
+)
 from atropos_hpc.trajectories.decode import decode_json  # noqa: E402
 
 ARITHMETIC = "atropos_hpc.environments.arithmetic:ArithmeticEnv"
@@ -329,3 +340,26 @@ def test_pass_at_k_and_the_length_have_the_name_of_their_environment() -> None:
     metrics = {"eval/pass@4": 0.5, "eval/length_mean": 3.0, "eval/percent_correct": 0.25}
     named = {"eval/sums/pass@4": 0.5, "eval/sums/length_mean": 3.0, "eval/percent_correct": 0.25}
     assert with_name(metrics, "sums") == named
+
+
+def test_an_evaluation_asks_for_no_support_and_leaves_nothing_running() -> None:
+    class Failing:
+        def __init__(self) -> None:
+            self.eval_workers: set[asyncio.Task[None]] = set()
+
+        async def evaluate(self) -> None:
+            assert not is_training()
+            self.eval_workers.add(asyncio.create_task(asyncio.sleep(3600)))
+            raise RuntimeError("no data")
+
+    async def story() -> None:
+        env = Failing()
+        with pytest.raises(RuntimeError, match="no data"):
+            await evaluate(env, 3, timeout_s=60)
+        (left,) = env.eval_workers
+        with pytest.raises(asyncio.CancelledError):
+            await left
+
+    with record_generations():
+        assert is_training()
+    asyncio.run(story())

@@ -4,11 +4,12 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from rollout_parts import list_servers, make_run
-from stub_vllm import StubVllm
+from aiohttp import web
+from rollout_parts import ANSWER, FakeServer, list_servers, make_run
+from stub_vllm import Interrupt, Policy, StubVllm, characters
 from test_rollout_continuation import PROMPT, request, undisturbed
 
-from atropos_hpc.contracts.messages import GenerateAnswer
+from atropos_hpc.contracts.messages import GenerateAnswer, GenerateRequest, SamplingParams
 from atropos_hpc.rollout.saved_answers import SavedAnswers, forget_rollout
 from atropos_hpc.rollout.server_pool import Pool
 from atropos_hpc.runtime.run_dir import RunDir
@@ -119,5 +120,75 @@ def test_a_rollout_that_has_sent_its_group_saves_nothing(tmp_path: Path) -> None
                     pass
             assert not run.partial.exists()
             await pool.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_an_answer_that_was_joined_has_its_text_after_a_stop_too(tmp_path: Path) -> None:
+    """The first sample was cut at a stop string across the joint; the second is under way."""
+    first = undisturbed()
+    stop = characters(first[10:14])
+    wanted = request(n=2, stop=[stop])
+
+    class Stub(StubVllm):
+        def plan(self, body: dict[str, Any]) -> tuple[Policy, Interrupt]:
+            ids = body["token_ids"]
+            if ids == PROMPT:
+                return self.policy, ("lose", 24)
+            return self.policy, ("", 0) if ids[len(PROMPT)] == first[0] else ("hang", 4)
+
+    async def rollout(pool: Pool) -> GenerateAnswer:
+        assert pool.saved is not None
+        with pool.saved.rollout():
+            return await pool.post(wanted, 30, characters)
+
+    async def main() -> None:
+        run = make_run(tmp_path / "run")
+        run.new_attempt()
+        pool = Pool(run)
+        pool.saved = SavedAnswers(run, STALENESS)
+        async with Stub(version="5-1") as stub:
+            list_servers(run, {stub.url: 5})
+            task = asyncio.create_task(rollout(pool))
+            while len(stub.requests) < 3 or stub.generated < 32:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.1)  # until the client has what was sent
+            async with pool.saved.stopping():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            await pool.close()
+        async with StubVllm(version="5-2") as stub:
+            list_servers(run, {stub.url: 5})
+            pool = Pool(run)
+            pool.saved = SavedAnswers(run, STALENESS)
+            choices = (await rollout(pool)).choices
+            await pool.close()
+        assert choices[0].token_ids == first[:14] and choices[0].text == characters(first[:10])
+        assert choices[1].text == characters(undisturbed(1))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_the_log_probs_of_a_prompt_are_there_after_a_stop_too(tmp_path: Path) -> None:
+    log_probs = [None, {"6": {"logprob": -0.5}}, {"7": {"logprob": -1.5}}]
+    wanted = GenerateRequest(PROMPT, SamplingParams(max_tokens=1, prompt_logprobs=1), "tokens")
+
+    async def answer(http: web.Request) -> web.Response:
+        return web.json_response(ANSWER | {"prompt_logprobs": log_probs})
+
+    async def main() -> None:
+        run = make_run(tmp_path / "run")
+        async with FakeServer(answer) as server:
+            list_servers(run, {server.url: 1})
+            for _ in range(2):
+                pool = Pool(run)
+                pool.saved = SavedAnswers(run, STALENESS)
+                with pool.saved.rollout():
+                    found = (await pool.post(wanted, 30)).prompt_logprobs
+                    async with pool.saved.stopping():
+                        pass
+                await pool.close()
+                assert found is not None and found[2] is not None
+                assert found[2]["7"].logprob == -1.5
 
     asyncio.run(asyncio.wait_for(main(), 60))

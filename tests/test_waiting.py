@@ -1,9 +1,14 @@
 """Waits end, and say what was awaited, from whom and for how long."""
 
+import asyncio
+
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 from manual_clock import Clock
 
 from atropos_hpc.contracts.members import Wait
+from atropos_hpc.runtime.http import HttpClient, Request
 from atropos_hpc.runtime.waiting import Waiting, WaitTimeout, wait_for
 
 
@@ -47,3 +52,19 @@ def test_a_short_wait_is_never_shown() -> None:
     with Waiting("it", "someone", 60, shown) as wait:
         wait.check()
     assert shown.waits == []
+
+
+def test_a_request_that_the_server_did_not_receive_in_time_is_sent_again() -> None:
+    async def main() -> None:
+        statuses = iter([408, 429, 503, 200])
+
+        async def answer(request: web.Request) -> web.Response:
+            await request.read()
+            return web.Response(status=next(statuses))
+
+        async with RawTestServer(answer) as raw:
+            client = HttpClient(lambda: str(raw.make_url("/")), "a-token", patience_s=30)
+            assert (await client.send(Request("POST", "/scored_data", b"x"))).status == 200
+            await client.close()
+
+    asyncio.run(main())

@@ -4,8 +4,12 @@ A chat template renders a conversation anew for every turn. Tokenizing an earlie
 give other ids than were sampled, and templates trim answers or drop their reasoning. Here the ids
 of each turn are kept, under the messages that led to it; the next turn's prompt is those ids and
 the rendering of what came after them.
+
+Conversations that run side by side, as those of a group do, may have answers of one text and of
+different ids. So a task that holds a conversation finds its own last answer first.
 """
 
+import contextvars
 import json
 import logging
 from array import array
@@ -26,6 +30,12 @@ PER_CALL = ("add_generation_prompt", "continue_final_message")  # not part of a 
 SEQUENCES = 1 << 16  # whose end is known
 LONGEST_END = 8  # tokens that may end a turn
 
+Answers = dict[int, "array[int]"]  # by the conversation that ends with the answer
+# The running task's last answers: the conversation that they answer, and their ids.
+_last: contextvars.ContextVar[tuple[list[int], Answers] | None] = contextvars.ContextVar(
+    "last", default=None
+)
+
 
 class Conversations:
     """Renders conversations with a tokenizer's chat template, and keeps the ids of answers."""
@@ -45,10 +55,12 @@ class Conversations:
         """
         if not template.get("continue_final_message"):
             digests = list(_digests(messages, template))
+            _, own = _last.get() or ([], {})
             for at in reversed(range(len(messages))):
                 known = self._known.get(digests[at])
                 if known is not None:
                     self._known.move_to_end(digests[at])
+                    known = own.get(digests[at], known)
                     after = self._after(messages, at, template)
                     if after is not None:
                         return [*known, *_without_repeated_end(known, after)]
@@ -64,9 +76,12 @@ class Conversations:
         answer: JsonObject,
         ids: Sequence[int],
     ) -> None:
-        *_, digest = _digests([*messages, answer], template)
+        *answered, digest = _digests([*messages, answer], template)
         self._size += len(ids) - len(self._known.pop(digest, ()))
         self._known[digest] = array("i", ids)
+        last, others = _last.get() or ([], {})
+        own = others if last == answered[-1:] else {}
+        _last.set((answered[-1:], {**own, digest: self._known[digest]}))
         while self._size > self.capacity:
             self._size -= len(self._known.popitem(last=False)[1])
 

@@ -293,8 +293,7 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
         The send is a task of its own, so that a finished group is sent even if BaseEnv cancels the
         rollout.
         """
-        groups = scored_data if isinstance(scored_data, list) else [scored_data]
-        note_sent(groups)
+        groups = note_sent(scored_data if isinstance(scored_data, list) else [scored_data])
         drawn = self.draws.current()
         groups = [group for group in groups if self._is_faithful(group, drawn)]
         if not groups:
@@ -329,7 +328,8 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
                 return False
         began = time.monotonic()
         while True:
-            while self.http.outages != self._outages_seen:  # `get_status` registers again
+            # `get_status` registers again, until the worker leaves
+            while self.http.outages != self._outages_seen and not (records and self.draws.closing):
                 if time.monotonic() - began > self.http.patience_s:
                     break
                 await asyncio.sleep(0.2)
@@ -367,14 +367,14 @@ class RunEnvironment(AccountedRollouts, DrawingEnv):
             self.losses.lose(Loss.REFUSED, why)
 
     async def leave(self) -> None:
-        """Stop generating, wait for sends in progress, disconnect, close the connections."""
+        """Stop generating, save the answers under way, wait for sends, disconnect, and close."""
         self.draws.closing = True
         async with self._saved.stopping():
             tasks = [task for task in (self._early, *self.workers, *self.eval_workers) if task]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*self._sends, return_exceptions=True)
+        await asyncio.gather(*self._sends, return_exceptions=True)  # may have to wait for long
         if getattr(self, "env_id", None) is not None:
             await self.draws.report_last(LEAVE_PATIENCE_S)
             body = msgspec.json.encode(messages.StatusRequest(self.env_id))

@@ -134,9 +134,13 @@ async def evaluate(env: Any, version: int, timeout_s: float) -> Evaluation:
             await asyncio.gather(*env.eval_workers)
 
     env.reported = {}
-    with record_generations() as sampled:
-        async with asyncio.timeout(timeout_s):
-            await complete()
+    try:
+        with record_generations(for_training=False) as sampled:
+            async with asyncio.timeout(timeout_s):
+                await complete()
+    finally:
+        for left in list(env.eval_workers):
+            left.cancel()
     pending = getattr(env, "eval_metrics", None)
     if isinstance(pending, list):  # most environments put (name, value) there, for wandb_log
         pairs = (item for item in pending if isinstance(item, tuple | list) and len(item) == 2)

@@ -10,7 +10,7 @@ import glob
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from atroposlib.envs.base import BaseEnv
 
 from atropos_hpc.contracts.prompts import Draw, DrawAnswer, DrawRequest, Report, Reported, Seen
 from atropos_hpc.rollout.prompt_stream import PromptStream
+from atropos_hpc.rollout.rollout_failures import left_for_later
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Drawn:
 
     draw: Draw
     sending: bool = False  # a group of it is on its way to the server
+    accepted: bool = False  # the server has a group of it
     no_signal: bool = False  # its groups have equal scores
 
 
@@ -64,7 +66,7 @@ class PromptDraws:
         self._hand: list[int] = []  # held, and their items not taken yet
         self._reports: list[Reported] = []
         self._rollouts: dict[asyncio.Task[Any] | None, Drawn] = {}
-        self._parked: dict[int, tuple[Any, Drawn]] = {}  # in BaseEnv's backlog, by id(item)
+        self._parked: list[tuple[Any, Drawn]] = []  # items in BaseEnv's backlog
 
     async def take(self, count: int) -> list[tuple[Any, Drawn]]:
         """Draw up to `count` prompts; fewer where the environment has no more for now."""
@@ -106,7 +108,8 @@ class PromptDraws:
         """Report what is left to report, at the end."""
         try:
             async with asyncio.timeout(patience_s):
-                await self.request_numbers(0)
+                for _ in range(2):  # the first may be one that was not answered
+                    await self.request_numbers(0)
         except (TimeoutError, RuntimeError) as error:
             log.warning("%d draws were not reported: %s", len(self._reports), error)
 
@@ -134,8 +137,13 @@ class PromptDraws:
         self._rollouts[rollout] = drawn
 
     def current(self) -> Drawn | None:
-        """Return the draw that the current task rolls out; None for an item of the backlog."""
-        return self._rollouts.get(asyncio.current_task())
+        """Return the draw that the current task rolls out; None for an item of the backlog.
+
+        Also None once the server has a group of it: it would take later ones, which an environment
+        sends in a call of their own, for those of a worker that was believed lost.
+        """
+        drawn = self._rollouts.get(asyncio.current_task())
+        return None if drawn is None or drawn.accepted else drawn
 
     def finish(self, drawn: Drawn, report: Report | None) -> None:
         """Note what became of a draw; None: the server has its group."""
@@ -157,28 +165,36 @@ class PromptDraws:
         if drawn is not None:
             drawn.sending = True
         try:
-            report = None if await send else "refused"
+            accepted = await send
+            report = None if accepted else "refused"
+            if drawn is not None:
+                drawn.accepted = accepted
         finally:
             if drawn is not None:
                 self.finish(drawn, report)
 
-    def end(self, item: Any, cancelled: bool) -> None:
-        """Note that the current task's rollout has ended."""
+    def end(self, later: Sequence[Any], cancelled: bool) -> None:
+        """Note that the current task's rollout has ended.
+
+        If it sent nothing, the first item of `later` that is in BaseEnv's backlog goes on with its
+        draw: the item itself, or what the environment made of it.
+        """
         drawn = self._rollouts.pop(asyncio.current_task(), None)
         if drawn is None or drawn.sending or (cancelled and self.closing):
             return
-        if cancelled and any(each is item for each in self.stream.env.backlog):
-            self._parked[id(item)] = (item, drawn)
-        else:
-            self.finish(drawn, "no_signal" if drawn.no_signal else "failed")
+        backlog = self.stream.env.backlog
+        for item in later:
+            if any(each is item for each in backlog):
+                return self._parked.append((item, drawn))
+        self.finish(drawn, "no_signal" if drawn.no_signal else "failed")
 
     def unpark(self, item: Any) -> Drawn | None:
-        """Return the draw of an item that BaseEnv put back; None for one of the environment's."""
-        parked = self._parked.get(id(item))
-        if parked is None or parked[0] is not item:
-            return None
-        del self._parked[id(item)]
-        return parked[1]
+        """Return the draw with which an item of the backlog goes on; None if it has none."""
+        for at, (parked, drawn) in enumerate(self._parked):
+            if parked is item:
+                del self._parked[at]
+                return drawn
+        return None
 
 
 class DrawingEnv(BaseEnv):
@@ -205,7 +221,7 @@ class DrawingEnv(BaseEnv):
             cancelled = True
             raise
         finally:
-            self.draws.end(item, cancelled)
+            self.draws.end([item] if cancelled else left_for_later(), cancelled)
 
     async def handle_send_to_api(self, scored_data: Any, *args: Any, **kwargs: Any) -> Any:
         """Note whether the scores of all groups are equal, then send."""

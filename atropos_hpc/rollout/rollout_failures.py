@@ -70,18 +70,32 @@ class Rollout:
     error: BaseException | None = None  # that ended it
     request_error: BaseException | None = None  # of its last request that failed
     returned: str | None = None  # what collect_trajectories returned in place of a group
-    sent: set[int] = field(default_factory=set)  # id() of each group that was sent
+    sent: list[Any] = field(default_factory=list)  # groups
+    backlog: Sequence[Any] = ()  # items that collect_trajectories returned for later
     lost: list[tuple[Loss, str]] = field(default_factory=list)
 
 
 _rollout: contextvars.ContextVar[Rollout | None] = contextvars.ContextVar("rollout", default=None)
 
 
-def note_sent(groups: Sequence[object]) -> None:
-    """Note that BaseEnv has handed these groups over to be sent."""
+def note_sent(groups: Sequence[Any]) -> list[Any]:
+    """Note that BaseEnv has handed these groups over to be sent; return those that are new."""
     forget_rollout()
-    if (rollout := _rollout.get()) is not None:
-        rollout.sent |= {id(group) for group in groups}
+    if (rollout := _rollout.get()) is None:
+        return list(groups)
+    new = [group for group in groups if not _is_among(group, rollout.sent)]
+    rollout.sent += new
+    return new
+
+
+def left_for_later() -> Sequence[Any]:
+    """Return the items that the surrounding rollout has put into BaseEnv's backlog."""
+    rollout = _rollout.get()
+    return () if rollout is None else rollout.backlog
+
+
+def _is_among(group: object, others: Sequence[object]) -> bool:
+    return any(group is each for each in others)
 
 
 def note_request_error(error: BaseException) -> None:
@@ -328,8 +342,10 @@ class AccountedRollouts(BaseEnv):
             method = f"collect_trajectories ({_definition(super().collect_trajectories)})"
             if not isinstance(found, tuple | list) or len(found) != 2:
                 raise TypeError(f"{method} returned {type(found).__name__}, not (group, backlog)")
-            if (rollout := _rollout.get()) is not None and not found[0]:
-                rollout.returned = f"{method} returned {found[0]!r}"
+            if (rollout := _rollout.get()) is not None:
+                rollout.backlog = found[1] or ()
+                if not found[0]:
+                    rollout.returned = f"{method} returned {found[0]!r}"
             return found[0], found[1] or []
 
     async def postprocess_histories(self, trajectories: Any) -> Any:
@@ -346,7 +362,7 @@ class AccountedRollouts(BaseEnv):
         if (rollout := _rollout.get()) is None:
             return
         for group in scored_data if isinstance(scored_data, list) else [scored_data]:
-            if id(group) not in rollout.sent:
+            if not _is_among(group, rollout.sent):
                 size = ((group or {}).get("group_overrides") or {}).get("group_size")
                 size = self.config.group_size if size is None else size
                 equal_refused = self.config.ensure_scores_are_not_same

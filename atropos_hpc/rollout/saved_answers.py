@@ -177,7 +177,7 @@ def _digest(request: GenerateRequest) -> str:
 
 
 def _saved(sample: Sample) -> SavedSample:
-    whole = sample.generation
+    whole = sample.result() if sample.finished else sample.generation
     found = whole.logprobs.content if whole.logprobs else []
     top = any(len(each.top_logprobs) > 1 for each in found)
     if top or not (sample.finished or sample.continues):  # they would not be whole

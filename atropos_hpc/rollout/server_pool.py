@@ -51,6 +51,7 @@ LONGEST_PAUSE_S = 2.0  # between two moves
 HOME_FACTOR, HOME_SLACK = 1.5, 16
 STREAM, EVENT_END = "text/event-stream", b"\n\n"
 RETRIED = {*REFUSING, 408, 429}  # below 500, but another server or a later attempt may succeed
+MOST_500 = 3  # answers of 500 to one request, after which it is the request's own fault
 REFUSAL_S = 10.0  # a dead server's port may be another run's until the roster drops it
 
 _decoder = msgspec.json.Decoder(GenerateAnswer)
@@ -199,7 +200,7 @@ class Pool:
         self.watch()
         samples = [Sample(request, i, decode) for i in range(request.sampling_params.n)]
         call = _Call(time.monotonic() + timeout_s, f"no server in {self.run.roster}")
-        if self.saved is not None:
+        if self.saved is not None and request.sampling_params.prompt_logprobs is None:
             self.saved.restore(request, samples, self.served_version())
             self.saved.note(request, samples)
         try:
@@ -216,15 +217,22 @@ class Pool:
         return answer
 
     async def call(self, route: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        """POST to some live server that answers below 500. Raises TimeoutError, TokenRefused."""
+        """POST to some live server that answers, and return status and body.
+
+        A server that fails is left for another one, but after MOST_500 answers of 500, that is the
+        answer. Raises TimeoutError, TokenRefused.
+        """
         self.watch()
         deadline, failure = time.monotonic() + timeout_s, f"no server in {self.run.roster}"
+        times_500 = 0
         while (left := deadline - time.monotonic()) > 0:
             if (server := self.pick()) is not None:
                 try:
                     async with self._open(server + route, body, left) as response:
                         self._note_refusal(server, response.status)
-                        if response.status < 500 and response.status not in RETRIED:
+                        times_500 += response.status == 500
+                        final = response.status < 500 and response.status not in RETRIED
+                        if final or times_500 == MOST_500:
                             return response.status, await response.read()
                         failure = f"{server} answered {response.status}"
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -41,15 +41,19 @@ _recording: contextvars.ContextVar[list[Sampled] | None] = contextvars.ContextVa
 )
 
 
+_for_training: contextvars.ContextVar[bool] = contextvars.ContextVar("training", default=False)
+
+
 @contextlib.contextmanager
-def record_generations() -> Iterator[list[Sampled]]:
+def record_generations(for_training: bool = True) -> Iterator[list[Sampled]]:
     """Collect the generations of this block, and of the tasks that inherit its context."""
     seen: list[Sampled] = []
-    token = _recording.set(seen)
+    token, training = _recording.set(seen), _for_training.set(for_training)
     try:
         yield seen
     finally:
         _recording.reset(token)
+        _for_training.reset(training)
 
 
 def recorded() -> list[Sampled]:
@@ -57,9 +61,9 @@ def recorded() -> list[Sampled]:
     return _recording.get() or []
 
 
-def is_recording() -> bool:
-    """Return whether generations are collected: in a rollout, not in an evaluation."""
-    return _recording.get() is not None
+def is_training() -> bool:
+    """Return whether generations are to be trained on: in a rollout, not in an evaluation."""
+    return _for_training.get()
 
 
 def record(sampled: Iterable[Sampled]) -> None:

@@ -156,7 +156,7 @@ class Endpoint:
             if value is not None and name not in ("n", "logprobs")
         }
         split = request.path.split("/")[1]
-        with record_generations() as sampled:
+        with record_generations(for_training=split == "train") as sampled:
             try:
                 _, tokens, log_probs, reasons = await self._server.tokens_and_logprobs_completion(
                     input_ids=body.token_ids, prompt=None, n=1, split=split, **sampling

@@ -42,7 +42,7 @@ from atropos_hpc.rollout.conversations import Conversations
 from atropos_hpc.rollout.rollout_failures import note_request_error
 from atropos_hpc.rollout.sampling_support import sampled, with_support
 from atropos_hpc.rollout.server_pool import pool_of
-from atropos_hpc.rollout.stamping import is_recording, record
+from atropos_hpc.rollout.stamping import is_training, record
 from atropos_hpc.rollout.tool_calls import PROMPT_TAIL, ToolCallParser
 
 log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class VllmServer(APIServer):
         sampling.logprobs = sampling.logprobs or 0
         if mode == "tokens" and not sampling.stop:
             sampling.detokenize = False  # a third of the API server's work, for text nobody reads
-        if is_recording():
+        if is_training():
             sampling = with_support(sampling, self._max_support)
         request = GenerateRequest(prompt, sampling, mode, self._model, stream=True)
         skip = sampling.skip_special_tokens is not False

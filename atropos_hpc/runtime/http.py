@@ -31,7 +31,7 @@ class Request:
     body: bytes | None = None
     content_type: str = JSON
     wait_s: float = 0.0  # that the server is asked to wait before it answers
-    retry_500: bool = True  # 500 is retried, as are the statuses above and 429
+    retry_500: bool = True  # 500 is retried, as are the statuses above, 408 and 429
 
 
 @dataclass(frozen=True)
@@ -119,4 +119,4 @@ class HttpClient:
 def _is_retried(status: int, request: Request) -> bool:
     if status == 500:
         return request.retry_500
-    return status > 500 or status == 429
+    return status > 500 or status in (408, 429)
