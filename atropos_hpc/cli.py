@@ -303,7 +303,11 @@ def export(
 @config_arguments
 @json_option
 def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool) -> int:
-    """Report everything that `train` and `submit` would refuse; start nothing."""
+    """Report everything that `train` and `submit` would refuse; start nothing.
+
+    For Slurm, choose launch=het, split or single, unless the experiment does: otherwise the run is
+    one of this machine.
+    """
     from atropos_hpc.contracts.answers import MemoryNeed, Problem, Validated
     from atropos_hpc.launch import hydra_api, memory_check, preflight
     from atropos_hpc.runtime import cores

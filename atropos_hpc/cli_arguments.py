@@ -84,9 +84,11 @@ def print_json(value: object) -> None:
 
 def run_of(path: Path) -> RunDir:
     """Return the run in a directory. Raises NoRun."""
-    from atropos_hpc.observe.report import is_run
+    from atropos_hpc.observe.report import is_run, sweep_table
 
     if not is_run(path):
         reason = "it has no run.json" if path.exists() else "it does not exist"
+        if rows := sweep_table(path):
+            reason = f"it is a sweep's; name one of its runs, such as {rows[0].run_dir}"
         raise NoRun(f"{path} is not a run's directory: {reason}")
     return RunDir(path.resolve())

@@ -88,6 +88,16 @@ def test_a_full_quota_and_a_filesystem_without_locks_are_refused_by_the_key_of_t
             pass
 
 
+def test_a_cache_of_created_models_that_cannot_be_written_is_refused_with_the_variable_to_set(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATROPOS_HPC_CACHE", "/proc/cache")
+    assert found(config) == [], "of a model with a path, nothing is created"
+    config.model.path, config.model.make = None, "atropos_hpc.environments.make_base"
+    ((key, says),) = found(config)
+    assert key == "model.make" and "/proc" in says and "ATROPOS_HPC_CACHE" in says
+
+
 def test_the_last_of_several_mounts_on_one_directory_is_the_filesystem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from atropos_hpc.cli import main
 from atropos_hpc.contracts.metrics import SweepPoint
+from atropos_hpc.launch import hydra_api
 from atropos_hpc.observe import report
 from atropos_hpc.runtime import slurm
 from atropos_hpc.runtime.run_dir import RunDir, write_struct
@@ -93,3 +94,18 @@ def test_a_full_quota_is_named_with_the_file_and_not_by_a_traceback(
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="quota exceeded: .*summary.json"):
         write_struct(RunDir(tmp_path).summary, SweepPoint(0, [], ""))
+
+
+def test_a_command_for_one_run_names_the_runs_of_a_submission(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_struct(tmp_path / "jobs.json", [SweepPoint(0, [], str(tmp_path / "0"), job="7")])
+    assert main(["samples", str(tmp_path)]) == 2
+    assert f"name one of its runs, such as {tmp_path / '0'}" in capsys.readouterr().err
+
+
+def test_overrides_with_the_slurm_launcher_are_validated_as_they_are_submitted() -> None:
+    launcher = "hydra/launcher=submitit_slurm"
+    assert hydra_api.compose([launcher]).launch.allocation == "het"
+    assert hydra_api.compose([launcher, "launch=split"]).launch.allocation == "split"
+    assert hydra_api.compose([]).launch.allocation == "local"

@@ -43,6 +43,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 
 CONFIGS = resources.data("configs")
 DEMO = "experiment=arithmetic_cpu"
+SLURM = "hydra/launcher=submitit_slurm"
 # What a user gives to train something else than the demo.
 CHOICES = {
     "experiment",
@@ -88,7 +89,10 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     run_dir = [] if any(each.startswith("run_dir=") for each in overrides) else ["run_dir=runs/new"]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("config", [*search, *run_dir, *with_demo(overrides)])
-    return to_config(cfg)
+    config = to_config(cfg)
+    if SLURM in overrides and config.launch.allocation == "local":
+        config.launch.allocation = "het"  # as the launcher does
+    return config
 
 
 def to_config(cfg: DictConfig) -> Config:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.answers import Problem
+from atropos_hpc.launch import base_model
 from atropos_hpc.policy.store import RESERVE_BYTES
 from atropos_hpc.runtime import model_sizes, sizing
 from atropos_hpc.validate import Refused
@@ -76,6 +77,11 @@ def check(config: Config, run_dir: Path) -> Iterator[Problem]:
     if config.policy.max_bytes is not None and config.policy.max_bytes < version:
         found = f"{config.policy.max_bytes:,} bytes are less than one version of this model needs"
         yield Problem("policy.max_bytes", f"{found}, {version:,}")
+    if config.model.path is None:
+        cache = existing(base_model.cache())
+        if (problem := unwritable("model.make", cache)) is not None:
+            where = "$ATROPOS_HPC_CACHE names another directory for created models"
+            yield Problem(problem.key, f"{problem.message}; {where}")
     if config.launch.allocation == "local":  # of other nodes, nothing is known here
         yield from _cache(config, version)
 
