@@ -43,11 +43,13 @@ from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.platforms import current_platform
 
 from atropos_hpc.contracts.policy import ADAPTER_NAME, PolicyVersion
 from atropos_hpc.policy import lora
 from atropos_hpc.policy.manifest import BadVersion, read_manifest
 from atropos_hpc.policy.shard_buffer import tensors_of
+from atropos_hpc.runtime.process import return_freed_memory
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.runtime.signed_objects import sign_object_collectives
 from atropos_hpc.runtime.token_check import RUN_DIR
@@ -145,6 +147,8 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
             os._exit(EXIT_HALF_APPLIED)
         finally:
             self._shards = []
+            if current_platform.is_cpu():  # whose host memory is the weights' memory
+                return_freed_memory()
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in self._shards:
