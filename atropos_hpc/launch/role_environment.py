@@ -252,10 +252,10 @@ def _check_environment(
     options = ("--check", *options)
     try:
         done = _run(setup, python, *command, *options, stdin=info, timeout_s=timeout_s)
-        answer = json.loads(_last_line(done.stdout, ""))
+        answer = msgspec.json.decode(_last_line(done.stdout, ""), type=list[str | Problem])
         if wrong := [each for each in answer if isinstance(each, str)]:
             return [_unusable("rollout", python, wrong)]
-        return [Problem(each["key"], each["message"]) for each in answer]
+        return [each for each in answer if isinstance(each, Problem)]
     except FileNotFoundError:
         return [Problem("python", f"there is no {python}")]
     except (OSError, subprocess.SubprocessError) as error:

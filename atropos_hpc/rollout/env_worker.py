@@ -11,12 +11,10 @@ imported. The config comes by stdin, because everybody on the machine can read a
 
 import argparse
 import faulthandler
-import json
 import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,7 +123,7 @@ def check(options: argparse.Namespace) -> NoReturn:
     conf = config.environment
 
     def end(*problems: Problem) -> NoReturn:
-        print("\n" + json.dumps([asdict(problem) for problem in problems]), flush=True)
+        print("\n" + msgspec.json.encode(problems).decode(), flush=True)
         os._exit(DONE)
 
     def end_failed(why: str) -> None:
