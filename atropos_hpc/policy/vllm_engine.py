@@ -58,6 +58,7 @@ log = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger, which has th
 
 BACKEND = "disk"
 EXIT_HALF_APPLIED = 70
+LARGE_BYTES = 128 << 20  # of a version, whose freed memory is worth 0.1 s
 ADAPTER_ID = 1  # what the API server gives the first adapter it is asked to register
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -125,6 +126,7 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
     def finish_weight_update(self) -> None:
         if not self._shards:
             raise BadVersion("finish without an update: nothing to apply")
+        size = sum(tensor.nbytes for _, tensor in self._tensors())
         try:
             with set_current_vllm_config(self.vllm_config):  # 0.25 calls this outside of one
                 initialize_layerwise_reload(self.model)
@@ -147,8 +149,8 @@ class DiskEngine(WeightTransferEngine[Init, Update]):
             os._exit(EXIT_HALF_APPLIED)
         finally:
             self._shards = []
-            if current_platform.is_cpu():  # whose host memory is the weights' memory
-                return_freed_memory()
+        if current_platform.is_cpu() and size >= LARGE_BYTES:
+            return_freed_memory()  # in which the weights were
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for shard in self._shards:
