@@ -101,9 +101,9 @@ def test_a_cache_of_created_models_that_cannot_be_written_is_refused_with_the_va
 def test_the_last_of_several_mounts_on_one_directory_is_the_filesystem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mounts = "none / tmpfs rw\nd /work tmpfs rw\nfs /work lustre rw\nx /my\\040dir nfs rw\n"
+    mounts = "none / tmpfs rw\nd /scratch tmpfs rw\nfs /scratch lustre rw\nx /my\\040dir nfs rw\n"
     monkeypatch.setattr(Path, "read_text", lambda self: mounts)
-    assert cluster_check.filesystem_type(Path("/work/runs")) == "lustre"
+    assert cluster_check.filesystem_type(Path("/scratch/runs")) == "lustre"
     assert cluster_check.filesystem_type(Path("/my dir/run")) == "nfs"
     assert cluster_check.filesystem_type(Path("/other")) == "tmpfs"
 

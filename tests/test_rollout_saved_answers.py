@@ -34,7 +34,13 @@ async def stopped(run: RunDir, stub: StubVllm) -> None:
     while len(stub.requests) < 2:
         stub.interrupt = ("hang", 24) if len(stub.requests) == 1 else ("", 0)
         await asyncio.sleep(0)
-    while stub.generated < 8 + 24:
+    await stop_after(pool, stub, 8 + 24, task)
+
+
+async def stop_after(pool: Pool, stub: StubVllm, tokens: int, task: asyncio.Task[Any]) -> None:
+    """Stop as a worker does, once the server has generated so many tokens."""
+    assert pool.saved is not None
+    while stub.generated < tokens:
         await asyncio.sleep(0.001)
     await asyncio.sleep(0.1)  # until the client has what was sent
     async with pool.saved.stopping():
@@ -150,13 +156,9 @@ def test_an_answer_that_was_joined_has_its_text_after_a_stop_too(tmp_path: Path)
         async with Stub(version="5-1") as stub:
             list_servers(run, {stub.url: 5})
             task = asyncio.create_task(rollout(pool))
-            while len(stub.requests) < 3 or stub.generated < 32:
+            while len(stub.requests) < 3:
                 await asyncio.sleep(0.001)
-            await asyncio.sleep(0.1)  # until the client has what was sent
-            async with pool.saved.stopping():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-            await pool.close()
+            await stop_after(pool, stub, 32, task)
         async with StubVllm(version="5-2") as stub:
             list_servers(run, {stub.url: 5})
             pool = Pool(run)

@@ -178,19 +178,31 @@ def test_a_worker_that_leaves_after_an_outage_sends_without_registering_again() 
 
 def test_a_worker_that_leaves_saves_answers_before_it_waits_for_the_trajectory_server() -> None:
     async def story() -> None:
-        saved = asyncio.Event()
+        happened = []
+        answered, saved = asyncio.Event(), asyncio.Event()
 
         @contextlib.asynccontextmanager
         async def stopping() -> AsyncIterator[None]:
             yield
+            happened.append("saved")
             saved.set()
+
+        async def send() -> None:
+            await answered.wait()
+            happened.append("sent")
 
         worker = Worker()
         worker._saved = SimpleNamespace(stopping=stopping)
-        worker._sends.add(asyncio.create_task(asyncio.sleep(3600)))
+        worker._sends.add(asyncio.create_task(send()))
         leaving = asyncio.create_task(worker.leave())
-        await saved.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10):
+                await saved.wait()
+        assert happened == ["saved"], "it waits for the send first, which may take long"
+        answered.set()
+        await asyncio.wait([leaving], timeout=10)
+        assert happened == ["saved", "sent"]
         leaving.cancel()
-        await asyncio.gather(leaving, *worker._sends, return_exceptions=True)
+        await asyncio.gather(leaving, return_exceptions=True)
 
     run(story())

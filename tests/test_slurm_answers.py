@@ -43,22 +43,19 @@ def test_a_job_that_was_queued_although_its_answer_was_lost_is_not_submitted_aga
     assert slurm.submit(script, os.environ, pause_s=0) == "8"
 
 
-@pytest.mark.parametrize("state", ["SIGNALING", "STAGE_OUT", "RESIZING", "A_STATE_OF_SLURM_30"])
-def test_a_job_in_a_state_that_is_no_end_runs_and_is_not_submitted_again(
-    answers: Answers, tmp_path: Path, state: str
+@pytest.mark.parametrize(
+    ("state", "so"),
+    [
+        *((name, "running") for name in ("SIGNALING", "STAGE_OUT", "RESIZING", "A_LATER_STATE")),
+        *((name, "failed") for name in ("LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED")),
+    ],
+)
+def test_a_job_runs_and_is_not_submitted_again_unless_its_state_is_an_end(
+    answers: Answers, tmp_path: Path, state: str, so: str
 ) -> None:
     answers(squeue=f"7+0|{state}\n7+1|{state}")
     jobs = slurm.known_states(["7"])
-    assert report.run_state(SweepPoint(0, [], str(tmp_path), job="7"), jobs, 4, True) == "running"
-
-
-@pytest.mark.parametrize("state", ["LAUNCH_FAILED", "RECONFIG_FAIL", "REVOKED"])
-def test_a_job_in_a_rare_final_state_has_failed(
-    answers: Answers, tmp_path: Path, state: str
-) -> None:
-    answers(squeue=f"7|{state}")
-    jobs = slurm.known_states(["7"])
-    assert report.run_state(SweepPoint(0, [], str(tmp_path), job="7"), jobs, 4, True) == "failed"
+    assert report.run_state(SweepPoint(0, [], str(tmp_path), job="7"), jobs, 4, True) == so
 
 
 def test_a_sweep_is_not_said_to_be_stopped_while_the_controller_does_not_answer(

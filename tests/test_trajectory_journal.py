@@ -220,14 +220,20 @@ def test_what_a_failed_commit_left_cannot_come_back(tmp_path, monkeypatch):
     assert replay(tmp_path) == [b"before", b"instead"]
 
 
+async def three_segments(directory):
+    """Begin a journal with one record in each of its segments 0, 1 and 2."""
+    journal = Journal(directory, segment_bytes=1)
+    list(journal.replay())
+    journal.start(no_state)
+    places = []
+    for text in (b"a", b"b", b"c"):
+        await journal.append(event(text), places.append)
+    return journal, places
+
+
 def test_segments_are_retired_only_behind_a_durable_snapshot(tmp_path, monkeypatch):
     async def run():
-        journal = Journal(tmp_path, segment_bytes=1)
-        list(journal.replay())
-        journal.start(no_state)
-        places = []
-        for text in (b"a", b"b", b"c"):
-            await journal.append(event(text), places.append)
+        journal, places = await three_segments(tmp_path)
         assert [place.segment for place in places] == [0, 1, 2]
         journal.retire(lambda number: number == 0)
         assert sorted(path.name for path in tmp_path.glob("*.journal")) == [
@@ -260,12 +266,7 @@ def test_a_segment_that_is_begun_while_older_ones_are_retired_stays(tmp_path):
     """Retiring is in the event loop, and the writing thread may begin a segment at any moment."""
 
     async def run():
-        journal = Journal(tmp_path, segment_bytes=1)
-        list(journal.replay())
-        journal.start(no_state)
-        places = []
-        for text in (b"a", b"b", b"c"):
-            await journal.append(event(text), places.append)
+        journal, places = await three_segments(tmp_path)
         retiring, begun = asyncio.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
