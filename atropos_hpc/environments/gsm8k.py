@@ -95,7 +95,8 @@ class GSM8KEnv(SingleTurnEnv):
         count = self.config.examples
         if count >= len(training):
             raise ValueError(f"examples={count}, but there are {len(training)} training problems")
-        self.examples, self.training = training[:count], training[count:]
+        shown, self.training = training[:count], training[count:]
+        self.examples = [(each["question"], solution(each["answer"])) for each in shown]
 
     def load(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         """Load the (training, held-out) problems."""
@@ -103,13 +104,12 @@ class GSM8KEnv(SingleTurnEnv):
 
     def prompt(self, question: str) -> str:
         """Return the prompt: by the model's chat template, or plain if it has none."""
-        shown = [(each["question"], solution(each["answer"])) for each in self.examples]
         if self.tokenizer.chat_template is None:
-            turns = [f"Question: {asked}\nAnswer: {answered}" for asked, answered in shown]
+            turns = [f"Question: {asked}\nAnswer: {answered}" for asked, answered in self.examples]
             turns.append(f"Question: {question}\nAnswer:")
             return "\n\n".join([self.config.system_prompt, *turns])
         messages = [{"role": "system", "content": self.config.system_prompt}]
-        for asked, answered in shown:
+        for asked, answered in self.examples:
             messages += [
                 {"role": "user", "content": asked},
                 {"role": "assistant", "content": answered},

@@ -33,6 +33,7 @@ from atropos_hpc.launch.hydra_errors import ERRORS as ERRORS
 from atropos_hpc.launch.hydra_errors import is_composing_error as is_composing_error
 from atropos_hpc.launch.hydra_errors import named_problems as named_problems
 from atropos_hpc.launch.hydra_errors import problems as problems
+from atropos_hpc.launch.slurm import sbatch
 from atropos_hpc.runtime import shell
 from atropos_hpc.validate import Refused
 
@@ -90,8 +91,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("config", [*search, *run_dir, *with_demo(overrides)])
     config = to_config(cfg)
-    if SLURM in overrides and config.launch.allocation == "local":
-        config.launch.allocation = "het"  # as the launcher does
+    if SLURM in overrides:
+        sbatch.leave_this_machine(config)
     return config
 
 

@@ -43,8 +43,7 @@ def on_slurm(points: list[Point], sweep_dir: Path, slots: int, resumed: bool = F
     Exits with 2 if a point is refused, with 1 if sbatch refuses one, with 130 after Ctrl-C.
     """
     for point in points:
-        if point.config.launch.allocation == "local":
-            point.config.launch.allocation = "het"
+        sbatch.leave_this_machine(point.config)
     launch = points[0].config.launch
     folder = sweep_dir / ".submitit"
     try:

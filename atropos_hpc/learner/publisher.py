@@ -174,7 +174,7 @@ class Publisher:
         if not self.writer.one_copy:  # several ranks, or a GPU: the update need not wait
             return
         self._tried.wait(self.intervals.timeout)
-        if self.writer.one_copy and self._published:
+        if self._published:
             self.wait()
             self._snapshot = None
             self.writer.release()

@@ -34,6 +34,12 @@ class Allocation:
     het: int | None = None
 
 
+def leave_this_machine(config: Config) -> None:
+    """Have a run that goes to Slurm be one heterogeneous job, unless its allocation is chosen."""
+    if config.launch.allocation == "local":
+        config.launch.allocation = "het"
+
+
 # --- scripts for sbatch
 
 
