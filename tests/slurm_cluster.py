@@ -258,14 +258,16 @@ class Cluster:
             if " ".join(each.info["cmdline"] or ()).startswith("slurmstepd") and _holds(each, log)
         ]
 
-    def processes(self, node: str | None = None) -> list[int]:
-        """Pids of all processes of jobs, on one node or on all."""
+    def processes(self, node: str | None = None, job: str | None = None) -> list[int]:
+        """Pids of the processes of all jobs or of one, on one node or on all. Processes of every
+        component of a heterogeneous job have the id of its first."""
         found = []
         for each in psutil.process_iter(["environ"]):
             variables = each.info["environ"] or {}
             of_cluster = variables.get("SLURM_CONF") == str(self.conf) and each.pid != os.getpid()
             on_node = variables.get("SLURMD_NODENAME")
-            if of_cluster and on_node is not None and node in (None, on_node):
+            of_job = job in (None, variables.get("SLURM_JOB_ID"))
+            if of_cluster and of_job and on_node is not None and node in (None, on_node):
                 found.append(each.pid)
         return found
 

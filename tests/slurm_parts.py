@@ -97,7 +97,8 @@ class Submitted:
         assert self.state() == state, self.story()
 
     def completes(self, steps: int, attempts: int = 1, seconds: float = 120) -> None:
-        """Assert success, with each step made once, after that many starts, and no process left."""
+        """Assert success, with each step made once, after that many starts, and no process left of
+        it; the next point of a sweep may run."""
         self.ends(seconds=seconds)
         assert self.steps() == list(range(1, steps + 1)), self.story()
         assert len(list((self.run.path / "logs").glob("attempt-*"))) == attempts, self.story()
@@ -105,7 +106,12 @@ class Submitted:
         self.leaves_nothing()
 
     def leaves_nothing(self) -> None:
-        until("the end of all processes", lambda: not self.cluster.processes(), 40, self.story)
+        until(
+            f"end of the processes of job {self.job}",
+            lambda: not self.cluster.processes(job=self.job),
+            40,
+            self.story,
+        )
 
     def said_goodbye(self) -> None:
         """Nobody was killed in the end: every member has written that it has ended."""

@@ -91,6 +91,7 @@ def test_a_full_quota_and_a_filesystem_without_locks_are_refused_by_the_key_of_t
 def test_a_cache_of_created_models_that_cannot_be_written_is_refused_with_the_variable_to_set(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with_free(monkeypatch, 6_700)
     monkeypatch.setenv("ATROPOS_HPC_CACHE", "/proc/cache")
     assert found(config) == [], "of a model with a path, nothing is created"
     config.model.path, config.model.make = None, "atropos_hpc.environments.make_base"
