@@ -44,7 +44,9 @@ class ModelConf:
     """A causal language model in Hugging Face format."""
 
     path: Optional[str] = key(
-        None, "directory or Hugging Face Hub name; null: the model that `make` creates"
+        None,
+        "directory or Hugging Face Hub name; null: the model that `make` creates",
+        path="any",
     )
     make: Optional[str] = key(
         None,

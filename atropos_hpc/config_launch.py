@@ -145,8 +145,9 @@ class RoleConf:
         None,
         "interpreter of the role; null: the one that runs this command for the trainer, "
         ".venv-rollout/bin/python for the rollout role",
+        path="program",
     )
-    container: Optional[str] = key(None, "container image to run in; null: none")
+    container: Optional[str] = key(None, "container image to run in; null: none", path="program")
     setup: List[str] = key([], "shell lines before the role's programs, after cluster.setup")
 
 

@@ -34,11 +34,13 @@ class EnvironmentConf:
         MISSING,
         "environment class: package.module:Class or path/to/file.py:Class; a name without a colon "
         "is a taskset package of the verifiers library",
+        path="any",
     )
     python: Optional[str] = key(
         None,
         "interpreter of this environment's workers, where its packages exclude those of vLLM; "
         "null: that of the rollout role",
+        path="program",
     )
     config: Dict[str, Any] = key(
         {}, "fields of the environment's own config class; fields that other keys set are refused"

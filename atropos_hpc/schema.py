@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, get_args, get_origin
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 MISSING = "???"  # OmegaConf's marker of a mandatory value
 METADATA = "key"
@@ -21,7 +22,8 @@ class Key:
     """What is known of a config key beside its type and default.
 
     Bounds do not apply to null; those of a map apply to its values. `pattern` is a regular
-    expression and what it means, for text.
+    expression and what it means, for text. `path`: text that may be the path of a file or
+    directory; of a "program", text without a slash is a name.
     """
 
     help: str
@@ -30,6 +32,7 @@ class Key:
     le: float | None = None  # at most
     choices: tuple[str, ...] = ()
     pattern: tuple[str, str] | None = None
+    path: Literal["any", "program"] | None = None
 
     def error(self, value: Any) -> str | None:
         """Say why a value is not allowed; None if it is."""
@@ -125,6 +128,27 @@ def values(config: Any, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
             for entry, inner in value.items():
                 if is_dataclass(inner):
                     yield from values(inner, f"{name}.{entry}.")
+
+
+def make_paths_absolute(config: Any) -> None:
+    """Make relative paths of what exists here absolute: a run is resumed from anywhere."""
+    for declared in dataclasses.fields(config):
+        value = getattr(config, declared.name)
+        sections = value.values() if isinstance(value, dict) else [value]
+        for section in filter(is_dataclass, sections):
+            make_paths_absolute(section)
+        if value and (kind := describe(declared).path if METADATA in declared.metadata else None):
+            setattr(config, declared.name, _absolute(value, kind))
+
+
+def _absolute(text: str, kind: str) -> str:
+    """`text`: a path, also in path/to/file.py:Class, or a name, which stays as it is."""
+    file, colon, name = text.rpartition(":")
+    if not file.endswith(".py"):
+        file, colon, name = text, "", ""
+    path = Path(file).expanduser()
+    named = kind == "program" and "/" not in file
+    return text if named or not path.exists() else f"{path.absolute()}{colon}{name}"
 
 
 def unknown_keys(kind: Any, given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

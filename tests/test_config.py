@@ -282,6 +282,26 @@ def test_keys_of_maps_need_no_plus() -> None:
     assert more["b"].target == "b.py:B" and more["b"].group_size == 8
 
 
+def test_paths_of_what_exists_are_absolute_so_that_a_run_is_resumed_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").mkdir()
+    for name in ("b.py", "model", "venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    interpreters = ["roles.trainer.python=venv/bin/python", "roles.rollout.python=python"]
+    overrides = ["environment=atropos", "environment.target=b.py:B", "model.path=model"]
+    more = "more_environments={c: {target: missing.py:C, python: ./venv/bin/python}}"
+    config = hydra_api.compose([*overrides, *interpreters, more])
+    assert config.environment.target == f"{tmp_path}/b.py:B"
+    assert config.model.path == f"{tmp_path}/model"
+    assert config.roles.trainer.python == f"{tmp_path}/venv/bin/python"
+    assert config.roles.rollout.python == "python", "a name is looked up in PATH"
+    assert config.more_environments["c"].target == "missing.py:C"
+    assert config.more_environments["c"].python == f"{tmp_path}/venv/bin/python"
+
+
 def test_the_demo_is_run_only_if_nothing_else_is_asked_for() -> None:
     demo = hydra_api.compose(["run_dir=/nowhere", "algorithm.kl_coef=0.5"])
     assert demo.model.make == validate.DEMO_MODEL and demo.trainer.learning_rate == 5e-4

@@ -97,7 +97,8 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """Convert a composed config. Raises Refused for unknown keys, which `+` lets through."""
+    """Convert a composed config, with absolute paths. Raises Refused for unknown keys, which `+`
+    lets through."""
     given = OmegaConf.to_container(cfg)
     assert isinstance(given, dict)
     wrong = schema.unknown_keys(Config, {str(name): value for name, value in given.items()})
@@ -105,6 +106,7 @@ def to_config(cfg: DictConfig) -> Config:
         raise Refused(*found)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
+    schema.make_paths_absolute(config)
     return config
 
 
