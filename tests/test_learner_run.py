@@ -94,6 +94,10 @@ def test_three_and_three_steps_give_the_weights_of_six(
         (run.requests / "stop.json").unlink()
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS, STEPS * GROUPS)])
         assert ended(run, learn(run)) == [0]
+        run.done.unlink()  # as if it had ended just before
+        assert ended(run, learn(run)) == [0]
+    saved = [path.name for path in run.checkpoints.glob(f"step-{STEPS}-*")]
+    assert saved == [f"step-{STEPS}-0"], "what was resumed from is not written again"
     assert weights(run) == weights(uninterrupted)
     same = [
         (line.step, line.scalars["loss"], line.scalars["grad_norm"])

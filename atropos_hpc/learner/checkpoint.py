@@ -95,7 +95,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[CheckpointDir, Future[None]] | None = None
         self._newly_durable: int | None = None
-        self._last: int | None = None  # the newest durable step that is known to be valid
+        self.last: int | None = None  # the newest durable step that is known to be valid
         # No resume goes back before this step, even if the newest checkpoint is damaged.
         self.safe_step = 0
 
@@ -172,7 +172,7 @@ class Checkpoints:
         while (found := self._newest_valid(failed)) is not None:
             checkpoint, manifest = found
             if self._try_to_load(backend, state, checkpoint, manifest):
-                self._last = manifest.step
+                self.last = manifest.step
                 log.info("resuming from checkpoint %s", checkpoint.path.name)
                 return True
             failed = checkpoint
@@ -297,5 +297,5 @@ class Checkpoints:
                 what = f"not written after {self.timeout_s:.0f} s; {HINT}"
             raise CheckpointFailed(f"checkpoint {target.path}: {what}") from error
         self._newly_durable = target.step
-        self.safe_step = (self._last or 0) if self.keep > 1 else target.step
-        self._last = target.step
+        self.safe_step = (self.last or 0) if self.keep > 1 else target.step
+        self.last = target.step

@@ -214,7 +214,7 @@ def _save_now(context: TrainContext) -> None:
         publisher.publish(context.backend, version)
         publisher.wait()
     durable = checkpoints.wait()
-    if durable != version:
+    if checkpoints.last != version:  # else it was resumed from, and has made no step since
         checkpoints.save(context.backend, context.state)
         durable = checkpoints.wait()
     _acknowledge(context, durable)
