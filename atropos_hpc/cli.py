@@ -23,6 +23,7 @@ from atropos_hpc.cli_arguments import (
     Commands,
     complete_member,
     config_arguments,
+    count_option,
     directory_argument,
     hydra_words,
     json_option,
@@ -176,9 +177,7 @@ def _html_report(directory: Path, out: Path, rows: "list[PointStatus]") -> int:
 @directory_argument
 @click.argument("member", default="", shell_complete=complete_member)
 @click.option("-f", "--follow", is_flag=True, help="Continue as the logs grow.")
-@click.option(
-    "-n", "--lines", default=20, show_default=True, metavar="N", help="Last lines of each log."
-)
+@count_option("--lines", least=0, default=20, help="Last lines of each log.")
 @click.option("--attempt", type=int, metavar="N", help="An earlier attempt; default: the newest.")
 def logs(directory: Path, member: str, follow: bool, lines: int, attempt: int | None) -> int:
     """Show the logs of a run's members, or of a sweep's points.
@@ -208,7 +207,7 @@ def logs(directory: Path, member: str, follow: bool, lines: int, attempt: int | 
     help="The largest first.",
 )
 @click.option("--reverse", is_flag=True, help="The smallest first.")
-@click.option("-n", "--last", default=5, show_default=True, metavar="N", help="Number to show.")
+@count_option("--last", least=1, default=5, help="Number to show.")
 @json_option
 def samples(run: Path, as_json: bool, **selected: Any) -> int:
     """Show trained prompts and completions with their scores."""

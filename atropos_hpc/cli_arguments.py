@@ -75,6 +75,16 @@ def config_arguments(command: Decorated) -> Decorated:
     return add(config_dir(command))
 
 
+def count_option(
+    name: str, least: int, default: int, help: str
+) -> Callable[[Decorated], Decorated]:
+    """Return the option -n."""
+    kind = click.IntRange(min=least)
+    return click.option(
+        "-n", name, type=kind, default=default, show_default=True, metavar="N", help=help
+    )
+
+
 def print_json(value: object) -> None:
     """Print a struct, or a list of them, as one JSON document."""
     import msgspec

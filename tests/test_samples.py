@@ -223,7 +223,7 @@ def test_the_command_shows_samples_and_reports_when_there_are_none(
     assert shown[0]["score"] == 1.0 and shown[0]["policy_versions"] == [4, 5]
     none = call("--score", ">1")
     assert none.returncode == 1 and "no rollouts that match" in none.stderr
-    for arguments in (("--score", "much"), ("--text", "(")):
+    for arguments in (("--score", "much"), ("--text", "("), ("--last", "-1")):
         bad = call(*arguments)
         assert bad.returncode == 2 and arguments[0] in bad.stderr
 
@@ -303,3 +303,13 @@ def test_commands_refuse_a_directory_that_is_no_run(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 2 and "a run's directory" in done.stderr, (command, done.stderr)
+
+
+def test_a_completion_cannot_send_escape_sequences_to_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "a\x1b]0;title\x07 \x9b2J\tb"
+    samples.show([Rollout(1, "environment", 0, 0, 1.0, [5], [(0, 1)], prompt="p", completion=text)])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x9b" not in shown
+    assert "\\x1b]0;title" in shown and "\\x9b2J" in shown
