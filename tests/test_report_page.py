@@ -134,6 +134,33 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
     assert f"{command}{tmp_path.name}-0" in page
 
 
+def test_a_sweep_whose_points_have_not_all_begun_compares_what_it_varies(tmp_path: Path) -> None:
+    rows = []
+    for num, (kl, seed) in enumerate([(0.0, 0), (0.0, 1), (0.1, 0), (0.1, 1)]):
+        if num < 3:
+            made(tmp_path / str(num), kl, seed, steps=5)
+        overrides = [f"algorithm.kl_coef={kl}", f"seed={seed}"]
+        rows.append(SweepPoint(num, overrides, str(tmp_path / str(num)), steps=5))
+    (tmp_path / "1" / "metrics.jsonl").unlink()
+    runs = [history.read(Path(row.run_dir)) for row in rows]
+    keys = history.compared_keys(runs)
+    assert keys == ["algorithm.kl_coef"]
+    figure = plots.compare(history.grouped(runs, keys), keys, "reward/mean", "")
+    assert figure is not None
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels == ["kl_coef 0.0", "kl_coef 0.1"], "seed 1 of 0.0 has no step yet"
+
+
+def test_texts_that_a_sweep_compares_are_not_taken_for_tex(tmp_path: Path) -> None:
+    for num, text in enumerate((r"put it in $\boxed{}$", "end with #### and $")):
+        run = made(tmp_path / str(num), steps=5)
+        config = Config(run_dir=str(run.path))
+        config.environment.config["system_prompt"] = text
+        write_struct(run.run_json, RunInfo(config, id="x"))
+    page, _ = drawn(tmp_path)
+    assert "compared: environment.config.system_prompt" in page
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_with_few_steps_has_a_page(tmp_path: Path, steps: int) -> None:
     run = made(tmp_path / "run", steps=steps)

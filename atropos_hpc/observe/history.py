@@ -188,7 +188,11 @@ def short_key(key: str) -> str:
 
 
 def compared_keys(runs: Sequence[History]) -> list[str]:
-    """Return the keys whose values differ between runs, except those of NOT_COMPARED."""
+    """Return the keys whose values differ between runs, except those of NOT_COMPARED.
+
+    A run that has not begun has no config yet, and is not compared.
+    """
+    runs = [run for run in runs if run.config]
     keys = sorted({key for run in runs for key in run.config if not NOT_COMPARED.match(key)})
     return [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]
 

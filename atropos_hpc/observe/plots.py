@@ -323,7 +323,8 @@ def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figur
 
 def _label(keys: Sequence[str], values: Sequence[ConfigValue]) -> str:
     pairs = zip(keys, values, strict=True)
-    return ", ".join(f"{history.short_key(key)} {value}" for key, value in pairs) or "all points"
+    text = ", ".join(f"{history.short_key(key)} {value}" for key, value in pairs)
+    return text.replace("$", r"\$") or "all points"  # between two of them would be TeX
 
 
 def compare(
@@ -333,9 +334,8 @@ def compare(
     figure, axes = _axes()
     drawn = False
     for index, (values, runs) in enumerate(groups.items()):
-        points = [run.points(name) for run in runs]
-        common = sorted(set.intersection(*map(set, points)))
-        if common:
+        points = [found for run in runs if (found := run.points(name))]
+        if common := sorted(set.intersection(*map(set, points)) if points else ()):
             color = CYCLE[index % len(CYCLE)]
             x, rows = (
                 np.array(common, float),
