@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from run_files import append_step
 
+from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AttemptRecord
 from atropos_hpc.contracts.metrics import Evaluation, SweepPoint
-from atropos_hpc.observe import report
+from atropos_hpc.contracts.run_info import Private, RunInfo, SecretValue
+from atropos_hpc.observe import history, logs, report
+from atropos_hpc.observe.model_card import model_card
 from atropos_hpc.runtime.run_dir import RunDir, append_record, write_json, write_struct
 
 
@@ -107,3 +111,61 @@ def test_a_point_s_own_directory_shows_its_row_of_the_sweep(tmp_path: Path) -> N
     assert found.overrides == ["a=1", "b=1"] and found.job == "1" and found.steps == 4
     write_json(RunDir(tmp_path / "1").holder, {"job": "9"})  # resumed by hand
     assert report.find_points(tmp_path / "1")[0].job == "9"
+
+
+def test_the_last_tenth_of_a_long_run_is_the_same_in_the_table_and_on_the_page(
+    tmp_path: Path,
+) -> None:
+    row = point(tmp_path, 0)
+    run = trained(row, 900, reward=0.0)
+    for step in range(901, 1001):
+        append_step(run, step, **{"reward/mean": step / 1000, "kl_reference": 0.0})
+    found = report.point_status(row, {}).reward
+    assert found == pytest.approx(history.read(run.path).final("reward/mean"))
+    assert found == pytest.approx(0.9505)
+
+
+def test_a_point_that_was_resumed_with_more_steps_shows_those(tmp_path: Path) -> None:
+    row = point(tmp_path, 0)
+    run = trained(row, 6, reward=0.5)
+    write_json(run.run_json, {"id": "x", "config": {"trainer": {"steps": 9}}})
+    write_json(run.done, {"version": 4})
+    assert report.point_status(row, {"7": "RUNNING"}).steps == 9
+    submitted_again = msgspec.structs.replace(row, steps=12)
+    assert report.point_status(submitted_again, {"7": "PENDING"}).steps == 12
+
+
+def test_a_copy_or_an_archive_of_an_attempt_s_logs_is_not_an_attempt(tmp_path: Path) -> None:
+    run = RunDir(Path(point(tmp_path, 0).run_dir))
+    for _ in range(3):
+        run.new_attempt()
+    (run.path / "logs" / "attempt-0.tar.gz").touch()
+    (run.path / "logs" / "attempt-1.old").mkdir()
+    assert [path.name for path in report.attempts(run)] == ["attempt-0", "attempt-1", "attempt-2"]
+    assert run.new_attempt().name == "attempt-3" and run.attempt() == 3
+
+
+def test_the_logs_of_a_sweep_mask_the_runs_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = point(tmp_path, 0)
+    run = RunDir(Path(row.run_dir))
+    run.new_attempt()
+    write_struct(run.private, Private([SecretValue(["x"], "correct-horse-battery")]))
+    (run.logs / "supervisor.log").write_text("first\nlogin correct-horse-battery\n")
+    logs.show_points([row], 1)
+    assert "login ***" in capsys.readouterr().out
+    logs.show_points([row], 0)
+    assert "***" not in capsys.readouterr().out
+
+
+def test_the_card_of_an_earlier_checkpoint_counts_the_steps_up_to_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    config = Config(run_dir=str(tmp_path))
+    config.trainer.steps = 40
+    run.write_info(RunInfo(config, id="x"))
+    for step in range(1, 31):
+        append_step(run, step, sequences=8, trained_tokens=100)
+    card = model_card(run, 20)
+    assert "| sequences, tokens trained | 160, 2,000 |" in card and ", 20 steps of" in card

@@ -7,12 +7,15 @@ import sys
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 from trajectory_parts import group
 
 from atropos_hpc import schema
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.group import MAX_MAGNITUDE, encode_group
+from atropos_hpc.contracts.metrics import finite_numbers
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.contracts.scored_group import RequestError, ScoredGroup
 from atropos_hpc.learner.skipped_steps import NothingLearned, SkippedSteps
@@ -76,6 +79,12 @@ def test_metrics_that_are_not_finite_are_null_in_every_json(run: RunDir) -> None
     for text in (run.metrics.read_text(), shown):
         msgspec.json.decode(text)  # strict: NaN and Infinity are no JSON
         assert json.loads(text) and '"reward/mean":null' in text.replace(" ", "")
+
+
+def test_numbers_of_numpy_and_torch_are_metrics_and_larger_arrays_are_not() -> None:
+    metrics = {"a": torch.tensor(1.5), "b": torch.tensor([2.0]), "c": torch.ones(2)}
+    more = {"d": np.float32(3.0), "e": np.ones(1), "f": np.ones(2), "g": torch.tensor(math.nan)}
+    assert finite_numbers({**metrics, **more}) == {"a": 1.5, "b": 2.0, "d": 3.0, "e": 1.0}
 
 
 def test_steps_that_are_skipped_in_a_row_end_the_run() -> None:

@@ -26,7 +26,12 @@ from atropos_hpc.contracts.members import (
     TrainerState,
     Wait,
 )
-from atropos_hpc.contracts.metrics import Evaluation, StepMetrics, SweepPoint
+from atropos_hpc.contracts.metrics import (
+    Evaluation,
+    StepMetrics,
+    SweepPoint,
+    evaluation_metrics,
+)
 from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.observe import report, status, status_view
 from atropos_hpc.runtime.membership import DEAD_S, Member
@@ -316,3 +321,25 @@ def test_one_slow_step_does_not_change_the_estimated_end(tmp_path: Path) -> None
         and report.eta([], 15) is None
         and report.eta(lines, None) is None
     )
+
+
+def test_the_waits_of_a_resumed_attempt_for_its_servers_are_no_part_of_the_pace(
+    tmp_path: Path,
+) -> None:
+    run = made(tmp_path, trained=3)
+    for step, seconds in ((4, 300.0), (5, 2.0), (6, 2.0)):
+        scalars: dict[str, float | None] = {"tokens": 100.0}
+        append_record(run.metrics, StepMetrics(step, step, 1, 0.0, seconds, {}, scalars))
+    found = shown(run)
+    assert found["seconds_per_step"] == 2.0 and found["trained_tokens_per_s"] == 50.0
+
+
+def test_metrics_of_an_evaluation_are_those_of_the_first_environment() -> None:
+    metrics: dict[str, float | None] = {
+        "eval/percent_correct": 0.5,
+        "eval/environment/length_mean": 10.0,
+        "eval/letters/length_mean": 99.0,
+        "letters/eval/percent_correct": 0.9,
+    }
+    found = evaluation_metrics(Evaluation(4, 0.5, metrics))
+    assert found == {"percent_correct": 0.5, "length_mean": 10.0}

@@ -13,6 +13,7 @@ A float that is not finite is written as null, because JSON has no other spellin
 """
 
 import math
+import re
 from collections.abc import Mapping
 from numbers import Real
 from typing import Annotated
@@ -32,8 +33,9 @@ def finite_numbers(metrics: Mapping[str, object]) -> dict[str, float]:
     """Return the finite numbers among an environment's metrics, numpy's and torch's included."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
-        if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-            value = value.item()
+        if hasattr(value, "item"):
+            size = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
+            value = value.item() if size == 1 else value
         if isinstance(value, Real) and math.isfinite(value):
             found[name] = float(value)
     return found
@@ -72,11 +74,13 @@ class Evaluation(Struct, frozen=True):
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float | None]:
     """Return the metrics of the run's first environment, by short name.
 
-    >>> evaluation_metrics(Evaluation(0, 0.5, {"eval/sums/pass@4": 0.75, "b/eval/x": 1.0}))
+    >>> metrics = {"eval/environment/pass@4": 0.75, "eval/b/pass@4": 0.25, "b/eval/x": 1.0}
+    >>> evaluation_metrics(Evaluation(0, 0.5, metrics))
     {'pass@4': 0.75}
     """
-    metrics = evaluation.metrics.items()
-    return {name.rpartition("/")[2]: value for name, value in metrics if name.startswith("eval/")}
+    own = re.compile(rf"eval/(?:{ONLY_ENVIRONMENT}/)?([^/]+)")
+    found = ((own.fullmatch(name), value) for name, value in evaluation.metrics.items())
+    return {name[1]: value for name, value in found if name}
 
 
 class Tracked(Struct, frozen=True):

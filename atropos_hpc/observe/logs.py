@@ -57,6 +57,7 @@ def show_points(points: Sequence[SweepPoint], lines: int) -> int:
     never began, of its job's log."""
     for point in points:
         run = RunDir(Path(point.run_dir))
+        run.learn_secrets()
         print(f"--- point {point.num}, {point.run_dir}")
         path = run.logs / "supervisor.log"
         text = process.tail(path, lines) if path.exists() else _job_log(point, lines)

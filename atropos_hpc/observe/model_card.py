@@ -6,8 +6,9 @@ import msgspec
 
 import atropos_hpc
 from atropos_hpc.config import Config, ModelConf
+from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.observe.summary import evaluation_summaries, summarize
-from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.run_dir import RunDir, read_records
 
 # The sections that say how the model was made.
 CONFIG_PARTS = (
@@ -18,7 +19,9 @@ CONFIG_PARTS = (
 
 def model_card(run: RunDir, step: int) -> str:
     """Return README.md for the weights after a step."""
-    info, summary = run.info(), summarize(run)
+    info = run.info()
+    lines = read_records(run.metrics, StepMetrics)
+    summary = summarize(run, [line for line in lines if line.step <= step])
     assert info is not None, "a run with a checkpoint has a run.json"
     config = info.config
     model, algorithm, trainer = config.model, config.algorithm, config.trainer
@@ -28,7 +31,7 @@ def model_card(run: RunDir, step: int) -> str:
 # {run.path.name}, after step {step}
 
 Trained from {_base(model)}, by {algorithm.advantage} with the {algorithm.loss} loss on
-`{config.environment.target}`, {trainer.steps} steps of {algorithm.batch_size} sequences in groups
+`{config.environment.target}`, {step} steps of {algorithm.batch_size} sequences in groups
 of {config.environment.group_size}.
 
 ## Results

@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -174,13 +175,12 @@ def job_log(point: SweepPoint, lines: int) -> list[str]:
         return []
     found = process.tail(path, lines + SUBMITIT_LINES).splitlines()
     errors = [i for i, line in enumerate(found) if line.startswith("submitit ERROR")]
-    return found[: errors[0] if errors else None][-lines:]
+    return found[: errors[0] if errors else None][-lines:] if lines else []
 
 
 def attempts(run: RunDir) -> list[Path]:
     """Return the log directories of the run's attempts, in order."""
-    found = (run.path / "logs").glob("attempt-*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("attempt-")))
+    return [run.path / "logs" / f"attempt-{number}" for number in run.attempts()]
 
 
 def last_attempt(run: RunDir) -> AttemptRecord | None:
@@ -208,8 +208,11 @@ def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
     run = RunDir(Path(point.run_dir))
     lines = last_records(run.metrics, StepMetrics, RECENT)
     last = lines[-1] if lines else None
-    final = lines[-max(1, int(last.step * FINAL)) :] if last else []
-    steps = point.steps or configured_steps(run)
+    tenth = max(1, int(last.step * FINAL)) if last else 0
+    final = lines if tenth <= RECENT else last_records(run.metrics, StepMetrics, tenth)
+    final = final[-tenth:] if tenth else []
+    # a run may have been resumed with more steps than it was submitted with, and the reverse
+    steps = max(filter(None, (point.steps, configured_steps(run))), default=None)
     state = run_state(point, jobs, steps, bool(lines))
     evaluation = last_evaluation(run)
     return PointStatus(
@@ -267,14 +270,15 @@ def eta(lines: Sequence[StepMetrics], steps: int | None) -> float | None:
 
 
 def steady(lines: Sequence[StepMetrics]) -> Sequence[StepMetrics]:
-    """Leave out the first step of a start, which includes the wait for the servers."""
-    return lines[1:] or lines
+    """Leave out the first step of each attempt, which includes the wait for the servers."""
+    kept = [line for before, line in pairwise(lines) if line.attempt == before.attempt]
+    return kept or lines
 
 
 def rate(lines: Sequence[StepMetrics], name: str) -> float | None:
     """Return a scalar per second of these steps."""
-    known = [(value, line.step_s) for line in lines if (value := line.get(name)) is not None]
-    known = known[1:] or known
+    found = steady(lines)
+    known = [(value, line.step_s) for line in found if (value := line.get(name)) is not None]
     seconds = sum(step_s for _, step_s in known)
     return sum(value for value, _ in known) / seconds if seconds else None
 

@@ -334,7 +334,8 @@ def tail(path: Path, lines: int = 12) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 64_000))
-            text = "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+            found = file.read().decode(errors="replace").splitlines()
+            text = "\n".join(found[-lines:] if lines else [])
             return masking.mask(text, masking.known_values())
     except FileNotFoundError:
         return "(no log)"

@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 STALE_RETRIES = 20  # reads of a file that was replaced meanwhile (ESTALE), 50 ms apart
 OLD_LAYOUT = "0.1.0"  # the version whose run directories are refused
+ATTEMPT = re.compile(r"attempt-(\d+)")
 TAIL_BYTES = 1 << 16  # the first read at a long file's end
 
 
@@ -87,17 +89,17 @@ class RunDir:
     def new_attempt(self) -> Path:
         """Make logs/attempt-<n> for the next n, point logs/latest at it, and return it."""
         logs = self.path / "logs"
-        taken = [
-            int(name.removeprefix("attempt-"))
-            for name in os.listdir(logs)
-            if name.startswith("attempt-")
-        ]
-        attempt = logs / f"attempt-{max(taken, default=-1) + 1}"
+        attempt = logs / f"attempt-{max(self.attempts(), default=-1) + 1}"
         attempt.mkdir()
         link = logs / f".latest.{os.getpid()}"
         link.symlink_to(attempt.name)
         link.replace(logs / "latest")
         return attempt
+
+    def attempts(self) -> list[int]:
+        """The numbers of all attempts, in order. A copy or an archive of one is none."""
+        found = (ATTEMPT.fullmatch(path.name) for path in (self.path / "logs").glob("attempt-*"))
+        return sorted(int(name[1]) for name in found if name)
 
     def attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
