@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ from atropos_hpc.runtime.run_dir import RunDir
 
 if TYPE_CHECKING:
     from slurm_cluster import Cluster
+
+    from atropos_hpc.policy.follower import Follower
+    from atropos_hpc.policy.store import PolicyStore
 
 FOUND = [name for name in ("verifiers", "vllm") if importlib.util.find_spec(name)]
 ROLE = os.environ.get("TEST_ROLE") or {"verifiers": "verifiers", "vllm": "rollout"}.get(
@@ -209,6 +212,25 @@ def run(tmp_path: Path) -> RunDir:
     made = RunDir(tmp_path / "run")
     made.create()
     return made
+
+
+@pytest.fixture
+def follow(tmp_path: Path) -> "Iterator[Callable[..., Follower]]":
+    """Make readers of a policy store, each with a node cache of its own."""
+    from atropos_hpc.policy.follower import Follower
+
+    made: list[Follower] = []
+
+    def begin(store: "PolicyStore", **options: Any) -> "Follower":
+        cache = tmp_path / f"memory-{len(made)}"
+        cache.mkdir()
+        made.append(Follower(store, cache, f"reader-{len(made)}", **options))
+        return made[-1]
+
+    yield begin
+    for follower in made:
+        follower.close()
+        assert os.listdir(follower.cache.root.parent) == [], "its memory is free again"
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,10 @@
 
 import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import xxhash
@@ -54,23 +52,6 @@ def taken(follower: Follower) -> PolicyVersion | None:
 
 def key(text: str) -> PolicyVersion:
     return PolicyVersion.parse(text)
-
-
-@pytest.fixture
-def follow(store: PolicyStore, tmp_path: Path) -> Iterator[Callable[..., Follower]]:
-    """Make followers, each with a node cache of its own."""
-    made: list[Follower] = []
-
-    def begin(store: PolicyStore, **options: Any) -> Follower:
-        cache = tmp_path / f"memory-{len(made)}"
-        cache.mkdir()
-        made.append(Follower(store, cache, f"reader-{len(made)}", **options))
-        return made[-1]
-
-    yield begin
-    for follower in made:
-        follower.close()
-        assert os.listdir(follower.cache.root.parent) == [], "its memory is free again"
 
 
 def test_latest_is_what_was_committed_last(store: PolicyStore) -> None:
@@ -298,32 +279,6 @@ def test_hashes_are_what_keeps_a_reader_right(monkeypatch: pytest.MonkeyPatch) -
 real = node_cache.read_into
 
 
-def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained_of(
-    store: PolicyStore, follow: Callable[..., Follower], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    learner, complaints = Learner(store.root), list[PolicyVersion]()
-    follower = follow(store, request_republish=lambda version, why: complaints.append(version))
-    learner.publish(0)
-    status = os.statvfs(store.root)
-    full = type("Full", (), {"f_bavail": 0, "f_frsize": status.f_frsize})
-    monkeypatch.setattr(node_cache.os, "statvfs", lambda path: full)
-    newest = follower.poll()
-    assert newest is not None and newest.directory == store.root / "0-1"
-    monkeypatch.undo()
-    learner.publish(1)
-    monkeypatch.setattr(node_cache.os, "statvfs", lambda path: full)
-    for _ in range(2):
-        follower._retry_at = 0
-        assert follower.poll() == newest
-    assert "see policy.cache" in str(follower.failure) and [
-        version.version for version in complaints
-    ] == [1]
-    learner.publish(1, in_full=True)
-    follower._retry_at = 0
-    newest = follower.poll()
-    assert newest is not None and newest.directory == store.root / "1-1"
-
-
 def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStore) -> None:
     """Kill a forked publisher at its n-th write call, for every n."""
     old = publish(store, 1)
@@ -355,25 +310,3 @@ def test_a_publisher_killed_at_any_write_leaves_a_whole_latest(store: PolicyStor
         assert latest.version in (1, 2)
     assert points > 15
     assert store.latest() != old
-
-
-def test_a_follower_outlives_a_store_that_vanishes(
-    store: PolicyStore, follow: Callable[..., Follower]
-) -> None:
-    publish(store, 1)
-    follower = follow(store)
-    good = taken(follower)
-    gone = publish(store, 2)
-    shutil.rmtree(store.directory(gone))
-    assert taken(follower) == good
-
-
-def test_a_reader_that_ends_does_not_read_to_the_end(
-    store: PolicyStore, follow: Callable[..., Follower]
-) -> None:
-    publish(store, 1)
-    follower = follow(store, request_republish=lambda version, why: pytest.fail(why))
-    follower.stop()
-    for _ in range(3):
-        assert taken(follower) is None
-    assert follower.failures == 0

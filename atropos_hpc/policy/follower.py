@@ -10,13 +10,14 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from atropos_hpc.contracts.policy import PolicyVersion
 from atropos_hpc.policy.leases import Lease
-from atropos_hpc.policy.manifest import BadVersion, verify
+from atropos_hpc.policy.manifest import MANIFEST, BadVersion, verify
 from atropos_hpc.policy.node_cache import CacheFull, NodeCache
 from atropos_hpc.policy.routes import find_routes
 from atropos_hpc.policy.store import PolicyStore
@@ -60,8 +61,9 @@ class Follower:
             return self.newest
         latest = None
         try:
+            self._lease()
             latest = self.store.latest()
-            if latest is None or (self.newest is not None and latest <= self.newest.version):
+            if latest is None or self._has(latest):
                 return self.newest
             self.newest = LoadableVersion(latest, self._fetch(latest))
         except (BadVersion, OSError) as error:
@@ -72,6 +74,29 @@ class Follower:
         else:
             self.failure, self.failures = None, 0
         return self.newest
+
+    def _has(self, version: PolicyVersion) -> bool:
+        """Whether a version is not newer than the newest one here, and that is still in place."""
+        if self.newest is None or version > self.newest.version:
+            return False
+        return version < self.newest.version or (self.newest.directory / MANIFEST).exists()
+
+    @contextmanager
+    def loading(self, version: LoadableVersion) -> Iterator[None]:
+        """Keep a version that lies in the store while a server loads it."""
+        self.cache.loading.append(version.directory)
+        try:
+            yield
+        finally:
+            self.cache.loading.remove(version.directory)
+
+    def _lease(self, *versions: PolicyVersion) -> None:
+        """Lease what is read now: these versions, and those that servers read in the store."""
+        newest = [self.newest.directory] if self.newest else []
+        read = {
+            path.name for path in (*self.cache.loading, *newest) if path.parent == self.store.root
+        }
+        self.lease.take({*versions, *map(PolicyVersion.parse, read)})
 
     def stop(self) -> None:
         """Abort a `poll` in another thread."""
@@ -87,12 +112,11 @@ class Follower:
 
         Raises what the last route raised.
         """
-        self.lease.take([version])
+        self._lease(version)
         try:
             target = self.store.manifest(version)
-            held = self.cache.newest.version if self.cache.newest else None
-            routes = find_routes(self.store.manifest, version, held)
-            self.lease.take({version, *(step for route in routes for step in route.versions)})
+            routes = find_routes(self.store.manifest, version, self.cache.held())
+            self._lease(version, *(step for route in routes for step in route.versions))
             for route in routes[:-1]:
                 try:
                     return self.cache.fetch(target, route, self.lease)
@@ -109,10 +133,10 @@ class Follower:
             if target.kind == "delta":
                 raise
             log.warning("%s; every server reads version %s from the store", error, version)
-            verify(self.store.directory(version))
+            verify(self.store.directory(version), self.lease.renew)
             return self.store.directory(version)
         finally:
-            self.lease.take([])
+            self._lease()
 
     def _was_replaced(self, version: PolicyVersion | None) -> bool:
         try:

@@ -34,13 +34,20 @@ class Lease:
 
     def take(self, versions: Iterable[PolicyVersion]) -> None:
         """Lease exactly these versions, or none. A full disk does not prevent reading."""
-        self._versions = tuple(versions)
-        self._write()
+        versions = tuple(sorted(versions))
+        if versions != self._versions:
+            self._versions = versions
+            self._write()
+        elif versions:
+            self._write_if_due()
 
     def renew(self) -> None:
         """Renew the lease if it is due; call it often. Raises BadVersion once cancelled."""
         if self.cancelled:
             raise BadVersion("the reader is shutting down")
+        self._write_if_due()
+
+    def _write_if_due(self) -> None:
         if time.monotonic() - self._renewed > LEASE_S / 6:
             self._write()
 

@@ -3,6 +3,7 @@
 The manifest holds a hash of itself (`seal`), because a flipped bit may still leave valid JSON.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -36,16 +37,17 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path) -> Manifest:
+def verify(directory: Path, heartbeat: Callable[[], None] = lambda: None) -> Manifest:
     """Check every stored file of a version against its manifest, which is returned.
 
-    Raises BadVersion naming the file and the difference.
+    `heartbeat` is called now and then and may abort the check by raising. Raises BadVersion naming
+    the file and the difference.
     """
     manifest = read_manifest(directory)
     for entry in manifest.stored_files:
         path = directory / entry.file
         try:
-            size, digest = path.stat().st_size, file_digest(path)
+            size, digest = path.stat().st_size, file_digest(path, heartbeat)
         except FileNotFoundError:
             raise BadVersion(f"{path}: missing") from None
         if size != entry.bytes:
@@ -55,12 +57,13 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def file_digest(path: Path) -> str:
-    """Return the xxh3-64 of a file, in hex."""
+def file_digest(path: Path, heartbeat: Callable[[], None] = lambda: None) -> str:
+    """Return the xxh3-64 of a file, in hex. `heartbeat` is called between its parts."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            heartbeat()
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from atropos_hpc.contracts.policy import FileEntry, Manifest, PolicyVersion
 from atropos_hpc.policy import delta
 from atropos_hpc.policy.delta import Bytes
 from atropos_hpc.policy.leases import Lease
-from atropos_hpc.policy.manifest import BadVersion, write_manifest
+from atropos_hpc.policy.manifest import MANIFEST, BadVersion, write_manifest
 from atropos_hpc.policy.routes import Route
 from atropos_hpc.policy.shard_buffer import THREADS, read_into, xxh3
 from atropos_hpc.runtime.private_tmp import OwnedDirectory
@@ -41,9 +41,25 @@ class NodeCache:
     def __init__(self, cache: Path, store: Path) -> None:
         self.store = store
         self.newest: Manifest | None = None
+        self.loading: list[Path] = []  # directories from which servers load a version now
         cache.mkdir(parents=True, exist_ok=True)
+        self._own(cache)
+
+    def _own(self, cache: Path) -> None:
         self._owned = OwnedDirectory(cache, PREFIX)
         self.root = self._owned.path
+
+    def held(self) -> PolicyVersion | None:
+        """Return the version of the copy, if that is still there, and make a missing directory.
+
+        systemd-logind (RemoveIPC) clears /dev/shm of a user's files when the user logs out.
+        """
+        if not self.root.exists():
+            self._owned.remove()
+            self._own(self.root.parent)
+        if self.newest and not (self.root / str(self.newest.version) / MANIFEST).exists():
+            self.newest = None
+        return self.newest.version if self.newest else None
 
     def fetch(self, target: Manifest, route: Route, lease: Lease) -> Path:
         """Make a copy of `target` by the given route, and return its directory.

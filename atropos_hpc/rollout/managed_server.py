@@ -152,14 +152,15 @@ class ManagedServer:
         """Push a version once. A server that refuses keeps what it serves, and is asked again."""
         children, context = list(self.managed.children), self.context
         try:
-            await push(
-                context.http,
-                self.url,
-                context.token,
-                newest.directory,
-                newest.version,
-                _update_options(context.config),
-            )
+            with context.follower.loading(newest):
+                await push(
+                    context.http,
+                    self.url,
+                    context.token,
+                    newest.directory,
+                    newest.version,
+                    _update_options(context.config),
+                )
         except Stuck as error:
             if self.managed.children == children:
                 self._kill(f"is stuck: {error}")
