@@ -4,7 +4,7 @@ workers with the real client of draws, a learner, and faults."""
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,11 @@ class World:
                 await lost.finish(drawn)
                 self.delivered_late += 1
 
+    def attempt_of_worker(self) -> Callable[[], int]:
+        """What tells a worker that starts now its attempt."""
+        attempt = self.attempt
+        return lambda: attempt
+
     def stream(self) -> Stream:
         return self.service.state.prompts.stream(NAME)
 
@@ -101,8 +106,8 @@ class Worker:
     def __init__(self, world: World, member: str) -> None:
         self.world, self.member = world, member
         random.seed(7)  # as all workers of the environment
-        self.env = Walker(world.problems)
-        self.draws = PromptDraws(self.env, Drawer(NAME, member, world.attempt), self.send)
+        self.env, attempt = Walker(world.problems), world.attempt_of_worker()
+        self.draws = PromptDraws(self.env, Drawer(NAME, member, attempt), self.send)
         random.seed(world.dice.random())  # its rollouts draw other numbers
         self.rollouts: list[Drawn] = []
 

@@ -128,7 +128,8 @@ class Items:
         self.running_items: dict[str, Any] = {}
         self.env_id, self.numbers = 0, itertools.count()
         self.pool = SimpleNamespace(changed=asyncio.Event())
-        self.draws = PromptDraws(self, Drawer("environment", "environment-a-0", 1), self.hand_out)
+        drawer = Drawer("environment", "environment-a-0", lambda: 1)
+        self.draws = PromptDraws(self, drawer, self.hand_out)
 
     async def hand_out(self, request: DrawRequest) -> DrawAnswer:
         return DrawAnswer(numbers=list(itertools.islice(self.numbers, request.want)))

@@ -15,7 +15,11 @@ pytest.importorskip("atroposlib")
 
 from prompt_parts import World, run, trained_prompts  # noqa: E402
 
+from atropos_hpc.config import Config, LaunchConf  # noqa: E402
+from atropos_hpc.contracts.run_info import RunInfo  # noqa: E402
+from atropos_hpc.rollout.prompt_draws import attempt_of  # noqa: E402
 from atropos_hpc.rollout.prompt_stream import PromptStream, item_hash  # noqa: E402
+from atropos_hpc.runtime.run_dir import RunDir  # noqa: E402
 
 PROBLEMS, EPOCHS = 200, 3
 MEMBERS = ("environment-a-0", "environment-a-1", "environment-b-2")  # on two nodes
@@ -126,6 +130,42 @@ def test_forty_faults_leave_each_prompt_drawn_once_per_epoch_with_one_outcome(
     drawn = Counter(world.items[number] for number in numbers)
     assert drawn == Counter(calm.items[number] for number in numbers)
     assert all(outcomes(calm)[epoch] == {"accepted": PROBLEMS} for epoch in range(EPOCHS))
+
+
+class SplitWorld(World):
+    """The workers have a job of their own, which outlives attempts of the trainer's."""
+
+    def __init__(self, directory: Path, problems: int, epochs: int, seed: int) -> None:
+        super().__init__(directory, problems, epochs, seed)
+        self.run = RunDir(directory / "run")
+        self.run.create()
+        launch = LaunchConf(allocation="split")
+        self.run.write_info(RunInfo(Config(run_dir=str(self.run.path), launch=launch)))
+        self.run.new_attempt()
+
+    def attempt_of_worker(self) -> Callable[[], int]:
+        return attempt_of(self.run)
+
+
+def test_workers_that_outlive_an_attempt_of_the_trainer_go_on_beside_restarted_ones(
+    tmp_path: Path,
+) -> None:
+    async def tell() -> None:
+        world = SplitWorld(tmp_path, PROBLEMS, 1, seed=3)
+        await world.start_server()
+        first, second = [await world.add(member) for member in MEMBERS[:2]]
+        await first.turn(4)
+        world.run.new_attempt()
+        await world.kill_server()
+        second = await world.add(second.member)
+        held = {drawn.draw.number for drawn in first.rollouts}
+        for _ in range(3):
+            await asyncio.gather(first.turn(8), second.turn(8))
+        assert len(await first.draws.take(4)) == 4
+        assert not held & {drawn.draw.number for drawn in second.rollouts}
+        await world.service.close()
+
+    asyncio.run(tell())
 
 
 # --- streams

@@ -145,7 +145,7 @@ class Live:
             member=member,
             token=self.run.token(),
             losses=Losses("environment"),
-            drawer=Drawer("environment", member.name, self.attempt),
+            drawer=Drawer("environment", member.name, lambda attempt=self.attempt: attempt),
         )
         random.seed(index)
         self.workers[index] = (env, asyncio.create_task(env.env_manager()))

@@ -67,7 +67,7 @@ class Worker(RunEnvironment, Environment):
         self.pool: Any = SimpleNamespace(changed=asyncio.Event())
         self.losses = Losses("it")
         self.quota = Quota(1, 0)
-        drawer = Drawer("environment", "environment-a-0", 1)
+        drawer = Drawer("environment", "environment-a-0", lambda: 1)
         self.draws = PromptDraws(self, drawer, self.draw)
 
     async def draw(self, request: DrawRequest) -> DrawAnswer | None:

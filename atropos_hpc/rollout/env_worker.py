@@ -49,7 +49,7 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
     """Run the environment at that key until cancelled. Raises TargetError and GaveUp."""
     from atropos_hpc.rollout import env_loader
     from atropos_hpc.rollout.env_adapter import as_member
-    from atropos_hpc.rollout.prompt_draws import Drawer
+    from atropos_hpc.rollout.prompt_draws import Drawer, attempt_of
     from atropos_hpc.rollout.rollout_failures import Losses, Patience, files_of
 
     config = run.config()
@@ -79,7 +79,7 @@ async def work(run: RunDir, member: Member[EnvironmentState], index: int, key: s
             token=run.token(),
             losses=Losses(name, patience, stall.files),
             drawer=Drawer(
-                short, member.name, run.attempt(), short if config.more_environments else None
+                short, member.name, attempt_of(run), short if config.more_environments else None
             ),
         )
         seed_everything(own_seed)  # of what the rollouts draw

@@ -20,6 +20,7 @@ from atroposlib.envs.base import BaseEnv
 from atropos_hpc.contracts.prompts import Draw, DrawAnswer, DrawRequest, Report, Reported, Seen
 from atropos_hpc.rollout.prompt_stream import PromptStream
 from atropos_hpc.rollout.rollout_failures import left_for_later
+from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,27 @@ Send = Callable[[DrawRequest], Awaitable[DrawAnswer | None]]
 
 @dataclass(frozen=True)
 class Drawer:
-    """Who draws: `name` is the environment's in the run, `attempt` the run's.
+    """Who draws: `name` is the environment's in the run, `attempt` returns the run's.
 
     `label` is written into each group, in a run with several environments.
     """
 
     name: str
     member: str
-    attempt: int
+    attempt: Callable[[], int]
     label: str | None = None
+
+
+def attempt_of(run: RunDir) -> Callable[[], int]:
+    """Return what tells the attempt of the run that this worker belongs to.
+
+    It is the one in which the worker started. Workers of a job of their own go on when the
+    trainer's job is requeued, and belong to the newest.
+    """
+    if run.config().launch.allocation == "split":
+        return run.attempt
+    started_in = run.attempt()
+    return lambda: started_in
 
 
 @dataclass
@@ -120,7 +133,7 @@ class PromptDraws:
             worker=self.worker,
             member=self.drawer.member,
             env_id=self.stream.env.env_id,
-            attempt=self.drawer.attempt,
+            attempt=self.drawer.attempt(),
             serial=self._serial,
             want=max(0, min(want, MOST)),
             held=sorted(self._held),

@@ -210,7 +210,11 @@ class PromptLedger:
     def gone(self, request: DrawRequest) -> tuple[list[str], list[str]]:
         """Return the workers that a request shows to be gone: (died, of earlier attempts)."""
         workers = self.stream(request.stream).workers.items()
-        older = [name for name, each in workers if each.attempt < request.attempt]
+        older = [
+            name
+            for name, each in workers
+            if each.attempt < request.attempt and name != request.worker
+        ]
         died = [
             name
             for name, each in workers
