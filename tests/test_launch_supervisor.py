@@ -13,6 +13,7 @@ import pytest
 
 from atropos_hpc.config import Config, LaunchConf
 from atropos_hpc.contracts.members import AnyMember, EnvironmentState, LossReason
+from atropos_hpc.contracts.metrics import StepMetrics
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.launch.sweep_point import Point
@@ -20,7 +21,7 @@ from atropos_hpc.runtime import slurm
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.restart_policy import Action
-from atropos_hpc.runtime.run_dir import RunDir, read_json, write_json
+from atropos_hpc.runtime.run_dir import RunDir, append_record, read_json, write_json
 from atropos_hpc.runtime.slurm import SlurmError
 
 LAUNCH = LaunchConf(restarts=0, backoff_s=0.01, save_timeout_s=2.0, grace_s=0.5)
@@ -185,3 +186,27 @@ def test_a_requeue_that_fails_in_submitits_handler_is_told_as_slurms(
         Point(0, [], Config(), tmp_path).requeue()  # Slurm was quicker
     finally:
         signal.signal(signal.SIGUSR2, previous)
+
+
+def test_only_steps_that_were_never_made_are_progress_of_a_learner(run: RunDir) -> None:
+    steps = [step("trainer", FOR_EVER), step("agent", FOR_EVER)]
+    engine = Supervisor(run, QUICK, steps, no_watch).engine
+    trainer, agent = (managed.life for managed in engine.processes)
+
+    def crash(*made: int) -> None:
+        for life in (trainer, agent):
+            life.start(0.0, engine.progress())
+        for number in made:
+            append_record(run.metrics, StepMetrics(number, number, 0, 0.0, 0.0, {}, {}))
+        for life in (trainer, agent):
+            life.end(3600.0, engine.progress())
+            life.restart(3600.0)
+
+    crash(1, 2)
+    assert (trainer.restarts, agent.restarts) == (1, 1)
+    run.metrics.write_bytes(b"")  # the next start makes them again
+    crash(1, 2)
+    crash()
+    assert (trainer.restarts, agent.restarts) == (3, 1)
+    crash(3)
+    assert trainer.restarts == 1

@@ -15,15 +15,16 @@ it, and ends with the run. The mechanics are in runtime/supervision.py.
 
 import contextlib
 import logging
+import math
 import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config
-from atropos_hpc.contracts.checkpoint import LatestCheckpoint
 from atropos_hpc.contracts.members import (
     AgentState,
     AnyMember,
@@ -39,6 +40,7 @@ from atropos_hpc.contracts.members import (
     Wait,
 )
 from atropos_hpc.launch import failure_cause
+from atropos_hpc.launch.run_progress import RunProgress
 from atropos_hpc.launch.slurm.slurm_job import Job
 from atropos_hpc.launch.steps import Step
 from atropos_hpc.runtime import process, restart_policy
@@ -53,7 +55,7 @@ from atropos_hpc.runtime.membership import (
 )
 from atropos_hpc.runtime.process import ProcessSpec
 from atropos_hpc.runtime.restart_policy import Action, Event, ExitFacts, Kind, Phase, RunEnding
-from atropos_hpc.runtime.run_dir import RunDir, Unreadable, read_intact, read_struct
+from atropos_hpc.runtime.run_dir import RunDir, read_intact
 from atropos_hpc.runtime.slurm import SlurmError
 from atropos_hpc.runtime.supervision import (
     Exit,
@@ -95,7 +97,7 @@ class Supervisor:
         self.run, self.watch, self.job, self.leads = run, watch, job, leads
         launch = self.launch = config.launch
         self.save_timeout_s = save_timeout_s(config)
-        self.engine = SupervisionEngine(run.logs, self._durable_step, self._is_done)
+        self.engine = SupervisionEngine(run.logs, RunProgress(run).read, self._is_done)
         limits = Limits(
             restarts=launch.restarts,
             backoff_s=launch.backoff_s,
@@ -104,9 +106,11 @@ class Supervisor:
         )
         self.steps = {step.name: step for step in steps}
         for step in steps:
+            # A learner may take long to load and for a step: only its steps count.
+            own = replace(limits, healthy_s=math.inf) if step.kind == "trainer" else limits
             # A node agent passes requests for stack traces on, also from behind an srun.
             managed = ManagedProcess(
-                step.name, step.kind, self._specs_of(step), limits, forwards_dumps=True
+                step.name, step.kind, self._specs_of(step), own, forwards_dumps=True
             )
             self.engine.add(managed)
         self.roster = RosterPublisher(run)
@@ -119,7 +123,6 @@ class Supervisor:
         self.stop_signals = 0
         self.warned = False  # by Slurm, of the time limit
         self._unusable_since: float | None = None
-        self._durable: int | None = None
 
     def supervise(self) -> Action:
         """Run to the end. Returns FINISH, STOP, REQUEUE or FAIL, when no process is left.
@@ -283,16 +286,6 @@ class Supervisor:
             for path in (ended.child.log, _task_log(ended.child.log)):
                 if path is not None:
                     log.error("the end of %s:\n%s", path, process.tail(path))
-
-    def _durable_step(self) -> int | None:
-        """The newest durable step, which grows as the run makes progress."""
-        try:
-            latest = read_struct(self.run.checkpoints / "latest.json", LatestCheckpoint)
-        except Unreadable as error:
-            log.warning("%s; counting no progress", error)
-        else:
-            self._durable = latest.step if latest else None
-        return self._durable
 
     def _is_done(self) -> bool:
         return read_intact(self.run.done, Done) is not None
