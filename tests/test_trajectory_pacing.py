@@ -5,7 +5,7 @@ from typing import Any
 from trajectory_parts import add, item, paced
 
 from atropos_hpc.contracts.messages import Quota, StatusRequest
-from atropos_hpc.trajectories.events import BatchFormed
+from atropos_hpc.trajectories.events import BatchFormed, Environment, EnvironmentAdded
 from atropos_hpc.trajectories.pacing import Demand, Pacing, Timeouts, admission_quota
 
 LIMITS = Timeouts()
@@ -141,3 +141,12 @@ def test_a_late_group_does_not_reconnect_an_environment() -> None:
     pacing.presence[1].heard = None
     pacing.deliver(1, 1.0)
     assert [e.env_id for e in pacing.connected(1.0)] == [0]
+
+
+def test_an_environment_that_is_just_being_registered_does_not_break_the_answers_to_others() -> (
+    None
+):
+    state, pacing = paced(64, [{"group_size": 8}])
+    state.apply(EnvironmentAdded(Environment(1, "new", "new_0", 10, 8, 1.0)))
+    report(pacing, 0, 0.0, in_flight=0)
+    assert pacing.status(0, 0.0).quota == Quota(groups=8, oldest_version=0)

@@ -147,7 +147,8 @@ class Pacing:
     def connected(self, now: float) -> list[Environment]:
 
         def here(env_id: int) -> bool:
-            heard = self.presence[env_id].heard
+            presence = self.presence.get(env_id)  # none until `connect` follows its event
+            heard = None if presence is None else presence.heard
             return heard is not None and now - heard < self.timeouts.disconnected_s
 
         return [e for e in self.state.environments if here(e.env_id)]
