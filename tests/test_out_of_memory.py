@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from atropos_hpc.runtime import out_of_memory
+from atropos_hpc.runtime import out_of_memory, sizing
 from atropos_hpc.runtime.process import END_TASKS, ProcessSpec
 from atropos_hpc.runtime.supervision import Exit, Limits, ManagedProcess, SupervisionEngine
 
@@ -77,3 +77,21 @@ def test_kills_are_those_of_the_nearest_cgroup_with_a_memory_controller(tmp_path
     assert out_of_memory.kills(tmp_path / "fs", own) == 2
     own.write_text("4:memory:/elsewhere\n")  # version 1
     assert out_of_memory.kills(tmp_path / "fs", own) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_the_job_s_cgroup_leaves_with_the_cache_of_files(
+    version: int, tmp_path: Path
+) -> None:
+    names, of_files = ("max", "current"), ""
+    group, line = tmp_path / "job_7" / "step", "0::/job_7/step\n"
+    if version == 1:
+        names, of_files = ("limit_in_bytes", "usage_in_bytes"), "total_"
+        group, line = tmp_path / "memory/job_7/step", "4:memory:/job_7/step\n1:cpu:/\n0::/\n"
+    group.mkdir(parents=True)
+    (tmp_path / "own").write_text(line)
+    stat = f"{of_files}inactive_file 200\n{of_files}active_file 30\nanon 4000\n"
+    (group.parent / "memory.stat").write_text(stat)
+    for name, value in zip(names, ("5000", "4900"), strict=True):
+        (group.parent / f"memory.{name}").write_text(value + "\n")
+    assert sizing.free_memory(tmp_path, tmp_path / "own") == 330

@@ -19,6 +19,7 @@ from typing import Any
 
 from atropos_hpc.config import Config, environments, micro_batch_tokens
 from atropos_hpc.runtime.model_sizes import COMPUTE, Sizes, sizes_of
+from atropos_hpc.runtime.out_of_memory import CGROUPS, OWN
 
 MASTER = 4  # bytes of a float32
 CHECKPOINT = 3 * MASTER  # weight, two moments
@@ -271,19 +272,34 @@ def recomputes_activations(config: Config, free_bytes: float) -> bool:
     return needed * config.roles.trainer.ranks_per_node > free_bytes / 2
 
 
-def free_memory() -> int:
+def free_memory(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     """Return the bytes that this process may still allocate: of the machine, and of its cgroup."""
     import psutil
 
     found = [psutil.virtual_memory().available]
-    mount = Path("/sys/fs/cgroup")
-    group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-    for directory in (mount / group, *(mount / group).parents):
-        try:
-            limit, used = ((directory / f"memory.{n}").read_text() for n in ("max", "current"))
-            found.append(int(limit) - int(used))  # "max" is no limit
-        except (OSError, ValueError):
+    for line in own.read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):  # version 1
+            mount, names, of_files = (
+                cgroups / "memory",
+                ("limit_in_bytes", "usage_in_bytes"),
+                "total_",
+            )
+        elif not controllers:
+            mount, names, of_files = cgroups, ("max", "current"), ""
+        else:
             continue
+        here = mount / group.lstrip("/")
+        for directory in (here, *here.parents):
+            try:
+                limit, used = (int((directory / f"memory.{name}").read_text()) for name in names)
+                lines = (directory / "memory.stat").read_text().splitlines()
+                held = {name: int(count) for name, count in map(str.split, lines)}
+            except (OSError, ValueError):  # "max" is no limit
+                continue
+            # Pages of files that were read or written count as used, and are freed at need.
+            pages = (held.get(f"{of_files}{kind}_file", 0) for kind in ("active", "inactive"))
+            found.append(limit - used + sum(pages))
     return max(0, min(found))
 
 
