@@ -85,15 +85,21 @@ def test_a_role_without_gpus_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> tuple[Path, Path]:
+def node(tmp_path: Path) -> tuple[Path, Path, Path]:
     """The driver's and the kernel's files of two GPUs on two NUMA nodes."""
-    gpus, pci = tmp_path / "gpus", tmp_path / "pci"
-    for slot, uuid, cpus in (("0000:17:00.0", "GPU-aa", "0-1"), ("0000:ca:00.0", "GPU-bb", "2,4")):
+    gpus, pci, dev = tmp_path / "gpus", tmp_path / "pci", tmp_path / "dev"
+    dev.mkdir()
+    for slot, uuid, cpus, minor in (
+        ("0000:17:00.0", "GPU-aa", "0-1", 0),
+        ("0000:ca:00.0", "GPU-bb", "2,4", 1),
+    ):
         (gpus / slot).mkdir(parents=True)
-        (gpus / slot / "information").write_text(f"Model: X\nGPU UUID: \t {uuid}\n")
+        lines = f"Model: \t\t X\nGPU UUID: \t {uuid}\nDevice Minor: \t {minor}\n"
+        (gpus / slot / "information").write_text(lines)
         (pci / slot).mkdir(parents=True)
         (pci / slot / "local_cpulist").write_text(f"{cpus}\n")
-    return gpus, pci
+        (dev / f"nvidia{minor}").touch()
+    return gpus, pci, dev
 
 
 @pytest.mark.parametrize(
@@ -108,9 +114,15 @@ def node(tmp_path: Path) -> tuple[Path, Path]:
     ],
 )
 def test_the_cpus_near_a_process_s_gpus_are_those_of_their_numa_nodes(
-    node: tuple[Path, Path], entries: list[str], cpus: set[int]
+    node: tuple[Path, Path, Path], entries: list[str], cpus: set[int]
 ) -> None:
     assert devices.local_cpus(entries, *node) == cpus
+
+
+def test_an_index_counts_the_gpus_that_the_job_may_use(node: tuple[Path, Path, Path]) -> None:
+    (node[2] / "nvidia0").unlink()  # as the cgroup denies the GPU of another job
+    assert devices.local_cpus(["0"], *node) == devices.local_cpus(["GPU-bb"], *node) == {2, 4}
+    assert devices.local_cpus(["1"], *node) == set()
 
 
 def test_without_a_driver_no_cpus_are_known(tmp_path: Path) -> None:

@@ -108,7 +108,10 @@ def driver_version() -> str | None:
 
 
 def local_cpus(
-    entries: Sequence[str], gpus: Path = NVIDIA_DEVICES, pci: Path = PCI_DEVICES
+    entries: Sequence[str],
+    gpus: Path = NVIDIA_DEVICES,
+    pci: Path = PCI_DEVICES,
+    nodes: Path = Path("/dev"),
 ) -> set[int]:
     """Return the CPUs of the NUMA nodes that GPUs of the visible list are attached to.
 
@@ -117,9 +120,14 @@ def local_cpus(
     found: set[int] = set()
     try:
         slots = sorted(gpus.iterdir())  # by PCI address, as equal GPUs are numbered
-        uuids = {_uuid(slot): slot.name for slot in slots}
+        said = {slot.name: _information(slot) for slot in slots}
+        uuids = {each["GPU UUID"]: slot for slot, each in said.items()}
+        # The driver lists all GPUs; an index counts those that the job's cgroup lets this process
+        # open.
+        minors = {slot: nodes / f"nvidia{each['Device Minor']}" for slot, each in said.items()}
+        own = [slot for slot, node in minors.items() if os.access(node, os.R_OK | os.W_OK)]
         for entry in entries:
-            slot = slots[int(entry)].name if entry.isdigit() else uuids[entry]
+            slot = own[int(entry)] if entry.isdigit() else uuids[entry]
             found |= _cpu_list((pci / slot / "local_cpulist").read_text())
     except (OSError, LookupError, ValueError):
         return set()
@@ -135,9 +143,9 @@ def stay_near(entries: Sequence[str]) -> None:
         os.sched_setaffinity(0, near)
 
 
-def _uuid(slot: Path) -> str:
-    lines = (slot / "information").read_text().splitlines()
-    return next(line.split()[-1] for line in lines if line.startswith("GPU UUID"))
+def _information(slot: Path) -> dict[str, str]:
+    lines = (line.partition(":") for line in (slot / "information").read_text().splitlines())
+    return {name: value.strip() for name, _, value in lines}
 
 
 def _cpu_list(text: str) -> set[int]:
