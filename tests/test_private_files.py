@@ -1,6 +1,8 @@
 """What a run writes is its user's alone, and nothing temporary stays."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -10,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +91,19 @@ def test_private_directory_of_a_killed_owner_is_removed_at_the_next_start(parent
         running.wait()
         PrivateDirectory().remove()
         assert not directory.parent.exists()
+
+
+def test_private_directory_can_be_made_where_the_filesystem_has_no_locks(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    made, other = PrivateDirectory(), PrivateDirectory()
+    assert made.path.is_dir() and other.path.is_dir(), "neither is taken for left over"
+    made.remove()
+    other.remove()
 
 
 def test_private_directories_of_others_and_links_are_left_alone(parent: Path) -> None:

@@ -29,7 +29,8 @@ class OwnedDirectory:
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             self._lock = os.open(self.path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # without locks, as on Lustre, sweeps remove nothing
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
             if (self.path / LOCK).exists():
                 return
             os.close(self._lock)  # removed by a sweep before it was locked
