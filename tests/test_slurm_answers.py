@@ -43,6 +43,22 @@ def test_a_job_that_was_queued_although_its_answer_was_lost_is_not_submitted_aga
     assert slurm.submit(script, os.environ, pause_s=0) == "8"
 
 
+def test_while_the_queue_cannot_be_seen_a_job_is_not_submitted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost, script = slurm.SlurmError("Socket timed out"), "/runs/kl/.submission_file_1.sh"
+    answers: dict[str, list[Any]] = {"sbatch": [lost, "9"], "squeue": [lost, lost, f"8|{script}"]}
+
+    def run(*command: str, env: Any = None) -> str:
+        answer = answers[command[0]].pop(0)
+        if answer is lost:
+            raise lost
+        return str(answer)
+
+    monkeypatch.setattr(slurm, "run_command", run)
+    assert slurm.submit(script, os.environ, pause_s=0) == "8"
+
+
 @pytest.mark.parametrize(
     ("state", "so"),
     [

@@ -3,7 +3,6 @@
 Only the controller is asked (squeue, scontrol, sinfo), never the accounting, which many sites lack.
 """
 
-import contextlib
 import logging
 import os
 import re
@@ -84,23 +83,24 @@ def submit(script: str, env: Mapping[str, str], pause_s: float = 5.0) -> str:
     """Submit a script with sbatch and return the job's id. Raises SlurmError.
 
     A controller that is busy is asked again. It may have queued the job before its answer was
-    lost, so first the queue is searched for a job of this script, whose path must be unique.
+    lost, so first the queue is searched for a job of this script, whose path must be unique; as
+    long as the queue cannot be seen, nothing is submitted again.
     """
-    for retry in range(SUBMISSIONS):
+    for tried in range(SUBMISSIONS):
         try:
             answer = run_command("sbatch", "--parsable", script, env=env)
             return answer.splitlines()[-1].partition(";")[0]
         except SlurmError as error:
-            if retry == SUBMISSIONS - 1 or not any(sign in str(error) for sign in BUSY):
+            if tried == SUBMISSIONS - 1 or not any(sign in str(error) for sign in BUSY):
                 raise
             log.warning("%s; trying again in %.0f s", error, pause_s)
         time.sleep(pause_s)
-        with contextlib.suppress(SlurmError):
-            # Not %A: which component of a het job comes first differs between versions.
-            for line in run_command("squeue", "--me", "-h", "-o", "%i|%o").splitlines():
-                name, _, command = line.partition("|")
-                if command == script:  # it has no arguments, and its path may have spaces
-                    return _number(name)
+        # Not %A: which component of a het job comes first differs between versions.
+        listing = retry(lambda: run_command("squeue", "--me", "-h", "-o", "%i|%o"), pause_s=pause_s)
+        for line in listing.splitlines():
+            name, _, command = line.partition("|")
+            if command == script:  # it has no arguments, and its path may have spaces
+                return _number(name)
     raise AssertionError("unreachable")
 
 
