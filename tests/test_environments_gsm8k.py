@@ -121,7 +121,10 @@ def test_gsm8k_other_mathematics_is_compared_within_bounds() -> None:
     pytest.importorskip("math_verify")
     assert is_right("#### \\sqrt{16}", "#### 4") and is_right("#### 2^3", "#### 8")
     assert not is_right("#### \\sqrt{16}", "#### 5")
-    for endless in ("#### 9^{9^{9^9}}", "#### 9**9**9", "#### 2^{99999}", "#### 99!", "#### " * 99):
+    assert is_right(r"#### \binom{5}{2}", "#### 10")
+    combinatorial = (r"\binom{99999999}{44444444}", r"\Gamma(99999999)", r"{9999999 \choose 4444}")
+    powers = ("9^{9^{9^9}}", "9**9**9", "2^{99999}", "99!")
+    for endless in (*(f"#### {each}" for each in (*powers, *combinatorial)), "#### " * 99):
         assert not is_right(endless, "#### 4")
 
 
