@@ -1,6 +1,7 @@
 """What the weight-transfer engine does in each of vLLM's workers."""
 
 import re
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,45 @@ def test_workers_map_a_verified_version_and_do_not_hash_it_again(
     (again,) = vllm_engine.read_version(tmp_path, version)
     assert torch.equal(again["w"], shard["w"]) and hashed.count(size) == 1
     assert anonymous_bytes() - before < size / 4
+
+
+def test_a_call_that_fails_leaves_no_reply_for_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+
+    from atropos_hpc.rollout.vllm_api import read_every_reply
+
+    monkeypatch.setattr(MultiprocExecutor, "collective_rpc", MultiprocExecutor.collective_rpc)
+    read_every_reply()
+    sent, replies = deque[str](), [deque[str](), deque[str]()]
+
+    class Replies:
+        """What a worker answers; it refuses the call "bad"."""
+
+        def __init__(self, queue: "deque[str]") -> None:
+            self.queue = queue
+
+        def dequeue(self, timeout: float | None = None) -> tuple[object, str]:
+            call = self.queue.popleft()
+            status = WorkerProc.ResponseStatus
+            return (status.FAILURE if call == "bad" else status.SUCCESS), call
+
+    class Calls:
+        def enqueue(self, request: tuple[str, object, object, int | None]) -> None:
+            sent.append(request[0])
+            for rank, queue in enumerate(replies):
+                if request[3] in (None, rank):
+                    queue.append(request[0])
+
+    executor = object.__new__(MultiprocExecutor)
+    executor.is_failed, executor.futures_queue = False, deque()
+    executor.rpc_broadcast_mq, executor.response_mqs = Calls(), [*map(Replies, replies)]
+    with pytest.raises(RuntimeError, match="Worker failed with error 'bad'"):
+        executor.collective_rpc("bad")
+    assert executor.collective_rpc("good") == ["good", "good"]
+    assert executor.collective_rpc("step", unique_reply_rank=1) == "step"
+    assert list(sent) == ["bad", "good", "step"] and not any(replies)
 
 
 def anonymous_bytes() -> int:

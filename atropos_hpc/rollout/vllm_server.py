@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import ModelConf, RolloutConf
-from atropos_hpc.rollout.vllm_api import separate_caches, serve, version_flags
+from atropos_hpc.rollout.vllm_api import read_every_reply, separate_caches, serve, version_flags
 from atropos_hpc.runtime import cores, devices, process
 from atropos_hpc.runtime.network import LOOPBACK, keep_to_interface, own_host
 from atropos_hpc.runtime.position_limit import require_positions
@@ -144,6 +144,7 @@ if __name__ == "__mp_main__":
     # A process that vLLM has spawned, not forked, imports its parent's main module by this name.
     bind_to_parent()
     separate_caches()
+    read_every_reply()
 
 if __name__ == "__main__":
     main()
