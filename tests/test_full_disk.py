@@ -15,6 +15,7 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AgentState, TrainerState, TrajectoriesState
 from atropos_hpc.launch import cluster_check, storage_check
 from atropos_hpc.observe.console import Console
+from atropos_hpc.runtime import deadlines, sizing
 from atropos_hpc.runtime.run_dir import RunDir
 from atropos_hpc.validate import Refused
 from bench.parts.published import CONFIGS
@@ -63,6 +64,22 @@ def test_a_full_disk_is_refused_without_the_models_size_too(
     assert "has 63 MiB free, but the run needs at least 64 MiB" in found(config)[0][1]
     with_free(monkeypatch, 1000, inodes=0)
     assert [key for key, says in found(config) if "no inode" in says] == ["run_dir"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixture_of_experts_is_as_large_as_its_weight_files(config: Config, dtype: str) -> None:
+    mixture = {**QWEN, "model_type": "qwen3_moe", "num_experts": 128, "torch_dtype": dtype}
+    model = Path(config.model.path or "")
+    (model / "config.json").write_text(json.dumps(mixture))
+    assert sizing.stored_bytes(config) == (0, 0)
+    least = deadlines.save_timeout_s(config)
+    for part in ("1", "2"):
+        with (model / f"model-{part}.safetensors").open("wb") as file:
+            file.truncate(30 << 30)
+    billions = (15 if dtype == "float32" else 30) << 30
+    assert sizing.stored_bytes(config) == (2 * billions, 12 * billions)
+    seconds = 2 * 14 * billions / (config.cluster.storage_gb_per_s * 1e9)
+    assert deadlines.save_timeout_s(config) == least + seconds
 
 
 @pytest.mark.parametrize(

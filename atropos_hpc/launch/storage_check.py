@@ -17,7 +17,7 @@ from atropos_hpc.config import Config
 from atropos_hpc.contracts.answers import Problem
 from atropos_hpc.launch import base_model
 from atropos_hpc.policy.store import RESERVE_BYTES
-from atropos_hpc.runtime import model_sizes, sizing
+from atropos_hpc.runtime import sizing
 from atropos_hpc.validate import Refused
 
 MIB = 2**20
@@ -71,8 +71,7 @@ def check(config: Config, run_dir: Path) -> Iterator[Problem]:
 
     A resumed run needs as much: both are written beside the ones that exist.
     """
-    model = model_sizes.sizes_of(config)
-    version, checkpoint = sizing.stored_bytes(config, model) if model else (0, 0)
+    version, checkpoint = sizing.stored_bytes(config)
     yield from _run_directory(existing(run_dir), version, checkpoint)
     if config.policy.max_bytes is not None and config.policy.max_bytes < version:
         found = f"{config.policy.max_bytes:,} bytes are less than one version of this model needs"

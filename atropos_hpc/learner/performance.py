@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.observe.metrics import StepTimes
+from atropos_hpc.runtime.model_sizes import EXPERTS
 
 # Dense bfloat16 FLOP/s by the vendors' data sheets, by the device's name as torch reports it. Not
 # listed: MIG instances, and devices whose data sheets state no dense rate.
@@ -24,7 +25,6 @@ PEAK_FLOPS = {
     r"NVIDIA A40": 149.7e12,
     r"AMD Instinct MI300X.*": 1307e12,
 }
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)

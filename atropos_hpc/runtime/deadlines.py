@@ -6,7 +6,6 @@ cluster.storage_gb_per_s, and ten tokens per second and request.
 """
 
 from atropos_hpc.config import Config, EnvironmentConf
-from atropos_hpc.runtime.model_sizes import sizes_of
 from atropos_hpc.runtime.sizing import stored_bytes
 
 SHORT_ANSWER_S = 600.0  # that the config's timeouts allow for
@@ -33,7 +32,7 @@ def batch_timeout_s(config: Config, base_s: float) -> float:
 
 def write_timeout_s(config: Config, base_s: float) -> float:
     """Return how long a policy version or a checkpoint may take to write."""
-    return base_s + max(_stored(config)) / storage_rate(config)
+    return base_s + max(stored_bytes(config)) / storage_rate(config)
 
 
 def save_timeout_s(config: Config) -> float:
@@ -41,7 +40,7 @@ def save_timeout_s(config: Config) -> float:
 
     A version and a checkpoint may be under way; then the last of each are written.
     """
-    return config.launch.save_timeout_s + 2 * sum(_stored(config)) / storage_rate(config)
+    return config.launch.save_timeout_s + 2 * sum(stored_bytes(config)) / storage_rate(config)
 
 
 def signal_s(config: Config) -> int:
@@ -58,9 +57,3 @@ def load_rate(config: Config) -> float:
 def storage_rate(config: Config) -> float:
     """Return the bytes/s at which all ranks together write at least."""
     return config.cluster.storage_gb_per_s * 1e9
-
-
-def _stored(config: Config) -> tuple[int, int]:
-    """Return the bytes of a version and of a checkpoint; 0 for a model that is not known."""
-    model = sizes_of(config)
-    return stored_bytes(config, model) if model is not None else (0, 0)

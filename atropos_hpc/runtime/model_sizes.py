@@ -6,7 +6,10 @@ from typing import Any
 from atropos_hpc.config import Config
 from atropos_hpc.runtime import position_limit
 
+MASTER = 4  # bytes of a float32
 COMPUTE = 2  # bytes of a bfloat16
+# Keys of a config.json that say how many experts a mixture has; its layers are of another size.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def sizes(model: dict[str, Any]) -> Sizes:
     """Read a parsed config.json. Raises KeyError for another kind of model."""
     heads, hidden = model["num_attention_heads"], model["hidden_size"]
     kind = model.get("model_type", "")
+    if any(model.get(name) for name in EXPERTS):
+        raise KeyError(f"{kind} is a mixture of experts")
     return Sizes(
         layers=model["num_hidden_layers"],
         hidden=hidden,
@@ -78,3 +83,19 @@ def sizes_of(config: Config) -> Sizes | None:
         return sizes(position_limit.read(path)) if path else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def parameters_of(config: Config) -> int:
+    """Return the number of the model's parameters; of a model that `sizes` does not know, by the
+    sizes of its weight files. 0 if there are none."""
+    if (model := sizes_of(config)) is not None:
+        return model.total
+    try:
+        path = position_limit.config_file(config.model.path or "")
+        stated = position_limit.read(path) if path else {}
+        files = path.parent.glob("*.safetensors") if path else ()
+        size = sum(file.stat().st_size for file in files)
+    except (OSError, ValueError):
+        return 0
+    dtype = stated.get("dtype") or stated.get("torch_dtype")
+    return size // (MASTER if dtype == "float32" else COMPUTE)

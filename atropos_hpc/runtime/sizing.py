@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from atropos_hpc.config import Config, environments, micro_batch_tokens
-from atropos_hpc.runtime.model_sizes import COMPUTE, Sizes, sizes_of
+from atropos_hpc.runtime.model_sizes import COMPUTE, MASTER, Sizes, parameters_of, sizes_of
 from atropos_hpc.runtime.out_of_memory import CGROUPS, OWN
 
-MASTER = 4  # bytes of a float32
 CHECKPOINT = 3 * MASTER  # weight, two moments
 SPLIT_CHECKPOINT = MASTER + 2 * COMPUTE  # the same with trainer.optimizer_state=bfloat16
 # Logits at a time, as in learner/loss_head.py, which imports torch; and those of the temporaries.
@@ -303,13 +302,14 @@ def free_memory(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     return max(0, min(found))
 
 
-def stored_bytes(config: Config, model: Sizes) -> tuple[int, int]:
+def stored_bytes(config: Config) -> tuple[int, int]:
     """Return the bytes on disk of one policy version and of one checkpoint.
 
-    An adapter's are small and counted as nothing.
+    An adapter's are small and counted as nothing, and so are those of a model that is not here yet.
     """
     if config.model.lora.rank > 0:
         return 0, 0
-    parameter = MASTER if config.model.dtype == "float32" else COMPUTE
+    parameters = parameters_of(config)
+    published = MASTER if config.model.dtype == "float32" else COMPUTE
     split = config.trainer.optimizer_state == "bfloat16"
-    return model.total * parameter, model.total * (SPLIT_CHECKPOINT if split else CHECKPOINT)
+    return parameters * published, parameters * (SPLIT_CHECKPOINT if split else CHECKPOINT)
