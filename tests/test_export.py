@@ -138,7 +138,9 @@ def test_only_the_newest_exports_are_kept_and_their_cards_are_renewed(
     monkeypatch.setattr(periodic_export, "find", lambda *_: (run.path, manifest))
     monkeypatch.setattr(periodic_export, "model_card", lambda _run, step: f"card of {step}")
     (run.exports / ".step-2.7.abcd").mkdir(parents=True)
+    (run.exports / "step-2-to-keep").mkdir()
     for step in (2, 4, 4, 10):
         periodic_export.export_step(run, step, keep=2)
+    (run.exports / "step-2-to-keep").rmdir()  # a copy of the user's: not removed, no number
     found = {path.name: (path / "README.md").read_text() for path in run.exports.iterdir()}
     assert found == {"step-4": "card of 4", "step-10": "card of 10"}

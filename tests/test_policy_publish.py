@@ -204,15 +204,18 @@ def test_a_snapshot_goes_to_the_memory_of_the_one_before() -> None:
         assert equal
 
 
-def fails_to_write(rank: int, world: int, directory: Path) -> None:
+def fails_to_write(rank: int, world: int, directory: Path, public: Path) -> None:
     module = nn.Linear(8, 8)
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
     group = dist.new_group(backend="gloo")
+    write_shards(snapshot(module), public, group)
     if rank == 1:
         buffer_module.os.fsync = _no_space
     for _ in range(2):  # and it doesn't hang the next one either
         with pytest.raises(PublishFailed, match=r"model-00002-of-00002.*No space left"):
             write_shards(snapshot(module), directory, group)
+    with pytest.raises(PublishFailed, match="No space left"):
+        write_shards(snapshot(module), public, group)
     dist.barrier()
 
 
@@ -220,9 +223,14 @@ def _no_space(fd: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_is_heard_of_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
-    on_ranks(2, fails_to_write, tmp_path)
-    assert os.listdir(tmp_path) == []
+def test_a_full_disk_is_heard_of_on_all_ranks_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """Nothing of a new version, and all files of a public one that is written again."""
+    new, public = tmp_path / "new", tmp_path / "public"
+    new.mkdir()
+    public.mkdir()
+    on_ranks(2, fails_to_write, new, public)
+    assert os.listdir(new) == []
+    assert {tuple(tensor.shape) for tensor in stored(public).values()} == {(8, 8), (8,)}
 
 
 def experts_published(rank: int, world: int, path: Path, directory: Path) -> None:

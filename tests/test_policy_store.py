@@ -148,6 +148,7 @@ def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(
 def test_no_two_starts_have_the_same_attempt_and_the_older_may_not_publish(
     store: PolicyStore,
 ) -> None:
+    (store.root / "publisher-7.old").mkdir()
     first, second = PolicyStore(store.root), PolicyStore(store.root)
     attempts = [first.claim_attempt(), second.claim_attempt(), first.claim_attempt()]
     assert attempts == [1, 2, 3]

@@ -58,6 +58,7 @@ def segment(directory, number=0):
 
 def test_what_was_appended_is_replayed_in_order(tmp_path):
     write(tmp_path, b"a", b"bb")
+    (tmp_path / "00000000 (copy).journal").write_bytes(segment(tmp_path).read_bytes())
     write(tmp_path, *(b"%d" % i for i in range(2000)), at_once=True)
     assert replay(tmp_path) == [b"a", b"bb", *(b"%d" % i for i in range(2000))]
 

@@ -21,7 +21,7 @@ from atropos_hpc.config import ExportConf
 from atropos_hpc.learner.checkpoint_files import find
 from atropos_hpc.observe.model_card import model_card
 from atropos_hpc.runtime import process
-from atropos_hpc.runtime.run_dir import RunDir, write_file
+from atropos_hpc.runtime.run_dir import RunDir, numbered, write_file
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def export_step(run: RunDir, step: int, keep: int) -> None:
     out = run.exports / f"step-{step}"
     shutil.rmtree(out, ignore_errors=True)  # of an abandoned branch of the run
     export(run, out, step, spare_bytes=sum(file.bytes for file in manifest.files))
-    exports = {int(path.name[5:]): path for path in run.exports.glob("step-*")}
+    exports = numbered(run.exports, "step-")
     newest = sorted(exports)[-keep:]
     for number, path in exports.items():
         if number in newest:

@@ -100,9 +100,11 @@ class ShardWriter:
         """Write this rank's shard, or on rank 0 the adapter. Return the files of all ranks.
 
         `filling` is what `fill` returned. The files are durable. Raises PublishFailed on every
-        rank if any could not write; then no file is left, under this name or a temporary one.
+        rank if any could not write; then no new file is left, under this name or a temporary one.
+        A file that was there is this version's, which is public and written again: it stays.
         """
         adapter, path = self._snapshot.adapter, directory / self._file_name()
+        public = path.exists()
 
         def write_own() -> tuple[FileEntry, list[str]] | None:
             if adapter is not None and self.rank:
@@ -126,7 +128,8 @@ class ShardWriter:
             written = [own for own in self.on_all_ranks(write_own, str(path)) if own]
             common = [own for own in self.on_all_ranks(write_common, str(directory)) if own]
         except PublishFailed:
-            path.unlink(missing_ok=True)
+            if not public:
+                path.unlink(missing_ok=True)
             raise
         return (*(entry for entry, _ in written), *common)
 

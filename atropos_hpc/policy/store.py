@@ -31,7 +31,7 @@ from pathlib import Path
 from atropos_hpc.contracts.policy import LatestPolicy, Manifest, PolicyVersion
 from atropos_hpc.policy.leases import LeaseTable
 from atropos_hpc.policy.manifest import MANIFEST, BadVersion, read_manifest, write_manifest
-from atropos_hpc.runtime.run_dir import read_struct, write_struct
+from atropos_hpc.runtime.run_dir import numbered, read_struct, write_struct
 
 RESERVE_BYTES = 64 << 20  # a publish leaves this much of the filesystem free
 _PUBLISHER = "publisher-"  # a directory of this name claims an attempt number
@@ -173,8 +173,7 @@ class PolicyStore:
         return versions
 
     def _attempts(self) -> list[int]:
-        names = [name for name in os.listdir(self.root) if name.startswith(_PUBLISHER)]
-        return [int(name.removeprefix(_PUBLISHER)) for name in names]
+        return list(numbered(self.root, _PUBLISHER))
 
     def _newest_attempt(self) -> int:
         return max(self._attempts(), default=0)

@@ -20,7 +20,7 @@ from atroposlib.envs.base import BaseEnv
 from atropos_hpc.contracts.prompts import Draw, DrawAnswer, DrawRequest, Report, Reported, Seen
 from atropos_hpc.rollout.prompt_stream import PromptStream
 from atropos_hpc.rollout.rollout_failures import left_for_later
-from atropos_hpc.runtime.run_dir import RunDir
+from atropos_hpc.runtime.run_dir import RunDir, numbered
 
 log = logging.getLogger(__name__)
 
@@ -285,8 +285,8 @@ class DrawingEnv(BaseEnv):
         await self.draws.request_numbers(0, always=True)
         stream, indexed = self.draws.stream, self.draws.stream.has_index()
         index = self.iter if indexed else None
-        found = self._checkpoints().glob(f"{glob.escape(self.draws.drawer.name)}.*/step-*.json")
-        saved = [(int(path.stem.removeprefix("step-")), path) for path in found]
+        workers = self._checkpoints().glob(f"{glob.escape(self.draws.drawer.name)}.*")
+        saved = [each for own in workers for each in numbered(own, "step-", ".json").items()]
         for step, path in sorted(saved, reverse=True):
             if step > self.curr_step:
                 continue

@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 STALE_RETRIES = 20  # reads of a file that was replaced meanwhile (ESTALE), 50 ms apart
 OLD_LAYOUT = "0.1.0"  # the version whose run directories are refused
-ATTEMPT = re.compile(r"attempt-(\d+)")
 TAIL_BYTES = 1 << 16  # the first read at a long file's end
 
 
@@ -98,8 +97,7 @@ class RunDir:
 
     def attempts(self) -> list[int]:
         """The numbers of all attempts, in order. A copy or an archive of one is none."""
-        found = (ATTEMPT.fullmatch(path.name) for path in (self.path / "logs").glob("attempt-*"))
-        return sorted(int(name[1]) for name in found if name)
+        return sorted(numbered(self.path / "logs", "attempt-"))
 
     def attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
@@ -146,6 +144,14 @@ class RunDir:
         write_file(self.private, msgspec.json.encode(Private(values)), mode=0o600)
         command = [masking.mask_assignments(word) for word in info.command]
         write_struct(self.run_json, msgspec.structs.replace(info, config=config, command=command))
+
+
+def numbered(directory: Path, before: str, after: str = "") -> dict[int, Path]:
+    """Return the entries <before><number><after> of a directory by number. Copies, archives and
+    temporary files have other names."""
+    name = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    found = ((name.fullmatch(path.name), path) for path in directory.glob("*"))
+    return {int(match[1]): path for match, path in found if match}
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from atropos_hpc.contracts.wal_record import MAGIC, Header, Record, header_at, scan
-from atropos_hpc.runtime.run_dir import sync_directory
+from atropos_hpc.runtime.run_dir import numbered, sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Journal:
 
         Cuts off a torn end. Raises Damaged. Each memoryview is valid until the next is requested.
         """
-        segments = sorted(int(path.stem) for path in self.directory.glob("*.journal"))
+        segments = sorted(numbered(self.directory, "", ".journal"))
         for segment in segments:
             path = self._path(segment)
             fd = self._files[segment] = os.open(path, os.O_RDWR)
