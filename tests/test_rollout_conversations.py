@@ -20,7 +20,7 @@ from stub_vllm import Interrupt, Policy, StubVllm  # noqa: E402
 from atropos_hpc.rollout.env_loader import patch_atropos  # noqa: E402
 from atropos_hpc.rollout.server_pool import pool_of  # noqa: E402
 from atropos_hpc.rollout.tool_calls import ROUTE  # noqa: E402
-from atropos_hpc.rollout.vllm_client import VllmServer, VllmServerConfig  # noqa: E402
+from atropos_hpc.rollout.vllm_client import WHOLE_TOKENS, VllmServer, VllmServerConfig  # noqa: E402
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 END = "END"  # the token that ends a turn
@@ -158,6 +158,21 @@ def test_five_turns_by_token_ids_are_what_was_given_and_sampled(
                 ids = prompt + outputs[0]
                 assert len(log_probs[0]) == len(outputs[0])
             assert ids == expected(server, stub, family)
+
+    run_test(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "streamed"),
+    [({"max_tokens": WHOLE_TOKENS}, False), ({"max_tokens": WHOLE_TOKENS + 1}, True), ({}, True)],
+)
+def test_answers_that_may_be_long_are_streamed(
+    tmp_path: Path, options: dict[str, int], streamed: bool
+) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, FAMILIES[0]) as (server, stub):
+            await server.tokens_and_logprobs_completion(prompt="the", **options)
+            assert stub.requests[-1].get("stream", False) is streamed
 
     run_test(main())
 

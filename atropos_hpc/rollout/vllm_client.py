@@ -47,6 +47,9 @@ from atropos_hpc.rollout.tool_calls import PROMPT_TAIL, ToolCallParser
 
 log = logging.getLogger(__name__)
 
+# Answers that may be longer are streamed. Of shorter ones, a lost server takes a few tokens with it,
+# while streaming them would cost both sides a multiple of the work.
+WHOLE_TOKENS = 16
 # OpenAI's options by what becomes of them; the rest is dropped, with one warning.
 SAMPLING = set(SamplingParams.__struct_fields__) - {"logprobs", "extra_args", "detokenize"}
 TEMPLATE = {
@@ -258,7 +261,8 @@ class VllmServer(APIServer):
             sampling.detokenize = False  # a third of the API server's work, for text nobody reads
         if is_training():
             sampling = with_support(sampling, self._max_support)
-        request = GenerateRequest(prompt, sampling, mode, self._model, stream=True)
+        stream = sampling.max_tokens is None or sampling.max_tokens > WHOLE_TOKENS
+        request = GenerateRequest(prompt, sampling, mode, self._model, stream=stream)
         skip = sampling.skip_special_tokens is not False
         decode = functools.partial(self._decode_after, prompt, skip)
         answer = await self.pool.post(request, self.config.timeout, decode)
