@@ -12,6 +12,7 @@ from atropos_hpc.launch.slurm.sbatch_checks import problems
 from atropos_hpc.runtime import deadlines
 from atropos_hpc.runtime.hang_detection import ProgressWatch
 from atropos_hpc.runtime.restart_policy import Action, RunEnding
+from atropos_hpc.runtime.sizing import stored_bytes
 from bench.parts.published import CONFIGS
 
 MINUTE = 60.0
@@ -50,7 +51,7 @@ def test_a_step_longer_than_its_timeout_is_no_hang_while_micro_batches_begin() -
 def test_a_stop_during_a_publish_of_64_gb_waits_for_it_and_for_the_checkpoint(
     large: Config,
 ) -> None:
-    version, checkpoint = deadlines._stored(large)
+    version, checkpoint = stored_bytes(large)
     assert version == pytest.approx(65.5e9, rel=0.01)
     assert checkpoint == pytest.approx(393e9, rel=0.01)
     clock, ending = Clock(), RunEnding(deadlines.save_timeout_s(large))
