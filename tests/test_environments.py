@@ -129,8 +129,10 @@ def test_gsm8k_data_may_be_files_and_must_have_final_numbers(tmp_path: Path) -> 
     gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
     path = tmp_path / "train.jsonl"
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n\n')
-    training, held_out = gsm8k.load_problems(gsm8k.GSM8KConfig(train_path=str(path)))
-    assert len(training) == 1 and len(held_out) == 8
+    training, held_out = gsm8k.load_problems(
+        gsm8k.GSM8KConfig(train_path=str(path), test_path=str(path))
+    )
+    assert len(training) == len(held_out) == 1
     path.write_text('{"question": "1+1?", "answer": "two"}\n')
     with pytest.raises(ValueError, match="two"):
-        gsm8k.load_problems(gsm8k.GSM8KConfig(train_path=str(path)))
+        gsm8k.load_problems(gsm8k.GSM8KConfig(train_path=str(path), test_path=str(path)))

@@ -181,7 +181,9 @@ def set_up(tmp_path: Path, chat_template: str | None, examples: int) -> Any:
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     env = gsm8k.GSM8KEnv.__new__(gsm8k.GSM8KEnv)
-    env.config = gsm8k.GSM8KConfig(train_path=str(path), system_prompt="Add.", examples=examples)
+    env.config = gsm8k.GSM8KConfig(
+        train_path=str(path), test_path=str(path), system_prompt="Add.", examples=examples
+    )
     env.tokenizer = RolesAsTemplate(chat_template)
     asyncio.run(env.setup())
     return env
@@ -210,7 +212,9 @@ def loaded(tmp_path: Path, data: bytes) -> list[dict[str, str]]:
     gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
     path = tmp_path / "train.jsonl"
     path.write_bytes(data)
-    training: list[dict[str, str]] = gsm8k.load_problems(gsm8k.GSM8KConfig(train_path=str(path)))[0]
+    training: list[dict[str, str]] = gsm8k.load_problems(
+        gsm8k.GSM8KConfig(train_path=str(path), test_path=str(path))
+    )[0]
     return training
 
 
@@ -249,15 +253,19 @@ def test_gsm8k_rows_of_another_shape_are_refused_by_file_and_line(
 def test_gsm8k_missing_and_empty_files_are_refused(tmp_path: Path) -> None:
     gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
     with pytest.raises(ValueError, match="cannot read .*/nowhere.jsonl"):
-        gsm8k.load_problems(gsm8k.GSM8KConfig(test_path=str(tmp_path / "nowhere.jsonl")))
+        missing = str(tmp_path / "nowhere.jsonl")
+        gsm8k.load_problems(gsm8k.GSM8KConfig(train_path=missing, test_path=missing))
     with pytest.raises(ValueError, match="there are no problems"):
         loaded(tmp_path, b"\n")
 
 
+@pytest.mark.parametrize("dataset", ["openai/gsm8k", None])
 @pytest.mark.parametrize("name", ["train_path", "test_path"])
-def test_gsm8k_files_win_over_a_dataset_and_one_file_beside_it_is_refused(name: str) -> None:
+def test_gsm8k_files_win_over_a_dataset_and_one_of_two_is_refused(
+    name: str, dataset: str | None
+) -> None:
     gsm8k = pytest.importorskip("atropos_hpc.environments.gsm8k")
     with pytest.raises(ValueError, match="give train_path and test_path, or neither"):
-        gsm8k.GSM8KConfig(**{"dataset": "openai/gsm8k", name: "x.jsonl"})
+        gsm8k.GSM8KConfig(**{"dataset": dataset, name: "x.jsonl"})
     files = {"train_path": "x.jsonl", "test_path": "y.jsonl"}
     assert gsm8k.GSM8KConfig(dataset="openai/gsm8k", **files).dataset is None

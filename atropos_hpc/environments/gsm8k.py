@@ -72,7 +72,7 @@ class GSM8KConfig(SingleTurnConfig):
     @model_validator(mode="after")
     def _one_source(self) -> "GSM8KConfig":
         files = [path is not None for path in (self.train_path, self.test_path)]
-        if self.dataset is not None and any(files):  # files win over a default of the config
+        if any(files):  # files win over a default of the config
             if not all(files):
                 raise ValueError("give train_path and test_path, or neither to use the dataset")
             self.dataset = None
