@@ -71,6 +71,17 @@ def test_lines_of_a_torn_file_are_read_up_to_the_tear(tmp_path: Path) -> None:
     assert last_records(path, Done, 1) == [Done(version=2)]
 
 
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_torn_line_is_lost_alone(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "lines.jsonl"
+    for version in (1, 2):
+        append_record(path, Done(version=version))
+    os.truncate(path, path.stat().st_size - cut)
+    append_record(path, Done(version=3))
+    kept = [Done(version=1), *([Done(version=2)] if cut == 1 else []), Done(version=3)]
+    assert read_records(path, Done) == kept
+
+
 def test_each_attempt_has_its_logs_and_latest_points_at_the_newest(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.create()

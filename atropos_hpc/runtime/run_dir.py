@@ -286,9 +286,15 @@ def _last_whole_lines(path: Path, count: int) -> list[bytes]:
 
 
 def append_record(path: Path, record: msgspec.Struct) -> None:
-    """Append a struct as one JSON line in a single write. One process appends to a file."""
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(record) + b"\n")
+    """Append a struct as one JSON line in a single write. One process appends to a file.
+
+    A line that a crash or a full disk has cut off is ended first, and lost alone.
+    """
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * torn + msgspec.json.encode(record) + b"\n")
 
 
 def read_records(path: Path, kind: type[T]) -> list[T]:
