@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-import torch
 from trajectory_parts import group
 
 from atropos_hpc import schema
@@ -81,7 +80,10 @@ def test_metrics_that_are_not_finite_are_null_in_every_json(run: RunDir) -> None
         assert json.loads(text) and '"reward/mean":null' in text.replace(" ", "")
 
 
+@pytest.mark.verl
 def test_numbers_of_numpy_and_torch_are_metrics_and_larger_arrays_are_not() -> None:
+    import torch
+
     metrics = {"a": torch.tensor(1.5), "b": torch.tensor([2.0]), "c": torch.ones(2)}
     more = {"d": np.float32(3.0), "e": np.ones(1), "f": np.ones(2), "g": torch.tensor(math.nan)}
     assert finite_numbers({**metrics, **more}) == {"a": 1.5, "b": 2.0, "d": 3.0, "e": 1.0}
