@@ -146,9 +146,13 @@ def _absolute(text: str, kind: str) -> str:
     file, colon, name = text.rpartition(":")
     if not file.endswith(".py"):
         file, colon, name = text, "", ""
-    path = Path(file).expanduser()
-    named = kind == "program" and "/" not in file
-    return text if named or not path.exists() else f"{path.absolute()}{colon}{name}"
+    if kind == "program" and "/" not in file:
+        return text
+    try:
+        path = Path(file).expanduser()
+        return f"{path.absolute()}{colon}{name}" if path.exists() else text
+    except (OSError, RuntimeError):  # may not be read, or an unknown user's home
+        return text
 
 
 def unknown_keys(kind: Any, given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

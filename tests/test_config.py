@@ -300,6 +300,8 @@ def test_paths_of_what_exists_are_absolute_so_that_a_run_is_resumed_from_anywher
     assert config.roles.rollout.python == "python", "a name is looked up in PATH"
     assert config.more_environments["c"].target == "missing.py:C"
     assert config.more_environments["c"].python == f"{tmp_path}/venv/bin/python"
+    for name in ("~no-such-user/model", "m" * 300):
+        assert hydra_api.compose([*overrides, f"model.path='{name}'"]).model.path == name
 
 
 def test_the_demo_is_run_only_if_nothing_else_is_asked_for() -> None:
