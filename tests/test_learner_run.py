@@ -84,16 +84,19 @@ def test_three_and_three_steps_give_the_weights_of_six(
     uninterrupted: RunDir, model: Path, tmp_path: Path
 ) -> None:
     run = new_run(tmp_path, model)
+    track(run)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS)])
         first = learn(run)
         wait_for("step 3", "the learner", lambda: len(step_metrics(run)) == 3, 120)
         post_request(run, StopRequest())
         assert ended(run, first) == [75]
+        assert tracked_status(run) == "KILLED"
         assert read_json(run.checkpoints / "latest.json")["step"] == 3
         (run.requests / "stop.json").unlink()
         post(url, run.token(), [group(seed) for seed in range(3 * GROUPS, STEPS * GROUPS)])
         assert ended(run, learn(run)) == [0]
+        assert tracked_status(run) == "FINISHED"
         run.done.unlink()  # as if it had ended just before
         assert ended(run, learn(run)) == [0]
     saved = [path.name for path in run.checkpoints.glob(f"step-{STEPS}-*")]
@@ -106,6 +109,24 @@ def test_three_and_three_steps_give_the_weights_of_six(
     assert [
         (line.step, line.scalars["loss"], line.scalars["grad_norm"]) for line in step_metrics(run)
     ] == same
+
+
+def track(run: RunDir) -> None:
+    """Have the learner report to MLflow."""
+    info = run.info()
+    assert info is not None
+    info.config.mlflow.enabled = True
+    run.write_info(info)
+
+
+def tracked_status(run: RunDir) -> str:
+    """Return what MLflow shows of the run's end."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.path}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("atropos_hpc")
+    (found,) = client.search_runs([experiment.experiment_id])
+    return str(found.info.status)
 
 
 def kill_after_step_5(run: RunDir, url: str) -> None:
@@ -153,12 +174,13 @@ def test_a_checkpoint_from_before_what_was_acknowledged_ends_the_run_with_the_st
 def test_non_finite_gradients_step_after_step_end_the_run(model: Path, tmp_path: Path) -> None:
     """A learning rate that destroys the weights at step 1: every later gradient is NaN."""
     run = new_run(tmp_path, model, learning_rate=1e30, max_skipped_steps=2)
+    track(run)
     with trajectory_server(run) as url:
         post(url, run.token(), [group(seed) for seed in range(STEPS * GROUPS)])
         assert ended(run, learn(run)) == [2]
     log = (run.logs / "trainer-0.log").read_text()
     assert "the gradients of the last 2 steps, up to step 3" in log and "max_skipped_steps" in log
-    assert "Traceback" not in log
+    assert "Traceback" not in log and tracked_status(run) == "FAILED"
     assert [line.scalars["skipped_steps"] for line in step_metrics(run)] == [0, 1, 2]
     assert scalars(run)[2]["grad_norm"] is None, "JSON has no NaN"
 

@@ -23,6 +23,7 @@ from atropos_hpc.observe import samples
 from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
 from atropos_hpc.observe.rollouts import Advantages, Part, RolloutWriter, files, read_file
 from atropos_hpc.observe.samples import Selection
+from atropos_hpc.observe.trackers import Ending
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records, write_json
 
 pytestmark = pytest.mark.verl  # the tokenizer is made with transformers
@@ -242,7 +243,7 @@ class Recorder:
         self.lines.append(line)
         self.shown += samples
 
-    def close(self) -> None: ...
+    def close(self, ending: Ending) -> None: ...
 
 
 def test_trackers_get_the_best_and_the_worst_of_a_group_at_due_steps(run: RunDir) -> None:
@@ -254,7 +255,7 @@ def test_trackers_get_the_best_and_the_worst_of_a_group_at_due_steps(run: RunDir
     for step in range(1, 12):
         metrics.sample(step, 500, lambda: found)
         metrics.write(step, {}, StepTimes(1.0, {}))
-    metrics.close()
+    metrics.close(Ending.COMPLETE)
     assert [each.score for each in tracker.shown] == [1, 0] * 3  # steps 1, 6 and 11
 
 
@@ -279,7 +280,7 @@ def test_what_environments_log_is_averaged_over_workers_into_the_step_s_metrics(
         "env/letters/turns": 3.0,
     }
     assert second.scalars == {"reward/mean": 0.5}
-    metrics.close()
+    metrics.close(Ending.COMPLETE)
     shown = [{**line.scalars, "time/step": 1.0} for line in (first, second)]
     assert [line.scalars for line in tracker.lines] == shown
 
@@ -290,7 +291,7 @@ def test_an_evaluation_that_came_after_the_last_step_is_given_to_trackers_once(
     for version in (0, 4, 8):
         append_record(run.evaluations, Evaluation(version, accuracy=0.5))
         metrics = MetricsWriter(run, {"recorder": Recorder}, resume_at=version)
-        metrics.close()
+        metrics.close(Ending.COMPLETE)
     assert [line.step for line in read_records(run.tracked, Tracked)] == [0, 4, 8]
 
 

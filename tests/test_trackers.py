@@ -19,7 +19,7 @@ from atropos_hpc.config import Config, MlflowConf, TrackioConf, WandbConf
 from atropos_hpc.contracts.metrics import Rollout, Tracked
 from atropos_hpc.contracts.run_info import RunInfo
 from atropos_hpc.observe.tracker_feed import TrackerFeed
-from atropos_hpc.observe.trackers import _wandb_records, mlflow_name, newest_in_events
+from atropos_hpc.observe.trackers import Ending, _wandb_records, mlflow_name, newest_in_events
 from atropos_hpc.runtime.run_dir import RunDir, read_records
 from atropos_hpc.runtime.waiting import wait_for
 
@@ -134,7 +134,34 @@ class Recorder:
             raise ConnectionError("no route to host")
         self.steps.append(line.step)
 
-    def close(self) -> None: ...
+    def close(self, ending: Ending) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("ending", "exit_code", "status"),
+    [
+        (Ending.COMPLETE, 0, "FINISHED"),
+        (Ending.STOPPED, 255, "KILLED"),
+        (Ending.FAILED, 1, "FAILED"),
+    ],
+)
+def test_trackers_show_how_a_run_has_ended(
+    run: RunDir, ending: Ending, exit_code: int, status: str
+) -> None:
+    from mlflow.tracking import MlflowClient
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    config = Config(wandb=WandbConf(mode="offline"), mlflow=MlflowConf(enabled=True))
+    run.write_info(RunInfo(config, "run-id"))
+    assert attempt(run, "1", "1", ending.name) == 0
+    (path,) = run.path.glob("wandb/offline-run-*/*.wandb")
+    records = (Record.FromString(each) for each in _wandb_records(path.read_bytes()))
+    (exited,) = (each.exit for each in records if each.WhichOneof("record_type") == "exit")
+    assert exited.exit_code == exit_code
+    client = MlflowClient(f"sqlite:///{run.path}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("atropos_hpc")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == status
 
 
 def test_a_tracker_that_fails_gets_what_it_missed_and_disturbs_no_other(run: RunDir) -> None:
@@ -143,7 +170,7 @@ def test_a_tracker_that_fails_gets_what_it_missed_and_disturbs_no_other(run: Run
     for step in (1, 2, 3, 4):
         feed.add("step", step, 0.0, {"time/step": 1.0})
     wait_for("the failure", "the tracker", lambda: not failing.failures, 30.0)
-    feed.close()
+    feed.close(Ending.COMPLETE)
     assert failing.steps == other.steps == [1, 2, 3, 4]
 
 
@@ -156,26 +183,30 @@ def test_a_tracker_that_hangs_holds_up_neither_steps_nor_the_end(
         released.wait()
         return Recorder()
 
-    feed = TrackerFeed(run, {"hanging": hang, "other": lambda: other})
+    hanging = {f"hanging {number}": hang for number in range(5)}
+    feed = TrackerFeed(run, {**hanging, "other": lambda: other})
     for step in (1, 2):
         feed.add("step", step, 0.0, {"time/step": 1.0})
-    feed.close(timeout_s=1.0)
+    wait_for("both steps", "the other tracker", lambda: other.steps == [1, 2], 30.0)
+    started = time.monotonic()
+    feed.close(Ending.COMPLETE, timeout_s=1.0)
+    assert time.monotonic() - started < 3.0, "one deadline for all"
     released.set()
-    assert other.steps == [1, 2]
-    assert "hanging lacks 2 of 2 lines" in caplog.text and "other lacks" not in caplog.text
+    assert all(f"{name} lacks 2 of 2 lines" in caplog.text for name in hanging)
+    assert "other lacks" not in caplog.text
 
 
 def test_a_line_that_a_crash_cut_off_is_given_again(run: RunDir) -> None:
     feed = TrackerFeed(run, {"recorder": Recorder})
     for step in (1, 2):
         feed.add("step", step, 0.0, {"time/step": 1.0})
-    feed.close()
+    feed.close(Ending.COMPLETE)
     run.tracked.write_bytes(run.tracked.read_bytes()[:-9])
     recorder = Recorder()
     feed = TrackerFeed(run, {"recorder": lambda: recorder})
     assert feed.knows("step", 1) and not feed.knows("step", 2)
     feed.add("step", 2, 0.0, {"time/step": 1.0})
-    feed.close()
+    feed.close(Ending.COMPLETE)
     assert recorder.steps == [1, 2]
     assert [line.number for line in read_records(run.tracked, Tracked)] == [0, 1]
 

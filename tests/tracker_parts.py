@@ -1,9 +1,10 @@
 """One attempt of a run that reports to all trackers, in a process of its own.
 
-    python tests/tracker_parts.py DIR FIRST LAST [EVALUATION...] [--kill]
+    python tests/tracker_parts.py DIR FIRST LAST [EVALUATION...] [ENDING] [--kill]
 
-makes the steps FIRST to LAST, after an evaluation of each given version. With --kill the process
-kills itself then: all steps but the last were logged to each tracker, and written by some.
+makes the steps FIRST to LAST, after an evaluation of each given version. ENDING is COMPLETE without
+another one. With --kill the process kills itself then: all steps but the last were logged to each
+tracker, and written by some.
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 from atropos_hpc.contracts.metrics import Evaluation, Rollout, Tracked
 from atropos_hpc.observe.metrics import MetricsWriter, StepTimes
-from atropos_hpc.observe.trackers import open_later
+from atropos_hpc.observe.trackers import Ending, open_later
 from atropos_hpc.runtime.process import log_to_stderr
 from atropos_hpc.runtime.run_dir import RunDir, append_record, read_records
 from atropos_hpc.runtime.waiting import wait_for
@@ -28,7 +29,7 @@ def main(directory: str, first: str, last: str, *others: str) -> None:
     run.new_attempt()
     resume_at = int(first) - 1
     writer = MetricsWriter(run, open_later(run, run.config()), resume_at)
-    for version in (each for each in others if each != "--kill"):
+    for version in (each for each in others if each.isdecimal()):
         append_record(run.evaluations, Evaluation(int(version), int(version) / 8, EVALUATED))
     for step in range(int(first), int(last) + 1):
         if "--kill" in others and step == int(last):
@@ -41,7 +42,7 @@ def main(directory: str, first: str, last: str, *others: str) -> None:
         writer.write(step, {"reward/mean": step + run.attempt() / 8}, StepTimes(1.5, {}))
     if "--kill" in others:
         os.kill(os.getpid(), signal.SIGKILL)
-    writer.close()
+    writer.close(next((each for each in Ending if each.name in others), Ending.COMPLETE))
 
 
 def all_logged(followers: Sequence[Any], run: RunDir) -> bool:

@@ -200,6 +200,7 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
 
     from atropos_hpc.learner.loop import train
     from atropos_hpc.learner.periodic_export import PeriodicExport
+    from atropos_hpc.observe.trackers import Ending
 
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
@@ -211,15 +212,18 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     context = _build_context(run, config, member)
     if member.state.rank == 0:
         context.exports = PeriodicExport(run, config.export)
+    ending = Ending.FAILED
     try:
-        return train(context)
+        complete = train(context)
+        ending = Ending.COMPLETE if complete else Ending.STOPPED
+        return complete
     finally:
         if context.exports is not None:
             context.exports.close()
         if context.rollouts is not None:
             context.rollouts.close()
         if context.metrics is not None:
-            context.metrics.close()
+            context.metrics.close(ending)
 
 
 def recompute_activations(config: Config, free_bytes: float) -> bool:

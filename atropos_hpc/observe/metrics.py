@@ -25,7 +25,7 @@ from atropos_hpc.contracts.metrics import (
 from atropos_hpc.observe import samples
 from atropos_hpc.observe.rollouts import with_text
 from atropos_hpc.observe.tracker_feed import TrackerFeed
-from atropos_hpc.observe.trackers import Tracker, evaluation_scalars, step_scalars
+from atropos_hpc.observe.trackers import Ending, Tracker, evaluation_scalars, step_scalars
 from atropos_hpc.runtime.membership import RosterReader
 from atropos_hpc.runtime.run_dir import (
     RecordReader,
@@ -136,10 +136,12 @@ class MetricsWriter:
             if line.accuracy is not None:
                 self._feed.add("evaluation", line.version, line.time, evaluation_scalars(line))
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         """Pass on the remaining evaluations and close the trackers."""
-        self._pass_on_evaluations()
-        self._feed.close()
+        try:
+            self._pass_on_evaluations()
+        finally:
+            self._feed.close(ending)
 
 
 def environment_means(lines: Iterable[EnvironmentMetrics]) -> dict[str, float]:

@@ -13,6 +13,7 @@ file: they are shown with their step, or lost.
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from atropos_hpc.contracts.metrics import Rollout, Tracked
-from atropos_hpc.observe.trackers import Tracker
+from atropos_hpc.observe.trackers import Ending, Tracker
 from atropos_hpc.runtime.error_text import describe_error
 from atropos_hpc.runtime.run_dir import RecordReader, RunDir, read_records, write_file
 
@@ -38,21 +39,22 @@ class _Follower(threading.Thread):
         self._pending: deque[Tracked] = deque()
         self.samples: dict[int, Sequence[Rollout]] = {}  # by step, until that is delivered
         self.delivered = -1  # number of the newest line that the tracker has
-        self.wake, self.closing = threading.Event(), threading.Event()
+        self.wake = threading.Event()
+        self.closing: Ending | None = None
 
     def run(self) -> None:
-        tracker, last = None, False
-        while not last:
+        tracker, ending = None, None
+        while ending is None:
             self.wake.wait()
             self.wake.clear()
-            last = self.closing.is_set()  # what was appended before it was set is delivered below
+            ending = self.closing  # what was appended before it was set is delivered below
             try:
                 tracker = tracker or self._open()
                 self._deliver(tracker)
-                if last:
-                    tracker.close()
+                if ending is not None:
+                    tracker.close(ending)
             except Exception as error:  # whatever the library raises
-                when = "start of the run" if last else "step"
+                when = "step" if ending is None else "start of the run"
                 log.warning(
                     "%s: %s; retried at the next %s", self.name, describe_error(error), when
                 )
@@ -114,13 +116,14 @@ class TrackerFeed:
         for follower in self._followers:
             follower.samples[step] = samples
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, ending: Ending, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Deliver what is left and close the trackers; give up on those that need longer."""
+        deadline = time.monotonic() + timeout_s
         for follower in self._followers:
-            follower.closing.set()
+            follower.closing = ending
             follower.wake.set()
         for follower in self._followers:
-            follower.join(timeout_s)
+            follower.join(max(0.0, deadline - time.monotonic()))
             if follower.is_alive():
                 lacks = f"lacks {self._number - 1 - follower.delivered} of {self._number} lines"
                 log.warning("%s %s; the next start delivers them", follower.name, lacks)

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,14 @@ MARKERS = {"step": "time/step", "evaluation": "eval/accuracy"}
 BLOCK, HEADER = 32768, 7  # of W&B's files, which have the layout of LevelDB's log
 
 
+class Ending(Enum):
+    """How the learner ends: W&B's exit code and MLflow's status. A resume sets it back."""
+
+    COMPLETE = 0, "FINISHED"
+    STOPPED = 255, "KILLED"  # W&B's code of a run that was interrupted
+    FAILED = 1, "FAILED"
+
+
 class Tracker(Protocol):
     """What the feed reports to, from one thread."""
 
@@ -36,7 +45,7 @@ class Tracker(Protocol):
     def log(self, line: Tracked, samples: Sequence[Rollout]) -> None:
         """Log a line and sequences of its step, as text. After a failure it is logged again."""
 
-    def close(self) -> None: ...
+    def close(self, ending: Ending) -> None: ...
 
 
 def step_scalars(line: StepMetrics) -> Mapping[str, float]:
@@ -134,8 +143,8 @@ class WandbTracker:
         content = {"step": line.step, **line.scalars, **table}
         self._run.log(content, step=line.number, commit=True)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, ending: Ending) -> None:
+        self._run.finish(exit_code=ending.value[0])
 
 
 def wandb_steps(path: Path) -> Iterator[int]:
@@ -186,7 +195,7 @@ class TensorBoardTracker:
             self._writer.add_text("samples", as_markdown(samples), line.step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._writer.close()
 
 
@@ -257,8 +266,8 @@ class MlflowTracker:
             name = f"samples/step-{line.step}.md"
             self._client.log_text(self._id, as_markdown(samples), name)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, ending: Ending) -> None:
+        self._client.set_terminated(self._id, ending.value[1])
 
 
 def mlflow_name(key: str) -> str:
@@ -302,5 +311,5 @@ class TrackioTracker:
         text = {"samples": self._markdown(as_markdown(samples))} if samples else {}
         self._run.log({**line.scalars, **text}, step=line.step)
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._run.finish()
