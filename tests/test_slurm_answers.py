@@ -59,6 +59,22 @@ def test_while_the_queue_cannot_be_seen_a_job_is_not_submitted_again(
     assert slurm.submit(script, os.environ, pause_s=0) == "8"
 
 
+def test_the_queue_is_searched_after_the_last_lost_answer_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = "/runs/kl/.submission_file_1.sh"
+    asked: list[str] = []
+
+    def run(*command: str, env: Any = None) -> str:
+        asked.append(command[0])
+        if command[0] == "squeue":
+            return f"8|{script}" if asked.count("sbatch") == slurm.SUBMISSIONS else ""
+        raise slurm.SlurmError("Socket timed out")
+
+    monkeypatch.setattr(slurm, "run_command", run)
+    assert slurm.submit(script, os.environ, pause_s=0) == "8"
+
+
 @pytest.mark.parametrize(
     ("state", "so"),
     [

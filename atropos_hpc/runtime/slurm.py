@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from atropos_hpc.runtime import environment
@@ -86,22 +87,28 @@ def submit(script: str, env: Mapping[str, str], pause_s: float = 5.0) -> str:
     lost, so first the queue is searched for a job of this script, whose path must be unique; as
     long as the queue cannot be seen, nothing is submitted again.
     """
-    for tried in range(SUBMISSIONS):
+    failure = SlurmError()
+    for _ in range(SUBMISSIONS):
         try:
             answer = run_command("sbatch", "--parsable", script, env=env)
             return answer.splitlines()[-1].partition(";")[0]
         except SlurmError as error:
-            if tried == SUBMISSIONS - 1 or not any(sign in str(error) for sign in BUSY):
+            if not any(sign in str(error) for sign in BUSY):
                 raise
-            log.warning("%s; trying again in %.0f s", error, pause_s)
+            failure = error
+            log.warning("%s; looking for its job in the queue in %.0f s", error, pause_s)
         time.sleep(pause_s)
         # Not %A: which component of a het job comes first differs between versions.
-        listing = retry(lambda: run_command("squeue", "--me", "-h", "-o", "%i|%o"), pause_s=pause_s)
+        list_jobs = partial(run_command, "squeue", "--me", "-h", "-o", "%i|%o")
+        try:
+            listing = retry(list_jobs, pause_s=pause_s)
+        except SlurmError as error:
+            raise SlurmError(f"{failure}; the job may be in the queue: {error}") from None
         for line in listing.splitlines():
             name, _, command = line.partition("|")
             if command == script:  # it has no arguments, and its path may have spaces
                 return _number(name)
-    raise AssertionError("unreachable")
+    raise failure
 
 
 def try_command(*command: str) -> None:
