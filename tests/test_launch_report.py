@@ -11,10 +11,11 @@ from run_files import append_step
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.members import AttemptRecord
-from atropos_hpc.contracts.metrics import Evaluation, SweepPoint
+from atropos_hpc.contracts.metrics import ActivitySample, AttemptMark, Evaluation, SweepPoint
 from atropos_hpc.contracts.run_info import Private, RunInfo, SecretValue
 from atropos_hpc.observe import history, logs, report
 from atropos_hpc.observe.model_card import model_card
+from atropos_hpc.observe.summary import summarize
 from atropos_hpc.runtime.run_dir import RunDir, append_record, write_json, write_struct
 
 
@@ -157,6 +158,20 @@ def test_the_logs_of_a_sweep_mask_the_runs_secrets(
     assert "login ***" in capsys.readouterr().out
     logs.show_points([row], 0)
     assert "***" not in capsys.readouterr().out
+
+
+def test_attempts_that_were_killed_count_in_the_wall_time(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    for started, last, ended in ((1000.0, 1060.0, None), (2000.0, 2020.0, 2025.0), (3000.0,) * 3):
+        attempt = run.new_attempt()
+        append_record(run.activity, AttemptMark(started, attempt.name))
+        append_record(run.activity, ActivitySample(last, {}, 0.0))
+        if ended is not None:
+            record = AttemptRecord(started=started, ended=ended, outcome="stop", events=[])
+            write_struct(attempt / "attempt.json", record)
+    run.new_attempt()  # refused before anything was supervised
+    assert summarize(run).wall_s == 60 + 25
 
 
 def test_the_card_of_an_earlier_checkpoint_counts_the_steps_up_to_it(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """summary.json: what a run achieved, from its metrics, evaluations and attempts."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from atropos_hpc.contracts.members import AttemptRecord
 from atropos_hpc.contracts.metrics import (
+    ActivityLine,
+    AttemptMark,
     Evaluation,
     EvaluationSummary,
     PhaseTotal,
@@ -20,7 +23,7 @@ def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summar
     evaluations = evaluation_summaries(run)
     last = max((line.step for line in steps), default=0)
     directories = attempts(run)
-    found = (read_intact(path / "attempt.json", AttemptRecord) for path in directories)
+    found = [read_intact(path / "attempt.json", AttemptRecord) for path in directories]
     records = [record for record in found if record is not None]
 
     def total(name: str) -> int:
@@ -40,11 +43,28 @@ def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summar
         dropped_as_stale=int(steps[-1].get("dropped_as_stale") or 0) if steps else 0,
         reward_first=steps[0].get("reward/mean") if steps else None,
         reward_last=steps[-1].get("reward/mean") if steps else None,
-        wall_s=round(sum(record.ended - record.started for record in records), 1),
+        wall_s=round(_wall_s(run, directories, found), 1),
         attempts=len(directories),
         restarts=sum(len(record.events) for record in records),
         phases=_phases(steps),
     )
+
+
+def _wall_s(
+    run: RunDir, directories: Sequence[Path], records: Sequence[AttemptRecord | None]
+) -> float:
+    """Add up the attempts; one that was killed has no record, and counts up to its last sample."""
+    lines: list[ActivityLine] = read_records(run.activity, ActivityLine)  # type: ignore[arg-type]
+    seen: dict[str, tuple[float, float]] = {}
+    name = ""
+    for line in lines:
+        name = line.name if isinstance(line, AttemptMark) else name
+        seen[name] = seen.get(name, (line.time, 0.0))[0], line.time
+    spans = [
+        (record.started, record.ended) if record else seen.get(path.name, (0.0, 0.0))
+        for path, record in zip(directories, records, strict=True)
+    ]
+    return sum(ended - started for started, ended in spans)
 
 
 def evaluation_summaries(run: RunDir) -> list[EvaluationSummary]:
