@@ -134,6 +134,18 @@ def test_a_sweep_s_page_compares_its_points(tmp_path: Path) -> None:
     assert f"{command}{tmp_path.name}-0" in page
 
 
+def test_compared_keys_with_the_same_last_part_have_plots_of_their_own(tmp_path: Path) -> None:
+    for num, (first, second) in enumerate(((1, 3), (2, 4))):
+        run = made(tmp_path / str(num), steps=5)
+        config = Config(run_dir=str(run.path))
+        config.environment.config["size"], config.model.make_options["size"] = first, second
+        write_struct(run.run_json, RunInfo(config, id="x"))
+    page, sizes = drawn(tmp_path)
+    names = ("config.size", "make_options.size")
+    assert {f"{name}_kl" for name in names} <= set(sizes)
+    assert all(f">{name}<" in page for name in names), "axes and columns"
+
+
 def test_a_sweep_whose_points_have_not_all_begun_compares_what_it_varies(tmp_path: Path) -> None:
     rows = []
     for num, (kl, seed) in enumerate([(0.0, 0), (0.0, 1), (0.1, 0), (0.1, 1)]):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atropos_hpc.observe.history import ConfigValue, History, compared_keys, short_key
+from atropos_hpc.observe.history import ConfigValue, History, compared_keys, short_keys
 
 RESULTS = {"accuracy": "accuracy", "reward": "reward/mean", "KL": "kl_reference"}
 TICKS = 6  # of an axis, at most
@@ -26,7 +26,8 @@ class Axis:
 
 def axes(runs: Sequence[History], keys: Sequence[str]) -> list[Axis]:
     """Return an axis for each key, with its values evenly spaced, and for each result."""
-    found = [_values(short_key(key), [run.config.get(key) for run in runs]) for key in keys]
+    short = short_keys(keys).items()
+    found = [_values(name, [run.config.get(key) for run in runs]) for key, name in short]
     results = (_results(name, [result(run, name) for run in runs]) for name in RESULTS)
     return found + [axis for axis in results if any(y is not None for y in axis.heights)]
 

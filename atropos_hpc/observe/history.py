@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, ConfigValue]:
     }
 
 
-def short_key(key: str) -> str:
-    """Return the last part of a dotted key."""
-    return key.rpartition(".")[2]
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Map dotted keys to their last part, or as many of the last parts as tell them apart.
+
+    >>> short_keys(["a.x.lr", "b.x.lr", "a.steps"])
+    {'a.x.lr': 'a.x.lr', 'b.x.lr': 'b.x.lr', 'a.steps': 'steps'}
+    """
+    ends = {key: [key[match.end() :] for match in re.finditer(r"^|\.", key)] for key in keys}
+    counts = Counter(end for each in ends.values() for end in each)
+    return {key: next((e for e in reversed(ends[key]) if counts[e] == 1), key) for key in keys}
 
 
 def compared_keys(runs: Sequence[History]) -> list[str]:

@@ -57,7 +57,7 @@ def _template() -> jinja2.Template:
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, **options)  # type: ignore[arg-type]
     environment.filters |= {"number": number, "duration": duration, "local": _local}
-    environment.filters |= {"short": history.short_key, "versions": _versions, "cut": _cut}
+    environment.filters |= {"short": history.short_keys, "versions": _versions, "cut": _cut}
     environment.filters["value_in"] = lambda name, values: values.get(name)
     environment.filters["signed"] = lambda value: f"{value:+.3g}" if isfinite(value) else "-"
     environment.globals |= {"now": time.time, "results": comparison.RESULTS}

@@ -308,13 +308,9 @@ def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figur
         "kl": compare(groups, keys, "kl_reference", "KL to the reference", nats),
         "entropy": compare(groups, keys, "entropy", "Entropy", nats),
     }
-    for key in keys:
-        drawn[f"{history.short_key(key)}_accuracy"] = against(
-            runs, key, accuracy, "accuracy, held out"
-        )
-        drawn[f"{history.short_key(key)}_kl"] = against(
-            runs, key, kl, f"KL to the reference, {nats}"
-        )
+    for key, short in history.short_keys(keys).items():
+        drawn[f"{short}_accuracy"] = against(runs, key, accuracy, "accuracy, held out")
+        drawn[f"{short}_kl"] = against(runs, key, kl, f"KL to the reference, {nats}")
     drawn["final_accuracy"] = final_values(groups, keys, accuracy, "held-out accuracy")
     drawn["final_reward"] = final_values(groups, keys, reward, "reward")
     drawn["final_kl"] = final_values(groups, keys, kl, f"KL to the reference, {nats}")
@@ -322,8 +318,8 @@ def sweep_plots(runs: Sequence[History], keys: Sequence[str]) -> dict[str, Figur
 
 
 def _label(keys: Sequence[str], values: Sequence[ConfigValue]) -> str:
-    pairs = zip(keys, values, strict=True)
-    text = ", ".join(f"{history.short_key(key)} {value}" for key, value in pairs)
+    pairs = zip(history.short_keys(keys).values(), values, strict=True)
+    text = ", ".join(f"{short} {value}" for short, value in pairs)
     return text.replace("$", r"\$") or "all points"  # between two of them would be TeX
 
 
@@ -389,5 +385,5 @@ def against(runs: Sequence[History], key: str, final: Final, name: str) -> Figur
         axes.set_xscale("symlog", linthresh=min(positive))  # linear around 0, which log excludes
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
-    _finish(axes, f"Final values against {history.short_key(key)}", name, x=key)
+    _finish(axes, f"Final values against {key.rpartition('.')[2]}", name, x=key)
     return figure
