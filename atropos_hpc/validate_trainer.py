@@ -24,33 +24,16 @@ LOSS_OPTIONS = {
 }
 # keys of trainer.fsdp_config and trainer.optim, by verl's names
 FSDP_CONFIG = (
-    "entropy_checkpointing",
-    "entropy_from_logits_chunk_size",
-    "entropy_from_logits_with_chunking",
-    "forward_prefetch",
-    "fsdp_size",
-    "full_determinism",
-    "mixed_precision",
-    "optimizer_offload",
-    "pad_to_length",
-    "pad_to_length_bucket",
-    "param_offload",
-    "reshard_after_forward",
-    "ulysses_sequence_parallel_size",
-    "use_no_sync_for_gradient_accumulation",
-    "use_torch_compile",
+    "entropy_checkpointing", "entropy_from_logits_chunk_size", "entropy_from_logits_with_chunking",
+    "forward_prefetch", "fsdp_size", "full_determinism", "mixed_precision", "optimizer_offload",
+    "pad_to_length", "pad_to_length_bucket", "param_offload", "reshard_after_forward",
+    "ulysses_sequence_parallel_size", "use_no_sync_for_gradient_accumulation", "use_torch_compile",
     "wrap_policy",
-)
+)  # fmt: skip
 OPTIM = (
-    "betas",
-    "lr_warmup_steps_ratio",
-    "min_lr_ratio",
-    "num_cycles",
-    "optimizer",
-    "optimizer_impl",
-    "override_optimizer_config",
-    "zero_indexed_step",
-)
+    "betas", "lr_warmup_steps_ratio", "min_lr_ratio", "num_cycles", "optimizer", "optimizer_impl",
+    "override_optimizer_config", "zero_indexed_step",
+)  # fmt: skip
 # keys of the maps below trainer that the run sets, and the key to change instead
 SET_BY_RUN = {
     "fsdp_config.offload_policy": "trainer.offload",

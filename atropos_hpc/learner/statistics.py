@@ -32,17 +32,9 @@ class Statistics:
         sequences = sums["sequences"] or math.nan
         mean = sums["reward"] / sequences
         counts = (
-            "groups",
-            "sequences",
-            "trained_sequences",
-            "tokens",
-            "trained_tokens",
-            "first_tokens",
-            "zero_advantage_groups",
-            "without_log_probs",
-            "stale_sequences",
-            "biased_sequences",
-        )
+            "groups", "sequences", "trained_sequences", "tokens", "trained_tokens", "first_tokens",
+            "zero_advantage_groups", "without_log_probs", "stale_sequences", "biased_sequences",
+        )  # fmt: skip
         metrics = {name: sums[name] for name in counts} | {
             "reward/mean": mean,
             "reward/std": math.sqrt(max(0.0, sums["reward_squared"] / sequences - mean * mean)),

@@ -8,58 +8,19 @@ from atropos_hpc.config import RoleConf
 from atropos_hpc.launch.slurm.sbatch import Allocation
 
 # srun takes its options from these where none are given; a batch step holds the leader's values.
-_COUNTS = set(
-    [
-        "NTASKS",
-        "NPROCS",
-        "NNODES",
-        "JOB_NUM_NODES",
-        "NTASKS_PER_NODE",
-        "TASKS_PER_NODE",
-        "CPUS_PER_TASK",
-        "CPUS_PER_GPU",
-        "GPUS",
-        "GPUS_PER_NODE",
-        "GPUS_PER_TASK",
-        "GPUS_PER_SOCKET",
-        "GPU_BIND",
-        "GPU_FREQ",
-        "GRES",
-        "MEM_PER_NODE",
-        "MEM_PER_CPU",
-        "MEM_PER_GPU",
-        "MEM_BIND",
-        "CPU_BIND",
-        "CPU_BIND_TYPE",
-        "CPU_BIND_LIST",
-        "CPU_BIND_VERBOSE",
-        "DISTRIBUTION",
-        "HINT",
-        "EXCLUSIVE",
-        "EXACT",
-        "OVERLAP",
-        "THREADS_PER_CORE",
-        "NTASKS_PER_GPU",
-        "NTASKS_PER_CORE",
-        "NO_KILL",
-        "OPEN_MODE",
-        "UNBUFFEREDIO",
-        "TIMELIMIT",
-        "EXPORT_ENV",
-        "HET_GROUP",
-        "KILL_BAD_EXIT",
-        "TRES_PER_TASK",
-    ]
-)
+_COUNTS = {
+    "NTASKS", "NPROCS", "NNODES", "JOB_NUM_NODES", "NTASKS_PER_NODE", "TASKS_PER_NODE",
+    "CPUS_PER_TASK", "CPUS_PER_GPU", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS_PER_SOCKET",
+    "GPU_BIND", "GPU_FREQ", "GRES", "MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU", "MEM_BIND",
+    "CPU_BIND", "CPU_BIND_TYPE", "CPU_BIND_LIST", "CPU_BIND_VERBOSE", "DISTRIBUTION", "HINT",
+    "EXCLUSIVE", "EXACT", "OVERLAP", "THREADS_PER_CORE", "NTASKS_PER_GPU", "NTASKS_PER_CORE",
+    "NO_KILL", "OPEN_MODE", "UNBUFFEREDIO", "TIMELIMIT", "EXPORT_ENV", "HET_GROUP",
+    "KILL_BAD_EXIT", "TRES_PER_TASK",
+}  # fmt: skip
 _OTHERS = {
-    "CUDA_VISIBLE_DEVICES",
-    "GPU_DEVICE_ORDINAL",
-    "ROCR_VISIBLE_DEVICES",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-}
+    "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "RANK", "WORLD_SIZE",
+    "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+}  # fmt: skip
 
 
 def step_environment(env: Mapping[str, str]) -> dict[str, str]:
