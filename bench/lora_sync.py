@@ -25,10 +25,10 @@ from typing import Any
 import aiohttp
 
 from atropos_hpc.config import PolicyConf
-from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.policy.weight_update import UpdateOptions, push
+from atropos_hpc.resources import HOME
 from atropos_hpc.runtime.run_dir import RunDir
 from bench.gpu.parts import Shape, make_model
 from bench.gpu.update import Size, make_run, ready, server
@@ -102,7 +102,7 @@ def measure(base: Shape, adapter: bool, scratch: Path, cache: Path) -> dict[str,
     directory.mkdir()
     model = make_model(base, directory / "model", "cpu")
     run = make_run(directory / "run", model, False, Size(0, 0, 0, 256), RANK if adapter else 0)
-    python, log = str(PACKAGE_HOME / ".venv-rollout" / "bin" / "python"), directory / "log"
+    python, log = str(HOME / ".venv-rollout" / "bin" / "python"), directory / "log"
     with server(run, python, log) as url:
         row = asyncio.run(updates(run, url, trained(model, adapter), log, cache))
     return {"base": base.name, "published": what, **row}

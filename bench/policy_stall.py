@@ -27,11 +27,11 @@ import numpy as np
 
 from atropos_hpc.config import Config
 from atropos_hpc.contracts.policy import Manifest, PolicyVersion
-from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.shard_buffer import ShardBuffer, TensorSpec, tensors_of, write_shard
 from atropos_hpc.policy.store import PolicyStore
 from atropos_hpc.policy.weight_update import UpdateOptions, push
+from atropos_hpc.resources import HOME
 from atropos_hpc.runtime import process
 from atropos_hpc.runtime.run_dir import RunDir, write_json
 from bench.parts.models import random_qwen3
@@ -67,7 +67,7 @@ def served(run: RunDir, log: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["--run-dir", str(run.path), "--port", str(port)]
-    python = str(PACKAGE_HOME / ".venv-rollout" / "bin" / "python")
+    python = str(HOME / ".venv-rollout" / "bin" / "python")
     child = process.start(
         "server", [python, "-m", "atropos_hpc.rollout.vllm_server", *arguments], log
     )

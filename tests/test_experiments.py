@@ -38,6 +38,12 @@ def experiment(name: str) -> Any:
     return composed(f"experiment={name}", *NEEDED.get(name, []))
 
 
+def _sequences(found: sizing.Estimate, config: Any) -> int:
+    """How many sequences of full length a server holds at once."""
+    held = SMALLEST_GPU * GIB * config.rollout.memory_utilization - found.weights
+    return int(held / found.cache_of_one)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_it_composes_and_nothing_is_wrong_with_it(name: str) -> None:
     config = experiment(name)
@@ -90,7 +96,7 @@ def test_what_it_says_of_memory_is_what_the_model_s_config_comes_to(name: str) -
         if config.model.lora.rank
         else pytest.approx(2 * found.weights * config.rollout.tensor_parallel)
     )
-    held = found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization)
+    held = _sequences(found, config)
     assert held >= config.environment.group_size
 
 
@@ -98,7 +104,7 @@ def test_what_it_says_of_memory_is_what_the_model_s_config_comes_to(name: str) -
 def test_its_concurrency_fills_the_servers_as_far_as_a_step_lets_it(name: str) -> None:
     config = experiment(name)
     found = sizing.estimate(config, model_sizes.sizes(MODELS[config.model.path]))
-    held = found.sequences(SMALLEST_GPU * GIB, config.rollout.memory_utilization)
+    held = _sequences(found, config)
     fits = config.rollout.servers * min(held, config.rollout.max_sequences)
     workers = environments(config).values()
     asked = sum(each.workers * each.concurrency * each.group_size for each in workers)

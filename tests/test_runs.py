@@ -22,11 +22,11 @@ from run_parts import Started
 from atropos_hpc.contracts.metrics import RestartMark, StepMetrics, Tracked
 from atropos_hpc.contracts.status import RunStatus
 from atropos_hpc.launch import base_model
-from atropos_hpc.launch.steps import PACKAGE_HOME
 from atropos_hpc.observe import samples, status
 from atropos_hpc.observe.samples import Selection
 from atropos_hpc.observe.trackers import newest_in_events, wandb_steps
 from atropos_hpc.policy.manifest import read_manifest
+from atropos_hpc.resources import HOME
 from atropos_hpc.runtime.run_dir import read_json, read_records
 
 pytestmark = [pytest.mark.verl, pytest.mark.run, pytest.mark.timeout(900)]
@@ -309,7 +309,7 @@ def test_several_environments_share_a_run(start: Callable[..., Started], demo_mo
 
     The second environment has nothing to evaluate.
     """
-    target = f"target: {PACKAGE_HOME / 'tests' / 'kinds_env.py'}:KindsEnv"
+    target = f"target: {HOME / 'tests' / 'kinds_env.py'}:KindsEnv"
     other = f"{target}, weight: 0.25, min_batch_allocation: 0.25, group_size: 4"
     started = start(
         6,
@@ -343,7 +343,7 @@ def test_an_environment_of_the_users_own_runs_unmodified(
 
     Three of its kinds sample with top_p, min_p or top_k, which the learner has to replay.
     """
-    target = PACKAGE_HOME / "tests" / "kinds_env.py"
+    target = HOME / "tests" / "kinds_env.py"
     started = start(
         2,
         demo_model,

@@ -46,7 +46,7 @@ def test_a_reference_that_nothing_needs_takes_no_memory(
     config = Config(run_dir="/run")
     config.algorithm.kl_coef, config.algorithm.kl_metric = kl_coef, kl_metric
     sizes = model_sizes.sizes(SHAPES["0.5B"])
-    assert sizing.estimate(config, sizes).reference == held * sizes.total
+    assert sizing.Learner(config, sizes).reference == held * sizes.total
 
 
 @pytest.mark.verl

@@ -21,8 +21,6 @@ from atropos_hpc.runtime import cores, devices
 from atropos_hpc.runtime.network import HOST
 from atropos_hpc.runtime.process import END_TASKS, NODE, ProcessSpec
 
-PACKAGE_HOME = resources.HOME
-
 
 @dataclass(frozen=True)
 class Step:

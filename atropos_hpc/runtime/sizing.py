@@ -38,7 +38,6 @@ class Estimate:
     """Bytes; per GPU, or of a node."""
 
     trainer: float  # peak, with the reference
-    reference: float  # the part of it that the frozen reference takes
     weights: float  # of the model in a server, per GPU
     cache_of_one: float  # KV cache of one sequence of model.max_length, per GPU
     policy_cache: float  # on a rollout node: the newest version, and the next while made
@@ -46,10 +45,6 @@ class Estimate:
     rollout_node: float  # host memory of a rollout node, with the policy cache
     trainer_processes: float  # of trainer_node, what is assumed for its processes
     rollout_processes: float
-
-    def sequences(self, gpu_bytes: float, utilization: float) -> int:
-        """Return how many sequences of full length a server holds at once."""
-        return max(0, int((gpu_bytes * utilization - self.weights) / self.cache_of_one))
 
 
 def estimate(config: Config, model: Sizes) -> Estimate:
@@ -64,7 +59,6 @@ def estimate(config: Config, model: Sizes) -> Estimate:
     processes = float(PROCESS * _rollout_processes(config))
     return Estimate(
         trainer=max(learner.phases().values()),
-        reference=learner.reference,
         weights=stored * model.total / parallel,
         cache_of_one=cache,
         policy_cache=2 * published,

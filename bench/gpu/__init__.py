@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_hpc.launch.steps import PACKAGE_HOME
+from atropos_hpc.resources import HOME
 from bench.result import Result
 
 PARTS = ("learner", "update", "run")
@@ -51,7 +51,7 @@ def main(parts: tuple[str, ...] = PARTS, setting: Setting | None = None) -> Resu
             None,
             None,
             sys.executable,
-            str(PACKAGE_HOME / ".venv-rollout" / "bin" / "python"),
+            str(HOME / ".venv-rollout" / "bin" / "python"),
             Path(scratch),
         )
         for part in parts:
