@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = run.config()
     _set_environment(config)
     rank = _variable("RANK", "SLURM_PROCID", "0")
-    step_id = os.environ.get("ATROPOS_HPC_STEP")
+    step_id = os.environ.get(process.STEP_ID)
     state = TrainerState(rank=rank, step_id=step_id)
-    member = Member(run, state, os.environ.get("ATROPOS_HPC_NODE", "local"), rank)
+    member = Member(run, state, os.environ.get(process.NODE, "local"), rank)
     failure: str | None = None
     try:
         return DONE if _train(run, config, member) else STOPPED

@@ -172,9 +172,8 @@ def main() -> int:
     process.log_to_stderr()
     run = RunDir(options.run_dir)
     leave_out_torch(run.config(), options.environment)
-    member = Member(
-        run, EnvironmentState(), os.environ.get("ATROPOS_HPC_NODE", "local"), options.index
-    )
+    node = os.environ.get(process.NODE, "local")
+    member = Member(run, EnvironmentState(), node, options.index)
     return run_member(member, lambda: work(run, member, options.index, options.environment))
 
 

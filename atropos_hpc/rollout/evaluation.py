@@ -128,16 +128,12 @@ async def evaluate(env: Any, version: int, timeout_s: float) -> Evaluation:
     """Evaluate once. Raises what the environment raises, and TimeoutError."""
     from atropos_hpc.rollout.stamping import record_generations
 
-    async def complete() -> None:
-        await env.evaluate()
-        if env.eval_workers:
-            await asyncio.gather(*env.eval_workers)
-
     env.reported = {}
     try:
         with record_generations(for_training=False) as sampled:
             async with asyncio.timeout(timeout_s):
-                await complete()
+                await env.evaluate()
+                await asyncio.gather(*env.eval_workers)
     finally:
         for left in list(env.eval_workers):
             left.cancel()
@@ -277,7 +273,7 @@ def main() -> int:
     run = RunDir(options.run_dir)
     config = run.config()
     leave_out_torch(config, *environments(config))
-    member = Member(run, EvaluatorState(), os.environ.get("ATROPOS_HPC_NODE", "local"))
+    member = Member(run, EvaluatorState(), os.environ.get(process.NODE, "local"))
     return run_member(member, lambda: Evaluator(run, member).work())
 
 

@@ -135,7 +135,7 @@ def main() -> None:
         sys.exit(process.REFUSED)
     # Servers that sample with the same seed would give groups of the same noise.
     seed = zlib.crc32(
-        f"{config.seed} {os.environ.get('ATROPOS_HPC_NODE', 'local')} {options.port}".encode()
+        f"{config.seed} {os.environ.get(process.NODE, 'local')} {options.port}".encode()
     )
     serve(arguments(rollout, model, host, options.port, seed))
 

@@ -40,7 +40,6 @@ from atropos_hpc.trajectories.service import Service, ServiceSettings
 
 log = logging.getLogger(__name__)
 
-NODE = "ATROPOS_HPC_NODE"
 CHUNK_BYTES = 1 << 20  # of an answer, between which other requests are served
 STATUS_S = 2.0  # between two updates of the queue depth in the member file
 BACKLOG = 1024  # connections that wait to be accepted
@@ -367,7 +366,7 @@ def main(serve: Callable[[RunDir, str], Coroutine[Any, Any, None]], description:
     parser.add_argument("--run-dir", type=Path, required=True)
     arguments = parser.parse_args()
     process.log_to_stderr()
-    asyncio.run(serve(RunDir(arguments.run_dir), os.environ.get(NODE, "local")))
+    asyncio.run(serve(RunDir(arguments.run_dir), os.environ.get(process.NODE, "local")))
 
 
 if __name__ == "__main__":
