@@ -115,8 +115,9 @@ def header_at(buffer: Buffer, start: int) -> Header | None:
     return header if intact else None
 
 
-def scan(buffer: Buffer, start: int = 0) -> Iterator[tuple[int, int, Header]]:
+def scan(buffer: Buffer) -> Iterator[tuple[int, int, Header]]:
     """Yield (start, end, header) of each record in order, up to the first that is not intact."""
+    start = 0
     while header := header_at(buffer, start):
         end = start + HEADER_BYTES + header.size
         yield start, end, header

@@ -40,8 +40,8 @@ _last: contextvars.ContextVar[tuple[list[int], Answers] | None] = contextvars.Co
 class Conversations:
     """Renders conversations with a tokenizer's chat template, and keeps the ids of answers."""
 
-    def __init__(self, tokenizer: Any, capacity: int = CAPACITY) -> None:
-        self.tokenizer, self.capacity = tokenizer, capacity
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self._known: OrderedDict[int, array[int]] = OrderedDict()
         self._size = 0
         self._ended = OrderedDict[int, None]()  # sequences that ended with one of `_ends`
@@ -82,7 +82,7 @@ class Conversations:
         last, others = _last.get() or ([], {})
         own = others if last == answered[-1:] else {}
         _last.set((answered[-1:], {**own, digest: self._known[digest]}))
-        while self._size > self.capacity:
+        while self._size > CAPACITY:
             self._size -= len(self._known.popitem(last=False)[1])
 
     def remember_end(self, ids: Sequence[int]) -> None:

@@ -17,8 +17,7 @@ class PrefixHomes:
     with those blocks.
     """
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
-        self._capacity = capacity
+    def __init__(self) -> None:
         self._homes: OrderedDict[int, str] = OrderedDict()
 
     def remember(self, tokens: Sequence[int], server: str) -> None:
@@ -26,7 +25,7 @@ class PrefixHomes:
         *_, last = 0, *_block_hashes(tokens)
         self._homes[last] = server
         self._homes.move_to_end(last)
-        if len(self._homes) > self._capacity:
+        if len(self._homes) > CAPACITY:
             self._homes.popitem(last=False)
 
     def find(self, tokens: Sequence[int]) -> str | None:

@@ -126,8 +126,9 @@ def _contains(sequence: bytes, part: bytes) -> bool:
     return next(find_tokens(sequence, part), None) is not None
 
 
-def find_tokens(sequence: bytes, part: bytes, width: int = array("i").itemsize) -> Iterator[int]:
+def find_tokens(sequence: bytes, part: bytes) -> Iterator[int]:
     """Yield the indices at which `part` begins in `sequence`, both arrays of integers as bytes."""
+    width = array("i").itemsize
     at = sequence.find(part)
     while at != -1:
         if at % width == 0:

@@ -182,9 +182,9 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, durable: bool = True)
         sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any, durable: bool = True) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, with `write_file`."""
-    write_file(path, json.dumps(value, indent=1).encode() + b"\n", durable=durable)
+    write_file(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def write_struct(

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from atropos_hpc.contracts.members import Wait
 
 T = TypeVar("T")
+SHOW_AFTER_S = 1.0
 
 
 class WaitTimeout(TimeoutError):
@@ -41,11 +42,10 @@ class Waiting:
         from_whom: str,
         timeout_s: float | None,
         member: ShowsWait | None = None,
-        show_after_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.what, self.from_whom, self.timeout_s = what, from_whom, timeout_s
-        self._member, self._show_after_s, self._clock = member, show_after_s, clock
+        self._member, self._clock = member, clock
         self._start, self._shown = clock(), False
 
     @property
@@ -65,7 +65,7 @@ class Waiting:
 
     def show(self) -> None:
         """Show a long wait. For collective waits, in which no process may raise by itself."""
-        if self._member is not None and not self._shown and self.elapsed >= self._show_after_s:
+        if self._member is not None and not self._shown and self.elapsed >= SHOW_AFTER_S:
             self._shown = True
             self._member.show_wait(self.record())
 
