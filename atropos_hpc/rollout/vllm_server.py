@@ -50,7 +50,7 @@ def arguments(rollout: RolloutConf, model: ModelConf, host: str, port: int, seed
         "generation-config": "vllm",
         # of the distribution that was sampled, temperature included: the behaviour policy's
         "logprobs-mode": "processed_logprobs",
-        # the support of truncated sampling is read off the log-probs, see `vllm_api`
+        # the support of truncated sampling is read off the log-probs, see `vllm_answers`
         "max-logprobs": max(20, rollout.max_support),
         "worker-extension-cls": EXTENSION,
         "weight-transfer-config": '{"backend": "disk"}',
