@@ -24,10 +24,10 @@ class FinishWeightUpdate(Struct, frozen=True):
 
 
 class AdapterCall(Struct, frozen=True):
-    """POST /collective_rpc: `WorkerExtension.load_policy_adapter` in every worker."""
+    """POST /collective_rpc: a method of `vllm_engine.WorkerExtension` in every worker."""
 
+    method: str
     kwargs: VersionFiles
-    method: str = "load_policy_adapter"
 
 
 class LoadLoraAdapter(Struct, frozen=True):

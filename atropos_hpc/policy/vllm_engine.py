@@ -14,7 +14,7 @@ full weights has three steps:
 If `finish` fails, the model is partly old and partly new, and the worker terminates itself: no
 answer may come from half a version. All workers of a node map the same files. Where the node agent
 has verified their hashes, the workers do not do so again. Adapters use
-`WorkerExtension.load_policy_adapter` instead.
+`WorkerExtension` instead.
 """
 
 import logging
@@ -236,13 +236,19 @@ def pack_output_layers(model: torch.nn.Module) -> None:
 class WorkerExtension:
     """Mixed into vLLM's worker class; naming it also imports this module into every worker."""
 
-    def load_policy_adapter(self, directory: str, version: str, verified: bool) -> None:
-        """Load a published adapter in place of the previous one, verified here or by the node.
+    def check_policy_adapter(self, directory: str, version: str, verified: bool) -> None:
+        """Check the files of a published adapter, while the previous one is in use.
 
-        Called through /collective_rpc while the engine is paused; a failure leaves the previous
-        adapter in use. Raises BadVersion.
+        Both methods are called through /collective_rpc. Raises BadVersion.
         """
         read_version(Path(directory), PolicyVersion.parse(version), "adapter", verified)
+
+    def load_policy_adapter(self, directory: str, version: str, verified: bool) -> None:
+        """Load an adapter in place of the previous one, while the engine is paused.
+
+        Where one worker fails, others may have loaded it: the server has to be restarted.
+        """
+        self.check_policy_adapter(directory, version, verified)
         request = LoRARequest(ADAPTER_NAME, ADAPTER_ID, directory, load_inplace=True)
         worker: Any = self
         worker.add_lora(request)

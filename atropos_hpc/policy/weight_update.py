@@ -7,8 +7,13 @@ Full weights:
     /finish_weight_update                   the workers apply the weights
     /resume                                 running requests continue under the new version
 
-A LoRA adapter is megabytes. vLLM serves it beside the unchanged base model: /pause, then load or
-replace the adapter, name its version, /resume. The server side of both is `vllm_engine`.
+A LoRA adapter is megabytes. vLLM serves it beside the unchanged base model: the workers check its
+files; /pause, load or replace the adapter, name its version, /resume. The server side of both is
+`vllm_engine`.
+
+What is refused before the pause leaves the previous version in every worker. A failure after it may
+leave workers, or the weights and their label, at different versions: the server stays paused, and
+has to be restarted.
 """
 
 import asyncio
@@ -39,11 +44,11 @@ RESUME_TRIES = 5
 
 
 class PushError(Exception):
-    """A server refused a version. It still serves the previous one, or has terminated itself."""
+    """A server refused a version, or could not be reached. It still serves the previous one."""
 
 
 class Stuck(Exception):
-    """A server's engine does not answer or resume, although its /health does: restart it."""
+    """A server has to be restarted: it does not answer or resume, or may serve half a version."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +87,36 @@ async def push(
     Raises:
         PushError: the server refused the version or could not be reached; it has resumed with the
             previous version. The message holds the server's answer.
-        Stuck: the server did not answer in time, or does not resume.
+        Stuck: the server did not answer in time, does not resume, or failed to apply the version.
     """
     options = options or UpdateOptions()
     server = _Server(session, url, token, version)
-    size = sum(path.stat().st_size for path in directory.glob("*"))
+    try:
+        size = sum(path.stat().st_size for path in directory.glob("*"))
+    except OSError as error:  # the node has removed this version, because it has a newer one
+        raise PushError(f"version {version} to {url}: {error}") from error
     load_s = LOAD_TIMEOUT_S + size / options.load_rate
     files = VersionFiles(str(directory), str(version), options.verified)
-    if not options.adapter:
+    if options.adapter:
+        await server.post("/collective_rpc", AdapterCall("check_policy_adapter", files), load_s)
+    else:
         await server.start()
         await server.post("/update_weights", UpdateWeights(files), load_s)
     timeout_s = ADMIN_TIMEOUT_S + (options.longest_request_s if options.mode == "wait" else 0)
     clear = "false" if options.keep_kv else "true"
     try:
         await server.post("/pause", timeout_s=timeout_s, mode=options.mode, clear_cache=clear)
+    except PushError:
+        await server.resume()
+        raise
+    try:
         if options.adapter:
             await server.load_adapter(files)
         else:
             await server.post("/finish_weight_update", FinishWeightUpdate(str(version)), load_s)
-    finally:
-        await server.resume()
+    except PushError as error:
+        raise Stuck(f"{error}; it may hold half of the version") from error
+    await server.resume()
 
 
 @dataclass
@@ -161,7 +176,8 @@ class _Server:
 
     async def load_adapter(self, files: VersionFiles) -> None:
         """Replace the adapter in every worker; register it with the API server the first time."""
-        await self.post("/collective_rpc", AdapterCall(files), LOAD_TIMEOUT_S)
+        load = AdapterCall("load_policy_adapter", files)
+        await self.post("/collective_rpc", load, LOAD_TIMEOUT_S)
         register = LoadLoraAdapter(ADAPTER_NAME, files.directory)
         await self.post("/v1/load_lora_adapter", register, accept="already been loaded")
         await self.post("/update_weight_version", UpdateWeightVersion(files.version))
