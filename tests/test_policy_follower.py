@@ -106,6 +106,25 @@ def test_what_servers_read_in_the_store_stays_and_its_check_can_be_aborted(
     assert taken(follower) == key("6-1"), "the version is not read to its end"
 
 
+def test_a_copy_stays_while_a_server_loads_it_and_goes_afterwards(
+    store: PolicyStore, follow: Callable[..., Follower]
+) -> None:
+    """A server that waits for its requests reads an adapter long after it was told of it."""
+    publish(store, 1)
+    follower = follow(store)
+    first = follower.poll()
+    assert first is not None
+    with follower.loading(first):
+        for version in (2, 3):
+            publish(store, version)
+            assert taken(follower) == key(f"{version}-1")
+        verify(first.directory)
+        assert not (first.directory.parent / "2-1").exists()
+    publish(store, 4)
+    assert taken(follower) == key("4-1")
+    assert [path.name for path in first.directory.parent.iterdir() if path.is_dir()] == ["4-1"]
+
+
 def test_a_reader_that_ends_does_not_read_to_the_end(
     store: PolicyStore, follow: Callable[..., Follower]
 ) -> None:

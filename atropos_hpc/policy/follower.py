@@ -61,7 +61,6 @@ class Follower:
             return self.newest
         latest = None
         try:
-            self._lease()
             latest = self.store.latest()
             if latest is None or self._has(latest):
                 return self.newest
@@ -73,6 +72,8 @@ class Follower:
                 self._failed(latest, error)
         else:
             self.failure, self.failures = None, 0
+        finally:
+            self._lease()
         return self.newest
 
     def _has(self, version: PolicyVersion) -> bool:
@@ -83,7 +84,7 @@ class Follower:
 
     @contextmanager
     def loading(self, version: LoadableVersion) -> Iterator[None]:
-        """Keep a version that lies in the store while a server loads it."""
+        """Keep a version, in the node's cache or in the store, while a server loads it."""
         self.cache.loading.append(version.directory)
         try:
             yield
@@ -135,8 +136,6 @@ class Follower:
             log.warning("%s; every server reads version %s from the store", error, version)
             verify(self.store.directory(version), self.lease.renew)
             return self.store.directory(version)
-        finally:
-            self._lease()
 
     def _was_replaced(self, version: PolicyVersion | None) -> bool:
         try:

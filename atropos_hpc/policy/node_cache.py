@@ -3,6 +3,7 @@
 A version is read from the shared filesystem once per node, or made from the copy held and a delta.
 Its hashes are verified. It then lies under `policy.cache` (in /dev/shm: memory) as plain files that
 the servers map. The previous copy is kept while the next is made, so the node needs memory for two.
+One that a server is loading stays until a copy is made after that.
 
 The directory belongs to one process. One that starts on the node removes those whose owner has
 ended, because a killed process cannot do so itself.
@@ -64,15 +65,15 @@ class NodeCache:
     def fetch(self, target: Manifest, route: Route, lease: Lease) -> Path:
         """Make a copy of `target` by the given route, and return its directory.
 
-        The previous copy is removed; processes that have mapped its files keep them. Raises
-        BadVersion when a file is missing, unreadable or not what the manifest says, and CacheFull
-        when there is not enough memory.
+        Older copies are removed, except what a server is loading. Raises BadVersion when a file is
+        missing, unreadable or not what the manifest says, and CacheFull when there is not enough
+        memory.
         """
+        self._remove_all_but(self.newest)
         self._check_space(target)
         directory = self.root / str(target.version)
         partial = self.root / f"{target.version}.partial"
-        for leftover in (directory, partial):  # of a failed try, or of a version published again
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)  # of a version published again
         partial.mkdir()
         try:
             with ThreadPoolExecutor(THREADS) as threads:
@@ -88,10 +89,15 @@ class NodeCache:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if self.newest is not None and self.newest.version != target.version:
-            shutil.rmtree(self.root / str(self.newest.version), ignore_errors=True)
         self.newest = target
+        self._remove_all_but(target)
         return directory
+
+    def _remove_all_but(self, kept: Manifest | None) -> None:
+        needed = {str(kept.version) if kept else "", *(path.name for path in self.loading)}
+        for path in self.root.iterdir():
+            if path.is_dir() and path.name not in needed:
+                shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         self._owned.remove()
