@@ -15,7 +15,7 @@ from atropos_hpc.contracts.policy import DeltaEntry, FileEntry, Manifest, Policy
 from atropos_hpc.policy import leases, node_cache
 from atropos_hpc.policy.follower import Follower
 from atropos_hpc.policy.leases import LEASE_S, Lease
-from atropos_hpc.policy.manifest import BadVersion, verify
+from atropos_hpc.policy.manifest import BadVersion, UnreadableManifest, verify
 from atropos_hpc.policy.routes import find_routes
 from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
 from atropos_hpc.runtime import run_dir
@@ -143,6 +143,22 @@ def test_what_a_reader_reads_stays_until_it_has_read_it_or_its_lease_has_ended(
     store.retire(1, attempt=1)
     store.retire(1, attempt=1)
     assert names(store) == ["4-1"]
+
+
+def test_nothing_is_removed_while_a_manifest_cannot_be_read(store: PolicyStore) -> None:
+    for version in range(4):
+        publish(store, version)
+    manifest = store.directory(key("2-1")) / "manifest.json"
+    manifest.rename(manifest.with_name("aside"))
+    manifest.symlink_to(manifest.name)  # reading it fails with ELOOP, as elsewhere with EIO
+    for _ in range(2):
+        with pytest.raises(UnreadableManifest):
+            store.retire(1, attempt=1)
+    assert names(store) == ["0-1", "1-1", "2-1", "3-1"]
+    manifest.with_name("aside").rename(manifest)
+    for _ in range(2):
+        store.retire(1, attempt=1)
+    assert names(store) == ["3-1"]
 
 
 def test_no_two_starts_have_the_same_attempt_and_the_older_may_not_publish(

@@ -34,6 +34,7 @@ from atropos_hpc.config import PolicyConf
 from atropos_hpc.contracts.members import RepublishRequest
 from atropos_hpc.contracts.policy import Manifest, PolicyVersion
 from atropos_hpc.learner.backends.base import Backend
+from atropos_hpc.policy.manifest import UnreadableManifest
 from atropos_hpc.policy.shard_writer import MAX_CHANGED_FRACTION, PublishFailed, ShardWriter
 from atropos_hpc.policy.snapshot import Snapshot, snapshot
 from atropos_hpc.policy.store import PolicyStore, StoreFull, Superseded
@@ -287,7 +288,7 @@ class Publisher:
         if self.is_leader:
             try:
                 self.store.retire(self.conf.keep, self.attempt)
-            except OSError as error:
+            except (OSError, UnreadableManifest) as error:
                 log.warning("cannot remove old policy versions: %s; the next publish tries", error)
 
     def _next_action(self, key: PolicyVersion, published: bool) -> _Action:

@@ -20,6 +20,10 @@ class BadVersion(Exception):
     """A version that fails its checks: a file is missing, or differs from the manifest."""
 
 
+class UnreadableManifest(BadVersion):
+    """A manifest that may be complete, but cannot be read now."""
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Seal a manifest and write it durably into the version's directory."""
     sealed = msgspec.structs.replace(manifest, seal=_seal(manifest))
@@ -31,7 +35,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, ValueError) as error:
-        raise BadVersion(f"{directory.name}: no readable {MANIFEST}: {error}") from error
+        missing = isinstance(error, FileNotFoundError | ValueError)
+        kind = BadVersion if missing else UnreadableManifest
+        raise kind(f"{directory.name}: no readable {MANIFEST}: {error}") from error
     if manifest.seal != _seal(manifest):
         raise BadVersion(f"{directory.name}: {MANIFEST} is damaged: its hash does not match")
     return manifest

@@ -30,7 +30,13 @@ from pathlib import Path
 
 from atropos_hpc.contracts.policy import LatestPolicy, Manifest, PolicyVersion
 from atropos_hpc.policy.leases import LeaseTable
-from atropos_hpc.policy.manifest import MANIFEST, BadVersion, read_manifest, write_manifest
+from atropos_hpc.policy.manifest import (
+    MANIFEST,
+    BadVersion,
+    UnreadableManifest,
+    read_manifest,
+    write_manifest,
+)
 from atropos_hpc.runtime.run_dir import numbered, read_struct, write_struct
 
 RESERVE_BYTES = 64 << 20  # a publish leaves this much of the filesystem free
@@ -112,6 +118,8 @@ class PolicyStore:
         Kept as well are the version in latest.json, leased versions, and all that these are made
         from. Call it between publishes of `attempt`: a directory that is being written counts as
         incomplete. Removal takes two calls, see the order of writes above.
+
+        Raises UnreadableManifest, and removes nothing, while it is not known what a version needs.
         """
         try:
             latest = self.latest()
@@ -125,6 +133,8 @@ class PolicyStore:
         for version in self._versions():
             try:
                 complete[version] = self.manifest(version)
+            except UnreadableManifest:
+                raise
             except BadVersion:
                 incomplete.append(version)
         newest = sorted(complete, reverse=True)[:keep]
