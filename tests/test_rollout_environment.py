@@ -267,6 +267,8 @@ def test_evaluations_are_due_before_every_so_often_and_after() -> None:
     assert next_due(conf, served=22, last=25, done={0, 20}) == 25
     assert next_due(conf, served=25, last=25, done={0}) == 25  # the last is never passed over
     assert next_due(conf, served=25, last=25, done={0, 25}) is None
+    # A run that was at 30 of 40 has resumed at 20, with fewer steps.
+    assert next_due(conf, served=20, last=25, done={0, 10, 20, 30}) == 25
     assert (
         next_due(EvaluationConf(every=0, before=False, after=False), served=0, last=5, done=set())
         is None

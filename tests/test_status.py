@@ -33,7 +33,8 @@ from atropos_hpc.contracts.metrics import (
     evaluation_metrics,
 )
 from atropos_hpc.contracts.policy import PolicyVersion
-from atropos_hpc.observe import report, status, status_view
+from atropos_hpc.observe import history, report, status, status_view
+from atropos_hpc.observe.summary import summarize
 from atropos_hpc.runtime.membership import DEAD_S, Member
 from atropos_hpc.runtime.run_dir import (
     RunDir,
@@ -75,6 +76,20 @@ def ended(outcome: str) -> AttemptRecord:
 def shown(run: RunDir) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(in_process.command("status", run.path, "--json").stdout)
     return found
+
+
+def test_evaluations_of_steps_that_are_trained_again_are_not_shown(tmp_path: Path) -> None:
+    """The run was at step 9, and has resumed at a checkpoint before the seventh."""
+    run = made(tmp_path, trained=7)
+    for version, accuracy in ((0, 0.25), (8, 0.75), (4, 0.5)):
+        append_record(run.evaluations, Evaluation(version, accuracy))
+    assert shown(run)["evaluation"]["version"] == 4
+    (row,) = (report.point_status(point, {}) for point in report.find_points(run.path))
+    assert row.accuracy == history.read(run.path).accuracy == 0.5
+    assert [each.version for each in summarize(run).evaluations] == [0, 4]
+    append_step(run, 8, 2.0, {})
+    assert shown(run)["evaluation"]["version"] == 8
+    assert history.read(run.path).points("accuracy") == {0: 0.25, 4: 0.5, 8: 0.75}
 
 
 def test_a_running_run_shows_progress_waits_and_warnings(tmp_path: Path) -> None:

@@ -99,12 +99,13 @@ def read(path: Path) -> History:
     info = run.info()
     kind: Any = ActivityLine
     activity: list[ActivityLine] = read_records(run.activity, kind)
+    steps = read_records(run.metrics, StepMetrics)
     evaluations = read_records(run.evaluations, Evaluation)
     return History(
         path,
         flatten(msgspec.to_builtins(info.config)) if info is not None else {},
-        read_records(run.metrics, StepMetrics),
-        [(each, each.accuracy) for each in evaluations if each.accuracy is not None],
+        steps,
+        report.evaluated(evaluations, max((line.step for line in steps), default=0)),
         [line for line in activity if isinstance(line, ActivitySample)],
         _restarts(activity),
     )

@@ -85,7 +85,7 @@ def _base(model: ModelConf) -> str:
 
 
 def _results(run: RunDir, step: int, metric: str) -> str:
-    evaluations = [each for each in evaluation_summaries(run) if each.version <= step]
+    evaluations = evaluation_summaries(run, step)
     if not evaluations:
         return "No held-out evaluation."
     lines = ["| policy version | held-out accuracy | problems |", "|---|---|---|"]

@@ -214,7 +214,7 @@ def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
     # a run may have been resumed with more steps than it was submitted with, and the reverse
     steps = max(filter(None, (point.steps, configured_steps(run))), default=None)
     state = run_state(point, jobs, steps, bool(lines))
-    evaluation = last_evaluation(run)
+    evaluation = last_evaluation(run, last.step if last else 0)
     return PointStatus(
         point=point.num,
         overrides=point.overrides,
@@ -239,17 +239,27 @@ def configured_steps(run: RunDir) -> int | None:
     return info.config.trainer.steps if info is not None else None
 
 
-def last_evaluation(run: RunDir) -> EvaluationSummary | None:
-    found = summarized(last_records(run.evaluations, Evaluation, RECENT))
+def last_evaluation(run: RunDir, step: int) -> EvaluationSummary | None:
+    found = summarized(last_records(run.evaluations, Evaluation, RECENT), step)
     return found[-1] if found else None
 
 
-def summarized(evaluations: Iterable[Evaluation]) -> list[EvaluationSummary]:
-    """Return what a summary repeats of the evaluations that have an accuracy."""
+def evaluated(evaluations: Iterable[Evaluation], step: int) -> list[tuple[Evaluation, float]]:
+    """Return the evaluations that have an accuracy, with it, in order of version.
+
+    Those after `step`, the run's last, are left out: training has resumed at an earlier checkpoint.
+    It repeats these steps on the same batches, and then they are its own.
+    """
+    found = ((each, each.accuracy) for each in evaluations if each.version <= step)
+    known = [(each, accuracy) for each, accuracy in found if accuracy is not None]
+    return sorted(known, key=lambda pair: pair[0].version)
+
+
+def summarized(evaluations: Iterable[Evaluation], step: int) -> list[EvaluationSummary]:
+    """Return what a summary repeats of the evaluations that `evaluated` returns."""
     return [
-        EvaluationSummary(each.version, each.accuracy, each.sequences, evaluation_metrics(each))
-        for each in evaluations
-        if each.accuracy is not None
+        EvaluationSummary(each.version, accuracy, each.sequences, evaluation_metrics(each))
+        for each, accuracy in evaluated(evaluations, step)
     ]
 
 

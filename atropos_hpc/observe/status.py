@@ -71,7 +71,7 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
     record = report.last_attempt(run)
     served = [v for member in members if (v := served_version(member)) is not None]
     queues = [m.queued_sequences for m in members if isinstance(m, TrajectoriesState)]
-    evaluation = report.last_evaluation(run)
+    evaluation = report.last_evaluation(run, last.step if last else 0)
     published = read_struct(run.policy / "latest.json", LatestPolicy)
     durable = read_struct(run.checkpoints / "latest.json", LatestCheckpoint)
     pace = report.steady(lines)

@@ -20,8 +20,8 @@ from atropos_hpc.runtime.run_dir import RunDir, read_intact, read_records
 def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summary:
     """Add up a run over all its attempts. `lines`: its metrics, if they have been read."""
     steps = read_records(run.metrics, StepMetrics) if lines is None else lines
-    evaluations = evaluation_summaries(run)
     last = max((line.step for line in steps), default=0)
+    evaluations = evaluation_summaries(run, last)
     directories = attempts(run)
     found = [read_intact(path / "attempt.json", AttemptRecord) for path in directories]
     records = [record for record in found if record is not None]
@@ -67,8 +67,9 @@ def _wall_s(
     return sum(ended - started for started, ended in spans)
 
 
-def evaluation_summaries(run: RunDir) -> list[EvaluationSummary]:
-    return summarized(read_records(run.evaluations, Evaluation))
+def evaluation_summaries(run: RunDir, step: int) -> list[EvaluationSummary]:
+    """Return the evaluations up to a step."""
+    return summarized(read_records(run.evaluations, Evaluation), step)
 
 
 def _phases(steps: Sequence[StepMetrics]) -> dict[str, PhaseTotal]:

@@ -60,7 +60,9 @@ def next_due(conf: EvaluationConf, served: int, last: int, done: set[int]) -> in
         return min(served, last)
     due = set(range(conf.every, last, conf.every)) if conf.every else set()
     due |= {last} if conf.after else set()
-    due = {version for version in due - done if version > max(done, default=-1)}
+    # Of a run that has resumed at an earlier checkpoint, later versions may have a line, too.
+    newest = max((version for version in done if version <= served), default=-1)
+    due = {version for version in due - done if version > newest}
     reached = [version for version in due if version <= served]
     return max(reached) if reached else min(due, default=None)
 
