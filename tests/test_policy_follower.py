@@ -1,5 +1,6 @@
 """A node agent's reader of the store, when memory is short, or files go away."""
 
+import errno
 import os
 import shutil
 import time
@@ -47,6 +48,20 @@ def test_without_room_in_memory_servers_read_the_store_and_deltas_are_complained
     follower._retry_at = 0
     newest = follower.poll()
     assert newest is not None and newest.directory == store.root / "1-1"
+
+
+def test_memory_that_others_take_meanwhile_is_short_as_well(
+    store: PolicyStore, follow: Callable[..., Follower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    publish(store, 1)
+    follower = follow(store, request_republish=lambda version, why: pytest.fail(why))
+    monkeypatch.setattr(node_cache.os, "posix_fallocate", fails)
+    newest = follower.poll()
+    assert newest is not None and newest.directory == store.root / "1-1"
+    assert follower.failure is None
 
 
 def test_a_follower_outlives_a_store_that_vanishes(

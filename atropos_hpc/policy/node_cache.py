@@ -175,5 +175,8 @@ def _mapped(path: Path, size: int) -> Iterator[Bytes]:
             yield np.empty(0, np.uint8)
             return
         # Without this, a full tmpfs would be a SIGBUS at the first write to the mapping.
-        os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:  # others have filled it since `_check_space`
+            raise CacheFull(f"{path.name} needs {size} bytes: {error}: see policy.cache") from error
         yield np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
