@@ -142,7 +142,7 @@ def test_a_copy_or_an_archive_of_an_attempt_s_logs_is_not_an_attempt(tmp_path: P
         run.new_attempt()
     (run.path / "logs" / "attempt-0.tar.gz").touch()
     (run.path / "logs" / "attempt-1.old").mkdir()
-    assert [path.name for path in report.attempts(run)] == ["attempt-0", "attempt-1", "attempt-2"]
+    assert [path.name for path in run.attempts()] == ["attempt-0", "attempt-1", "attempt-2"]
     assert run.new_attempt().name == "attempt-3" and run.attempt() == 3
 
 

@@ -98,7 +98,7 @@ def _has_secrets(config: Config) -> bool:
 
 def _script_of(directory: RunDir) -> str | None:
     """Return the sbatch script of the newest job, with its arguments; None for our launcher's."""
-    for attempt in reversed(report.attempts(directory)):
+    for attempt in reversed(directory.attempts()):
         if (start := read_struct(attempt / "start.json", AttemptStart)) is not None:
             return start.script
     return None

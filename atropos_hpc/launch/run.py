@@ -38,7 +38,6 @@ from atropos_hpc.launch.slurm.slurm_job import Job, current_job
 from atropos_hpc.launch.steps import SlurmSteps, Step, local_steps, trainer_python
 from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
-from atropos_hpc.observe.report import attempts
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
 from atropos_hpc.runtime import environment, private_tmp, process, restart_policy, shell, slurm
@@ -276,7 +275,7 @@ def _requeued_too_often(config: Config, run: RunDir, attempt: Path, job: Job | N
     script = slurm.command_of(job.id) if job is not None and by_hand else None
     start = AttemptStart(job=job.id if job else None, durable=durable, script=script)
     write_struct(attempt / "start.json", start)
-    records = [read_intact(path / "start.json", AttemptStart) for path in attempts(run)]
+    records = [read_intact(path / "start.json", AttemptStart) for path in run.attempts()]
     starts = [(start.job, start.durable) for start in records if start is not None]
     requeues = config.launch.requeues
     if not restart_policy.requeued_too_often(starts, requeues):

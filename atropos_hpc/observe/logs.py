@@ -68,7 +68,7 @@ def show_points(points: Sequence[SweepPoint], lines: int) -> int:
 def show_point(point: SweepPoint, options: LogOptions) -> int:
     """Print the logs of one run, or that of its job if the run never began."""
     run = RunDir(Path(point.run_dir))
-    if options.follow or report.attempts(run):
+    if options.follow or run.attempts():
         return show(run, options)
     print(_job_log(point, options.lines))
     return 0
@@ -83,7 +83,7 @@ def _job_log(point: SweepPoint, lines: int) -> str:
 
 def _missing(run: RunDir, folder: Path, member: str, attempt: int | None) -> str:
     if not folder.exists():
-        known = [path.name.removeprefix("attempt-") for path in report.attempts(run)]
+        known = [path.name.removeprefix("attempt-") for path in run.attempts()]
         return f"{run.path} has no attempt {attempt}; there are: {', '.join(known) or 'none'}"
     names = ", ".join(sorted(path.name.removesuffix(".log") for path in folder.glob("*.log")))
     return f"{folder} has no log of {member or 'any member'}" + (

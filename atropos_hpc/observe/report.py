@@ -152,7 +152,7 @@ def run_state(point: SweepPoint, jobs: JobStates, steps: int | None, trained: bo
         return "running" if trained else "starting"
     if state == "CANCELLED":
         return "cancelled"
-    attempt, record = attempts(run)[-1:], last_attempt(run)
+    attempt, record = run.attempts()[-1:], last_attempt(run)
     outcome = record.outcome if record is not None else None
     if outcome == "stop":
         return "stopped"
@@ -168,7 +168,7 @@ def job_log(point: SweepPoint, lines: int) -> list[str]:
 
     Without submitit's traceback of a refused run, which hides why it was refused.
     """
-    if point.log is None or attempts(RunDir(Path(point.run_dir))):
+    if point.log is None or RunDir(Path(point.run_dir)).attempts():
         return []
     path = Path(point.log)
     if not path.exists():
@@ -178,13 +178,8 @@ def job_log(point: SweepPoint, lines: int) -> list[str]:
     return found[: errors[0] if errors else None][-lines:] if lines else []
 
 
-def attempts(run: RunDir) -> list[Path]:
-    """Return the log directories of the run's attempts, in order."""
-    return [run.path / "logs" / f"attempt-{number}" for number in run.attempts()]
-
-
 def last_attempt(run: RunDir) -> AttemptRecord | None:
-    attempt = attempts(run)[-1:]
+    attempt = run.attempts()[-1:]
     return read_struct(attempt[0] / "attempt.json", AttemptRecord) if attempt else None
 
 
@@ -229,7 +224,7 @@ def point_status(point: SweepPoint, jobs: JobStates) -> PointStatus:
         kl=mean(final, "kl_reference"),
         staleness=last.get("off_policy/staleness_mean") if last else None,
         tokens_per_s=rate(lines, "tokens"),
-        begun=bool(attempts(run)),
+        begun=bool(run.attempts()),
     )
 
 

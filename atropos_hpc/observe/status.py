@@ -81,7 +81,7 @@ def run_status(point: SweepPoint, jobs: report.JobStates) -> RunStatus:
         error=record.error if record is not None and state == "failed" else None,
         job=point.job,
         slurm=jobs.get(point.job or ""),
-        attempts=len(report.attempts(run)),
+        attempts=len(run.attempts()),
         holder=read_struct(run.holder, Holder),
         step=last.step if last else 0,
         steps=steps,

@@ -13,7 +13,7 @@ from atropos_hpc.contracts.metrics import (
     StepMetrics,
     Summary,
 )
-from atropos_hpc.observe.report import attempts, summarized
+from atropos_hpc.observe.report import summarized
 from atropos_hpc.runtime.run_dir import RunDir, read_intact, read_records
 
 
@@ -22,7 +22,7 @@ def summarize(run: RunDir, lines: Sequence[StepMetrics] | None = None) -> Summar
     steps = read_records(run.metrics, StepMetrics) if lines is None else lines
     last = max((line.step for line in steps), default=0)
     evaluations = evaluation_summaries(run, last)
-    directories = attempts(run)
+    directories = run.attempts()
     found = [read_intact(path / "attempt.json", AttemptRecord) for path in directories]
     records = [record for record in found if record is not None]
 

@@ -88,16 +88,16 @@ class RunDir:
     def new_attempt(self) -> Path:
         """Make logs/attempt-<n> for the next n, point logs/latest at it, and return it."""
         logs = self.path / "logs"
-        attempt = logs / f"attempt-{max(self.attempts(), default=-1) + 1}"
+        attempt = logs / f"attempt-{max(numbered(logs, 'attempt-'), default=-1) + 1}"
         attempt.mkdir()
         link = logs / f".latest.{os.getpid()}"
         link.symlink_to(attempt.name)
         link.replace(logs / "latest")
         return attempt
 
-    def attempts(self) -> list[int]:
-        """The numbers of all attempts, in order. A copy or an archive of one is none."""
-        return sorted(numbered(self.path / "logs", "attempt-"))
+    def attempts(self) -> list[Path]:
+        """The log directories of all attempts, in order. A copy or an archive of one is none."""
+        return [path for _, path in sorted(numbered(self.path / "logs", "attempt-").items())]
 
     def attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
