@@ -8,7 +8,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from atropos_hpc.launch.storage_check import existing, unwritable
 from atropos_hpc.runtime import devices, slurm
 from atropos_hpc.validate import refuse
 
-QUERY_TIMEOUT_S = 20.0
 ENOUGH_BYTES = 5 << 30
 OPTIONAL = {"matplotlib": "the page of `report`", "tokenizers": "texts in `samples`"}
 SIGNS = {True: ("ok ", "green"), False: ("NO ", "bold red"), None: ("-  ", "")}
@@ -78,7 +76,7 @@ def _machine(run_dir: Path) -> Iterator[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     python = platform.python_version()
     yield Finding(True, f"Python {python}, {cores} cores, {memory:.0f} GiB of memory")
-    gpus = _gpus()
+    gpus = [", ".join(each) for each in devices.query_gpus("name", "memory.total")]
     yield Finding(True if gpus else None, f"GPUs: {', '.join(gpus) or 'none visible here'}")
     yield Finding(None, f"NVIDIA driver: {devices.driver_version() or 'none loaded here'}")
     yield from _storage(run_dir)
@@ -102,19 +100,6 @@ def _storage(run_dir: Path) -> Iterator[Finding]:
     if free < ENOUGH_BYTES:
         fix = "policy.keep and trainer.keep_checkpoints determine how much a run keeps"
         yield Finding(False, f"little space in {home}", fix)
-
-
-def _gpus() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(
-            query, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
 def _slurm(config: Config) -> Iterator[Finding]:

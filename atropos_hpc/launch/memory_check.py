@@ -8,7 +8,6 @@ known, nothing is refused.
 import copy
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -299,13 +298,11 @@ def of_machine(
 
 def driver_memory() -> dict[str, float]:
     """Return the bytes of this machine's GPUs, by index and by UUID; empty without a driver."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        rows = [line.split(", ") for line in text.splitlines()]
-        return {name: float(mib) * (1 << 20) for *names, mib in rows for name in names}
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return {}
+    rows = devices.query_gpus("index", "uuid", "memory.total")
+    known = [(names, mib.removesuffix(" MiB")) for *names, mib in rows]
+    return {
+        name: float(mib) * (1 << 20) for names, mib in known if mib.isdecimal() for name in names
+    }
 
 
 def of_job(config: Config, cluster: Cluster | None) -> Devices:

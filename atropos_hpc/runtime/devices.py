@@ -10,6 +10,7 @@ agent must start quickly, and on machines without torch.
 """
 
 import os
+import subprocess
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def driver_version() -> str | None:
         return DRIVER_VERSION.read_text().splitlines()[0]
     except (OSError, IndexError):
         return None
+
+
+def query_gpus(*fields: str) -> list[list[str]]:
+    """Return these fields of each GPU of this machine, by nvidia-smi; [] without a driver."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.split(", ") for line in text.strip().splitlines()]
 
 
 def local_cpus(
