@@ -61,15 +61,6 @@ class Key:
                 return f"must be {words} {bound:,}, not {value}"
         return None
 
-    def allowed(self) -> str:
-        """Describe the allowed values, as in "1 to 8" or "a | b"; empty if any will do."""
-        bounds = ((self.ge, "≥"), (self.gt, ">"), (self.le, "≤"))
-        if self.pattern is not None:
-            return self.pattern[1]
-        return " | ".join(self.choices) or ", ".join(
-            f"{sign} {bound:,}" for bound, sign in bounds if bound is not None
-        )
-
 
 def _is_finite(value: Any) -> bool:
     """Tell whether a value, or every number in a map or list, is finite."""

@@ -152,6 +152,16 @@ def type_name(kind: Any) -> str:
     return f"{TYPES[inner[0]]} or null" if inner else TYPES[kind]
 
 
+def allowed(key: schema.Key) -> str:
+    """Describe the allowed values, as in "≥ 1, ≤ 8" or "a | b"; empty if any will do."""
+    bounds = ((key.ge, "≥"), (key.gt, ">"), (key.le, "≤"))
+    if key.pattern is not None:
+        return key.pattern[1]
+    return " | ".join(key.choices) or ", ".join(
+        f"{sign} {bound:,}" for bound, sign in bounds if bound is not None
+    )
+
+
 def page() -> str:
     """Render docs/config.md."""
     sections: dict[str, list[str]] = {"": []}
@@ -161,7 +171,7 @@ def page() -> str:
         described, shown = schema.describe(declared), f"`{plain(default(declared))}`"
         if shown == f"`{schema.MISSING}`":
             shown = "must be given" if key != "run_dir" else "by date"
-        cells = (f"`{key}`", type_name(declared.type), shown, described.allowed(), described.help)
+        cells = (f"`{key}`", type_name(declared.type), shown, allowed(described), described.help)
         row = " | ".join(cell.replace("|", "&#124;") for cell in cells)
         sections.setdefault(key.partition(".")[0] if "." in key else "", []).append(f"| {row} |")
     parts = [INTRO]

@@ -46,7 +46,6 @@ def with_value(name: str, value: Any) -> Config:
 def test_every_number_has_a_range(name: str) -> None:
     key = NUMERIC[name]
     assert key.le is not None and (key.ge is not None or key.gt is not None)
-    assert "≤" in key.allowed(), "so docs/config.md states it"
 
 
 @pytest.mark.parametrize("name", NOT_SENSIBLE)

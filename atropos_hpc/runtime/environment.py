@@ -141,11 +141,3 @@ def describe(names: Iterable[str]) -> str:
         f"not passed on to the run's processes: {', '.join(names)}, which your shell has set (see"
         " docs/slurm.md#environment-variables)"
     )
-
-
-def table() -> str:
-    rows = ["| variables | for | what happens | why |", "|---|---|---|---|"]
-    for rule in RULES:
-        names = ", ".join(f"`{pattern}`" for pattern in rule.patterns.split())
-        rows.append(f"| {names} | {', '.join(rule.whom)} | {rule.action} | {rule.reason} |")
-    return "\n".join(rows)
