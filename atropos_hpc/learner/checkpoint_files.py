@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +42,8 @@ class CheckpointDir:
 
 def list_checkpoints(root: Path) -> list[CheckpointDir]:
     """Return all checkpoint directories, oldest first."""
-    return sorted(_directories(root))
+    found = ((_NAME.fullmatch(name), root / name) for name in os.listdir(root))
+    return sorted(CheckpointDir(int(name[1]), int(name[2]), path) for name, path in found if name)
 
 
 def find(root: Path, step: int | None = None) -> tuple[Path, CheckpointManifest]:
@@ -159,9 +159,3 @@ def remove_incomplete(root: Path) -> None:
     for each in list_checkpoints(root):
         if not each.complete:
             shutil.rmtree(each.path, ignore_errors=True)
-
-
-def _directories(root: Path) -> Iterator[CheckpointDir]:
-    for name in os.listdir(root):
-        if match := _NAME.fullmatch(name):
-            yield CheckpointDir(int(match[1]), int(match[2]), root / name)

@@ -27,8 +27,6 @@ from atropos_hpc.observe.model_card import model_card
 from atropos_hpc.policy import lora
 from atropos_hpc.runtime.run_dir import RunDir
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def export(run: RunDir, out: Path, step: int | None = None, spare_bytes: int = 0) -> int:
     """Write the weights of a checkpoint to `out`, in model.dtype. Return its step.
@@ -46,7 +44,7 @@ def export(run: RunDir, out: Path, step: int | None = None, spare_bytes: int = 0
     )
     # A tied output layer is the input embedding, which is in the checkpoint.
     model.load_state_dict(_exported_weights(path, model, conf), strict=False)
-    model.to(DTYPES[conf.dtype])
+    model.to(getattr(torch, conf.dtype))
     size = sum(each.numel() * each.element_size() for each in model.state_dict().values())
     free = shutil.disk_usage(out.parent).free
     if free < size + spare_bytes:

@@ -243,16 +243,6 @@ def _await_export(context: TrainContext, version: int) -> None:
     context.collective.wait(f"the export of version {version}", "its process", ended, twice_s)
 
 
-def _prompt_scalars(server: ServerStatus) -> dict[str, float]:
-    """Return what became of the prompts, by environment."""
-    scalars: dict[str, float] = {}
-    for name, counts in server.prompts.items():
-        for what, count in msgspec.structs.asdict(counts).items():
-            if count is not None:
-                scalars[f"prompts/{name}/{what}"] = float(count)
-    return scalars
-
-
 def _performance(context: TrainContext, batch: Batch, times: StepTimes) -> Mapping[str, float]:
     backend, tokens = context.backend, batch.statistics.sums["tokens"]
     devices = Devices(backend.world, device_name(), context.config.model.dtype)
@@ -267,16 +257,11 @@ def _histograms(context: TrainContext, batch: Batch) -> dict[str, list[float]]:
 def _scalars(
     batch: Batch, updated: dict[str, float], server: ServerStatus | None
 ) -> dict[str, float]:
-    of_batch = batch.statistics.metrics()
-    queue = {}
+    scalars = batch.statistics.metrics() | updated
     if server is not None:
-        queue = {
-            "dropped_as_stale": server.stale,
-            "queued_sequences": server.queued_sequences,
-            **_prompt_scalars(server),
-        }
-    return {
-        **of_batch,
-        **updated,
-        **queue,
-    }
+        scalars["dropped_as_stale"] = server.stale
+        scalars["queued_sequences"] = server.queued_sequences
+        for name, counts in server.prompts.items():
+            known = {k: n for k, n in msgspec.structs.asdict(counts).items() if n is not None}
+            scalars |= {f"prompts/{name}/{what}": float(n) for what, n in known.items()}
+    return scalars

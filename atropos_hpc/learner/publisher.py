@@ -45,7 +45,6 @@ from atropos_hpc.runtime.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RELEASED_BYTES = 256 << 20  # a smaller copy is not worth the wait until it is written
 
 
@@ -104,7 +103,7 @@ class Publisher:
         intervals: Intervals | None = None,
         released_bytes: int = RELEASED_BYTES,
     ) -> None:
-        self.store, self.conf, self.dtype = PolicyStore(root), conf, DTYPES[dtype]
+        self.store, self.conf, self.dtype = PolicyStore(root), conf, getattr(torch, dtype)
         self.link, self.intervals = link or ReaderLink(), intervals or Intervals()
         self.released_bytes = released_bytes
         self.newest: int | None = None  # the newest published version, as of the last `wait`

@@ -158,6 +158,7 @@ def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config
     """
     env_config = default_config(environment)
     workers = conf.workers * config.roles.rollout.nodes
+    durable = config.trajectories.server == "durable"  # its quota bounds what workers start
     rollout_s = request_timeout_s(conf, config.model.max_length)
     own = {"seed": seed, "eval_samples": config.evaluation.samples}
     changes: JsonObject = {k: v for k, v in own.items() if k in type(env_config).model_fields}
@@ -171,21 +172,14 @@ def env_config(environment: type[BaseEnv], conf: EnvironmentConf, config: Config
         "max_num_workers": conf.concurrency,
         "max_token_length": config.model.max_length,
         "tokenizer_name": config.model.path,
-        "max_batches_offpolicy": max_batches_offpolicy(config),
+        # BaseEnv's own limit on queued batches, beyond which it cancels rollouts; 0: none
+        "max_batches_offpolicy": 0 if durable else config.staleness.max + 1,
         "steps_per_eval": 0,
         "total_steps": UNLIMITED,  # an environment does not decide when a run ends
         "use_wandb": False,
         "wandb_name": env_config.wandb_name or environment.name or environment.__name__,
     }
     return override(env_config, changes)
-
-
-def max_batches_offpolicy(config: Config) -> int:
-    """Return BaseEnv's own limit on queued batches; 0, which is off, where the quota replaces it.
-
-    Beyond the limit, BaseEnv cancels rollouts in progress.
-    """
-    return config.staleness.max + 1 if config.trajectories.server == "atropos" else 0
 
 
 def patch_atropos() -> None:

@@ -273,11 +273,8 @@ def free_memory(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     for line in own.read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if "memory" in controllers.split(","):  # version 1
-            mount, names, of_files = (
-                cgroups / "memory",
-                ("limit_in_bytes", "usage_in_bytes"),
-                "total_",
-            )
+            mount, of_files = cgroups / "memory", "total_"
+            names = ("limit_in_bytes", "usage_in_bytes")
         elif not controllers:
             mount, names, of_files = cgroups, ("max", "current"), ""
         else:

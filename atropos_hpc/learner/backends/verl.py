@@ -66,7 +66,7 @@ class VerlBackend:
         self._lora = model.lora.rank > 0
         self._reference = None
         if reference:
-            self._reference = self._policy if self._lora else _frozen(model, trainer)
+            self._reference = self._policy if self._lora else _engine(model, trainer, False)
         hf_config = self._policy.model_config.hf_config.get_text_config()
         self.vocab_size: int = hf_config.vocab_size
         self.flop_rates, self.computed = flop_rates(self.module, hf_config), Computed()
@@ -160,9 +160,7 @@ class VerlBackend:
         del self._policy, self._reference
 
     def _build_policy(self, model: ModelConf, trainer: TrainerConf) -> Any:
-        engine = Engine(**engine_options(model, trainer, trainable=True))
-        engine.initialize()
-        return engine
+        return _engine(model, trainer, trainable=True)
 
     def _set_learning_rate(self, version: int) -> float:
         """Set the scheduled learning rate of the step from `version`, and return it.
@@ -232,8 +230,8 @@ def engine_options(model: ModelConf, trainer: TrainerConf, trainable: bool) -> d
     )
 
 
-def _frozen(model: ModelConf, trainer: TrainerConf) -> Any:
-    engine = Engine(**engine_options(model, trainer, trainable=False))
+def _engine(model: ModelConf, trainer: TrainerConf, trainable: bool) -> Any:
+    engine = Engine(**engine_options(model, trainer, trainable))
     engine.initialize()
     return engine
 
