@@ -117,9 +117,10 @@ def update_all(
         nested = model_output["log_probs"]
         values = nested.values()
         values.retain_grad()
-        watched.append(
-            (values, data["input_ids"], data["prompts"].offsets().diff(), data["response_mask"])
+        lengths, responses = (
+            data[name].offsets().diff() for name in ("input_ids", "response_mask")
         )
+        watched.append((values, data["input_ids"], lengths - responses, data["response_mask"]))
         again = torch.nested.nested_tensor_from_jagged(values, nested.offsets())
         return ppo_loss(model_output={**model_output, "log_probs": again}, data=data, **options)
 

@@ -6,9 +6,8 @@
    There is no other communication, except for advantage estimators that scale over the batch.
 3. `jagged`: verl's tensors, flat, without padding to a maximum.
 
-verl compares response-shaped tensors and reads only the lengths of `prompts` and `responses`. The
-response of a sequence is therefore the span from its first to its last trained token. What is not
-trained inside the span (other turns, tool output) is a zero in `response_mask`. Entry j of a
+The response of a sequence is the span from its first to its last trained token. What is not trained
+inside the span (other turns, tool output) is a zero in `response_mask`. Entry j of a
 response-shaped tensor belongs to token start + j of the sequence.
 """
 
@@ -111,7 +110,7 @@ def make_batch(groups: Sequence[Group], settings: BatchSettings, version: int) -
     same = np.array([known == (version, version) for known in versions], bool)
     same_version = np.append(same[sequences.included], np.zeros(fillers, bool))
     tensors["same_version"] = torch.from_numpy(same_version)
-    given_reference = _response(sequences, sequences.reference, fillers)
+    given_reference = _response(sequences.reference, tensors["response_mask"].offsets())
     needs_reference = totals.sums["without_reference"] > 0
     if not needs_reference:
         tensors["ref_log_prob"] = given_reference
@@ -159,24 +158,17 @@ def jagged(
     tokens = torch.from_numpy(np.append(sequences.tokens, filler_tokens))
     begins = np.cumsum(lengths) - lengths
     position = torch.from_numpy(np.arange(len(tokens)) - np.repeat(begins, lengths))
-    in_prompt = position < torch.from_numpy(np.repeat(starts, lengths))
-    whole = _offsets(lengths)
-
-    def response(values: NDArray[Any]) -> torch.Tensor:
-        return _response(sequences, values, fillers)
-
-    behaviour = response(sequences.behaviour)
-    unknown = response(np.full_like(sequences.behaviour, np.nan))
-    mask = sequences.mask.astype(np.float32)
+    # Tensors of the same shape have the same offsets: see `micro_batches.select`.
+    whole, responses = _offsets(lengths), _offsets(lengths - starts)
+    behaviour = _response(sequences.behaviour, responses)
+    unknown = _response(np.full_like(sequences.behaviour, np.nan), responses)
+    mask = _response(sequences.mask.astype(np.float32), responses)
     tensors: dict[str, torch.Tensor] = {
         "input_ids": from_jagged(tokens, whole),
         "position_ids": from_jagged(position, whole),
-        "prompts": from_jagged(tokens[in_prompt], _offsets(starts)),
-        "responses": from_jagged(tokens[~in_prompt], _offsets(lengths - starts)),
-        "response_mask": response(mask),
-        # verl only sums it, to count the trained tokens of all ranks.
-        "loss_mask": response(mask),
-        "advantages": response(sequences.advantages),
+        "response_mask": mask,
+        "loss_mask": mask,  # which verl sums, to count the trained tokens of all ranks
+        "advantages": _response(sequences.advantages, responses),
         "old_log_probs": unknown if recompute else behaviour,
         "behaviour_log_probs": behaviour,
         PREFIXES: torch.from_numpy(np.append(sequences.prefixes, np.zeros(fillers, np.int64))),
@@ -189,7 +181,7 @@ def jagged(
         "pad_token_id": 0,
     }
     if (support := sequences.support) is not None:
-        tensors |= _support_tensors(support, lengths - starts, fillers)
+        tensors |= _support_tensors(support, responses, fillers)
     if (sequences.temperatures == 1).all():
         options["temperature"] = 1.0  # spares verl a copy of the logits
     else:
@@ -199,7 +191,7 @@ def jagged(
 
 
 def _support_tensors(
-    support: Support, responses: NDArray[np.int64], fillers: int
+    support: Support, responses: torch.Tensor, fillers: int
 ) -> dict[str, torch.Tensor]:
     """Return the support of B = S + `fillers` sequences, see `loss_head.Supports`.
 
@@ -207,20 +199,19 @@ def _support_tensors(
     a 0 in each sequence, because verl's indexing does not take empty rows.
     """
     counts = np.append(support.counts, np.zeros(fillers, np.int64))
-    rows = np.repeat(np.arange(len(responses)), responses)
-    ids_of_rows = np.bincount(rows, counts, len(responses)).astype(np.int64)
+    ids_of_rows = np.add.reduceat(counts, responses[:-1].numpy())  # no response is empty
     ids = np.insert(support.ids, np.cumsum(ids_of_rows) - ids_of_rows, 0)
     return {
-        "support_counts": from_jagged(torch.from_numpy(counts), _offsets(responses)),
+        "support_counts": from_jagged(torch.from_numpy(counts), responses),
         "support_ids": from_jagged(torch.from_numpy(ids), _offsets(ids_of_rows + 1)),
     }
 
 
-def _response(sequences: Sequences, values: NDArray[Any], fillers: int) -> torch.Tensor:
+def _response(values: NDArray[Any], offsets: torch.Tensor) -> torch.Tensor:
     """Return [R] values as a jagged tensor, with a zero for the response token of each filler."""
-    lengths = np.append(sequences.lengths - sequences.starts, np.ones(fillers, np.int64))
+    fillers = int(offsets[-1]) - len(values)
     filled = np.append(values, np.zeros(fillers, values.dtype))
-    return from_jagged(torch.from_numpy(filled), _offsets(lengths))
+    return from_jagged(torch.from_numpy(filled), offsets)
 
 
 def _fill_unknown(known: Any, values: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ the last sequence before it with prefix 0. A branch always keeps at least one to
 
 from collections.abc import Callable, Sequence
 from heapq import heappush, heapreplace
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,18 +80,27 @@ def partition(
     def cost(chosen: Sequence[int]) -> int:
         return int(lengths[chosen].sum() - local_prefixes(prefixes, chosen).sum())
 
-    families = np.split(np.arange(len(lengths)), np.flatnonzero(prefixes == 0)[1:])
-    units = [unit for family in families for unit in _within(family.tolist(), limit, cost)]
-    count = largest_of_ranks(-(-sum(map(cost, units)) // limit))
+    units: list[tuple[int, list[int]]] = []  # computed tokens, and indices
+    starts = np.flatnonzero(prefixes == 0)
+    ends = [*starts[1:].tolist(), len(lengths)]
+    costs = np.add.reduceat(lengths - prefixes, starts).tolist()
+    for start, end, tokens in zip(starts.tolist(), ends, costs, strict=True):
+        family = list(range(start, end))
+        if tokens <= limit:
+            units.append((tokens, family))
+        else:
+            units += [(cost(piece), piece) for piece in _within(family, limit, cost)]
+    count = largest_of_ranks(-(-sum(tokens for tokens, _ in units) // limit))
     while True:
         while len(units) < count:
-            largest = max((unit for unit in units if len(unit) > 1), key=cost)
+            largest = max((unit for unit in units if len(unit[1]) > 1), key=itemgetter(0))
             units.remove(largest)
-            units += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        parts = _fill([cost(unit) for unit in units], count, limit)
+            middle = len(largest[1]) // 2
+            units += [(cost(half), half) for half in (largest[1][:middle], largest[1][middle:])]
+        parts = _fill([tokens for tokens, _ in units], count, limit)
         needed = largest_of_ranks(len(parts))
         if needed == count:
-            return [sorted(i for unit in part for i in units[unit]) for part in parts]
+            return [sorted(i for unit in part for i in units[unit][1]) for part in parts]
         count = needed
 
 

@@ -18,13 +18,21 @@ from typing import Any
 import torch
 
 from atropos_hpc.learner.backends import packed_attention
-from atropos_hpc.learner.backends.micro_batches import SHARE, Pack, pack, prepare_micro_batches
+from atropos_hpc.learner.backends.micro_batches import (
+    SHARE,
+    Pack,
+    collect_outputs,
+    pack,
+    padded_responses,
+    prepare_micro_batches,
+    response_rows,
+)
 from atropos_hpc.learner.backends.verl_api import (
     ON_CPU,
     FSDPEngineWithLMHead,
     TensorDict,
     offload_policy,
-    patch_micro_batches,
+    patch_batches,
     tensordict_utils,
     ulysses_pad_and_slice_inputs,
 )
@@ -44,7 +52,7 @@ class Engine(FSDPEngineWithLMHead):
         self, *, parameter_dtype: torch.dtype, share_prefixes: bool, **options: Any
     ) -> None:
         super().__init__(**options)
-        patch_micro_batches(prepare_micro_batches)
+        patch_batches(prepare_micro_batches, collect_outputs, padded_responses)
         self._parameter_dtype = parameter_dtype
         self._wants_shared_prefixes, self._share_prefixes = share_prefixes, False
         self._loss_head: LossHead | None = None
@@ -128,12 +136,8 @@ class Engine(FSDPEngineWithLMHead):
         self, micro_batch: TensorDict, arguments: dict[str, Any], shared: Pack | None
     ) -> Targets:
         """The rows of this rank's part of the pack whose next token is a trained one."""
-        mask = micro_batch["response_mask"]
-        ends, lengths = micro_batch["input_ids"].offsets()[1:], mask.offsets().diff()
-        # token start + j of a sequence is predicted by the row before it: start + j - 1
-        first = torch.repeat_interleave(ends - lengths - 1 - mask.offsets()[:-1], lengths)
-        trained = mask.values().bool()
-        rows = (first + torch.arange(len(first), device=first.device))[trained]
+        trained = micro_batch["response_mask"].values().bool()
+        rows = response_rows(micro_batch)[trained]
         # of each row, 1 + the index of its response token; 0: not wanted
         tokens = int(micro_batch["input_ids"].values().shape[0])
         wanted = rows.new_zeros(tokens + self._get_packed_pad_size(tokens))

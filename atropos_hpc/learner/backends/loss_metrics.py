@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from atropos_hpc.contracts.metrics import HISTOGRAM_EDGES
-from atropos_hpc.learner.backends.verl_api import TensorDict, kl_penalty, response_from_nested
+from atropos_hpc.learner.backends.micro_batches import response_rows
+from atropos_hpc.learner.backends.verl_api import TensorDict, kl_penalty
 from atropos_hpc.learner.batch import PREFIXES
 from atropos_hpc.learner.performance import Computed
 
@@ -46,9 +47,9 @@ class LossMetrics:
         loss, metrics = self._loss(model_output=model_output, data=data, dp_group=dp_group)
         with torch.no_grad():
             mask = data["response_mask"].values().bool()
+            rows = response_rows(data)[mask]
             log_probs, entropy = (
-                response_from_nested(model_output[name], data["response_mask"]).values()[mask]
-                for name in ("log_probs", "entropy")
+                model_output[name].values()[rows] for name in ("log_probs", "entropy")
             )
             self._add_terms(loss, metrics, int(mask.sum()), entropy)
             log_probs = log_probs.float()

@@ -23,8 +23,9 @@ from atropos_hpc.learner import split_adamw
 from atropos_hpc.learner.backends import packed_attention, verl_api
 from atropos_hpc.learner.backends.engine import Engine
 from atropos_hpc.learner.backends.loss_metrics import LossMetrics
+from atropos_hpc.learner.backends.micro_batches import response_rows
 from atropos_hpc.learner.backends.verl_api import ppo_loss, tensordict_utils
-from atropos_hpc.learner.batch import Batch
+from atropos_hpc.learner.batch import Batch, from_jagged
 from atropos_hpc.learner.objective import objective
 from atropos_hpc.learner.performance import Computed, flop_rates
 from atropos_hpc.learner.state import StateDict, seed_generators
@@ -241,4 +242,7 @@ def _log_probs(engine: Any, batch: Batch) -> torch.Tensor:
     with engine.eval_mode():
         output = engine.infer_batch(batch.tensors)
     log_probs = output["model_output"]["log_probs"]
-    return verl_api.response_from_nested(log_probs, batch.tensors["response_mask"]).cpu()
+    return from_jagged(
+        log_probs.values()[response_rows(batch.tensors)].cpu(),
+        batch.tensors["response_mask"].offsets(),
+    )

@@ -41,8 +41,8 @@ from verl.workers.config import (
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
+from verl.workers.utils import losses
 from verl.workers.utils.losses import ppo_loss
-from verl.workers.utils.padding import response_from_nested
 
 __all__ = [
     "ON_CPU",
@@ -65,12 +65,11 @@ __all__ = [
     "get_ulysses_sequence_parallel_group",
     "kl_penalty",
     "offload_policy",
+    "patch_batches",
     "patch_log_probs",
-    "patch_micro_batches",
     "ppo_loss",
     "prepare_micro_batches",
     "report_gradient_norm_on_all_ranks",
-    "response_from_nested",
     "tensordict_utils",
     "ulysses_pad_and_slice_inputs",
 ]
@@ -100,13 +99,18 @@ def _log_probs_from_logits(
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def patch_micro_batches(prepare: Callable[..., Any]) -> None:
-    """Replace verl's division of a batch into micro-batches.
+def patch_batches(
+    prepare: Callable[..., Any], collect: Callable[..., Any], pad: Callable[..., Any]
+) -> None:
+    """Replace verl's division of a batch, its collection of outputs, and its padding of responses.
 
-    Reason (0.9.1): verl divides sequence by sequence. Its `force_group_size` keeps groups together,
-    but only if all have the same size and fit into a micro-batch.
+    Reason (0.9.1): verl handles sequence by sequence, which takes longer than a small model's
+    forward pass. Its `force_group_size` keeps groups together, but only if all have the same size
+    and fit into a micro-batch.
     """
     vars(transformer_impl)["prepare_micro_batches"] = prepare
+    vars(transformer_impl)["postprocess_batch_func"] = collect
+    vars(losses)["no_padding_2_padding"] = pad
 
 
 def report_gradient_norm_on_all_ranks(engine: Any) -> None:
