@@ -39,75 +39,64 @@ THINGS = (
 )  # fmt: skip
 CONTAINERS = ("bags", "baskets", "boxes", "crates", "drawers", "jars", "packs", "rows", "trays")
 
-# {a}, {b}, {c} are numbers, {x}, {y} people, {t} a kind of thing, {k} a kind of container. The
-# answer is the function beside each text.
+
+def _asked(answer: Callable[[Numbers], int], *texts: str) -> Templates:
+    return tuple((text, answer) for text in texts)
+
+
+# {a}, {b}, {c} are numbers, {x}, {y} people, {t} a kind of thing, {k} a kind of container.
 ONE_STEP: Templates = (
-    (
+    *_asked(
+        lambda n: n.a + n.b,
         "{x} has {a} {t}. {y} gives {x} {b} more. How many {t} does {x} have now?",
-        lambda n: n.a + n.b,
-    ),
-    (
         "{x} picks {a} {t} and {y} picks {b}. How many {t} do they have together?",
-        lambda n: n.a + n.b,
-    ),
-    (
         "There are {a} {t} on a table. {x} puts {b} more there. How many are on the table?",
-        lambda n: n.a + n.b,
-    ),
-    (
         "{x} found {a} {t} on Monday and {b} on Tuesday. How many {t} did {x} find?",
-        lambda n: n.a + n.b,
     ),
-    ("{x} had {s} {t} and gave {b} to {y}. How many {t} does {x} have left?", lambda n: n.s - n.b),
-    (
-        "There were {s} {t} in a shop. {b} were sold. How many {t} are left in the shop?",
+    *_asked(
         lambda n: n.s - n.b,
+        "{x} had {s} {t} and gave {b} to {y}. How many {t} does {x} have left?",
+        "There were {s} {t} in a shop. {b} were sold. How many {t} are left in the shop?",
+        "{x} has {s} {t}. {y} has {b} fewer. How many {t} does {y} have?",
+        "{x} needs {s} {t} and has {b}. How many more {t} does {x} need?",
     ),
-    ("{x} has {s} {t}. {y} has {b} fewer. How many {t} does {y} have?", lambda n: n.s - n.b),
-    ("{x} needs {s} {t} and has {b}. How many more {t} does {x} need?", lambda n: n.s - n.b),
-    ("{x} has {a} {k} with {b} {t} in each. How many {t} does {x} have?", lambda n: n.a * n.b),
-    (
+    *_asked(
+        lambda n: n.a * n.b,
+        "{x} has {a} {k} with {b} {t} in each. How many {t} does {x} have?",
         "One of the {t} costs {a} dollars. How many dollars do {b} of them cost?",
-        lambda n: n.a * n.b,
-    ),
-    (
         "{x} reads {a} pages every day. How many pages does {x} read in {b} days?",
-        lambda n: n.a * n.b,
+        "{x} buys {a} {k}. Each holds {b} {t}. How many {t} did {x} buy?",
     ),
-    ("{x} buys {a} {k}. Each holds {b} {t}. How many {t} did {x} buy?", lambda n: n.a * n.b),
 )
 TWO_STEPS: Templates = (
-    (
-        "{x} has {a} {t}, finds {b} more and then loses {c}. How many {t} are left?",
+    *_asked(
         lambda n: n.a + n.b - n.c,
+        "{x} has {a} {t}, finds {b} more and then loses {c}. How many {t} are left?",
     ),
-    (
-        "{x} has {s} {t}, gives {b} to {y} and buys {c}. How many {t} does {x} have?",
+    *_asked(
         lambda n: n.s - n.b + n.c,
+        "{x} has {s} {t}, gives {b} to {y} and buys {c}. How many {t} does {x} have?",
     ),
-    (
-        "{x} has {a} {k} with {b} {t} each, and {c} more. How many {t} are there?",
+    *_asked(
         lambda n: n.a * n.b + n.c,
+        "{x} has {a} {k} with {b} {t} each, and {c} more. How many {t} are there?",
     ),
-    (
+    *_asked(
+        lambda n: n.a * n.b - n.c,
         "{x} fills {a} {k} with {b} {t} each. {y} takes {c} {t}. How many remain?",
-        lambda n: n.a * n.b - n.c,
     ),
-    (
-        "{x} has {a} {t}. {y} has {b} more than {x}. How many do both have together?",
+    *_asked(
         lambda n: n.a + n.a + n.b,
+        "{x} has {a} {t}. {y} has {b} more than {x}. How many do both have together?",
     ),
-    (
-        "{x} earns {a} dollars a day for {b} days and spends {c}. What is left?",
+    *_asked(
         lambda n: n.a * n.b - n.c,
+        "{x} earns {a} dollars a day for {b} days and spends {c}. What is left?",
     ),
-    (
+    *_asked(
+        lambda n: n.a + n.b + n.c,
         "{x}, {y} and a friend have {a}, {b} and {c} {t}. How many are there in all?",
-        lambda n: n.a + n.b + n.c,
-    ),
-    (
         "A bus has {a} people. {b} get on, and then {c} get on. How many are on it?",
-        lambda n: n.a + n.b + n.c,
     ),
 )
 
