@@ -62,7 +62,7 @@ def select(data: TensorDict, rows: list[int]) -> TensorDict:
     layouts: dict[int, _Rows] = {}  # by the identity of the offsets, which tensors share
     for name, value in data.items():
         if isinstance(value, torch.Tensor) and value.is_nested:
-            offsets = value.offsets()
+            offsets = value.offsets()  # type: ignore[attr-defined]
             if id(offsets) not in layouts:
                 layouts[id(offsets)] = _rows_of(offsets, index)
             chosen[name] = layouts[id(offsets)].take(value)
@@ -110,7 +110,7 @@ def collect_outputs(
         parts = [output["model_output"][name] for output in output_lst]
         ends = torch.cat([part.offsets().diff() for part in parts]).cumsum(0)
         values = torch.cat([part.values() for part in parts])
-        nested = torch.nested.nested_tensor_from_jagged(
+        nested: Any = torch.nested.nested_tensor_from_jagged(
             values, torch.cat([ends.new_zeros(1), ends])
         )
         if indices is not None:
