@@ -325,7 +325,8 @@ def validate(overrides: tuple[str, ...], config_dir: Path | None, as_json: bool)
         on_slurm = config.launch.allocation != "local"
         found = preflight.check(config, run_dir, RunDir(run_dir).info(), on_slurm, imports=True)
         memory, threads = memory_check.needs(config, on_slurm), cores.describe(config)
-        warnings = memory_check.warnings(config)
+        slow = cores.slow_dtype(config) if not on_slurm else None
+        warnings = memory_check.warnings(config) + ([slow] if slow else [])
     if as_json:
         refused = [Problem(each.key, mask_assignments(each.message)) for each in found]
         print_json(Validated(refused, memory, warnings))

@@ -54,3 +54,30 @@ def test_threads_of_a_server_do_not_spin_on_cpus_that_are_shared() -> None:
     found = vllm_server.variables(config.rollout, config.model, gpus=False)
     assert found.items() >= {**cores.PASSIVE_WAITING, "OMP_NUM_THREADS": "5"}.items()
     assert "has" in cores.describe(config) and " 5;" in cores.describe(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "gpus", "warned"),
+    [
+        ("fpu avx512f amx_tile", "bfloat16", 0, True),
+        ("fpu avx512f avx512_bf16", "bfloat16", 0, False),
+        ("fpu avx512f", "float32", 0, False),
+        ("fpu avx512f", "bfloat16", 8, False),
+    ],
+)
+def test_a_cpu_that_only_emulates_bfloat16_is_named(
+    flags: str,
+    dtype: str,
+    gpus: int,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (info := tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(cores, "CPUINFO", info)
+    config = Config(run_dir="/run")
+    config.model.dtype = dtype
+    config.roles.trainer.gpus_per_node = config.roles.rollout.gpus_per_node = gpus
+    found = cores.slow_dtype(config)
+    assert (found is not None) == warned
+    assert found is None or found.key == "model.dtype"

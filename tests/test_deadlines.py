@@ -36,6 +36,15 @@ def test_an_answer_of_32k_tokens_may_take_20_minutes(large: Config) -> None:
     assert deadlines.request_timeout_s(explicit, 32768) == 7.0
 
 
+def test_a_server_on_a_cpu_may_be_silent_for_as_long_as_a_step_of_its_engine(large: Config) -> None:
+    # 57 tokens of a prompt per second were measured with half a billion parameters.
+    half_a_billion = large.model.path and Path(large.model.path) / "config.json"
+    half_a_billion.write_text(json.dumps(CONFIGS["Qwen/Qwen2.5-0.5B-Instruct"]))
+    assert deadlines.engine_step_s(large) > 2 * deadlines.STEP_TOKENS / 57
+    large.roles.rollout.gpus_per_node = 1
+    assert deadlines.engine_step_s(large) == 0.0
+
+
 def test_a_step_longer_than_its_timeout_is_no_hang_while_micro_batches_begin() -> None:
     clock = Clock()
     progress = ProgressWatch(start_timeout_s=900, step_timeout_s=1800, clock=clock)

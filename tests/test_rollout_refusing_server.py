@@ -1,13 +1,15 @@
-"""A vLLM server that answers the run's token with an error does not count as one that works."""
+"""Which answers of a vLLM server count, and how long its node agent waits for one."""
 
 import asyncio
 import logging
+import time
 from unittest.mock import Mock
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from atropos_hpc.rollout import managed_server
 from atropos_hpc.rollout.managed_server import ENGINE_ROUTE, ManagedServer
 from atropos_hpc.runtime.supervision import Limits
 
@@ -45,3 +47,40 @@ def test_server_that_answers_with_an_error_is_not_passing_although_its_health_is
     with caplog.at_level(logging.ERROR):
         assert asyncio.run(story()) is STATUSES[status]
     assert ("asks for another key" in caplog.text) == (status in (401, 403))
+
+
+def test_a_server_whose_engine_computes_for_longer_than_a_probe_is_not_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every request waits for the end of the engine's step, and none that was dropped counts."""
+    monkeypatch.setattr(managed_server, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(managed_server, "UNHEALTHY_S", 1.0)
+
+    async def story(step_s: float) -> bool:
+        async def engine(_: web.Request) -> web.Response:
+            await asyncio.sleep(step_s)
+            return web.Response()
+
+        app = web.Application()
+        app.add_routes([web.get(ENGINE_ROUTE, engine)])
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with aiohttp.ClientSession() as http:
+            context = Mock(http=http, token="token")
+            server = ManagedServer("server-0-0", 0, Limits(1, 0.0), context)
+            server.managed.children = [child := Mock()]
+            host, port = runner.addresses[0]
+            server.url, server.managed.ready = f"http://{host}:{port}", True
+            server._answered = time.monotonic()
+            while not context.engine.kill_hung.called:
+                began = time.monotonic()
+                await server._probe()
+                if server._answered > began:
+                    break
+        await runner.cleanup()
+        assert server.managed.children == [child]
+        return context.engine.kill_hung.called
+
+    assert not asyncio.run(story(0.4))
+    assert asyncio.run(story(60.0))

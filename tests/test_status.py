@@ -15,6 +15,7 @@ from typing import Any
 
 import in_process
 import msgspec
+import psutil
 import pytest
 from run_files import append_step
 
@@ -54,7 +55,9 @@ def made(path: Path, trained: int = 7, steps: int = 10, **holder: Any) -> RunDir
     attempt = run.new_attempt()
     write_json(run.run_json, {"id": "x", "config": {"trainer": {"steps": steps}}})
     if holder:
-        write_json(run.holder, {"host": socket.gethostname(), "job": None, **holder})
+        write_json(
+            run.holder, {"host": socket.gethostname(), "job": None, "since": time.time(), **holder}
+        )
     phases = {"wait": 1.0, "update": 0.5, "checkpoint": 0.25}
     prompts = {"epoch": 1, "drawn": 90, "outstanding": 8, "returned": 2, "no_signal": 5}
     drawn = {f"prompts/environment/{name}": float(count) for name, count in prompts.items()}
@@ -179,6 +182,12 @@ def test_a_run_without_processes_is_lost_and_says_how_to_resume(tmp_path: Path) 
     drawn = in_process.command("status", tmp_path, "--once").stdout
     drawn = " ".join(drawn.split())  # a long path wraps the line
     assert f"atropos-hpc resume {tmp_path}" in drawn and "from step 5" in drawn
+
+
+def test_another_process_with_the_number_of_the_run_s_does_not_hold_it(tmp_path: Path) -> None:
+    began = psutil.Process().create_time()
+    assert shown(made(tmp_path / "of it", pid=os.getpid(), since=began + 5))["state"] == "running"
+    assert shown(made(tmp_path / "of one", pid=os.getpid(), since=began - 600))["state"] == "lost"
 
 
 @pytest.mark.parametrize(("silent_s", "state"), [(0.0, "running"), (DEAD_S + 5, "lost")])

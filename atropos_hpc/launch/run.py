@@ -40,7 +40,15 @@ from atropos_hpc.launch.supervisor import Supervisor
 from atropos_hpc.observe.console import Console
 from atropos_hpc.observe.summary import summarize
 from atropos_hpc.observe.timeline import ActivityRecorder
-from atropos_hpc.runtime import environment, private_tmp, process, restart_policy, shell, slurm
+from atropos_hpc.runtime import (
+    cores,
+    environment,
+    private_tmp,
+    process,
+    restart_policy,
+    shell,
+    slurm,
+)
 from atropos_hpc.runtime.membership import read_members
 from atropos_hpc.runtime.restart_policy import Action
 from atropos_hpc.runtime.run_dir import (
@@ -190,6 +198,8 @@ def _run(config: Config, run: RunDir, job: Job | None) -> Action | int:
             return 0
         run.done.unlink(missing_ok=True)
         log.info("run directory %s", run.path)
+        if (slow := cores.slow_dtype(config)) is not None:
+            log.warning("%s: %s", slow.key, slow.message)
         if _requeued_too_often(config, run, attempt, job):
             return 1
         try:

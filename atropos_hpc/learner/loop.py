@@ -40,7 +40,7 @@ from atropos_hpc.learner.skipped_steps import SkippedSteps
 from atropos_hpc.learner.state import TrainState
 from atropos_hpc.observe.metrics import MetricsWriter, Phases, StepTimes
 from atropos_hpc.observe.rollouts import RolloutWriter, rollouts_of
-from atropos_hpc.runtime.deadlines import batch_timeout_s
+from atropos_hpc.runtime.deadlines import batch_timeout_s, write_timeout_s
 from atropos_hpc.runtime.membership import Member
 from atropos_hpc.runtime.run_dir import RunDir, last_records, write_struct
 from atropos_hpc.trajectories.client import TrajectoryClient
@@ -235,7 +235,8 @@ def _await_export(context: TrainContext, version: int) -> None:
     """Wait for the export of the last version, which has its evaluation. It may fail."""
     if not context.config.export.every:
         return
-    exports, twice_s = context.exports, 2 * TIMEOUT_S + 60  # one may be under way
+    exports = context.exports
+    twice_s = 2 * write_timeout_s(context.config, TIMEOUT_S) + 60  # one may be under way
 
     def ended() -> bool:
         return exports is None or exports.last_done(version)

@@ -199,7 +199,7 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     import torch
 
     from atropos_hpc.learner.loop import train
-    from atropos_hpc.learner.periodic_export import PeriodicExport
+    from atropos_hpc.learner.periodic_export import TIMEOUT_S, PeriodicExport
     from atropos_hpc.observe.trackers import Ending
 
     if config.trainer.threads is not None:
@@ -211,7 +211,8 @@ def _train(run: RunDir, config: Config, member: Member[TrainerState]) -> bool:
     member.update(state="loading")
     context = _build_context(run, config, member)
     if member.state.rank == 0:
-        context.exports = PeriodicExport(run, config.export)
+        timeout_s = write_timeout_s(config, TIMEOUT_S)
+        context.exports = PeriodicExport(run, config.export, timeout_s)
     ending = Ending.FAILED
     try:
         complete = train(context)

@@ -25,14 +25,14 @@ from atropos_hpc.runtime.run_dir import RunDir, numbered, write_file
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 1800.0  # for one export
+TIMEOUT_S = 1800.0  # for one export of a small model
 END_S = 5.0
 
 
 class PeriodicExport:
     """The exports of one start of the learner, on rank 0."""
 
-    def __init__(self, run: RunDir, conf: ExportConf, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, run: RunDir, conf: ExportConf, timeout_s: float) -> None:
         self.run, self.conf, self.timeout_s = run, conf, timeout_s
         self._child: process.Child | None = None
         self._step, self._deadline = -1, 0.0  # of the newest export that was started

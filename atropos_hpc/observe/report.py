@@ -3,6 +3,7 @@
 Nothing that grows with a run is read whole: files that grow are read from their ends.
 """
 
+import math
 import os
 import socket
 import statistics
@@ -12,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from atropos_hpc.contracts.members import AttemptRecord, Done, Holder
 from atropos_hpc.contracts.metrics import (
@@ -29,6 +31,7 @@ from atropos_hpc.runtime.run_dir import RunDir, last_records, read_struct
 RECENT = 50  # steps that count for the pace of a run
 FINAL = 0.1  # the last part of the steps, over which a final value is averaged
 SUBMITIT_LINES = 30  # at most, that submitit adds to a log when the run was refused
+CLOCK_STEP_S = 60.0  # by which a clock may be set while a run goes on
 COLUMNS = ["", "point", "state", "step", "reward", "accuracy", "kl", "overrides", "run directory"]
 
 # Job id -> state in the queue; None: Slurm has forgotten it. Jobs not queried are missing.
@@ -189,7 +192,11 @@ def is_held(run: RunDir) -> bool:
     if holder is None:
         return False
     if holder.host == socket.gethostname():
-        return os.path.exists(f"/proc/{holder.pid}")  # noqa: PTH110
+        try:  # after a restart of a container, the same number may be another process's
+            began = psutil.Process(holder.pid).create_time() if holder.pid else math.inf
+        except psutil.NoSuchProcess:
+            return False
+        return began < holder.since + CLOCK_STEP_S
     try:
         return time.time() - run.roster.stat().st_mtime < DEAD_S
     except OSError:

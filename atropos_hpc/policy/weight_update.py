@@ -39,7 +39,7 @@ from atropos_hpc.runtime.deadlines import HINT
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 600.0  # of a version of a small model, from a shared filesystem
-ADMIN_TIMEOUT_S = 60.0  # requests that need no work from the engine
+ADMIN_TIMEOUT_S = 60.0  # requests that need no work from the engine, which may be in a step
 RESUME_TRIES = 5
 
 
@@ -64,6 +64,7 @@ class UpdateOptions:
         not do so again.
     longest_request_s: how long a running request may take, for mode "wait".
     load_rate: bytes/s that a server reads at least.
+    step_s: how long a step of the engine may take, for whose end every request to it waits.
     """
 
     mode: str = "keep"
@@ -72,6 +73,7 @@ class UpdateOptions:
     verified: bool = False
     longest_request_s: float = 600.0
     load_rate: float = 0.1e9
+    step_s: float = 0.0
 
 
 async def push(
@@ -90,7 +92,7 @@ async def push(
         Stuck: the server did not answer in time, does not resume, or failed to apply the version.
     """
     options = options or UpdateOptions()
-    server = _Server(session, url, token, version)
+    server = _Server(session, url, token, version, ADMIN_TIMEOUT_S + options.step_s)
     try:
         size = sum(path.stat().st_size for path in directory.glob("*"))
     except OSError as error:  # the node has removed this version, because it has a newer one
@@ -102,7 +104,7 @@ async def push(
     else:
         await server.start()
         await server.post("/update_weights", UpdateWeights(files), load_s)
-    timeout_s = ADMIN_TIMEOUT_S + (options.longest_request_s if options.mode == "wait" else 0)
+    timeout_s = server.timeout_s + (options.longest_request_s if options.mode == "wait" else 0)
     clear = "false" if options.keep_kv else "true"
     try:
         await server.post("/pause", timeout_s=timeout_s, mode=options.mode, clear_cache=clear)
@@ -127,17 +129,19 @@ class _Server:
     url: str
     token: str
     version: PolicyVersion
+    timeout_s: float  # of requests that need no more of the engine than the end of its step
 
     async def post(
         self,
         route: str,
         body: Body | None = None,
-        timeout_s: float = ADMIN_TIMEOUT_S,
+        timeout_s: float | None = None,
         accept: str | None = None,
         **query: str,
     ) -> None:
         """POST; any status but 200 is a PushError, unless the answer contains `accept`."""
         what = f"version {self.version} to {self.url}"
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
         # A server closes the connection after some failures; no further request may use it.
         headers = {"Authorization": f"Bearer {self.token}", "Connection": "close"}

@@ -15,7 +15,7 @@ from atropos_hpc.contracts.members import ServerState, Wait
 from atropos_hpc.policy.follower import Follower, LoadableVersion
 from atropos_hpc.policy.weight_update import PushError, Stuck, UpdateOptions, push
 from atropos_hpc.runtime import cores, devices
-from atropos_hpc.runtime.deadlines import load_rate, request_timeout_s
+from atropos_hpc.runtime.deadlines import engine_step_s, load_rate, request_timeout_s
 from atropos_hpc.runtime.network import free_port, http_url
 from atropos_hpc.runtime.private_tmp import PrivateDirectory, compile_caches
 from atropos_hpc.runtime.process import ProcessSpec
@@ -29,7 +29,7 @@ PROBE_TIMEOUT_S = 5.0
 PROBE_EVERY_S = 5.0
 # vLLM passes this route on to its engine, while /health answers even though the engine hangs.
 ENGINE_ROUTE = "/is_sleeping"
-UNHEALTHY_S = 60.0  # without an answer, after which a server that was up is killed
+UNHEALTHY_S = 60.0  # without an answer, after which a server that was up is killed; on a CPU, later
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,33 @@ class ManagedServer:
             return
         if self.managed.children != [child]:
             return
-        silent_s = time.monotonic() - self._answered
-        limit = UNHEALTHY_S if self.managed.ready else self.context.config.launch.start_timeout_s
-        if silent_s > limit:
+        silent_s = self._silent_s()
+        if silent_s > self._limit_s():
             self._kill(f"has not answered for {silent_s:.0f} s")
         await asyncio.sleep(0.5)
+
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._answered
+
+    def _limit_s(self) -> float:
+        config = self.context.config
+        if not self.managed.ready:
+            return config.launch.start_timeout_s
+        return UNHEALTHY_S + engine_step_s(config)
 
     async def _answers(self) -> bool:
         # An update has deadlines of its own, and keeps the engine busy.
         route = "/health" if self._is_updating() else ENGINE_ROUTE
         headers = {"Authorization": f"Bearer {self.context.token}"}
+        timeout_s = PROBE_TIMEOUT_S
+        if self.managed.ready and route == ENGINE_ROUTE:
+            # One long request: the engine answers after its step, however often it is asked.
+            timeout_s = max(timeout_s, self._limit_s() - self._silent_s())
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=PROBE_TIMEOUT_S)
         try:
-            async with self.context.http.get(self.url + route, headers=headers) as answer:
+            async with self.context.http.get(
+                self.url + route, headers=headers, timeout=timeout
+            ) as answer:
                 if answer.status in REFUSING:
                     log.error(
                         "%s answers %d to this run's token at %s: it asks for another key",
@@ -151,6 +166,7 @@ class ManagedServer:
     async def _update(self, newest: LoadableVersion) -> None:
         """Push a version once. A server that refuses keeps what it serves, and is asked again."""
         children, context = list(self.managed.children), self.context
+        self._answered = time.monotonic()  # a probe that waits for the engine now waits for this
         try:
             with context.follower.loading(newest):
                 await push(
@@ -201,4 +217,5 @@ def _update_options(config: Config) -> UpdateOptions:
             for conf in environments(config).values()
         ),
         load_rate=load_rate(config),
+        step_s=engine_step_s(config),
     )

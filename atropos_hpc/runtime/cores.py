@@ -13,12 +13,16 @@ and OMP_NUM_THREADS of the shell take precedence.
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from atropos_hpc.config import Config
+from atropos_hpc.contracts.answers import Problem
 
 # For GNU's and LLVM's OpenMP. With the default, a step of a model of 135M parameters on two cores
 # took five times as long.
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM
 CPUS, THREADS = "ATROPOS_HPC_CPUS", "OMP_NUM_THREADS"
 
 
@@ -70,3 +74,22 @@ def describe(config: Config) -> str:
     if local:
         line += f"; both roles share {here} CPUs in turn"
     return line
+
+
+def slow_dtype(config: Config) -> Problem | None:
+    """Return a warning if a role is to compute in bfloat16 on this CPU, which only emulates it."""
+    roles = config.roles
+    on_cpu = not (roles.trainer.gpus_per_node and roles.rollout.gpus_per_node)
+    if config.model.dtype != "bfloat16" or not on_cpu:
+        return None
+    try:
+        flags = set(CPUINFO.read_text().split())
+    except OSError:
+        return None
+    if not flags & {"flags", "Features"} or flags & BFLOAT16:
+        return None
+    return Problem(
+        "model.dtype",
+        "this CPU has no instructions for bfloat16: float32 needs more memory, and was four times"
+        " as fast on such a machine",
+    )
