@@ -55,6 +55,7 @@ class ManagedServer:
         self.name, self.index, self.url, self.context = name, index, "", context
         self.serves: LoadableVersion | None = None
         self._answered = 0.0  # monotonic
+        self._step_s = 0.0  # see `engine_step_s`; known when the server is up and has its model
         self._probing: asyncio.Task[None] | None = None
         self._updating: asyncio.Task[None] | None = None
 
@@ -116,16 +117,17 @@ class ManagedServer:
     async def _probe(self) -> None:
         """Request an answer. A server that does not come up, or answers no more, is killed;
         the engine starts it again."""
-        child = self.managed.children[0]
+        child, updating = self.managed.children[0], self._updating
         if await self._answers():
             if self.managed.children != [child]:
                 return  # it was restarted meanwhile
             if not self.managed.ready:
                 log.info("%s is up at %s", self.name, self.url)
+                self._step_s = engine_step_s(self.context.config)
             self.managed.ready, self._answered = True, time.monotonic()
             return
-        if self.managed.children != [child]:
-            return
+        if self.managed.children != [child] or self._updating is not updating:
+            return  # restarted, or its engine was busy with an update that began meanwhile
         silent_s = self._silent_s()
         if silent_s > self._limit_s():
             self._kill(f"has not answered for {silent_s:.0f} s")
@@ -135,10 +137,9 @@ class ManagedServer:
         return time.monotonic() - self._answered
 
     def _limit_s(self) -> float:
-        config = self.context.config
         if not self.managed.ready:
-            return config.launch.start_timeout_s
-        return UNHEALTHY_S + engine_step_s(config)
+            return self.context.config.launch.start_timeout_s
+        return UNHEALTHY_S + self._step_s
 
     async def _answers(self) -> bool:
         # An update has deadlines of its own, and keeps the engine busy.
@@ -166,7 +167,6 @@ class ManagedServer:
     async def _update(self, newest: LoadableVersion) -> None:
         """Push a version once. A server that refuses keeps what it serves, and is asked again."""
         children, context = list(self.managed.children), self.context
-        self._answered = time.monotonic()  # a probe that waits for the engine now waits for this
         try:
             with context.follower.loading(newest):
                 await push(
@@ -175,7 +175,7 @@ class ManagedServer:
                     context.token,
                     newest.directory,
                     newest.version,
-                    _update_options(context.config),
+                    _update_options(context.config, self._step_s),
                 )
         except Stuck as error:
             if self.managed.children == children:
@@ -206,7 +206,7 @@ def own_hardware(config: Config, index: int) -> dict[str, str]:
     return {devices.VISIBLE: ",".join(own)}
 
 
-def _update_options(config: Config) -> UpdateOptions:
+def _update_options(config: Config, step_s: float) -> UpdateOptions:
     return UpdateOptions(
         mode=config.policy.update_mode,
         keep_kv=config.policy.kv == "keep",
@@ -217,5 +217,5 @@ def _update_options(config: Config) -> UpdateOptions:
             for conf in environments(config).values()
         ),
         load_rate=load_rate(config),
-        step_s=engine_step_s(config),
+        step_s=step_s,
     )

@@ -1,7 +1,7 @@
 """Divide a batch into micro-batches, put their outputs together, and leave out of a pack what its
 sequences share.
 
-verl does the first two sequence by sequence: half of the time of a step of 256 short sequences.
+verl does the first two sequence by sequence: a third of the time of a step of 256 short sequences.
 """
 
 from dataclasses import dataclass
@@ -105,7 +105,9 @@ def collect_outputs(
 
     Takes the place of verl's `postprocess_batch_func`. Losses and metrics are `LossMetrics`'.
     """
-    whole = {}
+    whole, order = {}, None
+    if indices is not None:
+        order = torch.tensor(list(chain.from_iterable(indices))).argsort()
     for name in output_lst[0].get("model_output", {}):
         parts = [output["model_output"][name] for output in output_lst]
         ends = torch.cat([part.offsets().diff() for part in parts]).cumsum(0)
@@ -113,20 +115,20 @@ def collect_outputs(
         nested: Any = torch.nested.nested_tensor_from_jagged(
             values, torch.cat([ends.new_zeros(1), ends])
         )
-        if indices is not None:
-            order = torch.tensor(list(chain.from_iterable(indices)), device=ends.device).argsort()
-            nested = _rows_of(nested.offsets(), order).take(nested)
+        if order is not None:
+            nested = _rows_of(nested.offsets(), order.to(ends.device)).take(nested)
         whole[name] = nested
     return {"model_output": whole, "metrics": {}}
 
 
 def response_rows(batch: TensorDict) -> torch.Tensor:
     """Return, for each response token, the row of the pack that predicts it, [R] int64."""
-    ends, offsets = batch["input_ids"].offsets()[1:], batch["response_mask"].offsets()
-    lengths = offsets.diff()
+    ends, mask = batch["input_ids"].offsets()[1:], batch["response_mask"]
+    lengths, tokens = mask.offsets().diff(), mask.values().shape[0]
     # token start + j of a sequence is predicted by the row before it: start + j - 1
-    first = torch.repeat_interleave(ends - lengths - 1 - offsets[:-1], lengths)
-    return first + torch.arange(len(first), device=first.device)
+    before = ends - lengths - 1 - mask.offsets()[:-1]
+    first = torch.repeat_interleave(before, lengths, output_size=tokens)  # known: no device sync
+    return first + torch.arange(tokens, device=first.device)
 
 
 def padded_responses(tensor: Any, data: TensorDict) -> torch.Tensor:
