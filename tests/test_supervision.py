@@ -137,6 +137,18 @@ def test_a_hung_process_gets_time_to_dump_its_stacks_and_is_then_killed() -> Non
     assert machine.managed.children and not machine.managed.life.hung
 
 
+def test_a_killed_process_that_is_not_reaped_yet_is_not_killed_again() -> None:
+    machine = Machine()
+    machine.poll()
+    machine.started[0].signal = lambda number: None  # type: ignore[method-assign]
+    assert machine.engine.kill_hung(machine.managed, "it hangs")
+    assert machine.poll(2.1) == [] and machine.managed.active
+    assert not machine.engine.kill_hung(machine.managed, "it hangs")
+    machine.started[0].process.returncode = -signal.SIGKILL
+    (ended,) = machine.poll()
+    assert ended.hung
+
+
 def test_a_recycled_process_is_asked_to_end_and_does_not_count_as_hung() -> None:
     machine = Machine()
     machine.poll()

@@ -59,6 +59,7 @@ class State(Enum):
     WAITING = "waiting to be started"
     RUNNING = "running"
     DUMPING = "dumping its stack traces"
+    KILLED = "killed, and not reaped yet"
     ENDED = "ended"
     DROPPED = "not to be started again"
 
@@ -100,7 +101,7 @@ class Lifecycle:
         """Whether the time for dumping is over; true once."""
         if self.state is not State.DUMPING or now < self.end_at:
             return False
-        self.state = State.RUNNING
+        self.state = State.KILLED if self.kill else State.RUNNING
         return True
 
     def end(self, now: float, progress: object, stuck: bool = False) -> None:
@@ -156,7 +157,7 @@ class ManagedProcess:
     @property
     def active(self) -> bool:
         """Whether it runs, or will run."""
-        return self.life.state in (State.WAITING, State.RUNNING, State.DUMPING)
+        return self.life.state not in (State.ENDED, State.DROPPED)
 
     @property
     def pid(self) -> int | None:
